@@ -1,0 +1,1 @@
+"""Data only: a small trained model. Its README says what it can do."""

@@ -1,0 +1,24 @@
+"""What can go wrong in a way that a user can put right. Everything else is a bug and keeps its
+traceback."""
+
+
+class DiffGemmaError(Exception):
+    """A mistake in what was given: one line that says what was given, what was expected, and what
+    to do."""
+
+
+class SourceError(DiffGemmaError):
+    """A folder or repository that cannot be found, reached or read."""
+
+
+class ConfigError(DiffGemmaError):
+    """A config.json, generation_config.json or setting with a missing, contradictory or impossible
+    value."""
+
+
+class WeightsError(DiffGemmaError):
+    """Weight files that are missing, damaged, or do not fit the config."""
+
+
+class PromptError(DiffGemmaError):
+    """A prompt that cannot be turned into tokens the model accepts."""

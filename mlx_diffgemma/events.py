@@ -1,0 +1,75 @@
+"""What a run tells its listener, in order of happening: prefill, then steps and a commit per
+canvas, then the end.
+
+Arrays are `[B, L]` (batch, canvas) and lazy: nothing is computed for a listener that does not read
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefillDone:
+    """The prompt is in the context."""
+
+    prompt_tokens: int  # over all rows, without padding
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepDone:
+    """One denoise step. Rows that had settled before it repeat their last values."""
+
+    canvas_index: int
+    step: int  # from 0
+    draft: mx.array  # [B, L] int32, the best guess so far
+    accepted: mx.array  # [B, L] bool, where the proposal was kept
+    entropy: mx.array  # [B, L] float32, nats
+    candidates: tuple[mx.array, mx.array] | None = (
+        None  # ids int32 and probabilities, [B, L, k], best first
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CanvasCommitted:
+    """A canvas is final. Behind a row's first end token `tokens` holds padding."""
+
+    canvas_index: int
+    tokens: mx.array  # [B, L] int32; narrower than the canvas where `max_new_tokens` cuts it
+    steps: int  # denoise steps run on this canvas
+    row_steps: tuple[int, ...]  # steps until each row settled; 0 for a row that had ended before
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Finished:
+    """The run is over. One entry per row."""
+
+    reason: tuple[Literal["stop", "length"], ...]  # an end token, or no room for more
+    new_tokens: tuple[int, ...]  # the end token counts, padding does not
+    row_steps: tuple[int, ...]  # denoise steps over all canvases
+    row_canvases: tuple[int, ...]
+
+    @property
+    def tokens_per_forward(self) -> tuple[float, ...]:
+        """New tokens per denoise step, as transformers counts them."""
+        return tuple(
+            t / s if s else 0.0 for t, s in zip(self.new_tokens, self.row_steps, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of text that will not change any more."""
+
+    piece: str
+    channel: Literal["answer", "thought"]
+
+
+LoopEvent = PrefillDone | StepDone | CanvasCommitted | Finished
+Event = LoopEvent | Text

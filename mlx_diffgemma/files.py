@@ -1,0 +1,115 @@
+"""Repo id or folder -> local folder. The only file that touches the network."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from importlib import resources
+from pathlib import Path
+
+from .errors import SourceError
+
+# What a text runtime needs of a repository; no pickle files, no code.
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+METADATA_PATTERNS = tuple(pattern for pattern in PATTERNS if not pattern.endswith(".safetensors"))
+
+
+def bundled_model() -> Path:
+    """Folder of the small trained model that comes with the package."""
+    return Path(str(resources.files("mlx_diffgemma.demo")))
+
+
+def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """A folder as it is, or the local copy of a Hub repository, downloaded where needed.
+
+    Downloads resume, show their progress on stderr, and bring only the files that are needed.
+    `HF_HUB_OFFLINE=1`
+    uses what is cached.
+
+    Args:
+      source: a folder, or a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`.
+      revision: branch, tag or commit of a repository.
+
+    Raises:
+      SourceError: if there is no such folder or repository, or it cannot be reached.
+    """
+    text = os.fspath(source)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise SourceError(
+                f"{text} is a folder, and a revision ({revision!r}) belongs to a Hub repository"
+            )
+        return folder
+    if folder.exists():
+        raise SourceError(f"{text} is a file; a checkpoint folder or a Hub repo id is expected")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith((".", "~", "/")):
+        raise SourceError(
+            f"no folder {text}, and it is not a Hub repo id (owner/name){_similar(folder)}"
+        )
+    return _download(text, revision, folder)
+
+
+def _download(repo: str, revision: str | None, folder: Path) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS)))
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{repo} asks you to accept its terms on huggingface.co and to log in (`hf auth login`)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"no folder and no Hub repository {repo}; check the name, or log in if it is private"
+            f"{_similar(folder)}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{repo} has no revision {revision}") from error
+    except HFValidationError as error:
+        raise SourceError(
+            f"no folder {repo}, and it is not a valid Hub repo id: {error}"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise SourceError(
+            f"no folder {repo}; as a Hub repository{at} it is not in the local cache, "
+            f"and the Hub cannot be reached"
+            f"{' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE') else ''}"
+        ) from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise SourceError(
+            f"{repo}{at} could not be downloaded: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _similar(folder: Path) -> str:
+    try:
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(folder.name, siblings, n=1)
+    return f"; did you mean {folder.parent / close[0]}?" if close else ""

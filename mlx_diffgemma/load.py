@@ -1,0 +1,78 @@
+"""Folder or repo id -> model and tokenizer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .config import ModelConfig
+from .errors import SourceError
+from .files import resolve
+from .headers import read_headers
+from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
+from .model import DiffusionGemma
+from .names import Ignored, translate
+from .weights import load_weights
+
+_WARNED_AT_TOKENS = 4096
+
+
+def load(
+    path_or_repo: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[DiffusionGemma, PreTrainedTokenizerBase]:
+    """Loads a checkpoint and its tokenizer, as `mlx_lm.load` does.
+
+    Args:
+      path_or_repo: a folder, or a Hub repo id, which is downloaded where it is not cached.
+      revision: branch, tag or commit of a repository.
+
+    Raises:
+      DiffGemmaError: one line that says what is wrong with the folder, its config, weights or
+      tokenizer.
+    """
+    folder = resolve(path_or_repo, revision)
+    tokenizer = load_tokenizer(
+        folder
+    )  # first: it is quick, and a folder without one need not be read further
+    return load_model(folder), tokenizer
+
+
+def load_model(folder: str | os.PathLike[str]) -> DiffusionGemma:
+    """The model alone, from a folder that may have no tokenizer. Warns where memory will be
+    short."""
+    folder = Path(folder)
+    config = ModelConfig.from_folder(folder)
+    used = [
+        i for name, i in read_headers(folder).items() if not isinstance(translate(name), Ignored)
+    ]
+    needed = needed_bytes(
+        config.text, sum(i.nbytes for i in used), _WARNED_AT_TOKENS, config.canvas_length
+    )
+    if needed > WARN_ABOVE * (available := recommended_bytes()):
+        warnings.warn(
+            f"{folder} needs about {needed / 1e9:.1f} GB, "
+            f"more than {WARN_ABOVE:.0%} of the {available / 1e9:.1f} GB "
+            "that this device recommends; expect it to be slow or to fail",
+            stacklevel=2,
+        )
+    model = DiffusionGemma(config)
+    load_weights(model, config, folder)
+    model.eval()
+    return model
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer from tokenizer.json, or from a sentencepiece tokenizer.model where that is all
+    there is."""
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise SourceError(f"{folder} has no tokenizer.json and no tokenizer.model")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,75 @@
+"""All randomness of a run, behind one small interface, so that a test can replay another
+framework's draws."""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+import mlx.core as mx
+import numpy as np
+
+# What a draw is for: part of its key, so that no two draws of a run share one.
+_START, _SAMPLE, _RENOISE = range(3)
+_FIRST = 0  # stands for the step of a draw that has none
+
+
+class Noise(Protocol):
+    """Draws by canvas and step, both from 0, so that a loop may leave out draws that it does not
+    need."""
+
+    def start(self, canvas_index: int, shape: tuple[int, int], vocab_size: int) -> mx.array:
+        """The canvas before its first step: uniform tokens, int32 [B, L]."""
+
+    def sample(self, canvas_index: int, step: int, logits: mx.array) -> mx.array:
+        """A proposal, int32 [B, L], drawn from temperature-scaled logits [B, L, V]."""
+
+    def renoise(
+        self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int
+    ) -> mx.array:
+        """Uniform tokens, int32 [B, L], for what the step did not accept."""
+
+
+class SeededNoise:
+    """Row i under seed s draws what a single run under seed s + i draws, whatever its neighbours
+    do."""
+
+    def __init__(self, seed: int, attempt: int = 0):
+        self.seed, self.attempt = seed, attempt
+
+    def reroll(self, attempt: int) -> Self:
+        """Other draws under a seed derived from this one; attempt 0 is the first try."""
+        return type(self)(self.seed, attempt)
+
+    def start(self, canvas_index: int, shape: tuple[int, int], vocab_size: int) -> mx.array:
+        return self._uniform((canvas_index, _FIRST, _START), shape, vocab_size)
+
+    def sample(self, canvas_index: int, step: int, logits: mx.array) -> mx.array:
+        keys = self._keys((canvas_index, step, _SAMPLE), logits.shape[0])
+        rows = [mx.random.categorical(row, key=key) for row, key in zip(logits, keys, strict=True)]
+        return mx.stack(rows).astype(mx.int32)
+
+    def renoise(
+        self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int
+    ) -> mx.array:
+        return self._uniform((canvas_index, step, _RENOISE), shape, vocab_size)
+
+    def _uniform(
+        self, draw: tuple[int, int, int], shape: tuple[int, int], vocab_size: int
+    ) -> mx.array:
+        batch, length = shape
+        return mx.stack(
+            [
+                mx.random.randint(0, vocab_size, (length,), key=key)
+                for key in self._keys(draw, batch)
+            ]
+        )
+
+    def _keys(self, draw: tuple[int, int, int], batch: int) -> list[mx.array]:
+        """One key per row, hashed from its seed and what the draw is for: no key is used twice."""
+        words = [
+            np.random.SeedSequence([self.seed + row, self.attempt, *draw]).generate_state(
+                1, np.uint64
+            )[0]
+            for row in range(batch)
+        ]
+        return [mx.random.key(int(word)) for word in words]

@@ -1,0 +1,105 @@
+"""ids -> pieces of text that will not change any more, across canvas borders. Thoughts and answer
+are told apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from .events import Text
+from .prompt import special_tokens
+
+_OPEN, _CLOSE = "<|channel>", "<channel|>"
+# Control tokens that belong to the answer: whoever runs tools needs to see them.
+_SHOWN = frozenset({"<|tool_call>", "<tool_call|>", '<|"|>'})
+
+
+class TextStream:
+    """Turns committed ids into text, piece by piece. Parsed from ids: the channel markers are
+    control tokens, the
+    channel's name behind the first of them is plain text up to a line break."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Iterable[int],
+        prompt: Sequence[int] = (),
+    ):
+        """`prompt` tells whether the template has left a thought open."""
+        self._tokenizer = tokenizer
+        specials = special_tokens(tokenizer)
+        self._open, self._close = specials.get(_OPEN), specials.get(_CLOSE)
+        self._hidden = {token_id for token, token_id in specials.items() if token not in _SHOWN}
+        self._ends = frozenset(eos_token_ids)
+        self._ended = False
+        self._channel: Literal["answer", "thought"] = "answer"
+        self._ids: list[int] = []  # of the channel's text so far
+        self._shown = 0  # characters of it
+        self._has_name = True  # False: inside a channel's name
+        markers = [token for token in prompt if token in (self._open, self._close)]
+        if markers and markers[-1] == self._open:
+            last = len(prompt) - 1 - list(reversed(prompt)).index(markers[-1])
+            self._enter("thought")
+            self._ids = [token for token in prompt[last + 1 :] if token not in self._hidden]
+            self._drop_prompt_text()
+
+    def push(self, ids: Iterable[int]) -> list[Text]:
+        """Text that is final once these ids are; nothing after an end token."""
+        pieces: list[Text] = []
+        for token in ids:
+            if self._ended:
+                break
+            if token in self._ends:
+                self._ended = True
+            elif token == self._open:
+                pieces += self._flush(final=True)
+                self._enter("thought")
+            elif token == self._close:
+                pieces += self._flush(final=True)
+                self._enter("answer")
+            elif token not in self._hidden:
+                self._ids.append(token)
+        return pieces + self._flush(final=self._ended)
+
+    def finish(self) -> list[Text]:
+        """What was held back: the run is over."""
+        return self._flush(final=True)
+
+    def _enter(self, channel: Literal["answer", "thought"]) -> None:
+        self._channel, self._ids, self._shown = channel, [], 0
+        self._has_name = channel == "answer"
+
+    def _drop_prompt_text(self) -> None:
+        text = self._decode(final=True)
+        self._has_name = "\n" in text
+        self._shown = len(text) if self._has_name else 0
+
+    def _flush(self, *, final: bool) -> list[Text]:
+        text = self._decode(final=final)
+        if not self._has_name:
+            name_end = text.find("\n")
+            if name_end < 0:
+                return []  # a name that never ends is no text
+            self._has_name, self._shown = True, name_end + 1
+        piece, self._shown = text[self._shown :], max(self._shown, len(text))
+        return [Text(piece, self._channel)] if piece else []
+
+    def _decode(self, *, final: bool) -> str:
+        """The channel's text. Unless final, a run of byte tokens at its end waits: a character may
+        be incomplete."""
+        end = len(self._ids)
+        while not final and end and self._is_byte(self._ids[end - 1]):
+            end -= 1
+        text = self._tokenizer.decode(
+            self._ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text if final else text.rstrip("\ufffd")
+
+    def _is_byte(self, token: int) -> bool:
+        return (
+            re.fullmatch(r"<0x[0-9A-F]{2}>", self._tokenizer.convert_ids_to_tokens(token))
+            is not None
+        )
