@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
-from .settings import PAD_TOKEN_ID, GenerationSettings, warn_unknown
+from .settings import GenerationSettings, warn_unknown
 
 LayerType = Literal["sliding_attention", "full_attention"]
 Raw = Mapping[str, Any]

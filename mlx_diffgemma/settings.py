@@ -47,7 +47,7 @@ _INERT_GENERATION = frozenset(
 class GenerationSettings:
     """How to denoise. Names follow the checkpoint's generation_config.json.
 
-    None means: what the checkpoint says, and where it is silent, the default in `config.py`.
+    None means: what the checkpoint says, and where it is silent, the default in this file.
     `resolve` fills them in.
     """
 
