@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .errors import PromptError
-from .events import CanvasCommitted, Event, Finished, PrefillDone
+from .events import CanvasCommitted, Event, Finished, PrefillDone, Text
 from .loop import denoise_tokens
 from .memory import generation_limits
 from .model import DiffusionGemma
@@ -55,7 +55,9 @@ def generate(
     events = stream_generate(
         model, tokenizer, prompt, settings=settings, prompt_options=prompt_options, noise=noise
     )
-    return "".join(event.piece for event in events if _is_answer(event))
+    return "".join(
+        event.piece for event in events if isinstance(event, Text) and event.channel == "answer"
+    )
 
 
 def stream_generate(
@@ -67,7 +69,7 @@ def stream_generate(
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """The loop's events, and `Text` behind each `CanvasCommitted`. Closing the generator stops the
     run.
 
@@ -99,7 +101,7 @@ def stream_generate(
                 yield from text.finish()
             yield event
             if isinstance(event, CanvasCommitted):
-                yield from text.push(event.tokens[0].tolist())
+                yield from text.push(np.array(event.tokens[0]).tolist())
 
 
 def batch_generate(
@@ -144,7 +146,7 @@ def batch_generate(
                 prompt_tokens = event.prompt_tokens
             elif isinstance(event, CanvasCommitted):
                 for stream, channel, ids in zip(
-                    streams, channels, event.tokens.tolist(), strict=True
+                    streams, channels, np.array(event.tokens).tolist(), strict=True
                 ):
                     for text in stream.push(ids):
                         channel[text.channel] += text.piece
@@ -157,10 +159,6 @@ def batch_generate(
     return BatchResponse(
         [c["answer"] for c in channels], [c["thought"] for c in channels], prompt_tokens, finished
     )
-
-
-def _is_answer(event: Event) -> bool:
-    return getattr(event, "channel", None) == "answer"
 
 
 def _check_ids(ids: Sequence[int], model: DiffusionGemma) -> None:

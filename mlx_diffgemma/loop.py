@@ -4,7 +4,7 @@ Knows ids, not text."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -99,15 +99,15 @@ def _denoise_canvas(
     settings: ResolvedSettings,
     noise: Noise,
     rows: _Rows,
-) -> Iterator[StepDone]:
+) -> Generator[StepDone, None, _Step]:
     """Denoises one canvas and returns its last step. Rows that have ended start settled."""
     settled = mx.array(rows.ended)
     draft = mx.full((context.batch, settings.canvas_length), settings.pad_token_id, dtype=mx.int32)
     before = yield from _settle(model, context, canvas_index, settings, noise, draft, settled, rows)
     for attempt in range(1, settings.empty_rerolls + 1 if canvas_index == 0 else 1):
         assert isinstance(noise, SeededNoise)
-        empty = mx.isin(before.draft[:, 0], mx.array(settings.eos_token_ids, dtype=mx.int32))
-        if not bool(empty.any().item()):
+        empty = np.isin(np.array(before.draft[:, 0]), settings.eos_token_ids) & ~rows.ended
+        if not empty.any():
             break
         spent = before.row_steps
         before = yield from _settle(
@@ -117,7 +117,7 @@ def _denoise_canvas(
             settings,
             noise.reroll(attempt),
             before.draft,
-            ~empty,
+            mx.array(~empty),
             rows,
         )
         before = _Step(before.canvas, before.draft, before.settled, before.row_steps + spent)
@@ -133,10 +133,11 @@ def _settle(
     draft: mx.array,
     settled: mx.array,
     rows: _Rows,
-) -> Iterator[StepDone]:
+) -> Generator[StepDone, None, _Step]:
     """Steps from random tokens until every row has settled, or no step is left; returns the last
     one."""
-    start = noise.start(canvas_index, draft.shape, model.config.text.vocab_size)
+    shape = (context.batch, settings.canvas_length)
+    start = noise.start(canvas_index, shape, model.config.text.vocab_size)
     now = _Step(start, draft, settled, mx.zeros(context.batch, dtype=mx.int32))
     drafts: tuple[mx.array, ...] = ()
 
@@ -178,7 +179,8 @@ def _step(
     )
     draft, entropy = statistics(logits)
     proposal = draft if settings.temperature == 0 else noise.sample(canvas_index, step, logits)
-    fresh = noise.renoise(canvas_index, step, draft.shape, model.config.text.vocab_size)
+    shape = (context.batch, settings.canvas_length)
+    fresh = noise.renoise(canvas_index, step, shape, model.config.text.vocab_size)
     decision = decide(entropy, proposal, fresh, entropy_bound=settings.entropy_bound)
     frozen = before.settled[:, None]
     draft = mx.where(frozen, before.draft, draft)
@@ -231,7 +233,7 @@ class _Rows:
         row_steps = np.where(self.ended, 0, np.array(last.row_steps))
         self.left -= tokens.shape[1]
         is_end = np.isin(tokens, self.settings.eos_token_ids)
-        ends_before = np.cumsum(is_end, axis=1) - is_end
+        ends_before: np.ndarray = np.cumsum(is_end, axis=1) - is_end
         keep = (ends_before == 0) & ~self.ended[:, None]
         tokens = np.where(keep, tokens, self.settings.pad_token_id).astype(np.int32)
         self.new_tokens += keep.sum(axis=1)

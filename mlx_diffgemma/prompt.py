@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,11 @@ def encode_prompt(
                 "messages need the chat template; without it, the prompt must be a string"
             )
         return tokenizer.encode(prompt + (options.response_prefix or ""))
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages: list[Message] = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else list(cast(Sequence[Message], prompt))
+    )
     if options.system_prompt is not None:
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
     prefix = options.response_prefix or ""
@@ -76,15 +80,27 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+    """The ids of texts that are one token each, such as further end tokens.
+
+    Raises:
+      PromptError: if a text is more than one token, or none.
+    """
+    ids = []
+    for text in texts:
+        if len(encoded := tokenizer.encode(text, add_special_tokens=False)) != 1:
+            raise PromptError(f"{text!r} is not one token of this checkpoint but {len(encoded)}")
+        ids.append(encoded[0])
+    return tuple(ids)
+
+
 def _encode_with_literals(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], prefix: str, options: PromptOptions
 ) -> list[int]:
-    """Marks, in all contents, each character that a special token could begin with; marked ones
-    begin none.
+    """Marks, in all contents, what could begin a special token; marked, it begins none.
 
-    The mark stands before the character, so that a template that looks for its own markers, to
-    strip old thoughts,
-    still finds them, and a token that a template joins from two contents still begins with a mark.
+    The mark stands before the character, so that a template that strips old thoughts still finds
+    the markers of them, and a token that a template joins from two contents still begins with one.
     """
     specials = special_tokens(tokenizer)
     starts = "".join(sorted({token[0] for token in specials}))
@@ -137,11 +153,13 @@ def _render(
             raise PromptError(f"a message must be an object with role and content, got {message!r}")
     variables = {"enable_thinking": options.thinking, **options.chat_template_config}
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            **variables,
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **variables,
+            )
         )
     except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
         raise PromptError(

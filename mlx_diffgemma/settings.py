@@ -6,7 +6,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
@@ -16,20 +16,7 @@ if TYPE_CHECKING:
 
 Raw = Mapping[str, Any]
 
-# What the checkpoint and the user leave open. The model's own values come from transformers 5.23,
-# generation_diffusion_gemma.py, _get_default_generation_params.
-MAX_NEW_TOKENS = 256
-MAX_DENOISING_STEPS = 48
-ENTROPY_BOUND = 0.1
-T_MIN = 0.4
-T_MAX = 0.8
-STABILITY_THRESHOLD = 1
-CONFIDENCE_THRESHOLD = 0.005
-TEMPERATURE = 1.0
-PREFILL_STEP_SIZE = 2048
-EMPTY_REROLLS = 0
-TOP_CANDIDATES = 0
-COMMAND_MAX_TOKENS = 1024  # `generate` as a command; 256 surprises people
+COMMAND_MAX_TOKENS = 1024  # `generate` as a command; the checkpoint's 256 surprise people
 
 # Keys of generation_config.json that are settings; the entropy bound stands in its sampler_config.
 _CHECKPOINT_KEYS = frozenset(
@@ -43,6 +30,15 @@ _INERT_GENERATION = frozenset(
 )
 
 
+def _setting(help: str, default: float | None = None) -> Any:
+    """A field that may stay open: what it is for, and its value where the checkpoint says nothing.
+
+    Source of the model's own values: transformers 5.23, generation_diffusion_gemma.py,
+    _get_default_generation_params.
+    """
+    return field(default=None, metadata={"help": help, "default": default})
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """How to denoise. Names follow the checkpoint's generation_config.json.
@@ -51,57 +47,34 @@ class GenerationSettings:
     `resolve` fills them in.
     """
 
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Most new tokens, cut exactly."}
+    max_new_tokens: int | None = _setting("Most new tokens, cut exactly.", 256)
+    max_denoising_steps: int | None = _setting("Most denoise steps per canvas.", 48)
+    entropy_bound: float | None = _setting(
+        "Nats of entropy that one step may accept; more is faster and less sure.", 0.1
     )
-    max_denoising_steps: int | None = field(
-        default=None, metadata={"help": "Most denoise steps per canvas."}
+    t_min: float | None = _setting("Temperature that the schedule falls to.", 0.4)
+    t_max: float | None = _setting("Temperature of the first step.", 0.8)
+    stability_threshold: int | None = _setting(
+        "Steps for which the draft must not change before a canvas may settle.", 1
     )
-    entropy_bound: float | None = field(
-        default=None,
-        metadata={
-            "help": "Nats of entropy that one step may accept; more is faster and less sure."
-        },
+    confidence_threshold: float | None = _setting(
+        "Mean entropy in nats below which a stable canvas has settled.", 0.005
     )
-    t_min: float | None = field(
-        default=None, metadata={"help": "Temperature that the schedule falls to."}
+    temperature: float | None = _setting(
+        "Multiplies the schedule; 0 proposes the likeliest tokens instead of drawing.", 1.0
     )
-    t_max: float | None = field(default=None, metadata={"help": "Temperature of the first step."})
-    stability_threshold: int | None = field(
-        default=None,
-        metadata={"help": "Steps for which the draft must not change before a canvas may settle."},
+    canvas_length: int | None = _setting(
+        "Tokens per canvas; fewer than the checkpoint's own is outside its training."
     )
-    confidence_threshold: float | None = field(
-        default=None,
-        metadata={"help": "Mean entropy in nats below which a stable canvas has settled."},
+    empty_rerolls: int | None = _setting(
+        "How often a first canvas that begins with an end token is drawn again.", 0
     )
-    temperature: float | None = field(
-        default=None,
-        metadata={
-            "help": "Multiplies the schedule; 0 proposes the likeliest token instead of drawing."
-        },
+    top_candidates: int | None = _setting(
+        "Likeliest tokens per position that each step event carries.", 0
     )
-    canvas_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens per canvas; less than the checkpoint's own is outside its training."
-        },
-    )
-    empty_rerolls: int | None = field(
-        default=None,
-        metadata={"help": "How often a first canvas that begins with an end token is drawn again."},
-    )
-    top_candidates: int | None = field(
-        default=None,
-        metadata={"help": "Likeliest tokens per position that each step event carries."},
-    )
-    prefill_step_size: int | None = field(
-        default=None, metadata={"help": "Prompt tokens encoded at a time."}
-    )
+    prefill_step_size: int | None = _setting("Prompt tokens encoded at a time.", 2048)
+    seed: int | None = _setting("Seed of all draws; by default a fresh one.")
     extra_eos_token_ids: tuple[int, ...] = ()
-    seed: int | None = field(
-        default=None, metadata={"help": "Seed of all draws; by default a fresh one."}
-    )
 
     def __post_init__(self) -> None:
         def check(
@@ -145,45 +118,44 @@ class GenerationSettings:
           ConfigError: if the values contradict each other or the checkpoint.
         """
 
-        def pick(name: str, default: Any) -> Any:
+        def pick(name: str) -> Any:
             for source in (self, config.generation):
                 if (value := getattr(source, name)) is not None:
                     return value
-            return default
+            return default_of(name)
 
-        canvas_length = self.canvas_length or config.canvas_length
+        vocab_size = config.text.vocab_size
+        canvas_length = pick("canvas_length") or config.canvas_length
         if canvas_length > config.canvas_length:
             raise ConfigError(
                 f"canvas_length {canvas_length} is longer than "
                 f"the checkpoint's {config.canvas_length}"
             )
-        t_min, t_max = pick("t_min", T_MIN), pick("t_max", T_MAX)
+        t_min, t_max = pick("t_min"), pick("t_max")
         if t_min > t_max:
             raise ConfigError(
                 f"t_min {t_min} is above t_max {t_max}; the temperature falls from t_max to t_min"
             )
-        if (top := self.top_candidates or TOP_CANDIDATES) > config.text.vocab_size:
+        if (top := pick("top_candidates")) > vocab_size:
             raise ConfigError(
-                f"top_candidates {top} is more than the {config.text.vocab_size} tokens there are"
+                f"top_candidates {top} is more than the {vocab_size} tokens there are"
             )
         extra = tuple(self.extra_eos_token_ids)
-        if bad := [token for token in extra if not 0 <= token < config.text.vocab_size]:
-            raise ConfigError(
-                f"extra end tokens {bad} are outside the vocabulary of {config.text.vocab_size}"
-            )
+        if bad := [token for token in extra if not 0 <= token < vocab_size]:
+            raise ConfigError(f"extra end tokens {bad} are outside the vocabulary of {vocab_size}")
         return ResolvedSettings(
-            max_new_tokens=pick("max_new_tokens", MAX_NEW_TOKENS),
-            max_denoising_steps=pick("max_denoising_steps", MAX_DENOISING_STEPS),
-            entropy_bound=float(pick("entropy_bound", ENTROPY_BOUND)),
+            max_new_tokens=pick("max_new_tokens"),
+            max_denoising_steps=pick("max_denoising_steps"),
+            entropy_bound=float(pick("entropy_bound")),
             t_min=float(t_min),
             t_max=float(t_max),
-            stability_threshold=pick("stability_threshold", STABILITY_THRESHOLD),
-            confidence_threshold=float(pick("confidence_threshold", CONFIDENCE_THRESHOLD)),
-            temperature=float(TEMPERATURE if self.temperature is None else self.temperature),
+            stability_threshold=pick("stability_threshold"),
+            confidence_threshold=float(pick("confidence_threshold")),
+            temperature=float(pick("temperature")),
             canvas_length=canvas_length,
-            empty_rerolls=EMPTY_REROLLS if self.empty_rerolls is None else self.empty_rerolls,
+            empty_rerolls=pick("empty_rerolls"),
             top_candidates=top,
-            prefill_step_size=self.prefill_step_size or PREFILL_STEP_SIZE,
+            prefill_step_size=pick("prefill_step_size"),
             eos_token_ids=tuple(sorted({*config.eos_token_ids, *extra})),
             pad_token_id=config.pad_token_id,
             seed=secrets.randbits(32) if self.seed is None else self.seed,
@@ -227,6 +199,20 @@ class ResolvedSettings:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     seed: int
+
+
+def default_of(name: str) -> Any:
+    """What a setting is where neither the user nor the checkpoint says anything."""
+    return _DEFAULTS[name]
+
+
+def help_of(name: str) -> str:
+    """What a setting is for, in one sentence."""
+    return _HELP[name]
+
+
+_DEFAULTS = {f.name: f.metadata.get("default") for f in fields(GenerationSettings)}
+_HELP = {f.name: f.metadata.get("help", "") for f in fields(GenerationSettings)}
 
 
 def warn_unknown(raw: Raw, known: set[str] | frozenset[str], where: str) -> None:

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .events import Text
+from .events import StepDone, Text
 from .prompt import special_tokens
 
 _OPEN, _CLOSE = "<|channel>", "<channel|>"
@@ -93,13 +94,31 @@ class TextStream:
         end = len(self._ids)
         while not final and end and self._is_byte(self._ids[end - 1]):
             end -= 1
-        text = self._tokenizer.decode(
-            self._ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        text = str(
+            self._tokenizer.decode(
+                self._ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         )
         return text if final else text.rstrip("\ufffd")
 
     def _is_byte(self, token: int) -> bool:
         return (
-            re.fullmatch(r"<0x[0-9A-F]{2}>", self._tokenizer.convert_ids_to_tokens(token))
+            re.fullmatch(r"<0x[0-9A-F]{2}>", str(self._tokenizer.convert_ids_to_tokens(token)))
             is not None
         )
+
+
+def draft_pieces(
+    tokenizer: PreTrainedTokenizerBase, event: StepDone, eos_token_ids: Iterable[int]
+) -> list[tuple[str, bool]]:
+    """The first row's draft as (text, accepted) pieces up to its first end token; for eyes only."""
+    hidden = set(special_tokens(tokenizer).values())
+    ends = set(eos_token_ids)
+    pieces: list[tuple[str, bool]] = []
+    draft, accepted = np.array(event.draft[0]).tolist(), np.array(event.accepted[0]).tolist()
+    for token, sure in zip(draft, accepted, strict=True):
+        if token in ends:
+            break
+        if token not in hidden:
+            pieces.append((str(tokenizer.decode([token])), sure))
+    return pieces

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,7 +60,8 @@ def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
 
 def _used(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors under our names, and our name -> source name."""
-    used, sources = {}, {}
+    used: dict[str, TensorInfo] = {}
+    sources: dict[str, str] = {}
     for source, info in tensors.items():
         if isinstance(target := translate(source), Ignored):
             continue
@@ -118,7 +120,7 @@ def _check_packed(
                 raise WeightsError(
                     f"{path}.{leaf} is {state}, but its packing is {_describe(setting)}"
                 )
-            if info is not None and info.shape != shape:
+            if info is not None and shape is not None and info.shape != shape:
                 raise WeightsError(
                     f"{path}.{leaf} has shape {list(info.shape)}, expected {list(shape)} "
                     f"for {_describe(setting)}"
@@ -167,7 +169,7 @@ def _read(
     for name, info in tensors.items():
         by_file.setdefault(info.file, []).append(name)
     for file, names in by_file.items():
-        lazy = mx.load(str(file))
+        lazy = cast(dict[str, mx.array], mx.load(str(file)))
         group: list[tuple[str, mx.array]] = []
         held = 0
         for name in sorted(names, key=lambda n: tensors[n].start):

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import LayerConfig, ModelConfig, TextConfig
-from ..settings import PREFILL_STEP_SIZE
+from ..settings import default_of
 from .attention import Attention
 from .context import Context, LayerContext
 from .experts import Experts, Router
@@ -126,7 +126,7 @@ class DiffusionGemma(nn.Module):
         context: Context | None = None,
         *,
         lengths: mx.array | None = None,
-        step_size: int = PREFILL_STEP_SIZE,
+        step_size: int = default_of("prefill_step_size"),
         progress: Callable[[int, int], None] | None = None,
     ) -> Context:
         """Reads tokens causally; with a context, continues it, which equals one call on the whole.

@@ -1,0 +1,44 @@
+# Two commands for a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# MLX needs a backend on Linux; on a Mac it brings its own.
+BACKEND := $(if $(filter Linux,$(shell uname -s)),cpu$(comma))
+comma := ,
+
+.PHONY: demo test lint types unit wheel clean
+
+demo: $(VENV)/.demo
+	@for prompt in 'Sudoku:\n..13\n.3.4\n413.\n3241' 'Count from 12 to 30.' 'Squares from 4 to 06.'; do \
+		echo; printf "> $$prompt\n"; \
+		printf "$$prompt" | $(BIN)/mlx_diffgemma.generate --prompt - --seed 7 || exit 1; \
+	done
+
+test: lint types unit wheel
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+# Built, installed in another environment with the runtime dependencies only, and run from another folder.
+wheel: $(VENV)/.test
+	$(BIN)/python tests/check_wheel.py
+
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(BACKEND)]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(BACKEND)test]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

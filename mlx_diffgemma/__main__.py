@@ -1,0 +1,22 @@
+"""python -m mlx_diffgemma COMMAND: every command under one name."""
+
+import typer
+
+from .cli.generate import generate
+from .cli.info import info
+
+
+def main() -> None:
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="DiffusionGemma on MLX: text that settles out of noise, 256 tokens at a time.",
+    )
+    app.command()(generate)
+    app.command()(info)
+    app(prog_name="python -m mlx_diffgemma")
+
+
+if __name__ == "__main__":
+    main()

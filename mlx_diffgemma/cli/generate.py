@@ -1,0 +1,197 @@
+"""mlx_diffgemma.generate: answer one prompt."""
+
+import json
+import secrets
+import sys
+from contextlib import closing
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, PromptError
+from ..settings import COMMAND_MAX_TOKENS, GenerationSettings
+from .options import MODEL_HELP, REVISION_HELP, friendly_errors, run, setting
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Message to the model; '-' reads it from stdin.")
+    ],
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System prompt for the chat template.")
+    ] = None,
+    thinking: Annotated[
+        bool, typer.Option("--thinking/--no-thinking", help="Let the model think first, on stderr.")
+    ] = False,
+    prefill_response: Annotated[
+        str | None, typer.Option(help="Text that the answer is to begin with.")
+    ] = None,
+    ignore_chat_template: Annotated[
+        bool,
+        typer.Option("--ignore-chat-template", help="Use the prompt raw, control tokens and all."),
+    ] = False,
+    chat_template_config: Annotated[
+        str | None, typer.Option(help="More variables for the chat template, a JSON object.")
+    ] = None,
+    allow_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--allow-special-tokens",
+            help="Control tokens spelled in messages take effect, as in transformers.",
+        ),
+    ] = False,
+    extra_eos_token: Annotated[
+        list[str] | None, typer.Option(help="One more end token; may be given several times.")
+    ] = None,
+    max_tokens: Annotated[
+        int, setting("max_new_tokens", "--max-tokens", "-m", default=str(COMMAND_MAX_TOKENS))
+    ] = COMMAND_MAX_TOKENS,
+    temp: Annotated[float | None, setting("temperature", "--temp", default="1.0")] = None,
+    seed: Annotated[int | None, setting("seed", default="fresh, and printed")] = None,
+    max_denoising_steps: Annotated[int | None, setting("max_denoising_steps")] = None,
+    entropy_bound: Annotated[float | None, setting("entropy_bound")] = None,
+    confidence_threshold: Annotated[float | None, setting("confidence_threshold")] = None,
+    stability_threshold: Annotated[int | None, setting("stability_threshold")] = None,
+    t_min: Annotated[float | None, setting("t_min")] = None,
+    t_max: Annotated[float | None, setting("t_max")] = None,
+    canvas_length: Annotated[
+        int | None, setting("canvas_length", default="the checkpoint's")
+    ] = None,
+    empty_rerolls: Annotated[int | None, setting("empty_rerolls", default="0")] = None,
+    prefill_step_size: Annotated[int | None, setting("prefill_step_size", default="2048")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per event on stdout.")
+    ] = False,
+    verbose: Annotated[
+        str, typer.Option(metavar="BOOLEAN", help="False prints nothing but the answer and errors.")
+    ] = "True",
+) -> None:
+    """Answer one prompt: the answer on stdout, everything else on stderr."""
+    from .render import View
+
+    view = View(verbose=_boolean(verbose))
+    with friendly_errors():
+        try:
+            settings = GenerationSettings(
+                max_new_tokens=max_tokens,
+                max_denoising_steps=max_denoising_steps,
+                entropy_bound=entropy_bound,
+                t_min=t_min,
+                t_max=t_max,
+                stability_threshold=stability_threshold,
+                confidence_threshold=confidence_threshold,
+                temperature=temp,
+                canvas_length=canvas_length,
+                empty_rerolls=empty_rerolls,
+                prefill_step_size=prefill_step_size,
+                seed=secrets.randbits(32) if seed is None else seed,
+            )
+            variables = _json_object(chat_template_config)
+            text = _read_stdin() if prompt == "-" else prompt
+            if model is None:
+                view.note(
+                    "no --model given: this is the bundled model, trained on small puzzles only"
+                )
+            if seed is None:
+                view.note(f"seed {settings.seed}")
+
+            from ..files import bundled_model  # heavy imports wait until the arguments are valid
+            from ..load import load
+            from ..prompt import PromptOptions, single_tokens
+
+            if as_json:
+                source = str(model or bundled_model())
+                typer.echo(json.dumps({"event": "start", "model": source, "seed": settings.seed}))
+            loaded, tokenizer = load(model or bundled_model(), revision=revision)
+            extra = single_tokens(tokenizer, extra_eos_token or [])
+            _answer(
+                loaded,
+                tokenizer,
+                text,
+                replace(settings, extra_eos_token_ids=extra),
+                PromptOptions(
+                    system_prompt=system_prompt,
+                    thinking=thinking,
+                    response_prefix=prefill_response,
+                    use_chat_template=not ignore_chat_template,
+                    chat_template_config=variables,
+                    allow_special_tokens=allow_special_tokens,
+                ),
+                view,
+                as_json=as_json,
+            )
+        finally:
+            view.close()
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    settings: GenerationSettings,
+    options: Any,
+    view: Any,
+    *,
+    as_json: bool,
+) -> None:
+    """Runs one prompt and shows its events; what was shown stays, whatever ends the run."""
+    from ..events import StepDone, Text
+    from ..generate import stream_generate
+    from ..report import Stopwatch, as_object
+    from ..text import draft_pieces
+
+    stopwatch, ends = Stopwatch(), settings.resolve(model.config).eos_token_ids
+    events = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        settings=settings,
+        prompt_options=options,
+        prompt_progress_callback=view.reading,
+    )
+    with closing(events):
+        for event in events:
+            summary = stopwatch.observe(event)
+            if as_json:
+                typer.echo(json.dumps(as_object(event, summary)))
+            elif isinstance(event, Text):
+                (view.answer if event.channel == "answer" else view.thought)(event.piece)
+            elif isinstance(event, StepDone) and view.is_live:
+                caption = f"canvas {event.canvas_index + 1}, step {event.step + 1}"
+                view.draft(draft_pieces(tokenizer, event, ends), caption)
+            if summary is not None:
+                view.close()
+                view.summary(summary.line())
+
+
+def _boolean(text: str) -> bool:
+    """As mlx-lm reads the value of --verbose."""
+    values = {"true": True, "t": True, "yes": True, "1": True}
+    values |= {"false": False, "f": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise typer.BadParameter(f"{text!r} is neither True nor False", param_hint="--verbose")
+    return values[text.lower()]
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if text is not None else {}
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--chat-template-config is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--chat-template-config must be a JSON object, got {text}")
+    return value
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"stdin is not UTF-8: {error}") from error
+
+
+def main() -> None:
+    run(generate)

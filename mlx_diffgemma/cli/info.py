@@ -1,0 +1,30 @@
+"""mlx_diffgemma.info: what a checkpoint is."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from .options import MODEL_HELP, REVISION_HELP, friendly_errors, run
+
+
+def info(
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Tell a checkpoint's size, layout and memory needs, without reading its tensors."""
+    with friendly_errors():
+        from ..files import bundled_model, resolve
+        from ..info import as_object, describe
+        from .render import show_info
+
+        found = describe(resolve(model, revision) if model else bundled_model())
+        if as_json:
+            typer.echo(json.dumps(as_object(found)))
+        else:
+            show_info(found)
+
+
+def main() -> None:
+    run(info)

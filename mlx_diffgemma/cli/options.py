@@ -1,0 +1,55 @@
+"""What commands share: options whose help and defaults come from the settings, and one way to
+fail."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from ..errors import DiffGemmaError
+from ..settings import default_of, help_of
+
+MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
+REVISION_HELP = "Branch, tag or commit of a Hub repository."
+
+
+def setting(name: str, *flags: str, default: str = "") -> Any:
+    """An option for a field of GenerationSettings: its help, and what holds where it is not
+    given."""
+    value = default or f"the checkpoint's, else {default_of(name)}"
+    return typer.Option(*flags, help=help_of(name), show_default=value)
+
+
+@contextmanager
+def friendly_errors() -> Iterator[None]:
+    """A user's mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    # transformers says on import that it found no torch; it is not needed.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.showwarning = _show_warning
+    try:
+        yield
+    except DiffGemmaError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+
+
+def run(command: Callable[..., None]) -> None:
+    """A command as a program of its own."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *_: object, **__: object
+) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)
