@@ -9,10 +9,11 @@ comma := ,
 .PHONY: demo test lint types unit wheel clean
 
 demo: $(VENV)/.demo
-	@for prompt in 'Sudoku:\n..13\n.3.4\n413.\n3241' 'Count from 12 to 30.' 'Squares from 4 to 06.'; do \
+	@for prompt in 'Sudoku:\n..13\n.3.4\n413.\n3241' 'Sort: 5 2 4 1' 'Count from 12 to 30.'; do \
 		echo; printf "> $$prompt\n"; \
 		printf "$$prompt" | $(BIN)/mlx_diffgemma.generate --prompt - --seed 7 || exit 1; \
 	done
+	@echo; echo 'It is small and counts past the end; mlx_diffgemma/demo/README.md says how well it does.'
 
 test: lint types unit wheel
 

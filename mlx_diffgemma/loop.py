@@ -101,6 +101,7 @@ def _denoise_canvas(
     rows: _Rows,
 ) -> Generator[StepDone, None, _Step]:
     """Denoises one canvas and returns its last step. Rows that have ended start settled."""
+    rows.steps_run = 0
     settled = mx.array(rows.ended)
     draft = mx.full((context.batch, settings.canvas_length), settings.pad_token_id, dtype=mx.int32)
     before = yield from _settle(model, context, canvas_index, settings, noise, draft, settled, rows)

@@ -55,8 +55,10 @@ def test_text_follows_its_canvas_and_the_end_comes_last(loaded):
         for i, kind in enumerate(kinds)
         if kind is CanvasCommitted
     )
-    steps = [e.step for e in events if isinstance(e, StepDone) and e.canvas_index == 0]
-    assert steps == list(range(len(steps)))
+    for canvas in (event for event in events if isinstance(event, CanvasCommitted)):
+        index = canvas.canvas_index
+        steps = [e.step for e in events if isinstance(e, StepDone) and e.canvas_index == index]
+        assert steps == list(range(canvas.steps))
 
 
 def test_the_answer_to_a_chat_with_a_system_prompt_is_text(loaded):

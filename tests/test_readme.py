@@ -1,0 +1,60 @@
+"""What the README shows works as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from mlx_diffgemma.cli.generate import generate
+from mlx_diffgemma.cli.info import info
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if "mlx_diffgemma" in line
+]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_its_python_runs(code, capsys):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_its_commands_have_only_flags_that_exist(line):
+    words = shlex.split(line.replace("python -m mlx_diffgemma ", "mlx_diffgemma."), comments=True)
+    app = typer.Typer()
+    app.command()({"mlx_diffgemma.generate": generate, "mlx_diffgemma.info": info}[words[0]])
+    known = {flag for p in get_command(app).params for flag in (*p.opts, *p.secondary_opts)}
+    assert {word for word in words if word.startswith("--")} <= known | {"--help"}
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if "--model" not in line])
+def test_its_commands_on_the_bundled_model_run(line):
+    words = shlex.split(line.replace("python -m mlx_diffgemma ", "mlx_diffgemma."), comments=True)
+    stdin = "Squares from 2 to 03." if "<" in words else None
+    words = words[: words.index("<")] if "<" in words else words
+    app = typer.Typer()
+    app.command()(generate)
+    result = CliRunner().invoke(app, words[1:], input=stdin)
+    assert result.exit_code == 0, result.output
+    assert result.stdout
+
+
+def test_the_files_it_names_exist():
+    for name in re.findall(r"`((?:bench|tests)/[\w/]+(?:\.py|/))`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_it_makes_no_claim_about_apple_hardware():
+    assert "Nothing here has been run on Apple hardware" in " ".join(README.split())
