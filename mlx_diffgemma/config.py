@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +17,7 @@ Raw = Mapping[str, Any]
 
 GLOBAL_HEAD_DIM = 512  # transformers' fallback where config.json has neither spelling
 PAD_TOKEN_ID = 0
+_MOST_LAYERS = 10_000  # a damaged file must not make us build a list without end
 
 # bits and group sizes that MLX packs, per mode
 QUANTIZATION_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -153,7 +154,7 @@ class Quantization:
         """`{"group_size": 64, "bits": 4}` is affine: a missing mode never means the file's global
         one."""
         mode = raw.get("mode", "affine")
-        if mode not in QUANTIZATION_MODES:
+        if not isinstance(mode, str) or mode not in QUANTIZATION_MODES:
             raise ConfigError(
                 f"{where}: quantization mode {mode!r} is not one of {', '.join(QUANTIZATION_MODES)}"
             )
@@ -180,6 +181,8 @@ class QuantizationConfig:
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> QuantizationConfig:
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"{where}: quantization must be an object, got {raw!r}")
         if "quant_method" in raw and "bits" not in raw:
             raise ConfigError(
                 f"{where}: weights are packed as {raw['quant_method']!r}; "
@@ -225,6 +228,8 @@ class ModelConfig:
         _refuse_unless(raw, "tie_word_embeddings", (True,), where, default=True)
         text = TextConfig.from_dict(raw["text_config"], where=f"{where}, text_config")
         generation = generation if generation is not None else raw.get("generation_config") or {}
+        if not isinstance(generation, Mapping):
+            raise ConfigError(f"{where}: generation_config must be an object, got {generation!r}")
         eos: set[int] = set()
         for name, block in (
             (where, raw),
@@ -234,7 +239,7 @@ class ModelConfig:
             ids = block.get("eos_token_id")
             ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
             for token in ids:
-                if not isinstance(token, int) or not 0 <= token < text.vocab_size:
+                if not _is_token(token, text.vocab_size):
                     raise ConfigError(
                         f"{name}: eos_token_id {token!r} is outside "
                         f"the vocabulary of {text.vocab_size}"
@@ -248,19 +253,22 @@ class ModelConfig:
             ),
             PAD_TOKEN_ID,
         )
-        if not isinstance(pad, int) or not 0 <= pad < text.vocab_size:
+        if not _is_token(pad, text.vocab_size):
             raise ConfigError(
                 f"{where}: pad_token_id {pad!r} is outside the vocabulary of {text.vocab_size}"
             )
-        quantization = raw.get("quantization", raw.get("quantization_config"))
+        image_keys = ("boi_token_id", "image_token_id", "eoi_token_id")
+        image_ids = [(key, raw[key]) for key in image_keys if raw.get(key) is not None]
+        for key, token in image_ids:
+            if not _is_token(token, text.vocab_size):
+                raise ConfigError(
+                    f"{where}: {key} {token!r} is outside the vocabulary of {text.vocab_size}"
+                )
+        quantization = raw.get("quantization") or raw.get("quantization_config")
         return cls(
             text=text,
             canvas_length=_integer(raw, "canvas_length", where),
-            image_token_ids=tuple(
-                raw[key]
-                for key in ("boi_token_id", "image_token_id", "eoi_token_id")
-                if raw.get(key) is not None
-            ),
+            image_token_ids=tuple(token for _, token in image_ids),
             eos_token_ids=tuple(sorted(eos)),
             pad_token_id=pad,
             quantization=QuantizationConfig.from_dict(quantization, where=where)
@@ -294,7 +302,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a ConfigError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless digits or nesting
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
@@ -312,13 +320,16 @@ def _integer(raw: Raw, key: str, where: str) -> int:
     return value
 
 
+def _is_token(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+
+
 def _positive(raw: Raw, key: str, where: str, default: float) -> float:
     value = raw.get(key, default)
     if (
         not isinstance(value, (int, float))
         or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value <= 0
+        or not 0 < value <= sys.float_info.max
     ):
         raise ConfigError(f"{where}: {key} must be a number above 0, got {value!r}")
     return float(value)
@@ -335,6 +346,8 @@ def _refuse_unless(
 
 
 def _layer_types(raw: Raw, count: int, where: str) -> tuple[LayerType, ...]:
+    if count > _MOST_LAYERS:
+        raise ConfigError(f"{where}: num_hidden_layers is {count}, more than {_MOST_LAYERS}")
     types = raw.get("layer_types")
     if types is None:  # five sliding layers, then a full one
         types = [
@@ -376,8 +389,9 @@ def _layers(
     overrides = raw["per_layer_config"]
     if not isinstance(overrides, Mapping):
         raise ConfigError(f"{where}: per_layer_config must be an object, got {overrides!r}")
+    indices = {str(i) for i in range(len(types))}
     for key, value in overrides.items():
-        if not str(key).isdecimal() or int(key) >= len(types) or not isinstance(value, Mapping):
+        if str(key) not in indices or not isinstance(value, Mapping):
             raise ConfigError(
                 f"{where}: per_layer_config has {key!r}: {value!r}; "
                 f"keys are layer indices below {len(types)}"

@@ -6,6 +6,10 @@ class DiffGemmaError(Exception):
     """A mistake in what was given: one line that says what was given, what was expected, and what
     to do."""
 
+    def __init__(self, message: str) -> None:
+        # File names and other libraries' messages, which ours quote, may hold line breaks.
+        super().__init__(" ".join(message.splitlines()))
+
 
 class SourceError(DiffGemmaError):
     """A folder or repository that cannot be found, reached or read."""

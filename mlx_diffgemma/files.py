@@ -10,12 +10,9 @@ from pathlib import Path
 
 from .errors import SourceError
 
-# What a text runtime needs of a repository; no pickle files, no code.
-PATTERNS = (
-    "config.json",
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_TEXT = (
     "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -24,7 +21,11 @@ PATTERNS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-METADATA_PATTERNS = tuple(pattern for pattern in PATTERNS if not pattern.endswith(".safetensors"))
+_IMAGES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+# What a text runtime needs of a repository; no pickle files, no code.
+PATTERNS = ("config.json", *_TEXT, *_WEIGHTS)
+# What a converted checkpoint takes along from its source as it is.
+SIDE_PATTERNS = (*_TEXT, *_IMAGES)
 
 
 def bundled_model() -> Path:
@@ -32,7 +33,9 @@ def bundled_model() -> Path:
     return Path(str(resources.files("mlx_diffgemma.demo")))
 
 
-def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(
+    source: str | os.PathLike[str], revision: str | None = None, *, for_conversion: bool = False
+) -> Path:
     """A folder as it is, or the local copy of a Hub repository, downloaded where needed.
 
     Downloads resume, show their progress on stderr, and bring only the files that are needed.
@@ -42,30 +45,37 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
     Args:
       source: a folder, or a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`.
       revision: branch, tag or commit of a repository.
+      for_conversion: bring what a copy of the checkpoint has, image processing included.
 
     Raises:
       SourceError: if there is no such folder or repository, or it cannot be reached.
     """
     text = os.fspath(source)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(text).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # forbidden, too long, nobody's home
+        raise SourceError(f"{text} cannot be looked up as a folder: {error}") from error
+    if is_folder:
         if revision is not None:
             raise SourceError(
                 f"{text} is a folder, and a revision ({revision!r}) belongs to a Hub repository"
             )
         return folder
-    if folder.exists():
+    if is_there:
         raise SourceError(f"{text} is a file; a checkpoint folder or a Hub repo id is expected")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith((".", "~", "/")):
         raise SourceError(
             f"no folder {text}, and it is not a Hub repo id (owner/name){_similar(folder)}"
         )
-    return _download(text, revision, folder)
+    patterns = (*PATTERNS, *_IMAGES) if for_conversion else PATTERNS
+    return _download(text, revision, folder, patterns)
 
 
-def _download(repo: str, revision: str | None, folder: Path) -> Path:
-    import httpx
+def _download(repo: str, revision: str | None, folder: Path, patterns: tuple[str, ...]) -> Path:
+    import httpx2
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -78,7 +88,7 @@ def _download(repo: str, revision: str | None, folder: Path) -> Path:
 
     at = f" at revision {revision}" if revision else ""
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise SourceError(
             f"{repo} asks you to accept its terms on huggingface.co and to log in (`hf auth login`)"
@@ -96,14 +106,38 @@ def _download(repo: str, revision: str | None, folder: Path) -> Path:
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise SourceError(
-            f"no folder {repo}; as a Hub repository{at} it is not in the local cache, "
+            f"no folder {repo}; as a Hub repository{at} it is not, or not whole, in the local cache, "
             f"and the Hub cannot be reached"
-            f"{' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE') else ''}"
+            f"{' (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else ''}"
         ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise SourceError(
-            f"{repo}{at} could not be downloaded: {str(error).splitlines()[0]}"
-        ) from error
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{repo}{at} could not be downloaded: {reason}") from error
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Puts a folder on the Hub as `repo`, which is made where it does not exist.
+
+    Raises:
+      SourceError: if the Hub refuses or cannot be reached.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        httpx2.HTTPError,
+        OSError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{folder} could not be uploaded to {repo}: {reason}") from error
 
 
 def _similar(folder: Path) -> str:

@@ -68,14 +68,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raw = json.loads(file.read(length).decode("utf-8"))
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless digits or nesting
         raise WeightsError(f"{path}: the safetensors header is damaged: {error}") from error
     if not isinstance(raw, dict):
         raise WeightsError(f"{path}: the safetensors header is damaged: it is not a JSON object")
-    raw.pop("__metadata__", None)
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WeightsError(f"{path}: the safetensors header is damaged: __metadata__ is not text")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in raw.items()}
     end = 8 + length
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if info.start != end:
             raise WeightsError(
                 f"{path}: the header lies: {name} begins at byte {info.start:,}, expected {end:,}"
@@ -98,10 +100,11 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     if index_path.is_file():
         listed = read_json(index_path).get("weight_map")
         if not isinstance(listed, dict) or not all(
-            isinstance(v, str) and "/" not in v for v in listed.values()
+            isinstance(v, str) and re.fullmatch(r"[^/\\]+\.safetensors", v) for v in listed.values()
         ):
             raise WeightsError(
-                f"{index_path}: weight_map is missing, or maps to something else than file names"
+                f"{index_path}: weight_map is missing, or maps to something else than names of "
+                "safetensors files"
             )
         files = sorted(set(listed.values()))
     else:
@@ -110,9 +113,8 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         files = _all_of_a_set(folder, files)
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        raise WeightsError(
-            f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}"
-        )
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise WeightsError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {names}")
     if not files:
         pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
             p.name for p in folder.glob("*.pt*")
@@ -145,18 +147,20 @@ def _tensor(path: Path, name: str, entry: Any, offset: int) -> TensorInfo:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         whole = all(
-            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end)
+            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63
+            for n in (*shape, begin, end)
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: the header entry of {name} is damaged") from error
-    if dtype not in TYPES or not whole:
+    if not isinstance(dtype, str) or dtype not in TYPES or not whole:
         raise WeightsError(
             f"{path}: the header entry of {name} is damaged: type {dtype!r}, shape {list(shape)}"
         )
     nbytes = math.prod(shape) * TYPES[dtype] // 8
     if end - begin != nbytes:
+        needed = f"{nbytes:,}" if nbytes < 2**63 else "too many"
         raise WeightsError(
-            f"{path}: the header lies about {name}: {dtype} {list(shape)} needs {nbytes:,} bytes, "
+            f"{path}: the header lies about {name}: {dtype} {list(shape)} needs {needed} bytes, "
             f"its offsets span {end - begin:,}"
         )
     return TensorInfo(path, dtype, shape, offset + begin, nbytes)
@@ -168,7 +172,9 @@ def _all_of_a_set(folder: Path, files: list[str]) -> list[str]:
     for name in files:
         if match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", name):
             stem, count = match[1], int(match[2])
-            return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+            full = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+            if set(files) <= set(full):
+                return full
     if len(files) > 1:
         raise WeightsError(
             f"{folder} has {len(files)} weight files and no {INDEX} that says which to read"

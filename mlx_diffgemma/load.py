@@ -6,7 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import ModelConfig
 from .errors import SourceError
@@ -18,6 +18,12 @@ from .names import Ignored, translate
 from .weights import load_weights
 
 _WARNED_AT_TOKENS = 4096
+# A sentencepiece file does not say that these are special; nor do all resaved tokenizer.json files.
+_CONTROL_TOKENS = frozenset(
+    "<|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> "
+    '<|"|> <|think|> <|channel> <channel|> <|turn> <turn|> <|image> <|image|> <image|> '
+    "<|audio> <|audio|> <audio|> <|video|>".split()
+)
 
 
 def load(
@@ -71,8 +77,16 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise SourceError(f"{folder} has no tokenizer.json and no tokenizer.model")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises nothing more exact
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    unmarked = sorted(tokenizer.get_vocab().keys() & _CONTROL_TOKENS - special)
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in unmarked],
+        special_tokens=True,
+    )
+    return tokenizer

@@ -99,6 +99,16 @@ def translate(name: str) -> str | Ignored:
     )
 
 
+def keep_as(name: str) -> str | Ignored:
+    """As `translate`, for a copy: what is only not loaded yet keeps its name.
+
+    Raises:
+      WeightsError: if no rule knows the name.
+    """
+    target = translate(name)
+    return name if target == Ignored(VISION) else target
+
+
 def part_of(name: str) -> str:
     """Which part of the model a tensor, under its source name or ours, belongs to: a row of
     `info`'s table."""

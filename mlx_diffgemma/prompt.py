@@ -1,9 +1,8 @@
 """Messages -> token ids, through the checkpoint's own chat template.
 
 Text in message contents stays text: a user who types `<turn|>` gets those characters, not the end
-of a turn. This is
-the one default in which we differ from transformers on purpose; `allow_special_tokens` gives the
-reference's reading.
+of a turn. This is the one default in which we differ from transformers on purpose;
+`allow_special_tokens` gives the reference's reading.
 """
 
 from __future__ import annotations
@@ -21,8 +20,20 @@ from .errors import PromptError
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 
-# Message keys whose strings the template compares with its own words.
+# Message keys whose values the template compares with its own words, such as "user" and "text".
 _KEYWORDS = frozenset({"role", "type"})
+# What a template strips from old answers, with all that is between.
+THOUGHT_BEGIN, THOUGHT_END = "<|channel>", "<channel|>"
+# A template is a program: given messages it was not made for, it may fail in any of these ways.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +70,23 @@ def encode_prompt(
             raise PromptError(
                 "messages need the chat template; without it, the prompt must be a string"
             )
-        return tokenizer.encode(prompt + (options.response_prefix or ""))
+        raw = prompt + (options.response_prefix or "")
+        return _encode(tokenizer, raw, add_special_tokens=True)
     messages: list[Message] = (
         [{"role": "user", "content": prompt}]
         if isinstance(prompt, str)
         else list(cast(Sequence[Message], prompt))
     )
+    if not messages:
+        raise PromptError("the prompt is empty: it has no messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise PromptError(f"a message must be an object with role and content, got {message!r}")
     if options.system_prompt is not None:
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
     prefix = options.response_prefix or ""
     if options.allow_special_tokens:
-        return tokenizer.encode(
-            _render(tokenizer, messages, options) + prefix, add_special_tokens=False
-        )
+        return _encode(tokenizer, _render(tokenizer, messages, options) + prefix)
     return _encode_with_literals(tokenizer, messages, prefix, options)
 
 
@@ -88,7 +103,7 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> t
     """
     ids = []
     for text in texts:
-        if len(encoded := tokenizer.encode(text, add_special_tokens=False)) != 1:
+        if len(encoded := _encode(tokenizer, text)) != 1:
             raise PromptError(f"{text!r} is not one token of this checkpoint but {len(encoded)}")
         ids.append(encoded[0])
     return tuple(ids)
@@ -97,45 +112,80 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> t
 def _encode_with_literals(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], prefix: str, options: PromptOptions
 ) -> list[int]:
-    """Marks, in all contents, what could begin a special token; marked, it begins none.
+    """Marks, in all contents, what could begin or end a special token; one between two marks is
+    text.
 
-    The mark stands before the character, so that a template that strips old thoughts still finds
-    the markers of them, and a token that a template joins from two contents still begins with one.
+    The marks stand outside of the token, so that a template that strips old thoughts still finds
+    them, and a token that a template joins from two contents has both marks. The two tokens around
+    a thought have one mark each, on the side of the thought, so that it goes with it: one that
+    stayed would make a message that is only a thought look like one that is not empty.
     """
     specials = special_tokens(tokenizer)
-    starts = "".join(sorted({token[0] for token in specials}))
-    mark = _unused_character(
-        [messages, prefix, options.chat_template_config, getattr(tokenizer, "chat_template", "")]
+    starts, ends = {token[0] for token in specials}, {token[-1] for token in specials}
+    template = getattr(tokenizer, "chat_template", "")
+    begin, end = _unused_characters(
+        [messages, prefix, options.chat_template_config, template, specials]
     )
-    begin = re.compile(f"[{re.escape(starts)}]") if starts else None
 
     def literal(value: Any) -> Any:
         if isinstance(value, str):
-            return begin.sub(lambda match: mark + match[0], value) if begin else value
+            marked = "".join(begin * (c in starts) + c + end * (c in ends) for c in value)
+            return marked.replace(begin + THOUGHT_BEGIN, THOUGHT_BEGIN).replace(
+                THOUGHT_END + end, THOUGHT_END
+            )
         if isinstance(value, Mapping):
             return {
-                key if key in _KEYWORDS else literal(key): item
-                if key in _KEYWORDS
-                else literal(item)
+                word(key): word(item) if key in _KEYWORDS else literal(item)
                 for key, item in value.items()
             }
         return [literal(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    safe = [
-        {key: item if key == "role" else literal(item) for key, item in message.items()}
-        for message in messages
-    ]
-    rendered = _render(tokenizer, safe, options) + literal(prefix)
+    def word(value: Any) -> Any:
+        return value if isinstance(value, str) and value.isidentifier() else literal(value)
+
+    rendered = _render(tokenizer, [literal(message) for message in messages], options)
     longest_first = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
+    pieces = re.split(f"({longest_first})" if specials else "(?!)", rendered + literal(prefix))
     ids: list[int] = []
-    for piece in (
-        re.split(f"((?<!{mark})(?:{longest_first}))", rendered) if specials else [rendered]
-    ):
-        if piece in specials:
-            ids.append(specials[piece])
-        elif text := piece.replace(mark, ""):
-            ids.extend(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-    return ids
+    text = ""  # between two special tokens
+
+    def encode_text() -> list[int]:
+        unmarked = text.replace(begin, "").replace(end, "")
+        return _encode(tokenizer, unmarked, split_special_tokens=True) if unmarked else []
+
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            text += piece
+            continue
+        has_begin = piece == THOUGHT_BEGIN or pieces[i - 1].endswith(begin)
+        has_end = piece == THOUGHT_END or pieces[i + 1].startswith(end)
+        if has_begin and has_end:
+            text += piece
+        else:
+            ids += [*encode_text(), specials[piece]]
+            text = ""
+    return ids + encode_text()
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    add_special_tokens: bool = False,
+    split_special_tokens: bool = False,
+) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt is not Unicode text: {error}; was it typed or piped in something else "
+            "than UTF-8?"
+        ) from error
+    return list(
+        tokenizer.encode(
+            text, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens
+        )
+    )
 
 
 def _render(
@@ -146,11 +196,6 @@ def _render(
             "this checkpoint has no chat template; "
             "give the prompt as raw text (--ignore-chat-template)"
         )
-    if not messages:
-        raise PromptError("the prompt is empty: it has no messages")
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise PromptError(f"a message must be an object with role and content, got {message!r}")
     variables = {"enable_thinking": options.thinking, **options.chat_template_config}
     try:
         return str(
@@ -161,16 +206,18 @@ def _render(
                 **variables,
             )
         )
-    except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+    except _TEMPLATE_ERRORS as error:
         raise PromptError(
             f"the checkpoint's chat template refuses these messages: {error}"
         ) from error
 
 
-def _unused_character(values: Any) -> str:
+def _unused_characters(values: Any) -> tuple[str, str]:
     text = repr(values)
-    # Private use characters: no template strips them, and repr may spell them as an escape.
-    for code in range(0xE000, 0xF8FF):
-        if chr(code) not in text and f"\\u{code:04x}" not in text:
-            return chr(code)
-    raise PromptError("the prompt uses every private character of Unicode")
+    # Egyptian hieroglyphs: no template strips them or changes their case, and repr does not spell
+    # them as an escape where a template writes a whole list or object.
+    for code in range(0x13000, 0x13400, 2):
+        pair = chr(code), chr(code + 1)
+        if not any(c in text for c in pair):
+            return pair
+    raise PromptError("the prompt uses every Egyptian hieroglyph; one has to be left for us")

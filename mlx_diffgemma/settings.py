@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -88,7 +89,7 @@ class GenerationSettings:
             )
             if (
                 not number
-                or not math.isfinite(value)
+                or not abs(value) <= sys.float_info.max  # a whole number may be beyond any float
                 or value < low
                 or value > high
                 or (strict and value == low)
@@ -165,6 +166,8 @@ class GenerationSettings:
     def from_dict(cls, raw: Raw, *, where: str) -> GenerationSettings:
         """Reads generation_config.json. A sampler other than the entropy-bound one is refused."""
         sampler = raw.get("sampler_config") or {}
+        if not isinstance(sampler, Mapping):
+            raise ConfigError(f"{where}: sampler_config must be an object, got {sampler!r}")
         name = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
         if name != "EntropyBoundSamplerConfig":
             raise ConfigError(

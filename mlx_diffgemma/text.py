@@ -11,9 +11,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .events import StepDone, Text
-from .prompt import special_tokens
+from .prompt import THOUGHT_BEGIN, THOUGHT_END, special_tokens
 
-_OPEN, _CLOSE = "<|channel>", "<channel|>"
 # Control tokens that belong to the answer: whoever runs tools needs to see them.
 _SHOWN = frozenset({"<|tool_call>", "<tool_call|>", '<|"|>'})
 
@@ -32,7 +31,7 @@ class TextStream:
         """`prompt` tells whether the template has left a thought open."""
         self._tokenizer = tokenizer
         specials = special_tokens(tokenizer)
-        self._open, self._close = specials.get(_OPEN), specials.get(_CLOSE)
+        self._open, self._close = specials.get(THOUGHT_BEGIN), specials.get(THOUGHT_END)
         self._hidden = {token_id for token, token_id in specials.items() if token not in _SHOWN}
         self._ends = frozenset(eos_token_ids)
         self._ended = False
@@ -61,7 +60,7 @@ class TextStream:
             elif token == self._close:
                 pieces += self._flush(final=True)
                 self._enter("answer")
-            elif token not in self._hidden:
+            elif token not in self._hidden and self._spelling(token) is not None:
                 self._ids.append(token)
         return pieces + self._flush(final=self._ended)
 
@@ -102,10 +101,12 @@ class TextStream:
         return text if final else text.rstrip("\ufffd")
 
     def _is_byte(self, token: int) -> bool:
-        return (
-            re.fullmatch(r"<0x[0-9A-F]{2}>", str(self._tokenizer.convert_ids_to_tokens(token)))
-            is not None
-        )
+        return re.fullmatch(r"<0x[0-9A-F]{2}>", self._spelling(token) or "") is not None
+
+    def _spelling(self, token: int) -> str | None:
+        """As in the vocabulary; None for an id of the model that the tokenizer does not have."""
+        spelling = self._tokenizer.convert_ids_to_tokens(token)
+        return None if spelling is None else str(spelling)
 
 
 def draft_pieces(

@@ -31,6 +31,32 @@ def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
       WeightsError: if a tensor is missing, unknown, or has the wrong shape or type; nothing is
       loaded then.
     """
+    tensors, sources, packed = fit_weights(model, config, folder)
+    expected = dict(tree_flatten(model.parameters()))
+    as_float32 = set()
+    if mx.default_device() == mx.cpu:
+        as_float32 = {name for name in tensors if name.rpartition(".")[0] not in packed}
+    for name, array in _read(tensors, sources, as_float32):
+        module, _, leaf = name.rpartition(".")
+        _owner(model, module)[leaf] = array
+        expected.pop(name)
+    assert not expected, f"not filled: {sorted(expected)}"
+    # Everything must be real before it is used: lazy slices handed to gathered products have read
+    # as zeros.
+    mx.eval(model.parameters())
+
+
+def fit_weights(
+    model: nn.Module, config: ModelConfig, folder: Path
+) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, Quantization]]:
+    """Checks a folder against the model from headers alone, and packs the modules that come packed.
+
+    Returns:
+      Tensors under our names, our name -> source name, and module path -> its packing.
+
+    Raises:
+      WeightsError: if a tensor is missing, unknown, or has the wrong shape or type.
+    """
     tensors, sources = _used(read_headers(folder))
     packed = _packed_modules(tensors, config)
     if packed:
@@ -43,19 +69,8 @@ def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
                 else False
             ),
         )
-    expected = dict(tree_flatten(model.parameters()))
-    _check_fit(tensors, expected, packed)
-    as_float32 = set()
-    if mx.default_device() == mx.cpu:
-        as_float32 = {name for name in tensors if name.rpartition(".")[0] not in packed}
-    for name, array in _read(tensors, sources, as_float32):
-        module, _, leaf = name.rpartition(".")
-        _owner(model, module)[leaf] = array
-        expected.pop(name)
-    assert not expected, f"not filled: {sorted(expected)}"
-    # Everything must be real before it is used: lazy slices handed to gathered products have read
-    # as zeros.
-    mx.eval(model.parameters())
+    _check_fit(tensors, dict(tree_flatten(model.parameters())), packed)
+    return tensors, sources, packed
 
 
 def _used(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -169,7 +184,10 @@ def _read(
     for name, info in tensors.items():
         by_file.setdefault(info.file, []).append(name)
     for file, names in by_file.items():
-        lazy = cast(dict[str, mx.array], mx.load(str(file)))
+        try:
+            lazy = cast(dict[str, mx.array], mx.load(str(file)))
+        except RuntimeError as error:  # such as a type unknown to MLX, in a tensor that is ignored
+            raise WeightsError(f"{file} cannot be read: {error}") from error
         group: list[tuple[str, mx.array]] = []
         held = 0
         for name in sorted(names, key=lambda n: tensors[n].start):

@@ -1,0 +1,299 @@
+"""Puts deliberate faults into a copy of the package, one at a time, and shows which test notices.
+
+usage: python tests/faults.py [WORD ...]     only faults whose name holds one of the words
+
+Exits 1 if a fault goes unnoticed. Needs torch, for the parity tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL, LOGITS = "tests/test_model.py", "tests/parity/test_logits.py"
+LOOP, TRAJECTORY = "tests/test_loop.py", "tests/parity/test_trajectory.py"
+SAMPLER, PARITY_SAMPLER = "tests/test_sampler.py", "tests/parity/test_sampler.py"
+SCHEDULE, STOPPING = "tests/test_schedule.py", "tests/test_stopping.py"
+NOISE = "tests/test_noise.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`before`, which stands in `file` exactly once, becomes `after`."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    Fault(
+        "router input: routes on the normed residual",
+        "model/diffusion_gemma.py",
+        "*self.router(flat)",
+        "*self.router(self.pre_feedforward_layernorm_2(flat))",
+        (LOGITS,),
+    ),
+    Fault(
+        "value norm: left out",
+        "model/attention.py",
+        "v = unit_rms(v, self.eps).swapaxes(1, 2)",
+        "v = v.swapaxes(1, 2)",
+        (LOGITS,),
+    ),
+    Fault(
+        "value norm: full layers take the normed key",
+        "model/attention.py",
+        'if "v_proj" in self else k\n',
+        'if "v_proj" in self else self.k_norm(k)\n',
+        (LOGITS,),
+    ),
+    Fault(
+        "proportional rope: exponents over the rotating part",
+        "model/rope.py",
+        "/ np.float32(head_dim)",
+        "/ np.float32(2 * rotating)",
+        (MODEL,),
+    ),
+    Fault(
+        "window edge: a query sees one place more",
+        "model/masks.py",
+        "(key > query - window)",
+        "(key >= query - window)",
+        (MODEL,),
+    ),
+    Fault(
+        "window edge: the canvas sees one place more",
+        "model/diffusion_gemma.py",
+        "(text.sliding_window - 1)",
+        "text.sliding_window",
+        (LOGITS,),
+    ),
+    Fault(
+        "self-conditioning norm: left out in the first step",
+        "model/self_conditioning.py",
+        "return unit_rms(embeddings, self.eps)",
+        "return embeddings if soft is None else unit_rms(embeddings, self.eps)",
+        (MODEL,),
+    ),
+    Fault(
+        "self-conditioning norm: in the encoder too",
+        "model/diffusion_gemma.py",
+        "x, layers = self._embed(tokens), []",
+        "x, layers = self.model.decoder.self_conditioning(self._embed(tokens), None), []",
+        (LOGITS,),
+    ),
+    Fault(
+        "self-conditioning: the soft embedding is not scaled",
+        "model/diffusion_gemma.py",
+        "return self._scale_embedding(soft)",
+        "return soft",
+        (MODEL,),
+    ),
+    Fault(
+        "self-conditioning: never comes back",
+        "loop.py",
+        "soft = None if before.logits is None else model.soft_embedding(before.logits)",
+        "soft = None",
+        (LOOP,),
+    ),
+    Fault(
+        "acceptance rule: counts a position's own entropy",
+        "sampler.py",
+        "mx.cumsum(ascending, axis=-1) - ascending",
+        "mx.cumsum(ascending, axis=-1)",
+        (SAMPLER,),
+    ),
+    Fault(
+        "acceptance rule: ranks by order instead of its inverse",
+        "sampler.py",
+        "rank = mx.argsort(order, axis=-1)",
+        "rank = order",
+        (SAMPLER,),
+    ),
+    Fault(
+        "acceptance rule: accepted positions are frozen",
+        "loop.py",
+        "canvas=mx.where(frozen, before.canvas, decision.canvas)",
+        "canvas=mx.where(frozen, before.canvas, mx.where(decision.accepted, proposal, "
+        "before.canvas))",
+        (LOOP,),
+    ),
+    Fault(
+        "commit: forgotten",
+        "loop.py",
+        "context = model.commit(mx.array(committed), context)",
+        "pass",
+        (LOOP,),
+    ),
+    Fault(
+        "commit: encoded with the decoder's layer scalars",
+        "model/diffusion_gemma.py",
+        "scalars[i].layer_scalar",
+        "layer.layer_scalar",
+        (LOGITS,),
+    ),
+    Fault(
+        "commit: the proposal instead of the draft",
+        "loop.py",
+        "np.array(last.draft)[:, : self.left]",
+        "np.array(last.canvas)[:, : self.left]",
+        (LOOP,),
+    ),
+    Fault(
+        "canvas position: one too late",
+        "model/diffusion_gemma.py",
+        "x, _ = layer(x, past, mask, context.position, layer.layer_scalar)",
+        "x, _ = layer(x, past, mask, context.position + 1, layer.layer_scalar)",
+        (LOGITS,),
+    ),
+    Fault(
+        "padding: visible to the canvas",
+        "model/masks.py",
+        "return (key >= padding[:, None])[:, None, None]",
+        "return (key >= 0 * padding[:, None])[:, None, None]",
+        (MODEL,),
+    ),
+    Fault(
+        "padding: counts as positions",
+        "model/context.py",
+        "return self.length if self.padding is None else self.length - self.padding",
+        "return self.length",
+        (MODEL,),
+    ),
+    Fault(
+        "experts: gate and up change places",
+        "model/experts.py",
+        "geglu(gate, up)",
+        "geglu(up, gate)",
+        (MODEL,),
+    ),
+    Fault(
+        "experts: sorted rows are not put back",
+        "model/experts.py",
+        "out = out[mx.argsort(order)]",
+        "out = out[order]",
+        (MODEL,),
+    ),
+    Fault(
+        "router: weights without the expert's own scale",
+        "model/experts.py",
+        "weights * self.per_expert_scale[chosen]",
+        "weights",
+        (MODEL,),
+    ),
+    Fault(
+        "softcap: left out",
+        "model/diffusion_gemma.py",
+        "return mx.tanh(logits / cap) * cap",
+        "return logits",
+        (LOGITS,),
+    ),
+    Fault(
+        "temperature: one step too cold",
+        "schedule.py",
+        "return (steps - step) / steps",
+        "return (steps - step - 1) / steps",
+        (SCHEDULE,),
+    ),
+    Fault(
+        "stop rule: stable is enough",
+        "stopping.py",
+        "settled = entropy.mean(axis=-1) < confidence_threshold",
+        "settled = entropy.mean(axis=-1) < 1e9",
+        (STOPPING,),
+    ),
+    Fault(
+        "stop rule: most positions are enough",
+        "stopping.py",
+        "(draft == previous).all(axis=-1)",
+        "(draft == previous).any(axis=-1)",
+        (STOPPING,),
+    ),
+    Fault(
+        "rows: a settled one moves on",
+        "loop.py",
+        "draft = mx.where(frozen, before.draft, draft)",
+        "draft = mx.where(frozen, draft, draft)",
+        (LOOP,),
+    ),
+    Fault(
+        "rows: all draw from one key",
+        "noise.py",
+        "[self.seed + row, self.attempt, *draw]",
+        "[self.seed, self.attempt, *draw]",
+        (NOISE,),
+    ),
+    Fault(
+        "end token: what follows it stays",
+        "loop.py",
+        "tokens = np.where(keep, tokens, self.settings.pad_token_id).astype(np.int32)",
+        "tokens = tokens.astype(np.int32)",
+        (LOOP,),
+    ),
+)
+
+
+def run(copy: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether the tests pass, and otherwise the first that fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests],
+        cwd=copy,
+        # No bytecode: its time stamps are too coarse for files that change within a second.
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return True, ""
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or not found:  # 1: tests ran and some failed
+        raise SystemExit(f"pytest could not run {tests}:\n{done.stdout}\n{done.stderr}")
+    return False, found[1]
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    faults = [f for f in FAULTS if not words or any(word in f.name for word in words)]
+    survivors = 0
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignore = shutil.ignore_patterns("__pycache__", ".pytest_cache")
+        for name in ("mlx_diffgemma", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        used = tuple(sorted({test for fault in faults for test in fault.tests}))
+        passes, failing = run(copy, used)
+        if not passes:
+            raise SystemExit(f"{failing} fails without any fault; nothing can be learned")
+        print("| fault | noticed by | seconds |\n|---|---|---|", flush=True)
+        for fault in faults:
+            path = copy / "mlx_diffgemma" / fault.file
+            source = path.read_text()
+            if (count := source.count(fault.before)) != 1:
+                raise SystemExit(
+                    f"{fault.name}: {fault.before!r} stands {count} times in {fault.file}"
+                )
+            started = time.perf_counter()
+            path.write_text(source.replace(fault.before, fault.after))
+            passes, failing = run(copy, fault.tests)
+            path.write_text(source)
+            survivors += passes
+            seconds = time.perf_counter() - started
+            print(f"| {fault.name} | {failing or 'NOTHING'} | {seconds:.0f} |", flush=True)
+    print(f"\n{len(faults) - survivors} of {len(faults)} faults noticed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
