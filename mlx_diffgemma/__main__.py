@@ -2,6 +2,7 @@
 
 import typer
 
+from .cli.convert import convert
 from .cli.generate import generate
 from .cli.info import info
 
@@ -15,6 +16,7 @@ def main() -> None:
     )
     app.command()(generate)
     app.command()(info)
+    app.command()(convert)
     app(prog_name="python -m mlx_diffgemma")
 
 

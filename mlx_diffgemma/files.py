@@ -106,8 +106,8 @@ def _download(repo: str, revision: str | None, folder: Path, patterns: tuple[str
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise SourceError(
-            f"no folder {repo}; as a Hub repository{at} it is not, or not whole, in the local cache, "
-            f"and the Hub cannot be reached"
+            f"no folder {repo}; as a Hub repository{at} it is not, or not whole, in the local "
+            f"cache, and the Hub cannot be reached"
             f"{' (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else ''}"
         ) from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:

@@ -142,7 +142,7 @@ class GenerationSettings:
                 f"top_candidates {top} is more than the {vocab_size} tokens there are"
             )
         extra = tuple(self.extra_eos_token_ids)
-        if bad := [token for token in extra if not 0 <= token < vocab_size]:
+        if bad := [t for t in extra if not isinstance(t, int) or not 0 <= t < vocab_size]:
             raise ConfigError(f"extra end tokens {bad} are outside the vocabulary of {vocab_size}")
         return ResolvedSettings(
             max_new_tokens=pick("max_new_tokens"),

@@ -552,7 +552,7 @@ PLACES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(PLACES, VALUES), min_size=1, max_size=3))
 def test_any_value_in_any_key_is_read_or_refused_in_one_line(changes):
     top, generation = copy.deepcopy(CONFIG), copy.deepcopy(GENERATION)

@@ -190,7 +190,7 @@ CORRUPTION = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(CORRUPTION, min_size=1, max_size=4))
 @example([("flip", 7, 255)])
 def test_random_damage_is_refused_or_leaves_a_header_that_covers_the_file(damage):
@@ -232,7 +232,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.dictionaries(st.text(max_size=3), ENTRY | JSON, max_size=3))
 def test_any_json_is_refused_or_parsed(header):
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,292 @@
+"""Headers only -> the list of moves. Proves that every source and every target is covered once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import metadata
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_diffgemma.config import ModelConfig, Quantization, read_json
+from mlx_diffgemma.errors import ConfigError, WeightsError
+from mlx_diffgemma.headers import TYPES
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.names import part_of
+
+from .recipe import Recipe
+from .sources import Checkpoint, Source
+
+SHARD_BYTES = 5_000_000_000
+SLICE_BYTES = 64 << 20  # of float32, read at a time
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DEFAULT_DTYPE = "bfloat16"
+_FORMAT = 1  # of plans and journals
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor to write."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * TYPES[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One source tensor on its way to one, two or three outputs: weight, scales, biases."""
+
+    target: str
+    source: Source
+    setting: Quantization | None
+    outputs: tuple[Output, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.source.shape[0] if self.source.shape else 1  # a scalar is one row
+
+    @property
+    def rows_at_a_time(self) -> int:
+        row_bytes = 4 * math.prod(self.source.shape[1:])
+        return max(1, SLICE_BYTES // max(1, row_bytes))
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(info.nbytes for info in self.source.infos)
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.source.shape)
+
+    @property
+    def part(self) -> str:
+        return part_of(self.target)
+
+    def describe(self) -> str:
+        if self.setting is None:
+            return self.outputs[0].dtype
+        s = self.setting
+        return f"{s.bits}-bit {s.mode} g{s.group_size}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a conversion will do, before it does any of it."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe | None
+    dtype: str
+    shards: tuple[tuple[Move, ...], ...]
+    config: Mapping[str, Any]  # config.json of the result
+    left: tuple[str, ...]  # modules that the recipe could not divide
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        return tuple(move for shard in self.shards for move in shard)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(output.nbytes for move in self.moves for output in move.outputs)
+
+    @property
+    def shard_names(self) -> tuple[str, ...]:
+        count = len(self.shards)
+        if count == 1:
+            return ("model.safetensors",)
+        return tuple(f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+
+    def digest(self) -> str:
+        """Equal where a conversion would give the same bytes."""
+        facts = {
+            "format": _FORMAT,
+            "versions": versions(),
+            "config": self.config,
+            "recipe": self.recipe.as_object() if self.recipe else None,
+            "dtype": self.dtype,
+            "source": {
+                name: [info.file.name, info.dtype, info.shape, info.start]
+                for name, info in self.checkpoint.stored.items()
+            },
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What the bytes of a result depend on."""
+    return {name: metadata.version(name) for name in ("mlx", "mlx-diffgemma")}
+
+
+def make_plan(
+    checkpoint: Checkpoint, *, recipe: Recipe | None, dtype: str | None, dequantize: bool
+) -> Plan:
+    """Every move, in the order in which the source lies on disk.
+
+    Raises:
+      DiffGemmaError: if the request makes no sense for this source, or does not fit it.
+    """
+    if recipe is not None and dequantize:
+        raise ConfigError("packing and unpacking exclude each other: -q or --dequantize")
+    if checkpoint.layout == "mlx" and recipe is None and not dequantize:
+        raise ConfigError(
+            f"{checkpoint.folder} is packed already; -q packs it anew, --dequantize unpacks it"
+        )
+    if checkpoint.layout == "bf16" and dequantize:
+        raise ConfigError(f"{checkpoint.folder} is not packed, so there is nothing to dequantize")
+    dtype = dtype or DEFAULT_DTYPE
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    plain = {k: v for k, v in checkpoint.config.items() if not k.startswith("quantization")}
+    generation = checkpoint.folder / "generation_config.json"
+    config = ModelConfig.from_dict(
+        plain,
+        read_json(generation) if generation.is_file() else None,
+        where=str(checkpoint.folder / "config.json"),
+    )
+    _check_targets(checkpoint, config)
+    if recipe is not None:
+        _check_patterns(checkpoint, recipe)
+    moves: list[Move] = []
+    left: list[str] = []
+    for target, source in checkpoint.tensors.items():
+        setting = _setting(target, source, recipe, left)
+        moves.append(Move(target, source, setting, _outputs(target, source, setting, dtype)))
+    return Plan(
+        checkpoint,
+        recipe,
+        dtype,
+        _shards(moves),
+        _result_config(plain, config, moves, dtype),
+        tuple(left),
+    )
+
+
+def _check_targets(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Every parameter of the model has one source of its shape; vision comes along unchecked."""
+    expected = dict(tree_flatten(DiffusionGemma(config).parameters()))
+    text = {name for name in checkpoint.tensors if part_of(name) != "vision"}
+    if missing := sorted(set(expected) - text):
+        raise WeightsError(
+            f"tensor {missing[0]} is missing in {checkpoint.folder}, "
+            f"expected shape {list(expected[missing[0]].shape)}"
+        )
+    if extra := sorted(text - set(expected)):
+        raise WeightsError(f"tensor {extra[0]} is there, but the config describes none such")
+    for name, parameter in expected.items():
+        if (shape := checkpoint.tensors[name].shape) != tuple(parameter.shape):
+            raise WeightsError(f"{name} has shape {list(shape)}, expected {list(parameter.shape)}")
+    used = [i for source in checkpoint.tensors.values() for i in source.infos]
+    # By place, not by name: two names for the same bytes would be a lie of the header.
+    assert len(used) + len(checkpoint.ignored) == len(checkpoint.stored)
+
+
+def _check_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """A rule that no module can ever meet is a slip of the pen."""
+    modules = [
+        name.rpartition(".")[0]
+        for name, source in checkpoint.tensors.items()
+        if _can_be_packed(name, source)
+    ]
+    for rule in recipe.rules:
+        if not any(fnmatchcase(module, rule.pattern) for module in modules):
+            raise ConfigError(
+                f"recipe {recipe.name}: pattern {rule.pattern!r} matches no module that can be "
+                f"packed, such as {modules[0]}"
+            )
+
+
+def _can_be_packed(target: str, source: Source) -> bool:
+    return target.endswith(".weight") and len(source.shape) >= 2 and part_of(target) != "vision"
+
+
+def _setting(
+    target: str, source: Source, recipe: Recipe | None, left: list[str]
+) -> Quantization | None:
+    if recipe is None or not _can_be_packed(target, source):
+        return None
+    module = target.removesuffix(".weight")
+    rule = recipe.rule(module)
+    if rule is None or rule.setting is None:
+        return None
+    setting = rule.setting
+    width = source.shape[-1]
+    # Rows of packed words must end on a word as well.
+    if width % setting.group_size == 0 and width * setting.bits % 32 == 0:
+        return setting
+    if rule.named:
+        raise ConfigError(
+            f"groups of {setting.group_size} at {setting.bits} bits do not divide {module}, "
+            f"which is {width} wide"
+        )
+    left.append(module)
+    return None
+
+
+def _outputs(
+    target: str, source: Source, setting: Quantization | None, dtype: str
+) -> tuple[Output, ...]:
+    if setting is None:
+        return (Output(target, DTYPES[dtype], source.shape),)
+    module = target.removesuffix(".weight")
+    *rows, width = source.shape
+    groups = (*rows, width // setting.group_size)
+    is_affine = setting.mode == "affine"
+    packed = [
+        Output(target, "U32", (*rows, width * setting.bits // 32)),
+        Output(f"{module}.scales", DTYPES[dtype] if is_affine else "U8", groups),
+    ]
+    if is_affine:
+        packed.append(Output(f"{module}.biases", DTYPES[dtype], groups))
+    return tuple(packed)
+
+
+def _shards(moves: list[Move]) -> tuple[tuple[Move, ...], ...]:
+    shards: list[list[Move]] = [[]]
+    filled = 0
+    for move in moves:
+        nbytes = sum(output.nbytes for output in move.outputs)
+        if shards[-1] and filled + nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(move)
+        filled += nbytes
+    return tuple(tuple(shard) for shard in shards)
+
+
+def _result_config(
+    raw: Mapping[str, Any], config: ModelConfig, moves: list[Move], dtype: str
+) -> dict[str, Any]:
+    """The source's config.json with both spellings of head sizes, and the packing per module."""
+    full = next(layer for layer in config.text.layers if not layer.is_sliding)
+    text = {
+        **raw["text_config"],
+        "global_head_dim": full.head_dim,
+        "num_global_key_value_heads": full.num_key_value_heads,
+    }
+    result = {**raw, "text_config": text, "dtype": dtype}
+    packed = {m.target.removesuffix(".weight"): m.setting for m in moves if m.setting is not None}
+    if packed:
+        experts = [setting for path, setting in packed.items() if ".experts." in path]
+        default = experts[0] if experts else next(iter(packed.values()))
+        block: dict[str, Any] = {
+            "group_size": default.group_size,
+            "bits": default.bits,
+            "mode": default.mode,
+        }
+        for path, setting in packed.items():
+            if setting != default:
+                block[path] = {"group_size": setting.group_size, "bits": setting.bits}
+                if setting.mode != "affine":  # an entry without a mode is affine
+                    block[path]["mode"] = setting.mode
+        result["quantization"] = block
+        result["quantization_config"] = block
+    return result

@@ -1,0 +1,213 @@
+"""Reopens a result and proves it: names, shapes, checksums, sources, errors, and one denoise
+step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.errors import DiffGemmaError, SourceError, WeightsError
+from mlx_diffgemma.headers import TensorInfo, read_headers
+from mlx_diffgemma.load import load_model, load_tokenizer
+from mlx_diffgemma.memory import needed_bytes, recommended_bytes
+from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.names import part_of
+from mlx_diffgemma.weights import fit_weights
+
+from .sources import open_checkpoint
+from .write import PROVENANCE, digest_of, squared_error
+
+_CHUNK = 8 << 20
+_ROWS = 64  # of a tensor, compared with the source
+_CANVAS = 16
+_FITS = 0.8  # of the memory that the device recommends
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` has seen to hold, one line each, and what it could not look at."""
+
+    folder: Path
+    tensors: int
+    nbytes: int
+    errors: dict[str, float]  # part -> relative error against the source, on a sample of rows
+    notes: tuple[str, ...]
+
+
+def verify(
+    mlx_path: str | Path, *, progress: Callable[[int, int, str], None] | None = None
+) -> Verified:
+    """Checks a finished conversion against its own record, the config, and the source.
+
+    Raises:
+      DiffGemmaError: one line that names the first thing that is wrong.
+    """
+    try:
+        folder = Path(mlx_path).expanduser()
+    except RuntimeError as error:  # nobody's home
+        raise SourceError(f"{mlx_path}: {error}") from error
+    try:
+        return _verify(folder, progress)
+    except OSError as error:
+        raise SourceError(f"{error.filename or folder}: {error.strerror}") from error
+
+
+def _verify(folder: Path, progress: Callable[[int, int, str], None] | None) -> Verified:
+    record = _record(folder)
+    _check_files(folder, record)
+    tensors = read_headers(folder)
+    _check_headers(folder, record, tensors)
+    config = ModelConfig.from_folder(folder)
+    fit_weights(DiffusionGemma(config), config, folder)  # what loading would refuse is refused here
+    _check_sums(record, tensors, progress)
+    _check_sources(record)
+    errors, notes = _against_source(folder, record)
+    notes.append(_one_step(folder, config, tensors))
+    if {"tokenizer.json", "tokenizer.model"} & set(record["files"]):
+        load_tokenizer(folder)
+    else:
+        notes.append("it has no tokenizer, as its source had none; only the model can be loaded")
+    return Verified(
+        folder, len(tensors), sum(i.nbytes for i in tensors.values()), errors, tuple(notes)
+    )
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / PROVENANCE
+    if not path.is_file():
+        raise WeightsError(
+            f"{folder} has no {PROVENANCE}: it is no finished result of this program"
+        )
+    try:
+        record = json.loads(path.read_bytes())
+        intact = isinstance(record, dict) and record.get("digest") == digest_of(record)
+    except ValueError:
+        intact = False
+    if not intact:
+        raise WeightsError(f"{path} is damaged: its contents do not match its own digest")
+    return record
+
+
+def _check_files(folder: Path, record: dict[str, Any]) -> None:
+    for name, expected in record["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise WeightsError(f"{path} is missing")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise WeightsError(f"{path} is not what was written: its checksum differs")
+    for name, expected in record["shards"].items():
+        path = folder / name
+        if not path.is_file():
+            raise WeightsError(f"{path} is missing")
+        if _header_sum(path) != expected:
+            raise WeightsError(f"{path} is not what was written: its header differs")
+    known = {*record["files"], *record["shards"], PROVENANCE}
+    if extra := sorted(
+        path.name for path in folder.glob("*.safetensors") if path.name not in known
+    ):
+        raise WeightsError(f"{folder / extra[0]} was not written by the conversion")
+
+
+def _header_sum(path: Path) -> str:
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        size = path.stat().st_size
+        return hashlib.sha256(prefix + file.read(min(length, size))).hexdigest()
+
+
+def _check_headers(folder: Path, record: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    if set(tensors) != set(record["tensors"]):
+        odd = sorted(set(tensors) ^ set(record["tensors"]))[0]
+        state = "there, but not recorded" if odd in tensors else "recorded, but not there"
+        raise WeightsError(f"{folder}: {odd} is {state}")
+    for name, info in tensors.items():
+        entry = record["tensors"][name]
+        found = (info.file.name, info.dtype, list(info.shape))
+        expected = (entry["shard"], entry["dtype"], entry["shape"])
+        if found != expected:
+            raise WeightsError(f"{info.file}: {name} is {found}, recorded as {expected}")
+
+
+def _check_sums(
+    record: dict[str, Any],
+    tensors: dict[str, TensorInfo],
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    total, done = sum(info.nbytes for info in tensors.values()), 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)):
+        digest = hashlib.sha256()
+        with info.file.open("rb") as file:
+            file.seek(info.start)
+            left = info.nbytes
+            while left and (chunk := file.read(min(left, _CHUNK))):
+                digest.update(chunk)
+                left -= len(chunk)
+        if digest.hexdigest() != record["tensors"][name]["sha256"]:
+            raise WeightsError(f"{info.file}: the bytes of {name} are not those that were written")
+        done += info.nbytes
+        if progress is not None:
+            progress(done, total, name)
+
+
+def _check_sources(record: dict[str, Any]) -> None:
+    used = {name for entry in record["tensors"].values() for name in entry["from"]}
+    accounted = len(used) + len(record["ignored"])
+    if accounted != record["source_tensors"] or used & set(record["ignored"]):
+        raise WeightsError(
+            f"of {record['source_tensors']} source tensors, {accounted} are accounted for"
+        )
+
+
+def _against_source(folder: Path, record: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """Relative error by part on some rows of every tensor, where the source is still at hand."""
+    source = Path(record["source"]["path"]).expanduser()
+    if not source.is_dir():
+        return {}, ["the source is not at hand: errors against it were not measured"]
+    try:
+        before = open_checkpoint(source)
+    except DiffGemmaError as error:
+        return {}, [f"errors were not measured: {error}"]
+    after = open_checkpoint(folder)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, tensor in after.tensors.items():
+        if name not in before.tensors or before.tensors[name].shape != tensor.shape:
+            return {}, [f"errors were not measured: {source} has changed at {name}"]
+        rows = tensor.shape[0] if tensor.shape else 1
+        take = min(rows, max(1, _ROWS // max(1, math.prod(tensor.shape[1:-1]))))
+        for start in sorted({0, (rows - take) // 2, rows - take}):
+            difference, value = squared_error(
+                before.tensors[name].read(start, start + take), tensor.read(start, start + take)
+            )
+            sums[part_of(name)][0] += difference
+            sums[part_of(name)][1] += value
+    return {part: math.sqrt(d / v) if v else 0.0 for part, (d, v) in sums.items()}, []
+
+
+def _one_step(folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> str:
+    canvas_length = min(_CANVAS, config.canvas_length)
+    loaded = sum(info.nbytes for info in tensors.values())
+    if mx.default_device() == mx.cpu:  # what is not packed becomes float32 there
+        loaded += sum(
+            i.nbytes for n, i in tensors.items() if i.dtype == "BF16" and ".scales" not in n
+        )
+    needed = needed_bytes(config.text, loaded, 1, canvas_length)
+    if needed > _FITS * recommended_bytes():
+        return f"no denoise step was tried: it needs about {needed / 1e9:.1f} GB of memory"
+    model = load_model(folder)
+    context = model.prefill(mx.array([[0]]))
+    canvas = mx.arange(canvas_length)[None] % config.text.vocab_size
+    logits = np.array(model.denoise(canvas.astype(mx.int32), context))
+    if not np.isfinite(logits).all():
+        raise WeightsError(f"{folder}: one denoise step gave logits that are not finite")
+    return f"one denoise step of a canvas of {canvas_length} gave finite logits"

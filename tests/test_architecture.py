@@ -1,0 +1,254 @@
+"""The house rules that a machine can check: one direction of imports, light imports, one place for
+styling."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import mlx_diffgemma
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mlx_diffgemma"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# The reading order. A file imports only what stands before it.
+FLOW = (
+    "errors settings config events files prompt names headers memory info model weights load "
+    "schedule noise sampler stopping loop text generate report convert cli __main__ demo"
+).split()
+PARTS = {
+    "model": (
+        "layers rope masks context attention experts self_conditioning diffusion_gemma"
+    ).split(),
+    "cli": "options render render_convert convert generate info".split(),
+    "demo": [],
+}
+# `mlx_diffgemma.convert` lives in a folder of its own, which only an installation maps.
+MAP_FOLDERS = f"""
+import importlib.util, sys
+import mlx_diffgemma
+for name, folder in {PROJECT["tool"]["setuptools"].get("package-dir", {})!r}.items():
+    if importlib.util.find_spec(name) is None:
+        path = {str(ROOT)!r} + "/" + folder
+        spec = importlib.util.spec_from_file_location(
+            name, path + "/__init__.py", submodule_search_locations=[path]
+        )
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+"""
+
+
+@cache
+def packages() -> dict[str, Path]:
+    """Package name -> folder, as pyproject.toml has them."""
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = setuptools.get("package-dir", {})
+    return {
+        name: ROOT / folders.get(name, name.replace(".", "/")) for name in setuptools["packages"]
+    }
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Module name -> file, of all packages; a package's own file ends in `.__init__`."""
+    return {
+        f"{package}.{path.stem}": path
+        for package, folder in packages().items()
+        for path in sorted(folder.glob("*.py"))
+    }
+
+
+def imports(name: str) -> Iterator[str]:
+    """What a module imports, anywhere in it; not what is there for type checkers only."""
+
+    def walk(node: ast.AST) -> Iterator[ast.AST]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+    for node in walk(ast.parse(modules()[name].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = name.split(".")[: -node.level] if node.level else []
+            target = [*base, *(node.module or "").split(".")] if node.module else base
+            submodules = [".".join([*target, alias.name]) for alias in node.names]
+            inner = [module for module in submodules if module in modules()]
+            yield from inner or [".".join(target)]
+
+
+def rank(name: str) -> tuple[str, int, int]:
+    """(top-level name, its place in FLOW, place within that part; its __init__ comes last)."""
+    _, top, *rest = name.split(".")
+    parts = PARTS.get(top, [])
+    inner = parts.index(rest[0]) if rest and rest[0] in parts else len(parts)
+    return top, FLOW.index(top), inner
+
+
+def run(program: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_every_file_is_listed_in_the_flow():
+    tops = {name.split(".")[1] for name in modules()} - {"__init__"}
+    assert tops == set(FLOW) & tops, "list the new file in FLOW"
+    assert set(FLOW) - tops <= {"convert"}, "FLOW lists a file that is not there"
+    for part, files in PARTS.items():
+        found = {path.stem for path in packages()[f"mlx_diffgemma.{part}"].glob("*.py")}
+        assert found - {"__init__"} == set(files), f"list the new file in PARTS[{part!r}]"
+
+
+def test_imports_point_upstream():
+    for name in modules():
+        if name == "mlx_diffgemma.__init__":  # resolves the public names on first use
+            continue
+        for target in imports(name):
+            if target.split(".")[0] != "mlx_diffgemma" or target == "mlx_diffgemma":
+                continue
+            (top, place, inner), (other, other_place, other_inner) = rank(name), rank(target)
+            is_upstream = other_inner < inner if top == other else other_place < place
+            is_free = top == other and top not in PARTS
+            assert is_upstream or is_free, f"{name} imports {target}, which is downstream"
+
+
+def test_only_commands_import_the_converter():
+    for name in modules():
+        if name.split(".")[1] not in ("convert", "cli"):
+            assert not any(t.startswith("mlx_diffgemma.convert") for t in imports(name)), name
+
+
+def test_the_package_imports_neither_tests_nor_benchmarks():
+    for name in modules():
+        assert not {t.split(".")[0] for t in imports(name)} & {"tests", "bench", "convert"}, name
+
+
+def test_packages_of_the_project_are_those_on_disk():
+    on_disk = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")
+    }
+    mapped = set(PROJECT["tool"]["setuptools"].get("package-dir", {}))
+    assert set(packages()) == on_disk | mapped
+    assert all((folder / "__init__.py").is_file() for folder in packages().values())
+
+
+def test_every_module_imports():
+    names = [name.removesuffix(".__init__") for name in modules()]
+    run(f"{MAP_FOLDERS}\nfor name in {names!r}:\n    importlib.import_module(name)")
+
+
+def test_importing_the_package_and_its_commands_loads_nothing_heavy():
+    heavy = "mlx", "transformers", "torch", "tokenizers", "huggingface_hub", "jinja2", "numpy"
+    commands = [f"mlx_diffgemma.cli.{name}" for name in PARTS["cli"] if "render" not in name]
+    loaded = run(
+        f"import importlib, sys\nimport mlx_diffgemma, mlx_diffgemma.__main__\n"
+        f"for name in {commands!r}: importlib.import_module(name)\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_config_headers_and_info_read_a_checkpoint_without_mlx():
+    loaded = run(
+        "import sys\nfrom mlx_diffgemma.info import describe\n"
+        "from mlx_diffgemma.files import bundled_model\ndescribe(bundled_model())\n"
+        "print([name for name in ('mlx', 'transformers', 'torch') if name in sys.modules])"
+    )
+    assert loaded.strip() == "[]"
+
+
+def test_public_names_resolve_and_others_do_not():
+    for name in mlx_diffgemma.__all__:
+        assert callable(getattr(mlx_diffgemma, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        mlx_diffgemma.nonsense  # noqa: B018
+
+
+FIRST_IMPORTS = [
+    "import mlx_diffgemma",
+    "import mlx_diffgemma.generate, mlx_diffgemma.load",
+    "import mlx_diffgemma.load as name",
+    "from mlx_diffgemma.generate import BatchResponse",
+    "from mlx_diffgemma.load import load_tokenizer",
+    "from mlx_diffgemma import load, generate",
+    "from mlx_diffgemma import generate; import mlx_diffgemma.generate",
+    "import mlx_diffgemma.cli.generate",
+    "import importlib; importlib.import_module('mlx_diffgemma.generate')",
+    "from mlx_diffgemma import *",
+]
+
+
+def test_generate_and_load_stay_functions_whatever_is_imported_first():
+    run(
+        "import sys, types\n"
+        f"for statement in {FIRST_IMPORTS!r}:\n"
+        "    for name in [n for n in sys.modules if n.split('.')[0] == 'mlx_diffgemma']:\n"
+        "        del sys.modules[name]\n"
+        "    exec(statement, {})\n"
+        "    for _ in range(2):\n"
+        "        import mlx_diffgemma\n"
+        "        assert isinstance(mlx_diffgemma.generate, types.FunctionType), statement\n"
+        "        assert isinstance(mlx_diffgemma.load, types.FunctionType), statement\n"
+        "        import mlx_diffgemma.generate, mlx_diffgemma.load\n"
+    )
+
+
+def test_only_render_files_style_text():
+    for name, path in modules().items():
+        text = path.read_text()
+        styles = any(target.split(".")[0] == "rich" for target in imports(name))
+        styles |= any(code in text for code in ("\x1b", "\\x1b", "\\033", "\\u001b", "secho"))
+        assert not styles or name.startswith("mlx_diffgemma.cli.render"), name
+
+
+def test_only_one_file_reaches_the_network():
+    network = {"huggingface_hub", "httpx2", "httpx", "requests", "urllib", "socket", "http"}
+    for name in modules():
+        reaches = {target.split(".")[0] for target in imports(name)} & network
+        assert not reaches or name == "mlx_diffgemma.files", (name, reaches)
+
+
+def test_nothing_is_unpickled():
+    for name, path in modules().items():
+        assert not {t.split(".")[0] for t in imports(name)} & {"pickle", "torch", "dill"}, name
+        assert "trust_remote_code=True" not in path.read_text(), name
+
+
+# The tokenizers library raises a bare Exception for a damaged file, so nothing narrower catches it.
+ALLOWED_BROAD_EXCEPTS = {"mlx_diffgemma.load": 1}
+
+
+def test_no_error_is_caught_without_naming_its_kind():
+    for name, path in modules().items():
+        broad = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ExceptHandler)
+            and ast.unparse(node.body[-1]) != "raise"  # tidies up and lets the error go on
+            and (
+                node.type is None
+                or {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+                & {"Exception", "BaseException"}
+            )
+        ]
+        assert len(broad) == ALLOWED_BROAD_EXCEPTS.get(name, 0), (name, broad)
+
+
+def test_only_commands_print():
+    for name, path in modules().items():
+        if name.startswith("mlx_diffgemma.cli"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Name) and node.id == "print"), (name, node.lineno)
