@@ -256,7 +256,7 @@ def run(copy: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
     )
     if done.returncode == 0:
         return True, ""
-    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", done.stdout, re.MULTILINE)
     if done.returncode != 1 or not found:  # 1: tests ran and some failed
         raise SystemExit(f"pytest could not run {tests}:\n{done.stdout}\n{done.stderr}")
     return False, found[1]
