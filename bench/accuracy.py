@@ -130,6 +130,7 @@ def transformers(entries: list[dict[str, str]], batch: int, seed: int) -> list[A
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
     torch.manual_seed(seed)
+    torch.set_num_threads(1)  # threads of so small a model mostly wait for each other
     folder = bundled_model()
     config = ModelConfig.from_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
