@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # MLX needs a backend on Linux; on a Mac it brings its own.
-BACKEND := $(if $(filter Linux,$(shell uname -s)),cpu$(comma))
-comma := ,
+ifeq ($(shell uname -s),Linux)
+DEMO_EXTRAS := [cpu]
+TEST_EXTRAS := [cpu,test]
+else
+TEST_EXTRAS := [test]
+endif
 
 .PHONY: demo test lint types unit wheel clean
 
@@ -33,12 +37,12 @@ wheel: $(VENV)/.test
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(BACKEND)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(DEMO_EXTRAS)'
 	touch $@
 
 $(VENV)/.test: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(BACKEND)test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(TEST_EXTRAS)'
 	touch $@ $(VENV)/.demo
 
 clean:
