@@ -17,6 +17,7 @@ Raw = Mapping[str, Any]
 
 GLOBAL_HEAD_DIM = 512  # transformers' fallback where config.json has neither spelling
 PAD_TOKEN_ID = 0
+_LARGEST = 2**31 - 1  # of a dimension
 _MOST_LAYERS = 10_000  # a damaged file must not make us build a list without end
 
 # bits and group sizes that MLX packs, per mode
@@ -317,6 +318,8 @@ def _integer(raw: Raw, key: str, where: str) -> int:
         raise ConfigError(f"{where}: {key} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{where}: {key} must be a whole number of at least 1, got {value!r}")
+    if value > _LARGEST:
+        raise ConfigError(f"{where}: {key} is {value}, more than the {_LARGEST} that MLX can count")
     return value
 
 

@@ -39,8 +39,7 @@ def resolve(
     """A folder as it is, or the local copy of a Hub repository, downloaded where needed.
 
     Downloads resume, show their progress on stderr, and bring only the files that are needed.
-    `HF_HUB_OFFLINE=1`
-    uses what is cached.
+    `HF_HUB_OFFLINE=1` uses what is cached.
 
     Args:
       source: a folder, or a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`.
@@ -56,11 +55,15 @@ def resolve(
         is_folder, is_there = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError) as error:  # forbidden, too long, nobody's home
         raise SourceError(f"{text} cannot be looked up as a folder: {error}") from error
+    if not text:
+        raise SourceError("the name of the model is empty; give a folder or a Hub repo id")
     if is_folder:
         if revision is not None:
             raise SourceError(
                 f"{text} is a folder, and a revision ({revision!r}) belongs to a Hub repository"
             )
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise SourceError(f"{text} cannot be read: permission denied")
         return folder
     if is_there:
         raise SourceError(f"{text} is a file; a checkpoint folder or a Hub repo id is expected")

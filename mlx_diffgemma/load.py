@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+import mlx.core as mx
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import ModelConfig
@@ -40,9 +41,9 @@ def load(
       tokenizer.
     """
     folder = resolve(path_or_repo, revision)
-    tokenizer = load_tokenizer(
-        folder
-    )  # first: it is quick, and a folder without one need not be read further
+    # What is quick to check comes first; the config before transformers looks at it on its own.
+    ModelConfig.from_folder(folder)
+    tokenizer = load_tokenizer(folder)
     return load_model(folder), tokenizer
 
 
@@ -54,8 +55,12 @@ def load_model(folder: str | os.PathLike[str]) -> DiffusionGemma:
     used = [
         i for name, i in read_headers(folder).items() if not isinstance(translate(name), Ignored)
     ]
+    weights, element_bytes = sum(info.nbytes for info in used), 2
+    if mx.default_device() == mx.cpu:  # what is not packed becomes float32 there
+        weights += sum(info.nbytes for info in used if info.dtype in ("BF16", "F16"))
+        element_bytes = 4
     needed = needed_bytes(
-        config.text, sum(i.nbytes for i in used), _WARNED_AT_TOKENS, config.canvas_length
+        config.text, weights, _WARNED_AT_TOKENS, config.canvas_length, element_bytes=element_bytes
     )
     if needed > WARN_ABOVE * (available := recommended_bytes()):
         warnings.warn(

@@ -4,8 +4,8 @@ Knows ids, not text."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +29,7 @@ def denoise_tokens(
     lengths: mx.array | None = None,
     noise: Noise | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-) -> Iterator[LoopEvent]:
+) -> Generator[LoopEvent, None, None]:
     """Runs a batch of prompts to its end. Closing the generator stops the run; no further step is
     computed.
 
@@ -121,7 +121,7 @@ def _denoise_canvas(
             mx.array(~empty),
             rows,
         )
-        before = _Step(before.canvas, before.draft, before.settled, before.row_steps + spent)
+        before = replace(before, row_steps=before.row_steps + spent)
     return before
 
 
@@ -159,7 +159,7 @@ def _settle(
         yield now.event
         if bool(now.settled.all().item()):  # the one host read of a step
             break
-    return now
+    return replace(now, logits=None, event=None)  # the logits would live on through the commit
 
 
 def _step(

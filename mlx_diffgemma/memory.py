@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .config import TextConfig
+from .settings import default_of
 
 WARN_ABOVE = 0.9  # of what the device recommends
 CACHE_LIMIT_BYTES = 2 << 30  # MLX's allocator keeps at most this much freed memory for reuse
@@ -24,13 +25,23 @@ def context_bytes(config: TextConfig, tokens: int, element_bytes: int = 2) -> in
     return total
 
 
-def needed_bytes(config: TextConfig, weight_bytes: int, tokens: int, canvas_length: int) -> int:
-    """An estimate: weights, context, and the largest arrays of a step."""
-    return (
-        weight_bytes
-        + context_bytes(config, tokens)
-        + _LOGITS_COPIES * 4 * canvas_length * config.vocab_size
-    )
+def needed_bytes(
+    config: TextConfig,
+    weight_bytes: int,
+    tokens: int,
+    canvas_length: int,
+    *,
+    element_bytes: int = 2,
+) -> int:
+    """An estimate: weights, context, and the largest arrays of a step or of the prefill before it.
+
+    `element_bytes` is the size of what is computed in: 2 on a GPU, 4 on the CPU backend.
+    """
+    logits = _LOGITS_COPIES * 4 * canvas_length * config.vocab_size
+    # Scores and their softmax, of one full layer: heads of its size have no fused kernel.
+    piece = min(tokens, default_of("prefill_step_size"))
+    scores = 2 * config.num_attention_heads * piece * tokens * element_bytes
+    return weight_bytes + context_bytes(config, tokens, element_bytes) + max(logits, scores)
 
 
 def recommended_bytes() -> int:
@@ -45,19 +56,30 @@ def recommended_bytes() -> int:
     )
 
 
+_before: tuple[int, int | None] = (0, None)
+_runs = 0  # inside `generation_limits`; the first one in sets the limits, the last one out resets
+
+
 @contextmanager
 def generation_limits() -> Iterator[None]:
     """Metal: all recommended memory may stay wired, as in mlx-lm. Everywhere: a bounded cache of
-    freed memory."""
+    freed memory. Runs may overlap."""
+    global _runs, _before
     import mlx.core as mx
 
-    cache_limit = mx.set_cache_limit(CACHE_LIMIT_BYTES)
-    mx.set_cache_limit(min(cache_limit, CACHE_LIMIT_BYTES))  # never above what somebody had set
-    wired_limit = mx.set_wired_limit(recommended_bytes()) if mx.metal.is_available() else None
+    if _runs == 0:
+        cache_limit = mx.set_cache_limit(CACHE_LIMIT_BYTES)
+        mx.set_cache_limit(min(cache_limit, CACHE_LIMIT_BYTES))  # not above what somebody had set
+        is_metal = mx.metal.is_available()
+        _before = cache_limit, mx.set_wired_limit(recommended_bytes()) if is_metal else None
+    _runs += 1
     try:
         yield
     finally:
-        mx.set_cache_limit(cache_limit)
-        if wired_limit is not None:
-            mx.synchronize()  # nothing may still be running when memory is unwired
-            mx.set_wired_limit(wired_limit)
+        _runs -= 1
+        if _runs == 0:
+            cache_limit, wired_limit = _before
+            mx.set_cache_limit(cache_limit)
+            if wired_limit is not None:
+                mx.synchronize()  # nothing may still be running when memory is unwired
+                mx.set_wired_limit(wired_limit)

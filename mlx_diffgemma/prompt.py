@@ -59,6 +59,10 @@ def encode_prompt(
     Raises:
       PromptError: if the prompt is empty, the template refuses it, or there is no template.
     """
+    if not isinstance(prompt, Sequence):
+        raise PromptError(
+            f"a prompt is a string, a list of messages or a list of token ids, got {type(prompt)}"
+        )
     if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
         if not prompt:
             raise PromptError("the prompt is empty")
@@ -82,12 +86,20 @@ def encode_prompt(
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
             raise PromptError(f"a message must be an object with role and content, got {message!r}")
+    if not any(_says_something(message) for message in messages):
+        raise PromptError("the prompt is empty: no message has any content")
     if options.system_prompt is not None:
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
     prefix = options.response_prefix or ""
     if options.allow_special_tokens:
         return _encode(tokenizer, _render(tokenizer, messages, options) + prefix)
     return _encode_with_literals(tokenizer, messages, prefix, options)
+
+
+def _says_something(message: Message) -> bool:
+    """Whether a message has anything in it, such as content or a tool call, but its role."""
+    values = [value for key, value in message.items() if key != "role"]
+    return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Raw = Mapping[str, Any]
 
+_COLDEST = 1e-4  # below, logits over temperature leave float32
 COMMAND_MAX_TOKENS = 1024  # `generate` as a command; the checkpoint's 256 surprise people
 
 # Keys of generation_config.json that are settings; the entropy bound stands in its sampler_config.
@@ -78,6 +79,11 @@ class GenerationSettings:
     extra_eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.extra_eos_token_ids, tuple):
+            raise ConfigError(
+                f"extra_eos_token_ids must be a tuple of ids, got {self.extra_eos_token_ids!r}"
+            )
+
         def check(
             name: str, low: float, *, whole: bool, strict: bool = False, high: float = math.inf
         ) -> None:
@@ -137,11 +143,17 @@ class GenerationSettings:
             raise ConfigError(
                 f"t_min {t_min} is above t_max {t_max}; the temperature falls from t_max to t_min"
             )
+        temperature = pick("temperature")
+        if temperature and temperature * t_min < _COLDEST:
+            raise ConfigError(
+                f"temperature {temperature} times t_min {t_min} is below {_COLDEST}; "
+                "0 is the greedy limit"
+            )
         if (top := pick("top_candidates")) > vocab_size:
             raise ConfigError(
                 f"top_candidates {top} is more than the {vocab_size} tokens there are"
             )
-        extra = tuple(self.extra_eos_token_ids)
+        extra = self.extra_eos_token_ids
         if bad := [t for t in extra if not isinstance(t, int) or not 0 <= t < vocab_size]:
             raise ConfigError(f"extra end tokens {bad} are outside the vocabulary of {vocab_size}")
         return ResolvedSettings(
@@ -152,7 +164,7 @@ class GenerationSettings:
             t_max=float(t_max),
             stability_threshold=pick("stability_threshold"),
             confidence_threshold=float(pick("confidence_threshold")),
-            temperature=float(pick("temperature")),
+            temperature=float(temperature),
             canvas_length=canvas_length,
             empty_rerolls=pick("empty_rerolls"),
             top_candidates=top,

@@ -27,7 +27,7 @@ PARTS = {
     "model": (
         "layers rope masks context attention experts self_conditioning diffusion_gemma"
     ).split(),
-    "cli": "options render render_convert convert generate info".split(),
+    "cli": "interrupt options render render_convert convert generate info".split(),
     "demo": [],
 }
 # `mlx_diffgemma.convert` lives in a folder of its own, which only an installation maps.

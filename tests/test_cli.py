@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -46,9 +47,7 @@ def program(*arguments: str, **options) -> subprocess.Popen:
 
 def assert_one_line(result, expected: str) -> None:
     """Exit code 2, nothing on stdout, and one line on stderr that says `expected`."""
-    errors = [
-        line for line in result.stderr.splitlines() if not line.startswith(("seed", "no --m"))
-    ]
+    errors = result.stderr.splitlines()
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0], errors
@@ -114,8 +113,10 @@ def test_a_response_that_is_begun_is_continued():
     [
         (("--model", "./no-such-folder"), "no folder ./no-such-folder"),
         (("--model", str(ROOT / "README.md")), "is a file"),
-        (("--model", str(ROOT / "tests")), "has no tokenizer.json and no tokenizer.model"),
+        (("--model", str(ROOT / "tests")), "has no config.json"),
         (("--canvas-length", "33"), "canvas_length 33 is longer than the checkpoint's 32"),
+        (("--model", ""), "the name of the model is empty"),
+        (("--temp", "1e-9"), "0 is the greedy limit"),
         (("--temp", "-1"), "temperature must be a number at least 0, got -1.0"),
         (("--temp", "nan"), "temperature must be a number"),
         (("--max-tokens", "0"), "max_new_tokens must be a whole number at least 1, got 0"),
@@ -154,11 +155,13 @@ def test_info_prints_the_parameters_and_as_json_the_same():
 @pytest.mark.perf
 def test_help_answers_in_under_seven_tenths_of_a_second():
     def seconds() -> float:
-        start = time.perf_counter()
+        """Of processor time, which is what it takes where nothing else runs."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         program("generate", "--help").communicate()
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.7  # the least of five: other work slows some
+    assert min(seconds() for _ in range(3)) < 0.7
 
 
 def test_help_shows_every_flag_with_its_help_and_default_from_the_settings():
@@ -181,14 +184,14 @@ def test_help_shows_every_flag_with_its_help_and_default_from_the_settings():
 
 
 def test_ctrl_c_exits_130_and_keeps_what_was_written():
-    running = program("generate", "--prompt", "Reverse: abcdefgh", "--json", "--t-max", "3")
-    lines = [running.stdout.readline() for _ in range(4)]  # start, prefill, two steps
+    running = program("generate", "--prompt", "Count from 12 to 40.", "--seed", "1")
+    seen = os.read(running.stdout.fileno(), 4)  # of the first canvas, of several
     running.send_signal(signal.SIGINT)
     rest, errors = running.communicate(timeout=30)
     assert running.returncode == 130, errors
     assert b"Traceback" not in errors
-    assert [json.loads(line)["event"] for line in lines] == ["start", "prefill", "step", "step"]
-    assert b"finished" not in rest
+    assert (seen + rest).startswith(b"12 13 14 15")
+    assert (seen + rest).endswith(b"\n") and b" 39 40" not in rest
 
 
 def test_a_reader_that_leaves_ends_the_run_without_a_traceback():
@@ -198,3 +201,38 @@ def test_a_reader_that_leaves_ends_the_run_without_a_traceback():
     errors = running.stderr.read()
     running.wait(timeout=60)
     assert b"Traceback" not in errors
+
+
+def test_ctrl_c_during_imports_is_silent():
+    running = program("generate", "--prompt", "x")
+    time.sleep(0.25)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=30)
+    assert (running.returncode, errors) in ((130, b""), (-signal.SIGINT, errors))
+
+
+def test_a_backslash_n_in_a_prompt_is_a_line_break_as_in_mlx_lm():
+    one = invoke(generate, "--prompt", r"Sudoku:\n..13\n.3.4\n413.\n3241", "--seed", "1")
+    assert one.stdout == "2413\n1324\n4132\n3241\n"
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"), [("stdin", "stdin is closed"), ("stdout", "stdout")]
+)
+def test_a_closed_stream_is_one_line(stream, message):
+    prompt = "-" if stream == "stdin" else "Squares from 2 to 03."
+    line = f"exec {sys.executable} -m mlx_diffgemma generate --prompt '{prompt}' "
+    line += "<&-" if stream == "stdin" else ">&-"
+    done = subprocess.run(
+        ["sh", "-c", line],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr and message.encode() in done.stderr
+
+
+def test_an_unreadable_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert_one_line(invoke(info, "--model", str(tmp_path)), "permission denied")

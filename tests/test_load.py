@@ -69,7 +69,7 @@ def test_a_folder_that_lacks_a_file_says_which(folder, name, kind, said):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    assert str(tmp_path) in refusal(SourceError, tmp_path)
+    assert str(tmp_path) in refusal(ConfigError, tmp_path)
 
 
 def test_without_a_generation_config_the_defaults_hold(folder):

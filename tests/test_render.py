@@ -68,3 +68,18 @@ def test_control_characters_of_a_draft_do_not_reach_the_terminal():
     from mlx_diffgemma.cli.render import _printable
 
     assert _printable("a\x1b[2Jb\tc\nd\x9b") == "a·[2Jb·c\nd·"
+
+
+def test_thoughts_go_to_stderr_whole_and_do_not_touch_the_answer(capfdbinary):
+    from mlx_diffgemma.cli.render import View
+
+    view = View(verbose=True)
+    long = "a thought that is longer than a line of a terminal " * 3
+    for piece in ("I think that ", "this is ", "it.\n", long, "and more"):
+        view.thought(piece)
+        view.draft([("draft", True)], "canvas 1, step 1")
+    view.answer("The answer.")
+    view.close()
+    out, err = capfdbinary.readouterr()
+    assert out == b"The answer.\n"
+    assert err.decode() == f"I think that this is it.\n{long}and more\n"

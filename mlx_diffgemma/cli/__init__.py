@@ -1,0 +1,3 @@
+"""The commands, one thin file each."""
+
+from . import interrupt as interrupt

@@ -49,7 +49,7 @@ def generate(
     max_tokens: Annotated[
         int, setting("max_new_tokens", "--max-tokens", "-m", default=str(COMMAND_MAX_TOKENS))
     ] = COMMAND_MAX_TOKENS,
-    temp: Annotated[float | None, setting("temperature", "--temp", default="1.0")] = None,
+    temp: Annotated[float | None, setting("temperature", "--temp", from_checkpoint=False)] = None,
     seed: Annotated[int | None, setting("seed", default="fresh, and printed")] = None,
     max_denoising_steps: Annotated[int | None, setting("max_denoising_steps")] = None,
     entropy_bound: Annotated[float | None, setting("entropy_bound")] = None,
@@ -60,8 +60,10 @@ def generate(
     canvas_length: Annotated[
         int | None, setting("canvas_length", default="the checkpoint's")
     ] = None,
-    empty_rerolls: Annotated[int | None, setting("empty_rerolls", default="0")] = None,
-    prefill_step_size: Annotated[int | None, setting("prefill_step_size", default="2048")] = None,
+    empty_rerolls: Annotated[int | None, setting("empty_rerolls", from_checkpoint=False)] = None,
+    prefill_step_size: Annotated[
+        int | None, setting("prefill_step_size", from_checkpoint=False)
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per event on stdout.")
     ] = False,
@@ -90,23 +92,17 @@ def generate(
                 seed=secrets.randbits(32) if seed is None else seed,
             )
             variables = _json_object(chat_template_config)
-            text = _read_stdin() if prompt == "-" else prompt
-            if model is None:
-                view.note(
-                    "no --model given: this is the bundled model, trained on small puzzles only"
-                )
-            if seed is None:
-                view.note(f"seed {settings.seed}")
-
+            text = _read_stdin() if prompt == "-" else _unescape(prompt)
             from ..files import bundled_model  # heavy imports wait until the arguments are valid
             from ..load import load
             from ..prompt import PromptOptions, single_tokens
 
-            if as_json:
-                source = str(model or bundled_model())
-                typer.echo(json.dumps({"event": "start", "model": source, "seed": settings.seed}))
-            loaded, tokenizer = load(model or bundled_model(), revision=revision)
+            source = bundled_model() if model is None else model
+            loaded, tokenizer = load(source, revision=revision)
             extra = single_tokens(tokenizer, extra_eos_token or [])
+            start = {"event": "start", "model": str(source), "seed": settings.seed}
+            notes = ["no --model given: this is the bundled model, trained on small puzzles only"]
+            notes = notes * (model is None) + [f"seed {settings.seed}"] * (seed is None)
             _answer(
                 loaded,
                 tokenizer,
@@ -121,7 +117,8 @@ def generate(
                     allow_special_tokens=allow_special_tokens,
                 ),
                 view,
-                as_json=as_json,
+                notes,
+                start if as_json else None,
             )
         finally:
             view.close()
@@ -134,8 +131,8 @@ def _answer(
     settings: GenerationSettings,
     options: Any,
     view: Any,
-    *,
-    as_json: bool,
+    notes: list[str],
+    start: dict[str, Any] | None,
 ) -> None:
     """Runs one prompt and shows its events; what was shown stays, whatever ends the run."""
     from ..events import StepDone, Text
@@ -153,10 +150,15 @@ def _answer(
         prompt_progress_callback=view.reading,
     )
     with closing(events):
-        for event in events:
+        for number, event in enumerate(events):
             summary = stopwatch.observe(event)
-            if as_json:
-                typer.echo(json.dumps(as_object(event, summary)))
+            if number == 0:  # nothing is said about a run before it is sure that there is one
+                for line in notes:
+                    view.note(line)
+                if start is not None:
+                    view.object(start)
+            if start is not None:
+                view.object(as_object(event, summary))
             elif isinstance(event, Text):
                 (view.answer if event.channel == "answer" else view.thought)(event.piece)
             elif isinstance(event, StepDone) and view.is_live:
@@ -165,6 +167,11 @@ def _answer(
             if summary is not None:
                 view.close()
                 view.summary(summary.line())
+
+
+def _unescape(prompt: str) -> str:
+    """As mlx-lm reads --prompt: a backslash and an n are a line break, and likewise for tabs."""
+    return prompt.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _boolean(text: str) -> bool:
@@ -187,6 +194,8 @@ def _json_object(text: str | None) -> dict[str, Any]:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise PromptError("stdin is closed; there is no prompt to read from it")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

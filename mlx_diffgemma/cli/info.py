@@ -19,7 +19,7 @@ def info(
         from ..info import as_object, describe
         from .render import show_info
 
-        found = describe(resolve(model, revision) if model else bundled_model())
+        found = describe(resolve(bundled_model() if model is None else model, revision))
         if as_json:
             typer.echo(json.dumps(as_object(found)))
         else:

@@ -4,6 +4,7 @@ fail."""
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,15 +15,19 @@ import typer
 
 from ..errors import DiffGemmaError
 from ..settings import default_of, help_of
+from .interrupt import leave
 
 MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
 REVISION_HELP = "Branch, tag or commit of a Hub repository."
 
 
-def setting(name: str, *flags: str, default: str = "") -> Any:
+def setting(
+    name: str, *flags: str, default: str | None = None, from_checkpoint: bool = True
+) -> Any:
     """An option for a field of GenerationSettings: its help, and what holds where it is not
     given."""
-    value = default or f"the checkpoint's, else {default_of(name)}"
+    source = "the checkpoint's, else " if from_checkpoint else ""
+    value = default or f"{source}{default_of(name)}"
     return typer.Option(*flags, help=help_of(name), show_default=value)
 
 
@@ -32,6 +37,8 @@ def friendly_errors() -> Iterator[None]:
     # transformers says on import that it found no torch; it is not needed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except DiffGemmaError as error:

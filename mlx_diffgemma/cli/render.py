@@ -3,13 +3,16 @@ to stderr."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text as Styled
 
+from ..errors import SourceError
 from ..info import Info
 
 
@@ -24,10 +27,12 @@ class View:
         self._console = Console(stderr=True, highlight=False, soft_wrap=False)
         self.is_live = verbose and self._console.is_terminal and not self._console.is_dumb_terminal
         self._verbose = verbose
-        self._shares_terminal = self.is_live and sys.stdout.isatty()
+        self._shares_terminal = self.is_live and sys.stdout is not None and sys.stdout.isatty()
         self._live: Live | None = None
         self._open_line = ""  # of the answer
+        self._open_thought = ""
         self._ends_with_break = True
+        self._is_broken = False  # stdout takes no more
 
     def reading(self, done: int, total: int) -> None:
         """Progress of a long prompt."""
@@ -38,7 +43,8 @@ class View:
         """A canvas that is not final: accepted tokens plain, the others dim."""
         if not self.is_live:
             return
-        canvas = Styled(self._open_line)
+        canvas = Styled(_printable(self._open_thought), style="dim")
+        canvas.append(self._open_line, style="not dim")
         for piece, accepted in pieces:
             canvas.append(_printable(piece), style="" if accepted else "dim cyan")
         canvas.append(f"\n{caption}", style="dim italic")
@@ -46,6 +52,7 @@ class View:
 
     def answer(self, piece: str) -> None:
         """Final text, to stdout at once; on a shared terminal line by line."""
+        self._end_thought()
         self._ends_with_break = piece.endswith("\n")
         if not self._shares_terminal:
             self._write(piece)
@@ -57,9 +64,15 @@ class View:
             self._write(complete + line_break)
 
     def thought(self, piece: str) -> None:
-        """The model's reasoning, to stderr."""
-        self._erase()
-        self._console.print(_printable(piece), style="dim", end="", markup=False)
+        """The model's reasoning, to stderr; on a terminal line by line, as the answer."""
+        self._open_thought += piece
+        complete, line_break, self._open_thought = self._open_thought.rpartition("\n")
+        if line_break:
+            self._print_thought(complete)
+
+    def object(self, value: dict[str, Any]) -> None:
+        """One line of JSON, to stdout."""
+        self._write(json.dumps(value) + "\n")
 
     def note(self, line: str) -> None:
         """One line about the run, to stderr."""
@@ -74,6 +87,7 @@ class View:
 
     def close(self) -> None:
         """Takes the canvas away and completes the last line of the answer."""
+        self._end_thought()
         self._erase()
         self._write(self._open_line)
         if not self._ends_with_break:
@@ -81,9 +95,32 @@ class View:
         self._open_line, self._ends_with_break = "", True
 
     def _write(self, text: str) -> None:
-        # A lone surrogate cannot be written; nothing else is ever replaced.
-        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-        sys.stdout.buffer.flush()
+        if not text or self._is_broken:
+            return
+        if sys.stdout is None:
+            self._is_broken = True
+            raise SourceError("stdout is closed; there is nowhere to put the answer")
+        try:
+            # A lone surrogate cannot be written; nothing else is ever replaced.
+            sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            self._is_broken = True
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise SourceError(f"stdout cannot be written: {error.strerror}") from error
+
+    def _end_thought(self) -> None:
+        if self._open_thought:
+            self._print_thought(self._open_thought)
+        self._open_thought = ""
+
+    def _print_thought(self, lines: str) -> None:
+        self._erase()
+        if self.is_live:
+            self._console.print(_printable(lines), style="dim", markup=False, soft_wrap=True)
+        else:  # a file or a pipe: no line break that the model did not write
+            print(_printable(lines), file=sys.stderr, flush=True)
 
     def _draw(self, content: Styled) -> None:
         if not self.is_live:

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ..config import LayerConfig, TextConfig
 from .context import LayerContext
-from .layers import unit_rms
+from .layers import RMSNorm, unit_rms
 from .masks import Mask
 from .rope import periods, rotate
 
@@ -31,8 +31,8 @@ class Attention(nn.Module):
         if layer.is_sliding:  # full layers take their values from the key projection
             self.v_proj = nn.Linear(M, K * H, bias=False)
         self.o_proj = nn.Linear(N * H, M, bias=False)
-        self.q_norm = nn.RMSNorm(H, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(H, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(H, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(H, eps=config.rms_norm_eps)
         self._periods = periods(config.rope[layer.type], H)
 
     def __call__(

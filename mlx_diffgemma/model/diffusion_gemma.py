@@ -14,7 +14,7 @@ from ..settings import default_of
 from .attention import Attention
 from .context import Context, LayerContext
 from .experts import Experts, Router
-from .layers import MLP
+from .layers import MLP, RMSNorm
 from .masks import Mask, canvas_mask, causal_mask
 from .self_conditioning import SelfConditioning
 
@@ -25,8 +25,8 @@ class Layer(nn.Module):
     def __init__(self, config: TextConfig, layer: LayerConfig):
         super().__init__()
 
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, layer) for layer in config.layers]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
 
 
@@ -144,6 +144,8 @@ class DiffusionGemma(nn.Module):
         """
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens must be [B, S] with S >= 1, got {tokens.shape}")
+        if step_size < 1:
+            raise ValueError(f"step_size must be at least 1, got {step_size}")
         B, S = tokens.shape
         if context is None:
             context = Context((), 0, B, None if lengths is None else _padding(lengths, B, S))
@@ -188,6 +190,9 @@ class DiffusionGemma(nn.Module):
         """
         if canvas.ndim != 2 or canvas.shape[0] != context.batch:
             raise ValueError(f"canvas must be [{context.batch}, L], got {canvas.shape}")
+        wanted = (*canvas.shape, self.config.text.hidden_size)
+        if self_conditioning is not None and self_conditioning.shape != wanted:
+            raise ValueError(f"self_conditioning must be {wanted}, got {self_conditioning.shape}")
         decoder, L = self.model.decoder, canvas.shape[1]
         x = decoder.self_conditioning(self._embed(canvas), self_conditioning)
         for layer, past in zip(decoder.layers, context.layers, strict=True):

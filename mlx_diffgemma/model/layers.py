@@ -12,9 +12,17 @@ def unit_rms(x: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, None, eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm with a learned scale: all of it in float32, rounded once, as in the reference."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.weight.astype(mx.float32)
+        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
+
+
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up with the tanh approximation (`gelu_pytorch_tanh`)."""
-    return nn.gelu_approx(gate) * up
+    """gelu(gate) * up with the tanh approximation (`gelu_pytorch_tanh`), rounded once before *."""
+    return nn.gelu_approx(gate.astype(mx.float32)).astype(gate.dtype) * up
 
 
 class MLP(nn.Module):

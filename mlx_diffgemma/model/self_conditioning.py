@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextConfig
-from .layers import geglu, unit_rms
+from .layers import RMSNorm, geglu, unit_rms
 
 
 class SelfConditioning(nn.Module):
@@ -16,7 +16,7 @@ class SelfConditioning(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pre_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
