@@ -233,17 +233,20 @@ class DiffusionGemma(nn.Module):
         text, count = self.config.text, tokens.shape[1]
         x, layers = self._embed(tokens), []
         scalars = self.model.encoder.language_model.layers
+        masks: dict[bool, Mask] = {}  # one for all sliding layers, one for all full ones
         for i, layer in enumerate(self.model.decoder.layers):
             past = context.layers[i] if context.layers else None
             kept = past.keys.shape[2] if past is not None else 0
             is_sliding = text.layers[i].is_sliding
-            mask = causal_mask(
-                context.length,
-                count,
-                first_key=context.length - kept,
-                window=text.sliding_window if is_sliding else None,
-                padding=context.padding,
-            )
+            if is_sliding not in masks:
+                masks[is_sliding] = causal_mask(
+                    context.length,
+                    count,
+                    first_key=context.length - kept,
+                    window=text.sliding_window if is_sliding else None,
+                    padding=context.padding,
+                )
+            mask = masks[is_sliding]
             x, seen = layer(x, past, mask, context.position, scalars[i].layer_scalar)
             if is_sliding:
                 drop = max(0, seen.keys.shape[2] - (text.sliding_window - 1))
