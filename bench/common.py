@@ -60,7 +60,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        dirty = "-dirty" if git("status", "--porcelain", "--", "mlx_diffgemma") else ""
+        dirty = "-dirty" if git("status", "--porcelain", "--", "mlx_diffgemma", "convert") else ""
         return git("rev-parse", "--short", "HEAD") + dirty
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -16,9 +16,10 @@ import os
 import shutil
 import struct
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +39,10 @@ from .sources import open_checkpoint
 PROVENANCE = "conversion.json"
 _ERROR_SAMPLE = 16  # one row in so many is unpacked again, to measure the error
 _MLX_CACHE_BYTES = 256 << 20
+_PENDING = 6  # arrays that wait to be written; two slices of a packed tensor
+# An interruption costs at most this much work.
+_SYNC_BYTES = 256 << 20
+_SYNC_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -252,10 +257,12 @@ class _Journal:
         assert self._file is not None
         self._file.close()
 
-    def add(self, move: Move, done: _Done) -> None:
-        """The move's bytes are on the disk."""
-        self.done[move.target] = done
-        self._append({"move": move.target, "sha256": done.sha256, "error": done.error})
+    def add(self, finished: list[tuple[Move, _Done]]) -> None:
+        """The bytes of these moves are on the disk."""
+        self._append(
+            *({"move": m.target, "sha256": d.sha256, "error": d.error} for m, d in finished)
+        )
+        self.done.update((move.target, done) for move, done in finished)
 
     def forget(self, moves: tuple[Move, ...]) -> None:
         """Their shard is gone, which the next run must know as well."""
@@ -271,9 +278,10 @@ class _Journal:
             sums[move.part][1] += value
         return {part: math.sqrt(d / v) for part, (d, v) in sums.items() if v}
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, *entries: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+        for entry in entries:
+            self._file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -296,6 +304,83 @@ class _Journal:
             f"{self.folder} holds an unfinished conversion, and {why}; delete it, or give --force "
             "to start over"
         )
+
+
+@dataclass
+class _Writer:
+    """Hashes, writes and records in a thread, while the next rows are read and packed.
+
+    Moves are recorded in groups, since a sync for each would take longer than the work.
+    """
+
+    file: BinaryIO
+    journal: _Journal
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _pending: deque[Future[None]] = field(default_factory=deque)
+    _written: list[tuple[Move, _Done]] = field(default_factory=list)  # and not yet recorded
+    _unsynced_bytes: int = 0
+    _synced_at: float = field(default_factory=time.monotonic)
+    _failed: bool = False
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            for work in self._pending:
+                work.result()
+            self._sync()
+        elif not self._failed:  # what is finished counts, whatever happened since
+            with suppress(OSError):
+                self._sync()
+
+    def write(self, place: int, raw: bytes, digest: hashlib._Hash) -> None:
+        """Bytes for a place in the file."""
+        self._do(self._write, place, raw, digest)
+
+    def finish(
+        self, move: Move, digests: dict[str, hashlib._Hash], sums: tuple[float, float]
+    ) -> None:
+        """All of a move has been given to `write`."""
+        self._do(self._finish, move, digests, sums)
+
+    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
+        while self._pending and (self._pending[0].done() or len(self._pending) >= _PENDING):
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._unless_failed, work, *arguments))
+
+    def _unless_failed(self, work: Callable[..., None], *arguments: Any) -> None:
+        if self._failed:  # after a failed sync, a later one proves nothing about earlier bytes
+            return
+        try:
+            work(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _write(self, place: int, raw: bytes, digest: hashlib._Hash) -> None:
+        digest.update(raw)
+        self.file.seek(place)
+        self.file.write(raw)
+        self._unsynced_bytes += len(raw)
+
+    def _finish(
+        self, move: Move, digests: dict[str, hashlib._Hash], sums: tuple[float, float]
+    ) -> None:
+        sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
+        self._written.append((move, _Done(sha256, sums)))
+        if (
+            self._unsynced_bytes >= _SYNC_BYTES
+            or time.monotonic() - self._synced_at >= _SYNC_SECONDS
+        ):
+            self._sync()
+
+    def _sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.journal.add(self._written)
+        self._written, self._unsynced_bytes, self._synced_at = [], 0, time.monotonic()
 
 
 def _write_shards(
@@ -323,13 +408,11 @@ def _write_shards(
         for name, moves in zip(plan.shard_names, plan.shards, strict=True):
             header, places = _layout(moves)
             path = partial / "out" / name
-            with _shard(path, header, places, journal, moves) as file:
+            with _shard(path, header, places, journal, moves) as file, _Writer(file, journal) as w:
                 for move in moves:
                     if move.target in journal.done:
                         continue
-                    done = _carry(move, file, places, plan.dtype)
-                    os.fsync(file.fileno())
-                    journal.add(move, done)
+                    _carry(move, w, places, plan.dtype)
                     finished += move.source_bytes
                     if progress is not None:
                         progress(finished, total, move.target)
@@ -381,7 +464,7 @@ def _element_bytes(output: Output) -> int:
     return output.nbytes // max(1, math.prod(output.shape))
 
 
-def _carry(move: Move, file: BinaryIO, places: dict[str, int], dtype: str) -> _Done:
+def _carry(move: Move, writer: _Writer, places: dict[str, int], dtype: str) -> None:
     """Reads, packs and writes one tensor, some rows at a time; rows do not depend on each other."""
     hashes = {output.name: hashlib.sha256() for output in move.outputs}
     at = {output.name: places[output.name] for output in move.outputs}
@@ -393,15 +476,12 @@ def _carry(move: Move, file: BinaryIO, places: dict[str, int], dtype: str) -> _D
         mx.eval(arrays)
         for output, array in zip(move.outputs, arrays, strict=True):
             raw = _raw(array)
-            hashes[output.name].update(raw)
-            file.seek(at[output.name])
-            file.write(raw)
+            writer.write(at[output.name], raw, hashes[output.name])
             at[output.name] += len(raw)
         if move.setting is not None:
             d, v = _sampled_error(plain, arrays, move)
             difference, value = difference + d, value + v
-    file.flush()
-    return _Done({name: h.hexdigest() for name, h in hashes.items()}, (difference, value))
+    writer.finish(move, hashes, (difference, value))
 
 
 def _pack(plain: mx.array, move: Move) -> list[mx.array]:

@@ -119,6 +119,15 @@ class TextConfig:
             )
         types = _layer_types(raw, counts["num_hidden_layers"], where)
         layers = _layers(raw, types, counts["head_dim"], counts["num_key_value_heads"], where)
+        widest = max(
+            2 * counts["moe_intermediate_size"],
+            *(counts["num_attention_heads"] * layer.head_dim for layer in layers),
+        )
+        if widest > _LARGEST:
+            raise ConfigError(
+                f"{where}: heads times head size, or twice moe_intermediate_size, is {widest}, "
+                f"more than the {_LARGEST} that MLX can count"
+            )
         for layer in layers:
             if counts["num_attention_heads"] % layer.num_key_value_heads:
                 raise ConfigError(

@@ -9,7 +9,7 @@ from mlx_diffgemma.convert.write import prepare
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, WeightsError
-from tests.convert_cases import bf16, is_expert, official, tiny_config, write_folder
+from tests.convert_cases import bf16, is_expert, official, tiny_config
 from tests.test_convert_sources import put, rewrite
 
 EXPERTS = "model.decoder.layers.0.experts.down_proj"
@@ -141,6 +141,16 @@ def test_a_generation_config_that_would_not_load_is_refused_before_any_work(tmp_
     folder = official(tmp_path / "source")
     (folder / "generation_config.json").write_text('{"eos_token_id": 64}')
     with pytest.raises(DiffGemmaError, match="eos_token_id 64 is outside the vocabulary"):
+        prepare(folder)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 2**31}, {"moe_intermediate_size": 10**30}])
+def test_sizes_that_mlx_cannot_build_are_refused(tmp_path, change):
+    folder = official(tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="more than the 2147483647"):
         prepare(folder)
 
 

@@ -250,7 +250,7 @@ def test_a_quantized_config_over_plain_tensors_is_refused(tmp_path):
     folder = official(tmp_path / "source")
     config = tiny_config() | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="'bitsandbytes' in config.json, nothing but floats"):
+    with pytest.raises(WeightsError, match=r"'bitsandbytes' in config\.json, nothing but"):
         open_checkpoint(folder)
 
 
@@ -270,7 +270,7 @@ def test_a_tensor_of_something_else_is_refused(tmp_path):
 
 
 def test_a_folder_without_config_and_packed_tensors_without_block_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no config.json; a checkpoint folder"):
+    with pytest.raises(ConfigError, match=r"no config\.json; a checkpoint folder"):
         open_checkpoint(tmp_path)
     source = official(tmp_path / "source")
     convert(source, tmp_path / "packed", quantize=True)
