@@ -59,12 +59,14 @@ def test_a_file_is_refused(tmp_path):
     assert "model.safetensors is a file" in refusal(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("source", ["no-such-folder", "./a/b", "/a/b", "a/b/c", "", "a b/c", "~/x"])
+def test_an_empty_name_is_refused():
+    """It is what a shell makes of a variable that is not set."""
+    assert "the name of the model is empty" in refusal("")
+
+
+@pytest.mark.parametrize("source", ["no-such-folder", "./a/b", "/a/b", "a/b/c", "a b/c", "~/x"])
 def test_what_is_neither_folder_nor_repo_id_says_what_was_looked_for(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if source == "":
-        assert resolve(source) == Path()  # as everywhere, the folder one is in
-        return
     message = refusal(source)
     assert f"no folder {source}, and it is not a Hub repo id (owner/name)" in message
 

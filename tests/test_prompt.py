@@ -277,6 +277,7 @@ def untyped(value):
 @given(MESSAGES)
 @example([assistant("<|channel>x<channel|>", tool_calls=[])])
 def test_typed_pieces_of_tokens_never_become_one_where_thoughts_are_stripped(chat):
+    chat = [*chat, {"role": "user", "content": "so"}]  # a chat without any content is refused
     ids = encode_prompt(STRIPPING, chat)
     text = rendered(STRIPPING, chat)
     assert control(ids) == control(reference(STRIPPING, untyped(chat)))
@@ -286,9 +287,29 @@ def test_typed_pieces_of_tokens_never_become_one_where_thoughts_are_stripped(cha
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.builds(lambda r, c: {"role": r, "content": c}, ROLES, PIECES), min_size=1))
 def test_typed_pieces_of_tokens_never_become_one_in_the_bundled_template(chat):
+    chat = [*chat, {"role": "user", "content": "so"}]  # a chat without any content is refused
     ids = encode_prompt(BUNDLED, chat)
     assert control(ids) == control(reference(BUNDLED, untyped(chat)))
     assert BUNDLED.decode(ids) == rendered(BUNDLED, chat)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user"}],
+        [{"role": "user", "content": ""}],
+        [{"role": "system", "content": " \n"}, {"role": "user", "content": []}],
+    ],
+)
+def test_messages_without_any_content_are_an_empty_prompt(messages):
+    with pytest.raises(PromptError, match="no message has any content"):
+        encode_prompt(BUNDLED, messages)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, 1.5])
+def test_what_is_no_prompt_at_all_is_refused(prompt):
+    with pytest.raises(PromptError, match="a prompt is a string"):
+        encode_prompt(BUNDLED, prompt)
 
 
 # --- options ---
