@@ -120,7 +120,9 @@ def check_rows(spots: dict[tuple[str, int], np.ndarray], source: Path, result: P
         expected = mx.array(values).astype(mx.bfloat16)
         if (setting := getattr(target, "setting", None)) is not None:
             how = {"group_size": setting.group_size, "bits": setting.bits, "mode": setting.mode}
-            expected = mx.dequantize(*mx.quantize(expected[None], **how), **how)[0]
+            weight, scales, biases = mx.quantize(expected[None], **how)
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            expected = mx.dequantize(weight, scales, biases, **how)[0]
         if not mx.array_equal(found, expected).item():
             wrong.append(f"{name} row {row}")
     return wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from .plan import Plan
@@ -14,6 +15,8 @@ def model_card(plan: Plan, source: dict[str, Any]) -> str:
     for move in plan.moves:
         parts[move.part].add(move.describe())
     rows = "\n".join(f"| {part} | {', '.join(sorted(kinds))} |" for part, kinds in parts.items())
+    # A path of this machine is nobody else's business.
+    name = plan.checkpoint.folder.name if Path(source["path"]).is_absolute() else source["path"]
     at = f" at revision {source['revision']}" if source["revision"] else ""
     return f"""---
 license: apache-2.0
@@ -27,8 +30,8 @@ tags:
 
 # DiffusionGemma for MLX
 
-Converted by mlx-diffgemma from `{source["path"]}`{at} ({source["layout"]} layout).
-DiffusionGemma is by Google, under the Apache License 2.0; so is this copy.
+Converted by mlx-diffgemma from `{name}`{at} ({source["layout"]} layout). DiffusionGemma is by
+Google, under the Apache License 2.0; a source that is a fine-tune of it may say more.
 
 | part | stored as |
 |---|---|

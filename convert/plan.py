@@ -26,6 +26,7 @@ SHARD_BYTES = 5_000_000_000
 SLICE_BYTES = 64 << 20  # of float32, read at a time
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_DTYPE = "bfloat16"
+_MOST_VISION_LAYERS = 1000  # a damaged file must not make us build a list without end
 _FORMAT = 1  # of plans and journals
 
 
@@ -171,22 +172,77 @@ def make_plan(
 
 
 def _check_targets(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Every parameter of the model has one source of its shape; vision comes along unchecked."""
-    expected = dict(tree_flatten(DiffusionGemma(config).parameters()))
-    text = {name for name in checkpoint.tensors if part_of(name) != "vision"}
-    if missing := sorted(set(expected) - text):
+    """Every parameter has one source of its shape; vision may be missing, but only as a whole."""
+    parameters = dict(tree_flatten(DiffusionGemma(config).parameters()))
+    expected = {name: tuple(array.shape) for name, array in parameters.items()}
+    found = {name for name in checkpoint.tensors if not _is_clip(name)}
+    if any(part_of(name) == "vision" for name in found):
+        expected |= vision_shapes(checkpoint.config, config.text.hidden_size)
+    if missing := sorted(set(expected) - found):
         raise WeightsError(
             f"tensor {missing[0]} is missing in {checkpoint.folder}, "
-            f"expected shape {list(expected[missing[0]].shape)}"
+            f"expected shape {list(expected[missing[0]])}"
         )
-    if extra := sorted(text - set(expected)):
+    if extra := sorted(found - set(expected)):
         raise WeightsError(f"tensor {extra[0]} is there, but the config describes none such")
-    for name, parameter in expected.items():
-        if (shape := checkpoint.tensors[name].shape) != tuple(parameter.shape):
-            raise WeightsError(f"{name} has shape {list(shape)}, expected {list(parameter.shape)}")
+    for name, wanted in expected.items():
+        if (shape := checkpoint.tensors[name].shape) != wanted:
+            raise WeightsError(f"{name} has shape {list(shape)}, expected {list(wanted)}")
     used = [i for source in checkpoint.tensors.values() for i in source.infos]
-    # By place, not by name: two names for the same bytes would be a lie of the header.
     assert len(used) + len(checkpoint.ignored) == len(checkpoint.stored)
+
+
+def vision_shapes(config: Mapping[str, Any], text_width: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the vision tower and its projection.
+
+    Raises:
+      ConfigError: if vision_config does not say all that they follow from.
+    """
+    raw = config.get("vision_config")
+    if not isinstance(raw, Mapping):
+        raise ConfigError("there are vision tensors, but config.json has no vision_config")
+
+    def size(key: str) -> int:
+        value = raw.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ConfigError(f"vision_config: {key} must be a whole number above 0, got {value!r}")
+        return value
+
+    width, inner, head = size("hidden_size"), size("intermediate_size"), size("head_dim")
+    queries, keys = size("num_attention_heads") * head, size("num_key_value_heads") * head
+    tower = "model.encoder.vision_tower"
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.encoder.embed_vision.embedding_projection.weight": (text_width, width),
+        f"{tower}.patch_embedder.input_proj.weight": (width, 3 * size("patch_size") ** 2),
+        f"{tower}.patch_embedder.position_embedding_table": (
+            2,
+            size("position_embedding_size"),
+            width,
+        ),
+    }
+    if raw.get("standardize"):
+        shapes |= {f"{tower}.std_bias": (width,), f"{tower}.std_scale": (width,)}
+    if size("num_hidden_layers") > _MOST_VISION_LAYERS:
+        raise ConfigError(f"vision_config: num_hidden_layers is {raw['num_hidden_layers']}")
+    for i in range(size("num_hidden_layers")):
+        layer = f"{tower}.encoder.layers.{i}"
+        norms = (
+            "input_layernorm post_attention_layernorm pre_feedforward_layernorm "
+            "post_feedforward_layernorm"
+        )
+        shapes |= {f"{layer}.{norm}.weight": (width,) for norm in norms.split()}
+        shapes |= {f"{layer}.self_attn.{n}_norm.weight": (head,) for n in "qk"}
+        shapes[f"{layer}.self_attn.q_proj.linear.weight"] = (queries, width)
+        shapes |= {f"{layer}.self_attn.{n}_proj.linear.weight": (keys, width) for n in "kv"}
+        shapes[f"{layer}.self_attn.o_proj.linear.weight"] = (width, queries)
+        shapes |= {f"{layer}.mlp.{n}_proj.linear.weight": (inner, width) for n in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj.linear.weight"] = (width, inner)
+    return shapes
+
+
+def _is_clip(name: str) -> bool:
+    """Calibration scalars of the vision tower, which a checkpoint may have or not."""
+    return name.rpartition(".")[2] in ("input_min", "input_max", "output_min", "output_max")
 
 
 def _check_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:

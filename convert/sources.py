@@ -84,14 +84,20 @@ class Packed:
         return tuple(info for info in (self.weight, self.scales, self.biases) if info is not None)
 
     def read(self, start: int, stop: int) -> mx.array:
+        scales = read_rows(self.scales, start, stop)
+        if self.biases is None:
+            biases, dtype = None, mx.float32
+        else:  # in float32: with scales in bfloat16, MLX rounds the product and then the sum
+            scales, dtype = scales.astype(mx.float32), None
+            biases = read_rows(self.biases, start, stop).astype(mx.float32)
         return mx.dequantize(
             read_rows(self.weight, start, stop),
-            read_rows(self.scales, start, stop),
-            None if self.biases is None else read_rows(self.biases, start, stop),
+            scales,
+            biases,
             group_size=self.setting.group_size,
             bits=self.setting.bits,
             mode=self.setting.mode,
-            dtype=mx.bfloat16 if self.biases is None else None,
+            dtype=dtype,
         )
 
 

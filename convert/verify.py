@@ -17,7 +17,8 @@ import numpy as np
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import DiffGemmaError, SourceError, WeightsError
-from mlx_diffgemma.headers import TensorInfo, read_headers
+from mlx_diffgemma.files import cached
+from mlx_diffgemma.headers import HEADER_LIMIT, TensorInfo, read_headers
 from mlx_diffgemma.load import load_model, load_tokenizer
 from mlx_diffgemma.memory import needed_bytes, recommended_bytes
 from mlx_diffgemma.model import DiffusionGemma
@@ -30,6 +31,13 @@ from .write import PROVENANCE, digest_of, squared_error
 _CHUNK = 8 << 20
 _ROWS = 64  # of a tensor, compared with the source
 _CANVAS = 16
+# Most that a tensor may differ from its source, relative to its size, by bits: several times what
+# packing normal weights costs, and far below what a wrong tensor in its place would. nvfp4 has no
+# scale for a whole tensor here, so that very small weights may become zero.
+_BOUNDS: dict[int | str, float] = {
+    8: 0.08, 6: 0.15, 5: 0.3, 4: 0.6, 3: 0.9, 2: 1.0, "nvfp4": 1.0
+}  # fmt: skip
+_ROUNDING = 2.0**-7  # of what is not packed, to bfloat16
 _FITS = 0.8  # of the memory that the device recommends
 
 
@@ -91,7 +99,7 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
         intact = isinstance(record, dict) and record.get("digest") == digest_of(record)
-    except ValueError:
+    except (ValueError, RecursionError):
         intact = False
     if not intact:
         raise WeightsError(f"{path} is damaged: its contents do not match its own digest")
@@ -123,7 +131,7 @@ def _header_sum(path: Path) -> str:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         size = path.stat().st_size
-        return hashlib.sha256(prefix + file.read(min(length, size))).hexdigest()
+        return hashlib.sha256(prefix + file.read(min(length, size, HEADER_LIMIT))).hexdigest()
 
 
 def _check_headers(folder: Path, record: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
@@ -171,13 +179,16 @@ def _check_sources(record: dict[str, Any]) -> None:
 
 def _against_source(folder: Path, record: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
     """Relative error by part on some rows of every tensor, where the source is still at hand."""
-    source = Path(record["source"]["path"]).expanduser()
-    if not source.is_dir():
+    source = _source_folder(record["source"])
+    if source is None:
         return {}, ["the source is not at hand: errors against it were not measured"]
     try:
         before = open_checkpoint(source)
     except DiffGemmaError as error:
         return {}, [f"errors were not measured: {error}"]
+    accounted = {name for entry in record["tensors"].values() for name in entry["from"]}
+    if odd := sorted(set(before.stored) ^ (accounted | set(record["ignored"]))):
+        raise WeightsError(f"{odd[0]} of {source} is not accounted for, or not there any more")
     after = open_checkpoint(folder)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, tensor in after.tensors.items():
@@ -185,13 +196,30 @@ def _against_source(folder: Path, record: dict[str, Any]) -> tuple[dict[str, flo
             return {}, [f"errors were not measured: {source} has changed at {name}"]
         rows = tensor.shape[0] if tensor.shape else 1
         take = min(rows, max(1, _ROWS // max(1, math.prod(tensor.shape[1:-1]))))
+        difference = value = 0.0
         for start in sorted({0, (rows - take) // 2, rows - take}):
-            difference, value = squared_error(
+            d, v = squared_error(
                 before.tensors[name].read(start, start + take), tensor.read(start, start + take)
             )
-            sums[part_of(name)][0] += difference
-            sums[part_of(name)][1] += value
+            difference, value = difference + d, value + v
+        setting = getattr(tensor, "setting", None)
+        bound = _ROUNDING if setting is None else _BOUNDS.get(setting.mode, _BOUNDS[setting.bits])
+        if not math.sqrt(difference) <= bound * math.sqrt(value):  # also where one is not a number
+            raise WeightsError(
+                f"{name} differs from {source} by {math.sqrt(difference):.3g}, more than {bound} "
+                f"of its size, {math.sqrt(value):.3g}: the source has changed, or the result is "
+                "wrong"
+            )
+        sums[part_of(name)][0] += difference
+        sums[part_of(name)][1] += value
     return {part: math.sqrt(d / v) if v else 0.0 for part, (d, v) in sums.items()}, []
+
+
+def _source_folder(source: dict[str, Any]) -> Path | None:
+    """A folder as it was given, or what the Hub's cache still has of a repository."""
+    if (folder := Path(source["path"])).is_dir():
+        return folder
+    return cached(source["path"], source["revision"])
 
 
 def _one_step(folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> str:

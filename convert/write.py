@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.errors import ConfigError, SourceError
+from mlx_diffgemma.errors import ConfigError, SourceError, WeightsError
 from mlx_diffgemma.files import SIDE_PATTERNS, resolve
 from mlx_diffgemma.headers import INDEX
 
@@ -102,8 +102,19 @@ def convert(
         dequantize=dequantize,
         revision=revision,
     )
-    source = {"path": os.fspath(hf_path), "revision": revision, "layout": plan.checkpoint.layout}
+    source = origin(plan, hf_path, revision)
     return carry_out(plan, Path(mlx_path), source=source, force=force, progress=progress)
+
+
+def origin(plan: Plan, hf_path: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
+    """Where a plan's source is, for the record: a full path, or a repository at a commit."""
+    folder = plan.checkpoint.folder
+    is_cached = folder.parent.name == "snapshots"  # of the Hub: the folder is named by its commit
+    return {
+        "path": os.fspath(hf_path) if is_cached else str(folder.absolute()),
+        "revision": folder.name if is_cached else revision,
+        "layout": plan.checkpoint.layout,
+    }
 
 
 def prepare(
@@ -117,13 +128,19 @@ def prepare(
     dtype: str | None = None,
     dequantize: bool = False,
     revision: str | None = None,
+    dry_run: bool = False,
 ) -> Plan:
-    """The plan of `convert`, from headers alone; arguments and errors are the same."""
+    """The plan of `convert`, from headers alone; arguments and errors are the same.
+
+    A plan made for a dry run downloads no weights, and cannot be carried out.
+    """
     given = (q_bits, q_group_size, q_mode)
     if not quantize and (any(value is not None for value in given) or recipe != MIXED):
         raise ConfigError("bits, group size, mode and recipe only have a meaning with -q")
     chosen = choose(recipe, bits=q_bits, group_size=q_group_size, mode=q_mode) if quantize else None
-    checkpoint = open_checkpoint(resolve(hf_path, revision, for_conversion=True))
+    checkpoint = open_checkpoint(
+        resolve(hf_path, revision, for_conversion=True, headers_only=dry_run)
+    )
     return make_plan(checkpoint, recipe=chosen, dtype=dtype, dequantize=dequantize)
 
 
@@ -139,16 +156,19 @@ def carry_out(
     started = time.perf_counter()
     try:
         target = target.expanduser().absolute()
-    except RuntimeError as error:  # nobody's home
+        if not target.name:
+            raise SourceError(f"{target} cannot be the folder of a result")
+        partial = target.with_name(target.name + ".partial")
+        is_source = plan.checkpoint.folder.resolve() in (target.resolve(), partial.resolve())
+    except RuntimeError as error:  # nobody's home, or links in a circle
         raise SourceError(f"{target}: {error}") from error
-    partial = target.with_name(target.name + ".partial")
-    if plan.checkpoint.folder.resolve() in (target.resolve(), partial.resolve()):
+    if is_source:
         raise ConfigError(f"{target} is the source itself; choose another folder for the result")
     try:
         if _is_finished(target):
             if not force and _is_result_of(target, plan, source):
                 if not (partial / "out").exists():  # renamed, and then interrupted
-                    shutil.rmtree(partial, ignore_errors=True)
+                    _clear(partial)
                 return Summary(target, plan, 0.0, len(plan.moves), {}, was_there=True)
             if not force:
                 raise SourceError(
@@ -158,6 +178,10 @@ def carry_out(
         elif target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise SourceError(
                 f"{target} is there and is no result of a conversion; it is not touched"
+            )
+        if partial.is_dir() and not _is_journal_of_ours(partial) and any(partial.iterdir()):
+            raise SourceError(
+                f"{partial} is there and is no unfinished conversion; move it out of the way"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
@@ -177,7 +201,7 @@ def carry_out(
             (partial / "out").rename(target)
             _sync_folder(target.parent)
             errors = journal.errors()
-            shutil.rmtree(partial, ignore_errors=True)  # while nobody else can take it up
+            _clear(partial)  # while nobody else can take it up
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SourceError(
@@ -235,12 +259,18 @@ class _Journal:
                 if line is not lines[0]:
                     try:
                         self._recall(json.loads(line))
-                    except (ValueError, TypeError, KeyError):  # what follows damage is not believed
+                    except (
+                        ValueError,
+                        TypeError,
+                        KeyError,
+                        RecursionError,
+                    ):  # what follows damage is not believed
                         break
                 whole += len(line) + 1
             self._file.truncate(whole)
         else:
-            shutil.rmtree(self.folder / "out", ignore_errors=True)
+            if (self.folder / "out").exists():
+                shutil.rmtree(self.folder / "out")
             self._file.truncate(0)
             self._append(head)
         (self.folder / "out").mkdir(exist_ok=True)
@@ -288,7 +318,7 @@ class _Journal:
     def _matches(self, line: bytes, head: dict[str, Any]) -> bool:
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if found == head:
             return True
@@ -473,7 +503,10 @@ def _carry(move: Move, writer: _Writer, places: dict[str, int], dtype: str) -> N
     for start in range(0, rows, step):
         plain = move.source.read(start, min(start + step, rows)).astype(getattr(mx, dtype))
         arrays = [plain] if move.setting is None else _pack(plain, move)
-        mx.eval(arrays)
+        finite = mx.isfinite(plain).all()
+        mx.eval(arrays, finite)
+        if not finite.item():
+            raise WeightsError(f"{move.target} holds values that are not finite in {dtype}")
         for output, array in zip(move.outputs, arrays, strict=True):
             raw = _raw(array)
             writer.write(at[output.name], raw, hashes[output.name])
@@ -594,7 +627,7 @@ def _is_result_of(target: Path, plan: Plan, source: dict[str, Any]) -> bool:
     """By its record; and no file of the source was written to since."""
     try:
         record = json.loads((target / PROVENANCE).read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if not isinstance(record, dict):
         return False
@@ -602,6 +635,21 @@ def _is_result_of(target: Path, plan: Plan, source: dict[str, Any]) -> bool:
         return False
     written = (target / PROVENANCE).stat().st_mtime_ns
     return all(changed <= written for _, _, changed in _fingerprint(plan))
+
+
+def _is_journal_of_ours(partial: Path) -> bool:
+    """Whether a folder holds what an unfinished conversion leaves, and nothing else."""
+    return {path.name for path in partial.iterdir()} <= {"journal", "out"} and (
+        partial / "journal"
+    ).is_file()
+
+
+def _clear(partial: Path) -> None:
+    """Takes away what is left of a finished conversion; nothing that is not ours."""
+    if partial.is_dir() and _is_journal_of_ours(partial):
+        (partial / "journal").unlink()
+        with suppress(OSError):
+            partial.rmdir()
 
 
 def _free_name(target: Path) -> Path:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import json
 import os
 import re
+import shutil
+import struct
+import tempfile
 from importlib import resources
 from pathlib import Path
 
@@ -34,7 +39,11 @@ def bundled_model() -> Path:
 
 
 def resolve(
-    source: str | os.PathLike[str], revision: str | None = None, *, for_conversion: bool = False
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    for_conversion: bool = False,
+    headers_only: bool = False,
 ) -> Path:
     """A folder as it is, or the local copy of a Hub repository, downloaded where needed.
 
@@ -45,6 +54,8 @@ def resolve(
       source: a folder, or a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`.
       revision: branch, tag or commit of a repository.
       for_conversion: bring what a copy of the checkpoint has, image processing included.
+      headers_only: bring the headers of weight files that are not cached, in a temporary folder
+        with files of the right length and nothing else in them.
 
     Raises:
       SourceError: if there is no such folder or repository, or it cannot be reached.
@@ -72,10 +83,17 @@ def resolve(
             f"no folder {text}, and it is not a Hub repo id (owner/name){_similar(folder)}"
         )
     patterns = (*PATTERNS, *_IMAGES) if for_conversion else PATTERNS
-    return _download(text, revision, folder, patterns)
+    return _download(text, revision, folder, patterns, headers_only=headers_only)
 
 
-def _download(repo: str, revision: str | None, folder: Path, patterns: tuple[str, ...]) -> Path:
+def _download(
+    repo: str,
+    revision: str | None,
+    folder: Path,
+    patterns: tuple[str, ...],
+    *,
+    headers_only: bool,
+) -> Path:
     import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -84,14 +102,24 @@ def _download(repo: str, revision: str | None, folder: Path, patterns: tuple[str
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
+        SafetensorsParsingError,
     )
 
     at = f" at revision {revision}" if revision else ""
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        wanted = [p for p in patterns if not (headers_only and p.endswith(".safetensors"))]
+        local = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        if not headers_only or any(local.glob("model*.safetensors")):
+            return local
+        return _with_headers(local, repo)
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise SourceError(
+            f"{repo}{at} has no safetensors files that can be read: {error}"
+        ) from error
     except GatedRepoError as error:
         raise SourceError(
             f"{repo} asks you to accept its terms on huggingface.co and to log in (`hf auth login`)"
@@ -116,6 +144,43 @@ def _download(repo: str, revision: str | None, folder: Path, patterns: tuple[str
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(f"{repo}{at} could not be downloaded: {reason}") from error
+
+
+def _with_headers(local: Path, repo: str) -> Path:
+    """A temporary copy of a snapshot, whose weight files have a header and a length, and no
+    more."""
+    from huggingface_hub import HfApi
+
+    folder = Path(tempfile.mkdtemp(prefix="mlx_diffgemma-headers-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in local.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
+    # The commit, not the branch: it may have moved since the small files came.
+    found = HfApi().get_safetensors_metadata(repo, revision=local.name)
+    for name, metadata in found.files_metadata.items():
+        tensors = metadata.tensors
+        header = {
+            tensor: {"dtype": i.dtype, "shape": i.shape, "data_offsets": list(i.data_offsets)}
+            for tensor, i in tensors.items()
+        }
+        raw = json.dumps(header).encode()
+        end = max((i.data_offsets[1] for i in tensors.values()), default=0)
+        with (folder / Path(name).name).open("wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            file.truncate(8 + len(raw) + end)
+    return folder
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """What the Hub's local cache has of a repository; never downloads."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
 
 
 def upload(folder: Path, repo: str) -> None:

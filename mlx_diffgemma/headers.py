@@ -26,7 +26,7 @@ TYPES = {
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
 FLOATS = frozenset({"BF16", "F16", "F32"})
-_HEADER_LIMIT = 100_000_000  # as in the safetensors library
+HEADER_LIMIT = 100_000_000  # as in the safetensors library
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path} is truncated: {size} bytes are too few for a safetensors file"
                 )
             (length,) = struct.unpack("<Q", prefix)
-            if length > min(size - 8, _HEADER_LIMIT):
+            if length > min(size - 8, HEADER_LIMIT):
                 raise WeightsError(
                     f"{path} is truncated or not a safetensors file: its header claims "
                     f"{length:,} bytes, "
@@ -72,7 +72,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise WeightsError(f"{path}: the safetensors header is damaged: {error}") from error
     if not isinstance(raw, dict):
         raise WeightsError(f"{path}: the safetensors header is damaged: it is not a JSON object")
-    metadata = raw.pop("__metadata__", {})
+    metadata = raw.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where it was given none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path}: the safetensors header is damaged: __metadata__ is not text")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in raw.items()}

@@ -59,7 +59,7 @@ def test_the_fuzzer_sees_a_result_that_is_wrong(source, tmp_path, monkeypatch):
     real = write._raw
     monkeypatch.setattr(write, "_raw", lambda array: bytes(len(real(array))))
     tally = Tally()
-    for number in range(12):
+    for number in range(40):
         place = tmp_path / str(number)
         place.mkdir()
         case(source, place, random.Random(number), tally)

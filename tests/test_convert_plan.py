@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_diffgemma.convert import plan as plan_module
@@ -9,7 +10,7 @@ from mlx_diffgemma.convert.write import prepare
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, WeightsError
-from tests.convert_cases import bf16, is_expert, official, tiny_config
+from tests.convert_cases import bf16, is_expert, load_all, official, tiny_config
 from tests.test_convert_sources import put, rewrite
 
 EXPERTS = "model.decoder.layers.0.experts.down_proj"
@@ -223,3 +224,27 @@ def test_a_move_larger_than_a_slice_is_cut_into_rows(source, monkeypatch):
     monkeypatch.setattr(plan_module, "SLICE_BYTES", 4 * 64 * 5)
     assert move.rows_at_a_time == 5
     assert all(m.rows_at_a_time >= 1 for m in prepare(source).moves if is_expert(m.target))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("model.encoder.vision_tower.encoder.layers.0.input_layernorm.weight", None, "is missing"),
+        ("model.encoder.embed_vision.embedding_projection.weight", (1, 1), "has shape"),
+        ("model.encoder.vision_tower.encoder.layers.7.input_layernorm.weight", (8,), "none such"),
+    ],
+)
+def test_vision_is_whole_or_not_there(tmp_path, name, shape, said):
+    """mlx-vlm would not load it otherwise."""
+    source = official(tmp_path / "source")
+    arrays = load_all(source)
+    if shape is None:
+        del arrays[name]
+    else:
+        arrays[name] = mx.zeros(shape, dtype=mx.bfloat16)
+    mx.save_safetensors(str(source / "model.safetensors"), arrays)
+    with pytest.raises(WeightsError, match=said):
+        prepare(source)
+    text_only = {key: value for key, value in arrays.items() if "vision" not in key}
+    mx.save_safetensors(str(source / "model.safetensors"), text_only)
+    prepare(source)

@@ -202,7 +202,7 @@ def test_a_step_that_is_not_finite_is_found(tmp_path):
     info = read_header(source / "model.safetensors")["model.decoder.norm.weight"]
     with (source / "model.safetensors").open("r+b") as file:
         file.seek(info.start)
-        file.write(b"\x80\x7f" * 64)  # infinity
+        file.write(b"\x7f\x7f" * 64)  # the largest bfloat16
     convert(source, tmp_path / "out")
     with pytest.raises(WeightsError, match="logits that are not finite"):
         verify(tmp_path / "out")
@@ -224,3 +224,17 @@ def test_an_unreadable_file_is_one_line(out, monkeypatch):
 
 def _forbidden(path):
     raise PermissionError(13, "Permission denied", "x.safetensors")
+
+
+def test_a_result_of_another_source_is_found(tmp_path):
+    """Same shapes, other values: checksums say nothing about that."""
+    source = official(tmp_path / "source")
+    convert(source, tmp_path / "out", quantize=True)
+    info = read_header(source / "model.safetensors")["model.decoder.embed_tokens.weight"]
+    with (source / "model.safetensors").open("r+b") as file:
+        file.seek(info.start)
+        raw = file.read(info.nbytes)
+        file.seek(info.start)
+        file.write(raw[info.nbytes // 2 :] + raw[: info.nbytes // 2])
+    with pytest.raises(WeightsError, match=r"embed_tokens\.weight differs from"):
+        verify(tmp_path / "out")

@@ -17,6 +17,7 @@ from mlx_diffgemma.convert import write as write_module
 from mlx_diffgemma.convert.sources import Plain
 
 from mlx_diffgemma.errors import ConfigError, SourceError, WeightsError
+from mlx_diffgemma.headers import read_header
 from mlx_diffgemma.load import load_model
 from tests.convert_cases import SIDE_FILES, load_all, official, same, sums
 
@@ -176,7 +177,8 @@ def test_side_files_come_along_and_the_record_is_whole_and_without_times(source,
         source / "generation_config.json"
     ).read_bytes()
     card = (out / "README.md").read_text()
-    assert "license: apache-2.0" in card and str(source) in card
+    assert "license: apache-2.0" in card
+    assert f"`{source.name}`" in card and str(source) not in card  # the path is the user's own
     record = json.loads((out / "conversion.json").read_text())
     assert record["source"] == {"path": str(source), "revision": None, "layout": "bf16"}
     assert record["recipe"]["name"] == "mixed" and record["dtype"] == "bfloat16"
@@ -520,3 +522,42 @@ def test_progress_counts_the_bytes_of_the_source(source, out):
     stored = sum(array.nbytes for array in load_all(source).values())
     assert seen[-1][:2] == (stored, stored) and len({name for *_, name in seen}) == len(seen)
     assert all(a[0] < b[0] for a, b in pairwise(seen))
+
+
+def test_a_folder_that_only_has_the_name_of_partial_work_is_not_touched(source, out):
+    partial = out.with_name(f"{out.name}.partial")
+    (partial / "out").mkdir(parents=True)
+    (partial / "thesis.txt").write_text("years of work")
+    with pytest.raises(SourceError, match="is no unfinished conversion"):
+        convert(source, out)
+    partial.rename(partial.with_name("aside"))
+    convert(source, out)
+    partial.with_name("aside").rename(partial)
+    assert convert(source, out).was_there
+    assert (partial / "thesis.txt").read_text() == "years of work"
+
+
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path, out):
+    source = official(tmp_path / "source")
+    info = read_header(source / "model.safetensors")["model.decoder.norm.weight"]
+    with (source / "model.safetensors").open("r+b") as file:
+        file.seek(info.start)
+        file.write(b"\xc0\x7f")
+    with pytest.raises(WeightsError, match=r"decoder\.norm\.weight holds values that are not"):
+        convert(source, out)
+
+
+def test_the_root_and_links_in_a_circle_are_no_results(source, tmp_path):
+    with pytest.raises(SourceError, match="cannot be the folder of a result"):
+        convert(source, "/")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(SourceError):
+        convert(source, tmp_path / "a")
+
+
+def test_the_source_is_recorded_by_its_full_path(source, out, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    convert(source.name, out)
+    record = json.loads((out / "conversion.json").read_text())
+    assert record["source"]["path"] == str(source)

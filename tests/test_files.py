@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -319,3 +320,48 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
     assert kind == "error"
     assert "not, or not whole, in the local cache, and the Hub cannot be reached" in message
     assert "HF_HUB_OFFLINE" not in message
+
+
+def test_a_dry_run_brings_headers_and_no_weights(tmp_path, monkeypatch):
+    """What the Hub's client reads from the first bytes of each file becomes files of full
+    length."""
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
+
+    from mlx_diffgemma.headers import read_headers
+
+    stored = read_headers(bundled_model())
+    first = min(info.start for info in stored.values())
+    tensors = {
+        name: TensorInfo(
+            info.dtype, list(info.shape), (info.start - first, info.start - first + info.nbytes)
+        )
+        for name, info in stored.items()
+    }
+    asked = []
+
+    class Api:
+        def get_safetensors_metadata(self, repo, *, revision):
+            asked.append((repo, revision))
+            files = {"model.safetensors": SafetensorsFileMetadata(metadata={}, tensors=tensors)}
+            return SimpleNamespace(files_metadata=files)
+
+    commit = tmp_path / "snapshots" / ("c" * 40)
+    commit.mkdir(parents=True)
+    (commit / "config.json").write_text("{}")
+    patterns = []
+
+    def snapshot_download(repo, *, revision, allow_patterns):
+        patterns.extend(allow_patterns)
+        return str(commit)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    folder = resolve("owner/name", headers_only=True)
+    assert not any(pattern.endswith(".safetensors") for pattern in patterns)
+    assert asked == [("owner/name", "c" * 40)]
+    assert (folder / "config.json").read_text() == "{}"
+    found = read_headers(folder)
+    assert {n: (i.dtype, i.shape) for n, i in found.items()} == {
+        n: (i.dtype, i.shape) for n, i in stored.items()
+    }

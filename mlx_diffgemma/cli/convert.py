@@ -59,7 +59,7 @@ def convert(
     stopped."""
     with friendly_errors():
         from mlx_diffgemma.convert.verify import verify as check
-        from mlx_diffgemma.convert.write import carry_out, prepare
+        from mlx_diffgemma.convert.write import carry_out, origin, prepare
 
         from ..files import upload
         from .render_convert import Progress, show_plan, show_summary, show_verified
@@ -86,13 +86,14 @@ def convert(
             dtype=dtype,
             dequantize=dequantize,
             revision=revision,
+            dry_run=dry_run,
         )
         if dry_run:
             show_plan(plan)
             return
         from pathlib import Path
 
-        source = {"path": hf_path, "revision": revision, "layout": plan.checkpoint.layout}
+        source = origin(plan, hf_path, revision)
         with Progress() as progress:
             summary = carry_out(
                 plan, Path(mlx_path), source=source, force=force, progress=progress.update
