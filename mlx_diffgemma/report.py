@@ -31,13 +31,18 @@ class Summary:
     def line(self) -> str:
         """All of it in one line."""
         reason = {"stop": "end of turn", "length": "token limit"}[self.reason]
+        peak = (
+            f"{self.peak_bytes / 1e9:.2f} GB"
+            if self.peak_bytes >= 1e9
+            else f"{self.peak_bytes / 1e6:.0f} MB"
+        )
         return (
             f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens_per_second:.1f} tokens/s"
             f" | {self.new_tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
             f" | {self.canvases} canvas{'es' if self.canvases != 1 else ''}"
             f" x {self.steps_per_canvas:.1f} steps, {self.tokens_per_forward:.1f} tokens/forward,"
             f" {self.ms_per_step:.1f} ms/step"
-            f" | peak {self.peak_bytes / 1e9:.2f} GB | {reason}"
+            f" | peak {peak} | {reason}"
         )
 
 
