@@ -41,7 +41,7 @@ _ERROR_SAMPLE = 16  # one row in so many is unpacked again, to measure the error
 _MLX_CACHE_BYTES = 256 << 20
 _FINITE_PIECE = 1 << 20  # values looked at together: they stay in the cache
 _PENDING = 6  # arrays that wait to be written; two slices of a packed tensor
-# An interruption costs at most this much work.
+# How often finished tensors are recorded; an interruption costs these and the one at hand.
 _SYNC_BYTES = 256 << 20
 _SYNC_SECONDS = 2.0
 

@@ -83,7 +83,11 @@ def as_object(event: Event, summary: Summary | None = None) -> dict[str, Any]:
     """One event of a run of one prompt as a JSON object; reads its arrays."""
     match event:
         case PrefillDone():
-            return {"event": "prefill", **_fields(event)}
+            return {
+                "event": "prefill",
+                "prompt_tokens": event.prompt_tokens,
+                "seconds": event.seconds,
+            }
         case StepDone():
             return {
                 "event": "step",
@@ -103,7 +107,3 @@ def as_object(event: Event, summary: Summary | None = None) -> dict[str, Any]:
             return {"event": "text", "channel": event.channel, "text": event.piece}
         case Finished():
             return {"event": "finished", **(asdict(summary) if summary else {})}
-
-
-def _fields(event: PrefillDone) -> dict[str, Any]:
-    return {"prompt_tokens": event.prompt_tokens, "seconds": event.seconds}
