@@ -2,7 +2,7 @@
 canvas, then the end.
 
 Arrays are `[B, L]` (batch, canvas) and lazy: nothing is computed for a listener that does not read
-them.
+them. Under `canvas_width="answer"` a step's arrays end where the step's look at the canvas ended.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Finished:
     new_tokens: tuple[int, ...]  # the end token counts, padding does not
     row_steps: tuple[int, ...]  # denoise steps over all canvases
     row_canvases: tuple[int, ...]
+    row_positions: tuple[int, ...]  # canvas columns looked at, summed over steps: the work done
 
     @property
     def tokens_per_forward(self) -> tuple[float, ...]:

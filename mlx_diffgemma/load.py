@@ -15,6 +15,7 @@ from .files import resolve
 from .headers import read_headers
 from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
 from .model import DiffusionGemma
+from .model.fused import fuse
 from .names import Ignored, translate
 from .weights import load_weights
 
@@ -47,9 +48,14 @@ def load(
     return load_model(folder), tokenizer
 
 
-def load_model(folder: str | os.PathLike[str]) -> DiffusionGemma:
-    """The model alone, from a folder that may have no tokenizer. Warns where memory will be
-    short."""
+def load_model(folder: str | os.PathLike[str], *, fused: bool = True) -> DiffusionGemma:
+    """The model alone, from a folder that may have no tokenizer. Warns where memory will be short.
+
+    Args:
+      folder: a checkpoint's.
+      fused: queries, keys and values become one product after loading, gate and up likewise;
+        False leaves every module under its checkpoint's name, as adapters need.
+    """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
     used = [
@@ -71,6 +77,8 @@ def load_model(folder: str | os.PathLike[str]) -> DiffusionGemma:
         )
     model = DiffusionGemma(config)
     load_weights(model, config, folder)
+    if fused:
+        fuse(model)
     model.eval()
     return model
 

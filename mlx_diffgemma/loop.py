@@ -3,6 +3,7 @@ Knows ids, not text."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -13,12 +14,21 @@ import numpy as np
 from .config import ModelConfig
 from .errors import ConfigError, PromptError
 from .events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
-from .model import Context, DiffusionGemma
+from .model import DiffusionGemma, OpenContext
+from .model.backend import is_cpu
 from .noise import Noise, SeededNoise
-from .sampler import decide, statistics, top_candidates
+from .sampler import (
+    decide,
+    decide_sure,
+    draw,
+    scaled_logits,
+    shortlist,
+    statistics,
+    top_candidates,
+)
 from .schedule import temperature
 from .settings import GenerationSettings, ResolvedSettings
-from .stopping import is_settled
+from .stopping import answer_length, is_settled, width_for
 
 
 def denoise_tokens(
@@ -68,140 +78,266 @@ def denoise_tokens(
     mx.clear_cache()
     yield PrefillDone(int(real.sum()), time.perf_counter() - started)
 
-    for canvas_index in range(rows.canvases):
-        last = yield from _denoise_canvas(model, context, canvas_index, settings, noise, rows)
+    is_sparse = settings.self_conditioning == "sparse"
+    run = _Run(model, settings, noise, model.mean_row() if is_sparse else None)
+    for canvas_index in itertools.count():
+        opened = [model.open(context, settings.canvas_length)]
+        del context  # the opened one holds a copy, and gives it back
+        last = yield from _denoise_canvas(run, opened.pop(), canvas_index, rows)
         committed, row_steps = rows.take(last)
         yield CanvasCommitted(canvas_index, mx.array(committed), rows.steps_run, row_steps)
-        if rows.ended.all() or canvas_index + 1 == rows.canvases:
+        if rows.are_done:
             break
-        context = model.commit(mx.array(committed), context)
-        mx.async_eval(context.arrays)
+        context = model.commit(mx.array(committed), last.context.closed())
+        del last
+        mx.eval(context.arrays)
         mx.clear_cache()
     yield rows.finish()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """What stays the same from step to step."""
+
+    model: DiffusionGemma
+    settings: ResolvedSettings
+    noise: Noise
+    mean_row: mx.array | None  # [M], for sparse self-conditioning
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.text.vocab_size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """Where a canvas stands after a step; lazy."""
+    """Where a canvas stands after a step; lazy. W is how much of the canvas the step looked at."""
 
     canvas: mx.array  # [B, L] int32, the next step's input
-    draft: mx.array  # [B, L] int32
+    draft: mx.array  # [B, W] int32
     settled: mx.array  # [B] bool
     row_steps: mx.array  # [B] int32, steps until each row settled
-    logits: mx.array | None = None  # [B, L, V] float32, temperature-scaled
+    context: OpenContext
+    belief: _Belief | None = None  # what the next step is conditioned on
+    check: mx.array | None = None  # int32 [B, 1 to 3], what the host must know; see `_Plan`
     event: StepDone | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Belief:
+    """What a step thought, for the soft embedding of the next."""
+
+    weights: mx.array  # [B, W, V], the model's type
+    total: mx.array  # [B, W] float32
+    entropy: mx.array  # [B, W] float32
+    # Ids and probabilities of the likeliest tokens, for a sparse one.
+    likeliest: tuple[mx.array, mx.array] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the host decides about the next step: how many columns it looks at, and for how many
+    rows of the canvas the soft embedding is dense."""
+
+    width: int
+    dense: int
+
+
 def _denoise_canvas(
-    model: DiffusionGemma,
-    context: Context,
-    canvas_index: int,
-    settings: ResolvedSettings,
-    noise: Noise,
-    rows: _Rows,
+    run: _Run, context: OpenContext, canvas_index: int, rows: _Rows
 ) -> Generator[StepDone, None, _Step]:
     """Denoises one canvas and returns its last step. Rows that have ended start settled."""
-    rows.steps_run = 0
-    settled = mx.array(rows.ended)
-    draft = mx.full((context.batch, settings.canvas_length), settings.pad_token_id, dtype=mx.int32)
-    before = yield from _settle(model, context, canvas_index, settings, noise, draft, settled, rows)
+    rows.steps_run, settings = 0, run.settings
+    B, L = len(rows.ended), settings.canvas_length
+    draft = mx.full((B, L), settings.pad_token_id, dtype=mx.int32)
+    # Handed over in a list: each step writes its context over the last one's, and whoever still
+    # held that would turn the writing into copying.
+    handed = [_Step(draft, draft, mx.array(rows.ended), mx.zeros(B, dtype=mx.int32), context)]
+    del context
+    last = yield from _settle(run, handed, canvas_index, rows, ~rows.ended)
     for attempt in range(1, settings.empty_rerolls + 1 if canvas_index == 0 else 1):
-        assert isinstance(noise, SeededNoise)
-        empty = np.isin(np.array(before.draft[:, 0]), settings.eos_token_ids) & ~rows.ended
+        assert isinstance(run.noise, SeededNoise)
+        empty = np.isin(np.array(last.draft[:, 0]), settings.eos_token_ids) & ~rows.ended
         if not empty.any():
             break
-        spent = before.row_steps
-        before = yield from _settle(
-            model,
-            context,
-            canvas_index,
-            settings,
-            noise.reroll(attempt),
-            before.draft,
-            mx.array(~empty),
-            rows,
-        )
-        before = replace(before, row_steps=before.row_steps + spent)
-    return before
+        handed.append(replace(last, settled=mx.array(~empty)))
+        del last
+        again = replace(run, noise=run.noise.reroll(attempt))
+        last = yield from _settle(again, handed, canvas_index, rows, empty)
+    return last
 
 
 def _settle(
-    model: DiffusionGemma,
-    context: Context,
-    canvas_index: int,
-    settings: ResolvedSettings,
-    noise: Noise,
-    draft: mx.array,
-    settled: mx.array,
-    rows: _Rows,
+    run: _Run, handed: list[_Step], canvas_index: int, rows: _Rows, live: np.ndarray
 ) -> Generator[StepDone, None, _Step]:
     """Steps from random tokens until every row has settled, or no step is left; returns the last
-    one."""
-    shape = (context.batch, settings.canvas_length)
-    start = noise.start(canvas_index, shape, model.config.text.vocab_size)
-    now = _Step(start, draft, settled, mx.zeros(context.batch, dtype=mx.int32))
+    one. `live` are the rows that have not settled, bool [B]."""
+    settings, shape = run.settings, (len(live), run.settings.canvas_length)
+    start = run.noise.start(canvas_index, shape, run.vocab_size)
+    now = replace(handed.pop(), canvas=start)
     drafts: tuple[mx.array, ...] = ()
+    planner = _Planner(settings, rows.ended)
+    plan = planner.first()
+    is_lazy = not is_cpu()
 
-    def build(step: int, before: _Step, drafts: tuple[mx.array, ...]) -> _Step:
-        return _step(model, context, canvas_index, step, settings, noise, before, drafts)
-
-    following = build(0, now, drafts)
+    ahead: _Step | None = None
     for step in range(settings.max_denoising_steps):
-        now = following
-        assert now.event is not None
-        mx.async_eval(now.draft, now.event.entropy, now.settled, *(now.event.candidates or ()))
+        now, ahead = ahead or _step(run, canvas_index, step, now, drafts, plan), None
+        assert now.event is not None and now.check is not None
+        is_last = step + 1 == settings.max_denoising_steps
+        listened = (now.event.entropy, *(now.event.candidates or ()))
+        mx.async_eval(now.draft, now.check, *listened)
         drafts = (*drafts, now.draft)[-max(1, settings.stability_threshold) :]
-        if step + 1 < settings.max_denoising_steps:
+        if is_lazy and not is_last:
             # Built before this step is looked at, so that the device need not wait for Python;
-            # dropped if it settled.
-            following = build(step + 1, now, drafts)
-        rows.steps_run += 1
+            # dropped if it settled or the plan changes.
+            ahead = _step(run, canvas_index, step + 1, now, drafts, plan)
+        rows.count(live, plan.width)
         yield now.event
-        if bool(now.settled.all().item()):  # the one host read of a step
+        check = np.array(now.check)  # the one host read of a step
+        live = check[:, 0] == 0
+        if not live.any():
             break
-    return replace(now, logits=None, event=None)  # the logits would live on through the commit
+        if not is_last and (new_plan := planner.next(check, plan)) != plan:
+            plan, ahead = new_plan, None
+    # The belief would live on through the commit.
+    return replace(now, belief=None, check=None, event=None)
 
 
 def _step(
-    model: DiffusionGemma,
-    context: Context,
+    run: _Run,
     canvas_index: int,
     step: int,
-    settings: ResolvedSettings,
-    noise: Noise,
     before: _Step,
     drafts: tuple[mx.array, ...],
+    plan: _Plan,
 ) -> _Step:
     """The graph of one step. What nobody reads, such as draws after the last one, is never
     computed."""
-    soft = None if before.logits is None else model.soft_embedding(before.logits)
-    logits = model.denoise(before.canvas, context, self_conditioning=soft) / temperature(
-        step, settings
-    )
-    draft, entropy = statistics(logits)
-    proposal = draft if settings.temperature == 0 else noise.sample(canvas_index, step, logits)
-    shape = (context.batch, settings.canvas_length)
-    fresh = noise.renoise(canvas_index, step, shape, model.config.text.vocab_size)
-    decision = decide(entropy, proposal, fresh, entropy_bound=settings.entropy_bound)
+    settings, noise, W = run.settings, run.noise, plan.width
+    heat = mx.array(temperature(step, settings))  # an array, so that no step costs a new trace
+    canvas = before.canvas if W == before.canvas.shape[1] else before.canvas[:, :W]
+    soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)
+    outputs, context = run.model.look(canvas, before.context, self_conditioning=soft)
+    cap = run.model.config.text.final_logit_softcapping
+    seen = statistics(outputs, heat, cap)
+    shape = (before.canvas.shape[0], before.canvas.shape[1])
+    if settings.temperature == 0:
+        proposal = seen.draft
+    elif type(noise) is SeededNoise:  # the same draws as `sample` makes, without making the logits
+        gumbels = noise.gumbels(canvas_index, step, shape, run.vocab_size)
+        gumbels = (gumbels[0][:, :W], gumbels[1][:, :W])
+        proposal = draw(outputs, seen.masses, gumbels, heat, cap)
+    else:
+        proposal = noise.sample(canvas_index, step, scaled_logits(outputs, heat, cap))
+    # Always for the whole canvas: a position draws the same, however wide the canvas is.
+    fresh = noise.renoise(canvas_index, step, shape, run.vocab_size)
+    if settings.acceptance == "entropy":
+        decision = decide(
+            seen.entropy, proposal, fresh[:, :W], entropy_bound=settings.entropy_bound
+        )
+    else:
+        decision = decide_sure(
+            seen.confidence, proposal, fresh[:, :W], confidence=settings.acceptance_confidence
+        )
     frozen = before.settled[:, None]
-    draft = mx.where(frozen, before.draft, draft)
+    draft = mx.where(frozen, _fitted(before.draft, W, settings.pad_token_id), seen.draft)
+    length = answer_length(draft, settings.eos_token_ids) if settings.looks_for_end else None
     settled = before.settled | is_settled(
         draft,
-        drafts,
-        entropy,
+        [_fitted(previous, W, -1) for previous in drafts],
+        seen.entropy,
         stability_threshold=settings.stability_threshold,
         confidence_threshold=settings.confidence_threshold,
+        confidence=seen.confidence,
+        stop_confidence=settings.stop_confidence,
+        matters=mx.arange(W) < length[:, None]
+        if length is not None and settings.stop_on == "answer"
+        else None,
     )
+    check = [settled.astype(mx.int32)]
+    if settings.canvas_width == "answer":
+        assert length is not None
+        check.append(length)
+    likeliest = None
+    if settings.self_conditioning == "sparse":
+        likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
+        check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1))
     count = settings.top_candidates
-    candidates = top_candidates(logits, count) if count else None
+    candidates = top_candidates(outputs, count, seen.total, heat, cap) if count else None
+    next_canvas = mx.where(frozen, canvas, decision.canvas)
+    if W < shape[1]:
+        next_canvas = mx.concatenate([next_canvas, fresh[:, W:]], axis=1)
     return _Step(
-        canvas=mx.where(frozen, before.canvas, decision.canvas),
+        canvas=next_canvas,
         draft=draft,
         settled=settled,
         row_steps=before.row_steps + (~before.settled).astype(mx.int32),
-        logits=logits,
-        event=StepDone(canvas_index, step, draft, decision.accepted, entropy, candidates),
+        context=context,
+        belief=_Belief(seen.weights, seen.total, seen.entropy, likeliest),
+        check=mx.stack(check, axis=-1),
+        event=StepDone(canvas_index, step, draft, decision.accepted, seen.entropy, candidates),
     )
+
+
+def _soft_embedding(run: _Run, belief: _Belief, plan: _Plan) -> mx.array:
+    """[B, W, M], for the columns of the plan; zeros for columns that the last step did not see."""
+    model, seen = run.model, belief.weights.shape[1]
+    W = min(plan.width, seen)
+    if belief.likeliest is not None and plan.dense < W:
+        assert run.mean_row is not None
+        ids, probabilities = (x[:, :W] for x in belief.likeliest)
+        soft = model.sparse_embedding(ids, probabilities, run.mean_row)
+        if plan.dense:  # the most uncertain positions of each row, by their entropy
+            unsure = mx.argpartition(-belief.entropy[:, :W], kth=plan.dense - 1, axis=-1)
+            unsure = unsure[:, : plan.dense, None]
+            weights = mx.take_along_axis(belief.weights[:, :W], unsure, axis=1)
+            total = mx.take_along_axis(belief.total[:, :W], unsure[..., 0], axis=1)
+            exact = model.mean_embedding(weights, total)
+            soft = mx.put_along_axis(soft, mx.broadcast_to(unsure, exact.shape), exact, axis=1)
+    elif W < seen:
+        soft = model.mean_embedding(belief.weights[:, :W], belief.total[:, :W])
+    else:
+        soft = model.mean_embedding(belief.weights, belief.total)
+    if W < plan.width:
+        soft = mx.pad(soft, [(0, 0), (0, plan.width - W), (0, 0)])
+    return soft
+
+
+def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
+    """The first columns of [B, W], or all of them and more that hold `fill`."""
+    seen = tokens.shape[1]
+    if seen < width:
+        return mx.pad(tokens, [(0, 0), (0, width - seen)], constant_values=fill)
+    return tokens if seen == width else tokens[:, :width]
+
+
+class _Planner:
+    """Plans each step of a canvas from what the host read about the last one."""
+
+    def __init__(self, settings: ResolvedSettings, ended: np.ndarray):
+        self.settings, self.ended = settings, ended
+        self.lengths: np.ndarray | None = None  # of the last step's answers
+
+    def first(self) -> _Plan:
+        return _Plan(self.settings.canvas_length, self.settings.canvas_length)
+
+    def next(self, check: np.ndarray, plan: _Plan) -> _Plan:
+        width = self.settings.canvas_length
+        if self.settings.canvas_width == "answer":
+            lengths = check[:, 1]
+            if self.lengths is not None:
+                # An end token that is there for the second time; a lost one gives all columns back.
+                stays = (lengths == self.lengths) & (lengths < plan.width)
+                needed = np.where(stays, lengths, width)[~self.ended].max()
+                width = width_for(int(needed), width)
+            self.lengths = lengths
+        dense = width
+        if self.settings.self_conditioning == "sparse":
+            quarter = -(-width // 4)
+            unsure = int(check[:, -1][check[:, 0] == 0].max())
+            dense = min(width, -(-unsure // quarter) * quarter)
+        return _Plan(width, dense)
 
 
 class _Rows:
@@ -218,11 +354,21 @@ class _Rows:
                 f"at most {limit - canvas} of the {limit} positions are free for it"
             )
         self.settings = settings
-        self.canvases = min(-(-settings.max_new_tokens // canvas), room)
-        self.left = min(settings.max_new_tokens, self.canvases * canvas)
+        self.left = min(settings.max_new_tokens, room * canvas)
         self.ended = np.zeros(batch, bool)
         self.steps_run = 0  # of the canvas at hand
-        self.new_tokens, self.steps, self.row_canvases = (np.zeros(batch, int) for _ in range(3))
+        self.new_tokens, self.steps, self.positions, self.row_canvases = (
+            np.zeros(batch, int) for _ in range(4)
+        )
+
+    def count(self, live: np.ndarray, width: int) -> None:
+        """One step that looked at `width` columns, for the rows that had not settled."""
+        self.steps_run += 1
+        self.positions += live * width
+
+    @property
+    def are_done(self) -> bool:
+        return bool(self.ended.all()) or self.left == 0
 
     def take(self, last: _Step) -> tuple[np.ndarray, tuple[int, ...]]:
         """Cuts a denoised canvas at `max_new_tokens`, pads behind end tokens, and counts.
@@ -249,6 +395,7 @@ class _Rows:
             tuple(self.new_tokens.tolist()),
             tuple(self.steps.tolist()),
             tuple(self.row_canvases.tolist()),
+            tuple(self.positions.tolist()),
         )
 
 

@@ -8,6 +8,8 @@ from typing import Protocol, Self
 import mlx.core as mx
 import numpy as np
 
+from .sampler import chunk_size, draw, statistics
+
 # What a draw is for: part of its key, so that no two draws of a run share one.
 _START, _SAMPLE, _RENOISE = range(3)
 _FIRST = 0  # stands for the step of a draw that has none
@@ -44,9 +46,21 @@ class SeededNoise:
         return self._uniform((canvas_index, _FIRST, _START), shape, vocab_size)
 
     def sample(self, canvas_index: int, step: int, logits: mx.array) -> mx.array:
-        keys = self._keys((canvas_index, step, _SAMPLE), logits.shape[0])
-        rows = [mx.random.categorical(row, key=key) for row, key in zip(logits, keys, strict=True)]
-        return mx.stack(rows).astype(mx.int32)
+        B, L, V = logits.shape
+        gumbels = self.gumbels(canvas_index, step, (B, L), V)
+        return draw(logits, statistics(logits).masses, gumbels)
+
+    def gumbels(
+        self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int
+    ) -> tuple[mx.array, mx.array]:
+        """What `sample` draws with: Gumbel noise for `sampler.draw`, so that a loop that has the
+        masses of the chunks need not make the logits."""
+        size = chunk_size(vocab_size)
+        batch, length = shape
+        keys = self._keys((canvas_index, step, _SAMPLE), batch)
+        noise = [mx.random.gumbel((length, vocab_size // size + size), key=key) for key in keys]
+        chunks, inside = mx.split(mx.stack(noise), [vocab_size // size], axis=-1)
+        return chunks, inside
 
     def renoise(
         self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int

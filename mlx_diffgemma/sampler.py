@@ -1,15 +1,28 @@
-"""Logits -> statistics, acceptance, next canvas. Pure functions; noise is passed in."""
+"""Head outputs -> statistics, proposal, acceptance, next canvas. Pure; noise is passed in.
+
+The outputs have V columns, so what costs is how often they are read and written. `statistics` reads
+them twice and writes two arrays of their size (three where the model computes in 16 bits); all else
+is made from those, or from a few of their columns.
+"""
 
 from __future__ import annotations
 
+import math
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
+
+NO_CAP = math.inf
 
 
 class Statistics(NamedTuple):
     draft: mx.array  # [B, L] int32: the likeliest tokens
     entropy: mx.array  # [B, L] float32, nats
+    confidence: mx.array  # [B, L] float32: probability of the draft's tokens
+    masses: mx.array  # [B, L, V / chunk] float32: weights summed over chunks of the vocabulary
+    weights: mx.array  # [B, L, V], type of the outputs: probabilities over that of the draft
+    total: mx.array  # [B, L] float32: sum of the weights
 
 
 class Decision(NamedTuple):
@@ -17,16 +30,86 @@ class Decision(NamedTuple):
     accepted: mx.array  # [B, L] bool: where the proposal was kept
 
 
-def statistics(logits: mx.array) -> Statistics:
-    """Draft and entropy of temperature-scaled logits, float32 [B, L, V].
+def scaled_logits(outputs: mx.array, heat: float | mx.array = 1.0, cap: float = NO_CAP) -> mx.array:
+    """Outputs under the softcap, over the temperature: float32, of the same shape."""
+    return _scaled(outputs, _array(heat), cap)
 
-    Entropy is summed from log-probabilities in float32: as log-sum-exp minus a product it would
-    lose its last digits,
-    and the stop rule compares its mean with 0.005 nats.
+
+def statistics(outputs: mx.array, heat: float | mx.array = 1.0, cap: float = NO_CAP) -> Statistics:
+    """What a step wants to know about the distribution of every position.
+
+    All of it is measured from the likeliest token: with d the distance of a logit from the largest
+    one, Z = sum exp(d) and S = sum exp(d) d, the entropy is ln Z - S / Z. Both terms vanish
+    where a position is sure, so that nothing cancels; the stop rule compares their mean with
+    0.005 nats. The cap is monotone, so the largest output is the largest logit.
+
+    Args:
+      outputs: [B, L, V], the head's outputs, or logits.
+      heat: temperature, a number or an array of one; an array costs no new trace.
+      cap: of the softcap; infinite for none.
+
+    Returns:
+      Statistics. In 16 bits the weights are those of the rounded logits, which the reference
+      stores between steps; everything else is that of the logits in float32.
     """
-    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    entropy = -(mx.exp(log_p) * log_p).sum(axis=-1)
-    return Statistics(mx.argmax(logits, axis=-1).astype(mx.int32), entropy)
+    heat = _array(heat)
+    draft = mx.argmax(outputs, axis=-1, keepdims=True)  # [B, L, 1]
+    top = _scaled(mx.take_along_axis(outputs, draft, axis=-1), heat, cap)
+    if outputs.dtype == mx.float32:
+        weights, products = _weigh(outputs, top, heat, cap)
+        kept = weights
+    else:
+        weights, products, kept = _weigh_and_round(outputs, top, heat, cap)
+    B, L, V = outputs.shape
+    masses = weights.reshape(B, L, -1, chunk_size(V)).sum(axis=-1)
+    total = kept_total = masses.sum(axis=-1)
+    if kept is not weights:  # a product adds up in float32 whatever its type, a sum need not
+        kept_total = (kept @ mx.ones((V, 1), kept.dtype))[..., 0].astype(mx.float32)
+    return Statistics(
+        draft=draft[..., 0].astype(mx.int32),
+        entropy=mx.log(total) - products.sum(axis=-1) / total,
+        confidence=1 / total,
+        masses=masses,
+        weights=kept,
+        total=kept_total,
+    )
+
+
+def draw(
+    outputs: mx.array,
+    masses: mx.array,
+    gumbels: tuple[mx.array, mx.array],
+    heat: float | mx.array = 1.0,
+    cap: float = NO_CAP,
+) -> mx.array:
+    """A token for every position, drawn from its distribution in two levels: a chunk of the
+    vocabulary by its mass, then a token inside it. Exact, and no noise over all of the vocabulary.
+
+    Args:
+      outputs: [B, L, V], as for `statistics`.
+      masses: from `statistics`.
+      gumbels: standard Gumbel noise, float32 [B, L, V / chunk] and [B, L, chunk].
+      heat: as for `statistics`.
+      cap: as for `statistics`.
+
+    Returns:
+      int32 [B, L].
+
+    Source: the Gumbel-max trick, arXiv 1611.01144, once per level.
+    """
+    size = chunk_size(outputs.shape[-1])
+    chunk = mx.argmax(mx.log(masses) + gumbels[0], axis=-1, keepdims=True)  # [B, L, 1]
+    columns = chunk * size + mx.arange(size)
+    inside = _scaled(mx.take_along_axis(outputs, columns, axis=-1), _array(heat), cap)
+    token = mx.argmax(inside + gumbels[1], axis=-1, keepdims=True)
+    return (chunk * size + token)[..., 0].astype(mx.int32)
+
+
+@cache
+def chunk_size(vocab_size: int) -> int:
+    """The divisor of the vocabulary's size that is nearest to its root, from above."""
+    root = math.isqrt(vocab_size - 1) + 1
+    return next(size for size in range(root, vocab_size + 1) if vocab_size % size == 0)
 
 
 def decide(
@@ -64,14 +147,98 @@ def decide(
     return Decision(mx.where(accepted, proposal, noise), accepted)
 
 
-def top_candidates(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+def decide_sure(
+    probability: mx.array, proposal: mx.array, noise: mx.array, *, confidence: float
+) -> Decision:
+    """Keeps every proposal that has at least the given probability, and the likeliest one of a row
+    in any case; all else becomes noise. Nothing is frozen here either.
+
+    Args:
+      probability: [B, L] float32, of the proposals.
+      proposal: [B, L] int32 tokens.
+      noise: [B, L] int32 uniform random tokens.
+      confidence: a probability.
+    """
+    best = probability.max(axis=-1, keepdims=True)
+    accepted = probability >= mx.minimum(best, confidence)
+    return Decision(mx.where(accepted, proposal, noise), accepted)
+
+
+def shortlist(weights: mx.array, total: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """The likeliest tokens of each position, in any order: ids int32 and probabilities float32,
+    both [B, L, count].
+
+    Exact, and one pass over the vocabulary: the `count` largest weights lie in the `count` chunks
+    with the largest maxima.
+
+    Args:
+      weights: [B, L, V], from `statistics`.
+      total: [B, L], their sums.
+      count: tokens, at most V.
+    """
+    B, L, V = weights.shape
+    size = chunk_size(V)
+    chunks = min(count, V // size)
+    maxima = weights.reshape(B, L, -1, size).max(axis=-1)
+    best = mx.argpartition(-maxima, kth=chunks - 1, axis=-1)[..., :chunks, None]
+    columns = (best * size + mx.arange(size, dtype=best.dtype)).reshape(B, L, -1)
+    values = mx.take_along_axis(weights, columns, axis=-1)
+    inside = mx.argpartition(-values, kth=count - 1, axis=-1)[..., :count]
+    ids = mx.take_along_axis(columns, inside, axis=-1).astype(mx.int32)
+    values = mx.take_along_axis(values, inside, axis=-1).astype(mx.float32)
+    return ids, values / total[..., None]
+
+
+def top_candidates(
+    outputs: mx.array,
+    count: int,
+    total: mx.array | None = None,
+    heat: float | mx.array = 1.0,
+    cap: float = NO_CAP,
+) -> tuple[mx.array, mx.array]:
     """The likeliest tokens of each position, best first: ids int32 and probabilities float32, both
     [B, L, count]."""
-    some = mx.argpartition(logits, kth=-count, axis=-1)[..., -count:]
-    values = mx.take_along_axis(logits, some, axis=-1)
+    some = mx.argpartition(outputs, kth=-count, axis=-1)[..., -count:]
+    values = _scaled(mx.take_along_axis(outputs, some, axis=-1), _array(heat), cap)
     order = mx.argsort(-values, axis=-1)
-    probabilities = mx.exp(values - mx.logsumexp(logits, axis=-1, keepdims=True))
+    values = mx.take_along_axis(values, order, axis=-1)
+    if total is None:
+        total = statistics(outputs, heat, cap).total
     return (
         mx.take_along_axis(some, order, axis=-1).astype(mx.int32),
-        mx.take_along_axis(probabilities, order, axis=-1),
+        mx.exp(values - values[..., :1]) / total[..., None],
     )
+
+
+def _array(heat: float | mx.array) -> mx.array:
+    return heat if isinstance(heat, mx.array) else mx.array(heat, dtype=mx.float32)
+
+
+def _under_cap(outputs: mx.array, heat: mx.array, cap: float) -> mx.array:
+    outputs = outputs.astype(mx.float32)
+    return (outputs if cap == NO_CAP else mx.tanh(outputs / cap) * cap) / heat
+
+
+_scaled = partial(mx.compile, shapeless=True)(_under_cap)
+
+
+@partial(mx.compile, shapeless=True)
+def _weigh(
+    outputs: mx.array, top: mx.array, heat: mx.array, cap: float
+) -> tuple[mx.array, mx.array]:
+    distance = _under_cap(outputs, heat, cap) - top
+    weights = mx.exp(distance)
+    return weights, weights * distance
+
+
+@partial(mx.compile, shapeless=True)
+def _weigh_and_round(
+    outputs: mx.array, top: mx.array, heat: mx.array, cap: float
+) -> tuple[mx.array, mx.array, mx.array]:
+    """As `_weigh`, and the weights that come from logits rounded to the type of the outputs."""
+    logits = _under_cap(outputs, heat, cap)
+    distance = logits - top
+    weights = mx.exp(distance)
+    rounded, rounded_top = (x.astype(outputs.dtype).astype(mx.float32) for x in (logits, top))
+    kept = mx.exp(rounded - rounded_top).astype(outputs.dtype)
+    return weights, weights * distance, kept

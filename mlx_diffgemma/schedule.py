@@ -20,6 +20,7 @@ def temperature(step: int, settings: ResolvedSettings) -> float:
     Source: transformers 5.23, generation_diffusion_gemma.py,
     LinearTemperatureScheduleLogitsProcessor.
     """
-    proportion = noise_proportion(step, settings.max_denoising_steps)
+    steps = settings.schedule_steps
+    proportion = noise_proportion(min(step, steps - 1), steps)  # no colder behind its end
     scheduled = settings.t_min + (settings.t_max - settings.t_min) * proportion
     return scheduled * (settings.temperature or 1.0)

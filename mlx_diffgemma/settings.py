@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import ConfigError
 
@@ -16,6 +16,30 @@ if TYPE_CHECKING:
     from .config import ModelConfig
 
 Raw = Mapping[str, Any]
+Policy = Literal["reference", "fast"]
+Acceptance = Literal["entropy", "confidence"]
+StopOn = Literal["canvas", "answer"]
+CanvasWidth = Literal["fixed", "answer"]
+SelfConditioning = Literal["dense", "sparse"]
+_CHOICES: dict[str, Any] = {
+    "policy": Policy,
+    "acceptance": Acceptance,
+    "stop_on": StopOn,
+    "canvas_width": CanvasWidth,
+    "self_conditioning": SelfConditioning,
+}
+# What a policy fills in where the user says nothing; the checkpoint's own numbers come after it.
+POLICIES: dict[Policy, dict[str, Any]] = {
+    "reference": {},
+    "fast": {
+        "acceptance": "confidence",
+        "temperature": 0.0,
+        "stop_on": "answer",
+        "stop_confidence": 0.9,
+        "stability_threshold": 0,
+        "canvas_width": "answer",
+    },
+}
 
 _COLDEST = 1e-4  # below, logits over temperature leave float32
 COMMAND_MAX_TOKENS = 1024  # `generate` as a command; the checkpoint's 256 surprise people
@@ -32,7 +56,7 @@ _INERT_GENERATION = frozenset(
 )
 
 
-def _setting(help: str, default: float | None = None) -> Any:
+def _setting(help: str, default: float | str | None = None) -> Any:
     """A field that may stay open: what it is for, and its value where the checkpoint says nothing.
 
     Source of the model's own values: transformers 5.23, generation_diffusion_gemma.py,
@@ -75,6 +99,47 @@ class GenerationSettings:
         "Likeliest tokens per position that each step event carries.", 0
     )
     prefill_step_size: int | None = _setting("Prompt tokens encoded at a time.", 2048)
+    policy: Policy | None = _setting(
+        "How to save work: 'reference' saves none and follows transformers step by step; 'fast' is "
+        "the best set of the settings below.",
+        "reference",
+    )
+    acceptance: Acceptance | None = _setting(
+        "What one step accepts: proposals up to 'entropy_bound', or, with 'confidence', every one "
+        "that has 'acceptance_confidence'. Nothing is frozen either way.",
+        "entropy",
+    )
+    acceptance_confidence: float | None = _setting(
+        "Probability from which acceptance by confidence keeps a proposal.", 0.9
+    )
+    stop_on: StopOn | None = _setting(
+        "Which positions a canvas waits for: all of the 'canvas', or those of the 'answer', up to "
+        "the draft's first end token.",
+        "canvas",
+    )
+    stop_confidence: float | None = _setting(
+        "Probability that every position waited for must have, in place of the mean entropy; 0 "
+        "for the mean entropy.",
+        0.0,
+    )
+    canvas_width: CanvasWidth | None = _setting(
+        "'fixed', or 'answer': columns well behind the draft's first end token are dropped once "
+        "it stays put.",
+        "fixed",
+    )
+    self_conditioning: SelfConditioning | None = _setting(
+        "What comes back into the next step: 'dense', the mean over the whole vocabulary, or "
+        "'sparse', over the likeliest tokens and the mean of the rest.",
+        "dense",
+    )
+    sparse_tokens: int | None = _setting("Likeliest tokens of sparse self-conditioning.", 64)
+    sparse_entropy: float | None = _setting(
+        "Nats from which a position's self-conditioning is dense all the same.", 2.0
+    )
+    schedule_steps: int | None = _setting(
+        "Steps over which the temperature falls, whatever max_denoising_steps cuts it to; by "
+        "default those.",
+    )
     seed: int | None = _setting("Seed of all draws; by default a fresh one.")
     extra_eos_token_ids: tuple[int, ...] = ()
 
@@ -107,13 +172,23 @@ class GenerationSettings:
                     f"{name} must be a {'whole ' if whole else ''}number {bound}, got {value!r}"
                 )
 
-        for name in ("max_new_tokens", "max_denoising_steps", "canvas_length", "prefill_step_size"):
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in get_args(choices):
+                known = " or ".join(map(repr, get_args(choices)))
+                raise ConfigError(f"{name} must be {known}, got {value!r}")
+        for name in (
+            "max_new_tokens max_denoising_steps canvas_length prefill_step_size "
+            "sparse_tokens schedule_steps"
+        ).split():
             check(name, 1, whole=True)
         for name in ("stability_threshold", "empty_rerolls", "top_candidates"):
             check(name, 0, whole=True)
         check("seed", 0, whole=True, high=2**63 - 1)
-        for name in ("entropy_bound", "confidence_threshold", "temperature"):
+        for name in ("entropy_bound", "confidence_threshold", "temperature", "sparse_entropy"):
             check(name, 0, whole=False)
+        for name in ("acceptance_confidence", "stop_confidence"):
+            check(name, 0, whole=False, high=1)
         for name in ("t_min", "t_max"):
             check(name, 0, whole=False, strict=True)
 
@@ -125,11 +200,15 @@ class GenerationSettings:
           ConfigError: if the values contradict each other or the checkpoint.
         """
 
+        policy = self.policy or default_of("policy")
+
         def pick(name: str) -> Any:
-            for source in (self, config.generation):
-                if (value := getattr(source, name)) is not None:
-                    return value
-            return default_of(name)
+            if (value := getattr(self, name)) is not None:
+                return value
+            if name in POLICIES[policy]:
+                return POLICIES[policy][name]
+            value = getattr(config.generation, name)
+            return default_of(name) if value is None else value
 
         vocab_size = config.text.vocab_size
         canvas_length = pick("canvas_length") or config.canvas_length
@@ -169,6 +248,16 @@ class GenerationSettings:
             empty_rerolls=pick("empty_rerolls"),
             top_candidates=top,
             prefill_step_size=pick("prefill_step_size"),
+            policy=policy,
+            acceptance=pick("acceptance"),
+            acceptance_confidence=float(pick("acceptance_confidence")),
+            stop_on=pick("stop_on"),
+            stop_confidence=float(pick("stop_confidence")),
+            canvas_width=pick("canvas_width"),
+            self_conditioning=pick("self_conditioning"),
+            sparse_tokens=min(pick("sparse_tokens"), vocab_size),
+            sparse_entropy=float(pick("sparse_entropy")),
+            schedule_steps=pick("schedule_steps") or pick("max_denoising_steps"),
             eos_token_ids=tuple(sorted({*config.eos_token_ids, *extra})),
             pad_token_id=config.pad_token_id,
             seed=secrets.randbits(32) if self.seed is None else self.seed,
@@ -211,9 +300,24 @@ class ResolvedSettings:
     empty_rerolls: int
     top_candidates: int
     prefill_step_size: int
+    policy: Policy
+    acceptance: Acceptance
+    acceptance_confidence: float
+    stop_on: StopOn
+    stop_confidence: float
+    canvas_width: CanvasWidth
+    self_conditioning: SelfConditioning
+    sparse_tokens: int
+    sparse_entropy: float
+    schedule_steps: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     seed: int
+
+    @property
+    def looks_for_end(self) -> bool:
+        """Whether anything depends on where the draft's first end token stands."""
+        return "answer" in (self.stop_on, self.canvas_width)
 
 
 def default_of(name: str) -> Any:

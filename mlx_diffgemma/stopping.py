@@ -1,10 +1,12 @@
-"""Is this canvas settled? Pure."""
+"""Is this canvas settled, and how much of it is still needed? Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import mlx.core as mx
+
+_EIGHTHS = 8  # of a canvas: the widths it may shrink to
 
 
 def is_settled(
@@ -14,12 +16,15 @@ def is_settled(
     *,
     stability_threshold: int,
     confidence_threshold: float,
+    confidence: mx.array | None = None,
+    stop_confidence: float = 0.0,
+    matters: mx.array | None = None,
 ) -> mx.array:
     """Whether each row's draft is stable and sure.
 
     Stable: every position equals the drafts of the last `stability_threshold` steps; earlier steps
-    than that cannot
-    be stable. Sure: the mean entropy lies below `confidence_threshold`.
+    than that cannot be stable. Sure: the mean entropy lies below `confidence_threshold`; or, with
+    a `stop_confidence`, every position has at least that probability.
 
     Args:
       draft: [B, L] int32, this step's likeliest tokens.
@@ -27,6 +32,9 @@ def is_settled(
       entropy: [B, L] float32, nats.
       stability_threshold: steps, >= 0; 0 asks for no stability.
       confidence_threshold: nats.
+      confidence: [B, L] float32, the draft's probabilities; needed with a `stop_confidence`.
+      stop_confidence: a probability; 0 for the mean entropy.
+      matters: bool [B, L], the positions that are judged; None for all.
 
     Returns:
       [B] bool.
@@ -35,7 +43,32 @@ def is_settled(
     """
     if len(previous_drafts) < stability_threshold:
         return mx.zeros(draft.shape[0], dtype=mx.bool_)
-    settled = entropy.mean(axis=-1) < confidence_threshold
+    if stop_confidence:
+        assert confidence is not None
+        settled = _all_that_matter(confidence >= stop_confidence, matters)
+    elif matters is None:
+        settled = entropy.mean(axis=-1) < confidence_threshold
+    else:
+        mean = (entropy * matters).sum(axis=-1) / matters.sum(axis=-1)
+        settled = mean < confidence_threshold
     for previous in previous_drafts[len(previous_drafts) - stability_threshold :]:
-        settled = settled & (draft == previous).all(axis=-1)
+        settled = settled & _all_that_matter(draft == previous, matters)
     return settled
+
+
+def answer_length(draft: mx.array, eos_token_ids: Sequence[int]) -> mx.array:
+    """Positions up to each row's first end token, that one included: int32 [B]; all of them where
+    there is none."""
+    is_end = (draft[..., None] == mx.array(list(eos_token_ids))).any(axis=-1)
+    first = mx.argmax(is_end, axis=-1)
+    return mx.where(is_end.any(axis=-1), first + 1, draft.shape[1]).astype(mx.int32)
+
+
+def width_for(needed: int, canvas_length: int) -> int:
+    """Columns to keep for an answer of `needed` tokens, in eighths of the canvas."""
+    eighth = -(-canvas_length // _EIGHTHS)
+    return min(canvas_length, -(-needed // eighth) * eighth)
+
+
+def _all_that_matter(holds: mx.array, matters: mx.array | None) -> mx.array:
+    return (holds if matters is None else holds | ~matters).all(axis=-1)

@@ -21,11 +21,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The reading order. A file imports only what stands before it.
 FLOW = (
     "errors settings config events files prompt names headers memory info model weights load "
-    "schedule noise sampler stopping loop text generate report convert cli __main__ demo"
+    "schedule sampler noise stopping loop text generate report convert cli __main__ demo"
 ).split()
 PARTS = {
     "model": (
-        "layers rope masks context attention experts self_conditioning diffusion_gemma"
+        "backend products layers rope masks context attention experts self_conditioning "
+        "diffusion_gemma fused"
     ).split(),
     "cli": "interrupt options render render_convert convert generate info".split(),
     "demo": [],

@@ -7,7 +7,7 @@ E experts,
 T tokens of a call (B * L or B * S), k experts chosen per token.
 """
 
-from .context import Context
+from .context import Context, OpenContext
 from .diffusion_gemma import DiffusionGemma
 
-__all__ = ["Context", "DiffusionGemma"]
+__all__ = ["Context", "DiffusionGemma", "OpenContext"]

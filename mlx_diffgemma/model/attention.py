@@ -3,6 +3,8 @@ apart."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -10,12 +12,15 @@ from ..config import LayerConfig, TextConfig
 from .context import LayerContext
 from .layers import RMSNorm, unit_rms
 from .masks import Mask
+from .products import linear
 from .rope import periods, rotate
+
+# Own keys and values [B, K, L, H] -> all that may be seen, [B, K, S + L, H], and what is kept.
+Place = Callable[[mx.array, mx.array], tuple[LayerContext, LayerContext]]
 
 
 class Attention(nn.Module):
-    """Queries over [context, own] keys. Reads a context, never writes it; the caller keeps the
-    keys it wants."""
+    """Queries over the context's keys and their own. Where own keys go is the caller's business."""
 
     def __init__(self, config: TextConfig, layer: LayerConfig):
         super().__init__()
@@ -36,26 +41,38 @@ class Attention(nn.Module):
         self._periods = periods(config.rope[layer.type], H)
 
     def __call__(
-        self, x: mx.array, past: LayerContext | None, mask: Mask, position: int | mx.array
+        self, x: mx.array, place: Place, mask: Mask, position: int | mx.array
     ) -> tuple[mx.array, LayerContext]:
         """Attends from x [B, L, M]; `position` is that of its first token.
 
         Returns:
-          The output [B, L, M], and the keys and values that were seen, [B, K, S + L, H].
+          The output [B, L, M], and what `place` wants kept.
         """
         B, L, _ = x.shape
-        k = self.k_proj(x).reshape(B, L, self.kv_heads, self.head_dim)
-        # Values are the raw projection: the key's norm and rotation come after, the value has its
-        # own norm.
-        v = self.v_proj(x).reshape(k.shape) if "v_proj" in self else k
-        q = self.q_norm(self.q_proj(x).reshape(B, L, self.heads, self.head_dim)).swapaxes(
-            1, 2
-        )  # [B, N, L, H]
-        k = self.k_norm(k).swapaxes(1, 2)  # [B, K, L, H]
-        v = unit_rms(v, self.eps).swapaxes(1, 2)
-        q = rotate(q, position, self._periods)
-        k = rotate(k, position, self._periods)
-        seen = LayerContext(k, v) if past is None else LayerContext(*past.join(k, v))
+        N, K, H = self.heads, self.kv_heads, self.head_dim
+        # All heads are normalised and rotated at once. Values are the raw projection, in full
+        # layers the keys': the key's norm and rotation are its own.
+        normed = unit_rms(self._project(x).reshape(B, L, -1, H).astype(mx.float32), self.eps)
+        scale = self.qk_scale if "qk_scale" in self else self.norm_scale()
+        rotating = (normed[:, :, : N + K] * scale).astype(x.dtype)
+        rotating = rotate(rotating.swapaxes(1, 2), position, self._periods)  # [B, N + K, L, H]
+        values = normed[:, :, -K:].astype(x.dtype).swapaxes(1, 2)  # [B, K, L, H]
+        seen, kept = place(rotating[:, N:], values)
         # Scale 1: queries and keys are normalised, so there is no 1/sqrt(H).
-        out = mx.fast.scaled_dot_product_attention(q, seen.keys, seen.values, scale=1.0, mask=mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1)), seen
+        out = mx.fast.scaled_dot_product_attention(
+            rotating[:, :N], seen.keys, seen.values, scale=1.0, mask=mask
+        )
+        return linear(self.o_proj, out.swapaxes(1, 2).reshape(B, L, -1)), kept
+
+    def norm_scale(self) -> mx.array:
+        """The learned scales of the norms of queries and keys, head by head: [N + K, H]."""
+        shapes = ((self.heads, self.head_dim), (self.kv_heads, self.head_dim))
+        weights = (self.q_norm.weight, self.k_norm.weight)
+        return mx.concatenate([mx.broadcast_to(w, s) for w, s in zip(weights, shapes, strict=True)])
+
+    def _project(self, x: mx.array) -> mx.array:
+        """Heads of queries, keys and, in sliding layers, values: [B, L, (N + K or N + 2K) * H]."""
+        if "qkv_proj" in self:  # `fused.py` made one product of three
+            return linear(self.qkv_proj, x)
+        names = [name for name in ("q_proj", "k_proj", "v_proj") if name in self]
+        return mx.concatenate([linear(self[name], x) for name in names], axis=-1)

@@ -1,8 +1,9 @@
 """Keys and values of committed tokens. A value: extending returns a new one, so keeping an old one
-is a snapshot."""
+is a snapshot. Behind an open one, a canvas has room for its own."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,11 +17,33 @@ class LayerContext:
     keys: mx.array
     values: mx.array
 
-    def join(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def join(self, keys: mx.array, values: mx.array) -> LayerContext:
         """These and the ones given, along the places."""
-        return mx.concatenate([self.keys, keys], axis=2), mx.concatenate(
-            [self.values, values], axis=2
+        return LayerContext(
+            mx.concatenate([self.keys, keys], axis=2),
+            mx.concatenate([self.values, values], axis=2),
         )
+
+    def with_room(self, places: int) -> LayerContext:
+        """A copy with `places` more at its end; what they hold does not matter."""
+        B, K, _, H = self.keys.shape
+        room = mx.zeros((B, K, places, H), self.keys.dtype)
+        return self.join(room, room)
+
+    def written(self, start: int, keys: mx.array, values: mx.array) -> LayerContext:
+        """With the given keys and values from place `start` on. The memory is the same where
+        nobody else holds these arrays any more."""
+        end = start + keys.shape[2]
+        new = LayerContext(copy.copy(self.keys), copy.copy(self.values))
+        new.keys[:, :, start:end] = keys
+        new.values[:, :, start:end] = values
+        return new
+
+    def first(self, places: int) -> LayerContext:
+        """The first places only."""
+        if places == self.keys.shape[2]:
+            return self
+        return LayerContext(self.keys[:, :, :places], self.values[:, :, :places])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,3 +70,32 @@ class Context:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenContext:
+    """A context whose layers have room for a canvas behind their text; each step writes its keys
+    and values there anew. Also a value, but writing is only cheap while a single one is held."""
+
+    layers: tuple[LayerContext, ...]  # [B, K, kept + room, H]
+    kept: tuple[int, ...]  # places of text in each layer
+    text: Context  # without its layers: length, batch and padding
+
+    @classmethod
+    def of(cls, context: Context, room: int) -> OpenContext:
+        """Copies the context once. Nothing of the original is needed any more."""
+        return cls(
+            tuple(layer.with_room(room) for layer in context.layers),
+            tuple(layer.keys.shape[2] for layer in context.layers),
+            Context((), context.length, context.batch, context.padding),
+        )
+
+    def closed(self) -> Context:
+        """The context that was opened, without the canvas."""
+        layers = zip(self.layers, self.kept, strict=True)
+        return Context(
+            tuple(layer.first(kept) for layer, kept in layers),
+            self.text.length,
+            self.text.batch,
+            self.text.padding,
+        )

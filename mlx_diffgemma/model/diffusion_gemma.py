@@ -4,6 +4,8 @@ bidirectionally over the canvas."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,11 +13,12 @@ import numpy as np
 
 from ..config import LayerConfig, ModelConfig, TextConfig
 from ..settings import default_of
-from .attention import Attention
-from .context import Context, LayerContext
+from .attention import Attention, Place
+from .context import Context, LayerContext, OpenContext
 from .experts import Experts, Router
 from .layers import MLP, RMSNorm
 from .masks import Mask, canvas_mask, causal_mask
+from .products import head, weighted_rows
 from .self_conditioning import SelfConditioning
 
 
@@ -45,24 +48,18 @@ class Layer(nn.Module):
         self.layer_scalar = mx.ones((1,))
 
     def __call__(
-        self,
-        x: mx.array,
-        past: LayerContext | None,
-        mask: Mask,
-        position: int | mx.array,
-        scalar: mx.array,
+        self, x: mx.array, place: Place, mask: Mask, position: int | mx.array, scalar: mx.array
     ) -> tuple[mx.array, LayerContext]:
-        attended, seen = self.self_attn(self.input_layernorm(x), past, mask, position)
-        h = x + self.post_attention_layernorm(attended)
+        attended, kept = self.self_attn(self.input_layernorm(x), place, mask, position)
+        h = self.post_attention_layernorm.added_to(x, attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
         flat = h.reshape(-1, h.shape[-1])  # [T, M]
         # The router reads the residual, the experts a normed copy of it.
         mixed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).reshape(
             h.shape
         )
-        return (
-            h + self.post_feedforward_layernorm(dense + self.post_feedforward_layernorm_2(mixed))
-        ) * scalar, seen
+        both = self.post_feedforward_layernorm_2.added_to(dense, mixed)
+        return self.post_feedforward_layernorm.added_to(h, both) * scalar, kept
 
 
 class Decoder(nn.Module):
@@ -188,20 +185,51 @@ class DiffusionGemma(nn.Module):
         Raises:
           ValueError: if shapes disagree.
         """
-        if canvas.ndim != 2 or canvas.shape[0] != context.batch:
-            raise ValueError(f"canvas must be [{context.batch}, L], got {canvas.shape}")
+        opened = OpenContext.of(context, canvas.shape[-1])
+        outputs, _ = self.look(canvas, opened, self_conditioning=self_conditioning)
+        return softcap(outputs, self.config.text.final_logit_softcapping)
+
+    def open(self, context: Context, canvas_length: int) -> OpenContext:
+        """The context with room for a canvas, for the steps of one canvas."""
+        return OpenContext.of(context, canvas_length)
+
+    def look(
+        self, canvas: mx.array, context: OpenContext, *, self_conditioning: mx.array | None = None
+    ) -> tuple[mx.array, OpenContext]:
+        """`denoise` for a loop: keys and values of the canvas go where those of the last step were.
+
+        Args:
+          canvas: int32 [B, L], no wider than the room in the context.
+          context: from `open`, or from the step before.
+          self_conditioning: as for `denoise`.
+
+        Returns:
+          The head's outputs before the softcap, [B, L, V] in the model's type, and the context to
+          pass on.
+
+        Raises:
+          ValueError: if shapes disagree.
+        """
+        text = context.text
+        if canvas.ndim != 2 or canvas.shape[0] != text.batch:
+            raise ValueError(f"canvas must be [{text.batch}, L], got {canvas.shape}")
         wanted = (*canvas.shape, self.config.text.hidden_size)
         if self_conditioning is not None and self_conditioning.shape != wanted:
             raise ValueError(f"self_conditioning must be {wanted}, got {self_conditioning.shape}")
         decoder, L = self.model.decoder, canvas.shape[1]
         x = decoder.self_conditioning(self._embed(canvas), self_conditioning)
-        for layer, past in zip(decoder.layers, context.layers, strict=True):
-            kept = past.keys.shape[2]
-            mask = canvas_mask(kept + L, first_key=context.length - kept, padding=context.padding)
-            x, _ = layer(x, past, mask, context.position, layer.layer_scalar)
-        cap = self.config.text.final_logit_softcapping
-        logits = decoder.embed_tokens.as_linear(decoder.norm(x)).astype(mx.float32)
-        return mx.tanh(logits / cap) * cap  # [B, L, V]
+        masks: dict[int, mx.array | None] = {}  # one for all layers that keep as much
+        written = []
+        layers = zip(decoder.layers, context.layers, context.kept, strict=True)
+        for layer, past, kept in layers:
+            if kept not in masks:
+                first_key = text.length - kept
+                masks[kept] = canvas_mask(kept + L, first_key=first_key, padding=text.padding)
+            place = partial(_behind, past, kept)
+            x, keep = layer(x, place, masks[kept], text.position, layer.layer_scalar)
+            written.append(keep)
+        outputs = head(decoder.embed_tokens, decoder.norm(x))
+        return outputs, replace(context, layers=tuple(written))
 
     def soft_embedding(self, processed_logits: mx.array) -> mx.array:
         """The mean embedding under softmax(processed_logits): float32 [B, L, V] -> [B, L, M] in
@@ -210,22 +238,43 @@ class DiffusionGemma(nn.Module):
         The logits are rounded to the model's type first, since the reference stores them so
         between steps.
         """
-        probabilities = mx.softmax(processed_logits.astype(self.dtype), axis=-1, precise=True)
-        table = self.model.decoder.embed_tokens
-        if isinstance(table, nn.QuantizedEmbedding):
-            soft = mx.quantized_matmul(
-                probabilities,
-                table.weight,
-                table.scales,
-                table.get("biases"),
-                transpose=False,
-                group_size=table.group_size,
-                bits=table.bits,
-                mode=table.mode,  # a table read in another mode than its own is silently wrong
-            )
-        else:
-            soft = probabilities @ table.weight
+        return self.mean_embedding(
+            mx.softmax(processed_logits.astype(self.dtype), axis=-1, precise=True)
+        )
+
+    def mean_embedding(self, weights: mx.array, total: mx.array | None = None) -> mx.array:
+        """The embeddings' mean under weights [B, L, V] in the model's type -> [B, L, M].
+
+        Args:
+          weights: of every token; probabilities, or anything in proportion to them.
+          total: float32 [B, L], the sums of the weights; None where they are 1.
+        """
+        soft = weighted_rows(self.model.decoder.embed_tokens, weights)
+        if total is not None:
+            soft = (soft.astype(mx.float32) / total[..., None]).astype(self.dtype)
         return self._scale_embedding(soft)
+
+    def sparse_embedding(
+        self, ids: mx.array, probabilities: mx.array, mean_row: mx.array
+    ) -> mx.array:
+        """As `soft_embedding`, from the likeliest tokens alone; the probability that is left goes
+        to the mean of all embeddings.
+
+        Args:
+          ids: int32 [B, L, k].
+          probabilities: float32 [B, L, k].
+          mean_row: from `mean_row`.
+        """
+        rows = self.model.decoder.embed_tokens(ids).astype(self.dtype)  # [B, L, k, M]
+        weights = probabilities[..., None, :].astype(self.dtype)
+        rest = (1 - probabilities.sum(axis=-1, keepdims=True)).astype(self.dtype)
+        return self._scale_embedding((weights @ rows)[..., 0, :] + rest * mean_row)
+
+    def mean_row(self) -> mx.array:
+        """The mean of all embeddings, before their scale: [M]. One pass over the table."""
+        vocab_size = self.config.text.vocab_size
+        even = mx.full((1, 1, vocab_size), 1 / vocab_size, self.dtype)
+        return weighted_rows(self.model.decoder.embed_tokens, even)[0, 0]
 
     def _encode(self, tokens: mx.array, context: Context) -> Context:
         """One piece of `prefill`: no self-conditioning and none of its norm, and the encoder's
@@ -247,7 +296,8 @@ class DiffusionGemma(nn.Module):
                     padding=context.padding,
                 )
             mask = masks[is_sliding]
-            x, seen = layer(x, past, mask, context.position, scalars[i].layer_scalar)
+            place = partial(_joined, past)
+            x, seen = layer(x, place, mask, context.position, scalars[i].layer_scalar)
             if is_sliding:
                 drop = max(0, seen.keys.shape[2] - (text.sliding_window - 1))
                 if drop:  # a copy: a view would keep the whole piece in memory
@@ -266,6 +316,28 @@ class DiffusionGemma(nn.Module):
         # A Python float takes the array's type: 53.0 in bfloat16 where sqrt(2816) is 53.066, as in
         # the reference.
         return x.astype(self.dtype) * self.config.text.hidden_size**0.5
+
+
+@partial(mx.compile, shapeless=True)
+def softcap(outputs: mx.array, cap: float) -> mx.array:
+    """cap * tanh(outputs / cap), float32."""
+    return mx.tanh(outputs.astype(mx.float32) / cap) * cap
+
+
+def _joined(
+    past: LayerContext | None, keys: mx.array, values: mx.array
+) -> tuple[LayerContext, LayerContext]:
+    """Committed tokens see the past and themselves, and all of it is kept."""
+    seen = LayerContext(keys, values) if past is None else past.join(keys, values)
+    return seen, seen
+
+
+def _behind(
+    past: LayerContext, kept: int, keys: mx.array, values: mx.array
+) -> tuple[LayerContext, LayerContext]:
+    """A canvas sees the text and itself, in the room behind the text."""
+    written = past.written(kept, keys, values)
+    return written.first(kept + keys.shape[2]), written
 
 
 def _padding(lengths: mx.array, batch: int, places: int) -> mx.array | None:

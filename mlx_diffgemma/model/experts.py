@@ -3,16 +3,24 @@ three-dimensional arrays."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..config import TextConfig
+from .backend import is_cpu
 from .layers import geglu, unit_rms
+from .products import expert_matrix, linear
 
 # From this many (token, expert) pairs on, they are sorted by expert: MLX's sorted kernels read
 # each expert once.
 SORT_FROM_PAIRS = 64
+# On the CPU backend, from this many multiplications per pair on, a product per expert is worth
+# waiting for the router.
+_PRODUCT_PER_EXPERT_FROM = 1 << 16
 
 
 class Router(nn.Module):
@@ -32,9 +40,8 @@ class Router(nn.Module):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x [T, M] -> expert indices [T, k] and their weights, float32 [T, k]."""
-        logits = self.proj(unit_rms(x, self.eps) * self.scale * self.root).astype(
-            mx.float32
-        )  # [T, E]
+        scaled = unit_rms(x, self.eps) * self.scale * self.root
+        logits = linear(self.proj, scaled).astype(mx.float32)  # [T, E]
         chosen = mx.argpartition(logits, kth=-self.top_k, axis=-1)[..., -self.top_k :]
         # A softmax over the chosen logits equals one over all of them, renormalised.
         weights = mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1)
@@ -49,11 +56,21 @@ class Experts(nn.Module):
         E, M, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = SwitchLinear(M, 2 * F, E, bias=False)
         self.down_proj = SwitchLinear(F, M, E, bias=False)
+        self.count, self.multiplications = E, 3 * M * F
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
         """x [T, M], chosen [T, k], weights float32 [T, k] -> the weighted sum [T, M], added up in
         float32."""
         T, k = chosen.shape
+        if is_cpu() and self.multiplications >= _PRODUCT_PER_EXPERT_FROM:
+            out = self._product_per_expert(x, chosen)
+        else:
+            out = self._grouped_products(x, chosen)
+        return _mix(out.reshape(T, k, -1), weights[..., None]).sum(axis=1).astype(x.dtype)
+
+    def _grouped_products(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """The chosen experts' outputs for every token, [T * k, M], by MLX's grouped products."""
+        k = chosen.shape[1]
         pairs = chosen.flatten()  # [T * k]
         is_sorted = pairs.size >= SORT_FROM_PAIRS
         if is_sorted:
@@ -66,6 +83,35 @@ class Experts(nn.Module):
         )
         out = self.down_proj(geglu(gate, up), pairs, sorted_indices=is_sorted)[:, 0]  # [T * k, M]
         if is_sorted:
-            out = out[mx.argsort(order)]
-        out = out.reshape(T, k, -1).astype(mx.float32) * weights[..., None]
-        return out.sum(axis=1).astype(x.dtype)
+            back = mx.zeros_like(order)
+            back[order] = mx.arange(order.size, dtype=order.dtype)
+            out = out[back]
+        return out
+
+    def _product_per_expert(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """The same, one dense product per expert that somebody chose. The host must know how many
+        rows each has, so this waits for the router: for the CPU backend only."""
+        pairs = np.array(chosen).flatten()
+        order = np.argsort(pairs, kind="stable")
+        ends = np.cumsum(np.bincount(pairs, minlength=self.count)).tolist()
+        groups = [
+            (expert, start, end)
+            for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+            if end > start
+        ]
+        rows = x[mx.array(order // chosen.shape[1])]  # [T * k, M]
+        out = []
+        for expert, start, end in groups:
+            gate, up = mx.split(
+                rows[start:end] @ expert_matrix(self.gate_up_proj, expert).T, 2, axis=-1
+            )
+            out.append(geglu(gate, up) @ expert_matrix(self.down_proj, expert).T)
+            mx.eval(out[-1])  # one expert's unpacked weights at a time
+        back = np.empty_like(order)
+        back[order] = np.arange(order.size)
+        return mx.concatenate(out)[mx.array(back)]
+
+
+@partial(mx.compile, shapeless=True)
+def _mix(out: mx.array, weights: mx.array) -> mx.array:
+    return out.astype(mx.float32) * weights

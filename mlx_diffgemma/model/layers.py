@@ -1,32 +1,42 @@
-"""Small parts that more than one block uses: norm without weights, gated activation,
-feed-forward."""
+"""Small parts that more than one block uses: norms, gated activation, feed-forward.
+
+Elementwise work is compiled without shapes, so that a canvas of another width costs no new trace.
+"""
 
 from __future__ import annotations
+
+import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .products import linear
+
 
 def unit_rms(x: mx.array, eps: float) -> mx.array:
     """RMS norm without a learned scale, in float32 inside, rounded once. [..., M] -> [..., M]."""
-    return mx.fast.rms_norm(x, None, eps)
+    return _unit_rms(x, eps)
 
 
 class RMSNorm(nn.RMSNorm):
     """RMS norm with a learned scale: all of it in float32, rounded once, as in the reference."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight = self.weight.astype(mx.float32)
-        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
+        return _rms(x, self.weight, self.eps)
+
+    def added_to(self, residual: mx.array, x: mx.array) -> mx.array:
+        """residual + norm(x)."""
+        return _add_rms(residual, x, self.weight, self.eps)
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) * up with the tanh approximation (`gelu_pytorch_tanh`), rounded once before *."""
-    return nn.gelu_approx(gate.astype(mx.float32)).astype(gate.dtype) * up
+    return _geglu(gate, up)
 
 
 class MLP(nn.Module):
-    """Gated feed-forward block, the dense one of every layer."""
+    """Gated feed-forward block, the dense one of every layer and that of self-conditioning."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -35,4 +45,38 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+        if "gate_up_proj" in self:  # `fused.py` made one product of two
+            gate, up = mx.split(linear(self.gate_up_proj, x), 2, axis=-1)
+        else:
+            gate, up = linear(self.gate_proj, x), linear(self.up_proj, x)
+        return linear(self.down_proj, geglu(gate, up))
+
+
+_FUSED = partial(mx.compile, shapeless=True)
+
+
+@_FUSED
+def _unit_rms(x: mx.array, eps: float) -> mx.array:
+    return mx.fast.rms_norm(x, None, eps)
+
+
+@_FUSED
+def _rms(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return _exact_rms(x, weight, eps)
+
+
+@_FUSED
+def _add_rms(residual: mx.array, x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return residual + _exact_rms(x, weight, eps)
+
+
+@_FUSED
+def _geglu(gate: mx.array, up: mx.array) -> mx.array:
+    x = gate.astype(mx.float32)
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
+    return (0.5 * x * (1 + mx.tanh(inner))).astype(gate.dtype) * up
+
+
+def _exact_rms(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    wide = mx.fast.rms_norm(x.astype(mx.float32), weight.astype(mx.float32), eps)
+    return wide.astype(x.dtype)

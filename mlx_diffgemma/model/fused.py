@@ -1,0 +1,48 @@
+"""One product where the checkpoint has several on the same input: queries, keys and values; gate
+and up. Made after loading; names on disk stay, and a model under adapters is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attention import Attention
+from .layers import MLP
+
+
+def fuse(model: nn.Module) -> None:
+    """Fuses what has one packing and no adapter, in place, module by module."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            names = [name for name in ("q_proj", "k_proj", "v_proj") if name in module]
+            if _fuse(module, names, "qkv_proj"):
+                scale = module.norm_scale()
+                mx.eval(scale)
+                module.qk_scale = scale
+                del module.q_norm, module.k_norm
+        elif isinstance(module, MLP):
+            _fuse(module, ["gate_proj", "up_proj"], "gate_up_proj")
+
+
+def _fuse(owner: nn.Module, names: Sequence[str], fused: str) -> bool:
+    """Replaces linear modules by one with their rows one after the other, where they are alike."""
+    parts = [owner[name] for name in names]
+    first = parts[0]
+    if type(first) not in (nn.Linear, nn.QuantizedLinear) or len({_kind(p) for p in parts}) > 1:
+        return False
+    arrays = {
+        name: mx.concatenate([part[name] for part in parts], axis=0) for name in first.parameters()
+    }
+    mx.eval(arrays)  # the parts must be able to go
+    first.update(arrays)  # keeps its packing
+    owner[fused] = first
+    for name in names:
+        owner.pop(name)
+    return True
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    packing = tuple(getattr(module, name, None) for name in ("group_size", "bits", "mode"))
+    return type(module), packing, tuple((n, a.dtype) for n, a in module.parameters().items())

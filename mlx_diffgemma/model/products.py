@@ -1,0 +1,94 @@
+"""Products with weights that may be packed. On the CPU backend packed weights are unpacked to
+float32 slice by slice; elsewhere MLX's packed kernels multiply them as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+from .backend import is_cpu
+
+# Of unpacked weights at a time. Large enough for the BLAS, small enough for several to be in
+# flight without anybody noticing.
+SLICE_BYTES = 32 << 20
+
+Packed = nn.QuantizedLinear | nn.QuantizedEmbedding
+
+
+def linear(module: nn.Module, x: mx.array) -> mx.array:
+    """x @ W.T for a linear module: [..., inputs] -> [..., outputs]."""
+    if is_cpu() and isinstance(module, nn.QuantizedLinear):
+        return _times_rows(x, module)
+    return module(x)
+
+
+def head(table: nn.Module, x: mx.array) -> mx.array:
+    """x @ E.T for the embedding table: [B, L, M] -> [B, L, V]."""
+    if is_cpu() and isinstance(table, nn.QuantizedEmbedding):
+        return _times_rows(x, table)
+    return table.as_linear(x)
+
+
+def weighted_rows(table: nn.Module, weights: mx.array) -> mx.array:
+    """weights @ E, the sum of the table's rows: [B, L, V] -> [B, L, M]."""
+    if not isinstance(table, nn.QuantizedEmbedding):
+        return weights @ table.weight
+    if is_cpu():
+        total = mx.zeros((), weights.dtype)
+        for start, rows in _slices(table):
+            total = total + weights[..., start : start + rows.shape[0]] @ rows
+            mx.eval(total)  # or every slice would be unpacked before the first is used
+        return total
+    return mx.quantized_matmul(
+        weights,
+        table.weight,
+        table.scales,
+        table.get("biases"),
+        transpose=False,
+        group_size=table.group_size,
+        bits=table.bits,
+        mode=table.mode,  # a table read in another mode than its own is silently wrong
+    )
+
+
+def expert_matrix(module: nn.Module, expert: int) -> mx.array:
+    """The weights of one expert, [outputs, inputs], unpacked to float32 where they are packed."""
+    if not isinstance(module, QuantizedSwitchLinear):
+        return module.weight[expert]
+    return _unpack(module, slice(expert, expert + 1))[0]
+
+
+def _times_rows(x: mx.array, module: Packed) -> mx.array:
+    parts = []
+    for _, rows in _slices(module):
+        parts.append(x @ rows.T)
+        if rows.shape[0] < module.weight.shape[0]:
+            mx.eval(parts[-1])
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+
+def _slices(module: Packed) -> Iterator[tuple[int, mx.array]]:
+    """(first row, some rows unpacked to float32), through all of the weights."""
+    outputs = module.weight.shape[0]
+    inputs = module.scales.shape[-1] * module.group_size
+    step = max(1, SLICE_BYTES // (4 * inputs))
+    for start in range(0, outputs, step):
+        yield start, _unpack(module, slice(start, start + step))
+
+
+def _unpack(module: nn.Module, rows: slice) -> mx.array:
+    scales, biases = module.scales[rows], module.get("biases")
+    if biases is not None:  # bfloat16 would round what is unpacked; other modes' scales are codes
+        scales, biases = scales.astype(mx.float32), biases[rows].astype(mx.float32)
+    return mx.dequantize(
+        module.weight[rows],
+        scales,
+        biases,
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        dtype=mx.float32,
+    )
