@@ -19,8 +19,9 @@ from .model.backend import is_cpu
 from .noise import Noise, SeededNoise
 from .sampler import (
     decide,
-    decide_sure,
     draw,
+    hold,
+    probability_of,
     scaled_logits,
     shortlist,
     statistics,
@@ -28,7 +29,7 @@ from .sampler import (
 )
 from .schedule import temperature
 from .settings import GenerationSettings, ResolvedSettings
-from .stopping import answer_length, is_settled, width_for
+from .stopping import all_that_matter, answer_length, is_settled, width_for
 
 
 def denoise_tokens(
@@ -119,6 +120,7 @@ class _Step:
     row_steps: mx.array  # [B] int32, steps until each row settled
     context: OpenContext
     belief: _Belief | None = None  # what the next step is conditioned on
+    held: mx.array | None = None  # [B, W] int32, see `sampler.hold`
     check: mx.array | None = None  # int32 [B, 1 to 3], what the host must know; see `_Plan`
     event: StepDone | None = None
 
@@ -174,7 +176,7 @@ def _settle(
     one. `live` are the rows that have not settled, bool [B]."""
     settings, shape = run.settings, (len(live), run.settings.canvas_length)
     start = run.noise.start(canvas_index, shape, run.vocab_size)
-    now = replace(handed.pop(), canvas=start)
+    now = replace(handed.pop(), canvas=start, held=None)
     drafts: tuple[mx.array, ...] = ()
     planner = _Planner(settings, rows.ended)
     plan = planner.first()
@@ -198,7 +200,7 @@ def _settle(
         live = check[:, 0] == 0
         if not live.any():
             break
-        if not is_last and (new_plan := planner.next(check, plan)) != plan:
+        if not is_last and (new_plan := planner.next(check)) != plan:
             plan, ahead = new_plan, None
     # The belief would live on through the commit.
     return replace(now, belief=None, check=None, event=None)
@@ -232,40 +234,53 @@ def _step(
         proposal = noise.sample(canvas_index, step, scaled_logits(outputs, heat, cap))
     # Always for the whole canvas: a position draws the same, however wide the canvas is.
     fresh = noise.renoise(canvas_index, step, shape, run.vocab_size)
-    if settings.acceptance == "entropy":
-        decision = decide(
-            seen.entropy, proposal, fresh[:, :W], entropy_bound=settings.entropy_bound
-        )
-    else:
-        decision = decide_sure(
-            seen.confidence, proposal, fresh[:, :W], confidence=settings.acceptance_confidence
-        )
     frozen = before.settled[:, None]
     draft = mx.where(frozen, _fitted(before.draft, W, settings.pad_token_id), seen.draft)
     length = answer_length(draft, settings.eos_token_ids) if settings.looks_for_end else None
-    settled = before.settled | is_settled(
-        draft,
-        [_fitted(previous, W, -1) for previous in drafts],
-        seen.entropy,
-        stability_threshold=settings.stability_threshold,
-        confidence_threshold=settings.confidence_threshold,
-        confidence=seen.confidence,
-        stop_confidence=settings.stop_confidence,
-        matters=mx.arange(W) < length[:, None]
-        if length is not None and settings.stop_on == "answer"
-        else None,
-    )
+    matters = None
+    if settings.stop_on == "answer":
+        assert length is not None
+        matters = mx.arange(W) < length[:, None]
+    held = None
+    if settings.acceptance == "confidence":
+        now = hold(
+            proposal,
+            seen.confidence
+            if proposal is seen.draft
+            else probability_of(proposal, outputs, seen, heat, cap),
+            draft,
+            mx.full((shape[0], W), -1) if before.held is None else _fitted(before.held, W, -1),
+            mx.ones_like(draft, dtype=mx.bool_) if matters is None else matters,
+            fresh[:, :W],
+            confidence=settings.acceptance_confidence,
+            share=settings.acceptance_share,
+        )
+        next_canvas, accepted, held = now
+        settled = all_that_matter(accepted, matters)
+    else:
+        next_canvas, accepted = decide(
+            seen.entropy, proposal, fresh[:, :W], entropy_bound=settings.entropy_bound
+        )
+        settled = is_settled(
+            draft,
+            [_fitted(previous, W, -1) for previous in drafts],
+            seen.entropy,
+            stability_threshold=settings.stability_threshold,
+            confidence_threshold=settings.confidence_threshold,
+            matters=matters,
+        )
+    settled = before.settled | settled
     check = [settled.astype(mx.int32)]
     if settings.canvas_width == "answer":
         assert length is not None
-        check.append(length)
+        check.append(_needed(length, accepted, shape[1]))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
         check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1))
     count = settings.top_candidates
     candidates = top_candidates(outputs, count, seen.total, heat, cap) if count else None
-    next_canvas = mx.where(frozen, canvas, decision.canvas)
+    next_canvas = mx.where(frozen, canvas, next_canvas)
     if W < shape[1]:
         next_canvas = mx.concatenate([next_canvas, fresh[:, W:]], axis=1)
     return _Step(
@@ -275,8 +290,9 @@ def _step(
         row_steps=before.row_steps + (~before.settled).astype(mx.int32),
         context=context,
         belief=_Belief(seen.weights, seen.total, seen.entropy, likeliest),
+        held=held,
         check=mx.stack(check, axis=-1),
-        event=StepDone(canvas_index, step, draft, decision.accepted, seen.entropy, candidates),
+        event=StepDone(canvas_index, step, draft, accepted, seen.entropy, candidates),
     )
 
 
@@ -304,6 +320,14 @@ def _soft_embedding(run: _Run, belief: _Belief, plan: _Plan) -> mx.array:
     return soft
 
 
+def _needed(length: mx.array, accepted: mx.array, canvas_length: int) -> mx.array:
+    """Columns that each row needs, int32 [B]: up to its first end token where that has been
+    accepted, all of them otherwise."""
+    last = mx.minimum(length, accepted.shape[1])[:, None] - 1
+    has_end = mx.take_along_axis(accepted, last, axis=-1)[:, 0]
+    return mx.where(has_end, length, canvas_length)
+
+
 def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
     """The first columns of [B, W], or all of them and more that hold `fill`."""
     seen = tokens.shape[1]
@@ -317,21 +341,14 @@ class _Planner:
 
     def __init__(self, settings: ResolvedSettings, ended: np.ndarray):
         self.settings, self.ended = settings, ended
-        self.lengths: np.ndarray | None = None  # of the last step's answers
 
     def first(self) -> _Plan:
         return _Plan(self.settings.canvas_length, self.settings.canvas_length)
 
-    def next(self, check: np.ndarray, plan: _Plan) -> _Plan:
+    def next(self, check: np.ndarray) -> _Plan:
         width = self.settings.canvas_length
         if self.settings.canvas_width == "answer":
-            lengths = check[:, 1]
-            if self.lengths is not None:
-                # An end token that is there for the second time; a lost one gives all columns back.
-                stays = (lengths == self.lengths) & (lengths < plan.width)
-                needed = np.where(stays, lengths, width)[~self.ended].max()
-                width = width_for(int(needed), width)
-            self.lengths = lengths
+            width = width_for(int(check[:, 1][~self.ended].max()), width)
         dense = width
         if self.settings.self_conditioning == "sparse":
             quarter = -(-width // 4)

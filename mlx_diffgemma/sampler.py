@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from .model.backend import compiled_per_shape
+
 NO_CAP = math.inf
 
 
@@ -105,6 +107,19 @@ def draw(
     return (chunk * size + token)[..., 0].astype(mx.int32)
 
 
+def probability_of(
+    tokens: mx.array,
+    outputs: mx.array,
+    seen: Statistics,
+    heat: float | mx.array = 1.0,
+    cap: float = NO_CAP,
+) -> mx.array:
+    """The probability of one token per position, int32 [B, L]: float32 [B, L]."""
+    pair = mx.stack([tokens, seen.draft], axis=-1)
+    logits = _scaled(mx.take_along_axis(outputs, pair, axis=-1), _array(heat), cap)
+    return mx.exp(logits[..., 0] - logits[..., 1]) * seen.confidence
+
+
 @cache
 def chunk_size(vocab_size: int) -> int:
     """The divisor of the vocabulary's size that is nearest to its root, from above."""
@@ -147,21 +162,50 @@ def decide(
     return Decision(mx.where(accepted, proposal, noise), accepted)
 
 
-def decide_sure(
-    probability: mx.array, proposal: mx.array, noise: mx.array, *, confidence: float
-) -> Decision:
-    """Keeps every proposal that has at least the given probability, and the likeliest one of a row
-    in any case; all else becomes noise. Nothing is frozen here either.
+class Held(NamedTuple):
+    canvas: mx.array  # [B, L] int32: the next canvas
+    accepted: mx.array  # [B, L] bool: where a token is held
+    tokens: mx.array  # [B, L] int32: the tokens held, -1 where there is none
+
+
+def hold(
+    proposal: mx.array,
+    probability: mx.array,
+    draft: mx.array,
+    held: mx.array,
+    matters: mx.array,
+    noise: mx.array,
+    *,
+    confidence: float,
+    share: float,
+) -> Held:
+    """Holds every proposal that has the given probability, and of the other positions that matter
+    the likeliest ones; all else becomes noise.
+
+    Nothing is frozen. A token is held on only as long as it is the likeliest at its place; when
+    the model changes its mind, the place is open again.
 
     Args:
-      probability: [B, L] float32, of the proposals.
       proposal: [B, L] int32 tokens.
+      probability: [B, L] float32, of the proposals.
+      draft: [B, L] int32, the likeliest tokens.
+      held: [B, L] int32, the tokens held so far, -1 where there is none.
+      matters: bool [B, L], the positions that the answer depends on.
       noise: [B, L] int32 uniform random tokens.
       confidence: a probability.
+      share: of the open positions that matter, how many are held at least; always one or more.
     """
-    best = probability.max(axis=-1, keepdims=True)
-    accepted = probability >= mx.minimum(best, confidence)
-    return Decision(mx.where(accepted, proposal, noise), accepted)
+    before = held
+    held = mx.where(held == draft, held, -1)
+    held = mx.where(probability >= confidence, proposal, held)
+    is_open = (held < 0) & matters
+    is_stuck = ~((held >= 0) & (before < 0) & matters).any(axis=-1, keepdims=True)
+    least = mx.maximum(is_stuck, mx.ceil(share * is_open.sum(axis=-1, keepdims=True)))
+    order = mx.argsort(mx.where(is_open, -probability, 1.0), axis=-1)
+    rank = mx.argsort(order, axis=-1)  # the inverse permutation
+    held = mx.where(is_open & (rank < least), proposal, held)
+    accepted = held >= 0
+    return Held(mx.where(accepted, held, noise), accepted, held)
 
 
 def shortlist(weights: mx.array, total: mx.array, count: int) -> tuple[mx.array, mx.array]:
@@ -222,7 +266,7 @@ def _under_cap(outputs: mx.array, heat: mx.array, cap: float) -> mx.array:
 _scaled = partial(mx.compile, shapeless=True)(_under_cap)
 
 
-@partial(mx.compile, shapeless=True)
+@compiled_per_shape
 def _weigh(
     outputs: mx.array, top: mx.array, heat: mx.array, cap: float
 ) -> tuple[mx.array, mx.array]:
@@ -231,7 +275,7 @@ def _weigh(
     return weights, weights * distance
 
 
-@partial(mx.compile, shapeless=True)
+@compiled_per_shape
 def _weigh_and_round(
     outputs: mx.array, top: mx.array, heat: mx.array, cap: float
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -241,4 +285,6 @@ def _weigh_and_round(
     weights = mx.exp(distance)
     rounded, rounded_top = (x.astype(outputs.dtype).astype(mx.float32) for x in (logits, top))
     kept = mx.exp(rounded - rounded_top).astype(outputs.dtype)
-    return weights, weights * distance, kept
+    # MLX makes one kernel of several outputs only where one depends on the others; this condition
+    # always holds.
+    return weights, mx.where(kept >= 0, weights * distance, 0.0), kept

@@ -35,8 +35,6 @@ POLICIES: dict[Policy, dict[str, Any]] = {
         "acceptance": "confidence",
         "temperature": 0.0,
         "stop_on": "answer",
-        "stop_confidence": 0.9,
-        "stability_threshold": 0,
         "canvas_width": "answer",
     },
 }
@@ -105,26 +103,25 @@ class GenerationSettings:
         "reference",
     )
     acceptance: Acceptance | None = _setting(
-        "What one step accepts: proposals up to 'entropy_bound', or, with 'confidence', every one "
-        "that has 'acceptance_confidence'. Nothing is frozen either way.",
+        "What a step keeps: proposals up to 'entropy_bound', or, with 'confidence', every one of "
+        "that probability for as long as it stays the likeliest. Nothing is frozen either way.",
         "entropy",
     )
     acceptance_confidence: float | None = _setting(
         "Probability from which acceptance by confidence keeps a proposal.", 0.9
+    )
+    acceptance_share: float | None = _setting(
+        "Of the positions still open, how many a step of acceptance by confidence keeps at least.",
+        0.0,
     )
     stop_on: StopOn | None = _setting(
         "Which positions a canvas waits for: all of the 'canvas', or those of the 'answer', up to "
         "the draft's first end token.",
         "canvas",
     )
-    stop_confidence: float | None = _setting(
-        "Probability that every position waited for must have, in place of the mean entropy; 0 "
-        "for the mean entropy.",
-        0.0,
-    )
     canvas_width: CanvasWidth | None = _setting(
         "'fixed', or 'answer': columns well behind the draft's first end token are dropped once "
-        "it stays put.",
+        "it has been accepted, and come back if it is lost.",
         "fixed",
     )
     self_conditioning: SelfConditioning | None = _setting(
@@ -187,7 +184,7 @@ class GenerationSettings:
         check("seed", 0, whole=True, high=2**63 - 1)
         for name in ("entropy_bound", "confidence_threshold", "temperature", "sparse_entropy"):
             check(name, 0, whole=False)
-        for name in ("acceptance_confidence", "stop_confidence"):
+        for name in ("acceptance_confidence", "acceptance_share"):
             check(name, 0, whole=False, high=1)
         for name in ("t_min", "t_max"):
             check(name, 0, whole=False, strict=True)
@@ -251,8 +248,8 @@ class GenerationSettings:
             policy=policy,
             acceptance=pick("acceptance"),
             acceptance_confidence=float(pick("acceptance_confidence")),
+            acceptance_share=float(pick("acceptance_share")),
             stop_on=pick("stop_on"),
-            stop_confidence=float(pick("stop_confidence")),
             canvas_width=pick("canvas_width"),
             self_conditioning=pick("self_conditioning"),
             sparse_tokens=min(pick("sparse_tokens"), vocab_size),
@@ -303,8 +300,8 @@ class ResolvedSettings:
     policy: Policy
     acceptance: Acceptance
     acceptance_confidence: float
+    acceptance_share: float
     stop_on: StopOn
-    stop_confidence: float
     canvas_width: CanvasWidth
     self_conditioning: SelfConditioning
     sparse_tokens: int

@@ -16,15 +16,12 @@ def is_settled(
     *,
     stability_threshold: int,
     confidence_threshold: float,
-    confidence: mx.array | None = None,
-    stop_confidence: float = 0.0,
     matters: mx.array | None = None,
 ) -> mx.array:
     """Whether each row's draft is stable and sure.
 
     Stable: every position equals the drafts of the last `stability_threshold` steps; earlier steps
-    than that cannot be stable. Sure: the mean entropy lies below `confidence_threshold`; or, with
-    a `stop_confidence`, every position has at least that probability.
+    than that cannot be stable. Sure: the mean entropy lies below `confidence_threshold`.
 
     Args:
       draft: [B, L] int32, this step's likeliest tokens.
@@ -32,9 +29,7 @@ def is_settled(
       entropy: [B, L] float32, nats.
       stability_threshold: steps, >= 0; 0 asks for no stability.
       confidence_threshold: nats.
-      confidence: [B, L] float32, the draft's probabilities; needed with a `stop_confidence`.
-      stop_confidence: a probability; 0 for the mean entropy.
-      matters: bool [B, L], the positions that are judged; None for all.
+      matters: bool [B, L], the positions that are judged, one or more per row; None for all.
 
     Returns:
       [B] bool.
@@ -43,17 +38,19 @@ def is_settled(
     """
     if len(previous_drafts) < stability_threshold:
         return mx.zeros(draft.shape[0], dtype=mx.bool_)
-    if stop_confidence:
-        assert confidence is not None
-        settled = _all_that_matter(confidence >= stop_confidence, matters)
-    elif matters is None:
+    if matters is None:
         settled = entropy.mean(axis=-1) < confidence_threshold
     else:
         mean = (entropy * matters).sum(axis=-1) / matters.sum(axis=-1)
         settled = mean < confidence_threshold
     for previous in previous_drafts[len(previous_drafts) - stability_threshold :]:
-        settled = settled & _all_that_matter(draft == previous, matters)
+        settled = settled & all_that_matter(draft == previous, matters)
     return settled
+
+
+def all_that_matter(holds: mx.array, matters: mx.array | None) -> mx.array:
+    """Whether something, bool [B, L], holds at every position that matters: [B] bool."""
+    return (holds if matters is None else holds | ~matters).all(axis=-1)
 
 
 def answer_length(draft: mx.array, eos_token_ids: Sequence[int]) -> mx.array:
@@ -65,10 +62,7 @@ def answer_length(draft: mx.array, eos_token_ids: Sequence[int]) -> mx.array:
 
 
 def width_for(needed: int, canvas_length: int) -> int:
-    """Columns to keep for an answer of `needed` tokens, in eighths of the canvas."""
+    """Columns to keep where `needed` of them hold the answer: one eighth of the canvas more, in
+    whole eighths. The margin is for answers that still grow a little."""
     eighth = -(-canvas_length // _EIGHTHS)
-    return min(canvas_length, -(-needed // eighth) * eighth)
-
-
-def _all_that_matter(holds: mx.array, matters: mx.array | None) -> mx.array:
-    return (holds if matters is None else holds | ~matters).all(axis=-1)
+    return min(canvas_length, (-(-needed // eighth) + 1) * eighth)

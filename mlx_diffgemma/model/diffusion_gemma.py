@@ -115,7 +115,7 @@ class DiffusionGemma(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         """What is computed in, outside the parts that are always float32."""
-        return self.model.decoder.norm.weight.dtype
+        return self.model.decoder.layers[-1].layer_scalar.dtype
 
     def prefill(
         self,

@@ -1,5 +1,6 @@
 """One product where the checkpoint has several on the same input: queries, keys and values; gate
-and up. Made after loading; names on disk stay, and a model under adapters is left alone."""
+and up. And norms' scales in the float32 that they are used in. Made after loading; names on disk
+stay, and a model under adapters is left alone."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .attention import Attention
-from .layers import MLP
+from .experts import Router
+from .layers import MLP, RMSNorm
 
 
 def fuse(model: nn.Module) -> None:
@@ -18,12 +20,16 @@ def fuse(model: nn.Module) -> None:
         if isinstance(module, Attention):
             names = [name for name in ("q_proj", "k_proj", "v_proj") if name in module]
             if _fuse(module, names, "qkv_proj"):
-                scale = module.norm_scale()
-                mx.eval(scale)
-                module.qk_scale = scale
+                module.qk_scale = module.norm_scale().astype(mx.float32)
+                mx.eval(module.qk_scale)
                 del module.q_norm, module.k_norm
         elif isinstance(module, MLP):
             _fuse(module, ["gate_proj", "up_proj"], "gate_up_proj")
+        elif isinstance(module, RMSNorm):
+            module.weight = module.weight.astype(mx.float32)
+        elif isinstance(module, Router):
+            module.per_expert_scale = module.per_expert_scale.astype(mx.float32)
+    mx.eval(model.parameters())
 
 
 def _fuse(owner: nn.Module, names: Sequence[str], fused: str) -> bool:

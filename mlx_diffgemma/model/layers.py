@@ -1,7 +1,5 @@
-"""Small parts that more than one block uses: norms, gated activation, feed-forward.
-
-Elementwise work is compiled without shapes, so that a canvas of another width costs no new trace.
-"""
+"""Small parts that more than one block uses: norms, gated activation, feed-forward. Elementwise
+work is compiled: without shapes where it is short, since that never costs a new trace."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from .backend import compiled_per_shape
 from .products import linear
 
 
@@ -70,7 +69,7 @@ def _add_rms(residual: mx.array, x: mx.array, weight: mx.array, eps: float) -> m
     return residual + _exact_rms(x, weight, eps)
 
 
-@_FUSED
+@compiled_per_shape
 def _geglu(gate: mx.array, up: mx.array) -> mx.array:
     x = gate.astype(mx.float32)
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))

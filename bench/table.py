@@ -1,0 +1,169 @@
+"""The README's tables of speed, from the last lines of bench/results/.
+
+No figure is typed by hand: what was not measured has no row. Says where each was measured, and on
+which commit.
+
+    python bench/table.py            # prints
+    python bench/table.py --write    # replaces what stands between the marks in README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+
+BENCHES = ("step", "answer", "twin", "growth", "counts")
+BEGIN, END = "<!-- bench table -->", "<!-- /bench table -->"
+NOT_APPLE = "No figure here was measured on Apple hardware."
+MISSING = "-"
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="into the README")
+    parser.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    records = read(options.results)
+    if not records:
+        raise SystemExit(f"{options.results} has none of {', '.join(BENCHES)}: nothing to show")
+    text = "\n\n".join(tables(records))
+    if options.write:
+        replace_between_marks(options.readme, text)
+    print(text)
+
+
+def read(results: Path) -> dict[str, Record]:
+    """The last record of each benchmark that has one."""
+    records = {}
+    for name in BENCHES:
+        path = results / f"{name}.jsonl"
+        if path.is_file() and (lines := path.read_text(encoding="utf-8").split("\n")[:-1]):
+            records[name] = json.loads(lines[-1])
+    return records
+
+
+def replace_between_marks(readme: Path, text: str) -> None:
+    whole = readme.read_text(encoding="utf-8")
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+        raise SystemExit(f"{readme} must hold {BEGIN} and, behind it, {END}, once each")
+    head, rest = whole.split(BEGIN)
+    _, tail = rest.split(END)
+    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+
+
+def tables(records: dict[str, Record]) -> list[str]:
+    """Paragraphs and tables, in order."""
+    blocks = []
+    if "step" in records:
+        blocks += steps(records["step"])
+    if "answer" in records:
+        blocks += answers(records["answer"])
+    others = {name: record for name, record in records.items() if name not in ("step", "answer")}
+    if others:
+        blocks.append(bounds(others))
+    return [*blocks, provenance(records)]
+
+
+def steps(record: Record) -> list[str]:
+    rows = []
+    for case in record["cases"]:
+        ms = {name: row["step_ms"] for name, row in case["runtimes"].items()}
+        rows.append(
+            [
+                f"{case['shape']}, {case['weights']}",
+                str(case["canvas"]),
+                *(number(ms.get(name)) for name in ("ours", "mlx-vlm", "transformers")),
+                *(ratio(case["ratio"].get(name)) for name in ("mlx-vlm", "transformers")),
+            ]
+        )
+    heads = "shape, weights|canvas|ours, ms|mlx-vlm|transformers|ours / mlx-vlm|ours / transformers"
+    title = "One denoise step with its sampler, median milliseconds, batch 1:"
+    return [title, markdown(heads.split("|"), rows)]
+
+
+def answers(record: Record) -> list[str]:
+    rows = []
+    for name, row in record["groups"]["pooled"].items():
+        low, high = row["exact_interval"]
+        rows.append(
+            [
+                f"ours, {name}" if name in record["settings"] else name,
+                f"{row['exact_rate']:.1%} ({low:.1%} to {high:.1%})",
+                f"{row['steps']:.2f}",
+                f"{row['positions']:.0f}",
+                f"{1e3 * row['seconds_mean']:.0f} ({1e3 * row['seconds_median']:.0f})",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['tokens_per_forward']:.2f}",
+            ]
+        )
+    heads = "runtime|exact (95%)|steps|rows x steps|ms, mean (median)|tokens/s|tokens/step"
+    title = (
+        f"One answer, batch 1, mean over {record['shape']['prompts']:,} prompts of the bundled "
+        "model, whose tasks are toys:"
+    )
+    return [title, markdown(heads.split("|"), rows)]
+
+
+def bounds(records: dict[str, Record]) -> str:
+    """What the other benchmarks ask, and whether their bounds hold."""
+    rows = [
+        [f"`bench/{name}.py`", str(record.get("what", MISSING)), verdict(record.get("passed"))]
+        for name, record in records.items()
+    ]
+    return markdown(["script", "what", "bounds"], rows, align="---")
+
+
+def provenance(records: dict[str, Record]) -> str:
+    """Where and with what; once where all agree."""
+    places: dict[str, list[str]] = {}
+    for name, record in records.items():
+        machine, versions = record["machine"], record["versions"]
+        place = (
+            f"{machine['system']}, {machine['processor']}, {machine['cores']} cores, "
+            f"{machine['memory_gib']} GiB, MLX on {machine['mlx_device']}, BLAS: "
+            f"{machine.get('preloaded', 'as MLX brings it')}; "
+            + ", ".join(f"{package} {version}" for package, version in versions.items())
+            + f"; commit {record['commit']}"
+        )
+        places.setdefault(place, []).append(f"{name}.py")
+    lines = [f"{', '.join(names)}: {place}." for place, names in places.items()]
+    if not any(record["machine"]["system"].startswith("Darwin") for record in records.values()):
+        lines.append(NOT_APPLE)
+    return "\n".join(lines)
+
+
+def markdown(heads: list[str], rows: Iterable[list[str]], align: str = "---:") -> str:
+    """A table; `align` is that of all columns but the first."""
+    lines = [heads, ["---"] + [align] * (len(heads) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def number(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
+
+
+def verdict(passed: bool | None) -> str:
+    if passed is None:
+        return MISSING
+    return "hold" if passed else "missed"
+
+
+if __name__ == "__main__":
+    main()
