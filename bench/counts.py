@@ -146,9 +146,10 @@ def main() -> None:
 # --- the steps ---
 
 
-def hollow(model: Any, packed: bool) -> Any:
-    """A model without memory: each parameter is one zero, in bfloat16 where it is not packed. Both
-    sides pack what mlx-vlm packs in the published checkpoint."""
+def hollow(model: Any, packed: bool, *, retyped: bool = True) -> Any:
+    """A model without memory: each parameter is one zero, in bfloat16 where it is not packed, or
+    in its own type where nothing is to be retyped. Both sides pack what mlx-vlm packs in the
+    published checkpoint."""
     import mlx.nn as nn
 
     if packed:
@@ -157,7 +158,7 @@ def hollow(model: Any, packed: bool) -> Any:
 
     def hollowed(array: mx.array) -> mx.array:
         floating = mx.issubdtype(array.dtype, mx.floating)
-        return leaf(array.shape, mx.bfloat16 if floating else array.dtype)
+        return leaf(array.shape, mx.bfloat16 if floating and retyped else array.dtype)
 
     model.update(tree_map(hollowed, model.parameters()))
     for module in model.modules():  # what is left are small tables, such as those of RoPE
@@ -181,7 +182,7 @@ def our_steps(packed: bool, layers: int) -> Callable[[int, str], Step]:
     model = hollow(DiffusionGemma(config), packed)
     with nothing_evaluated():
         fuse(model)
-    hollow(model, packed=False)
+    hollow(model, packed=False, retyped=False)
     tokens_of_canvas, per_position = leaf((1, L), mx.int32), leaf((1, L), mx.float32)
     weights = leaf((1, L, text.vocab_size), mx.bfloat16)
 
@@ -204,7 +205,6 @@ def our_steps(packed: bool, layers: int) -> Callable[[int, str], Step]:
             row_steps=leaf((1,), mx.int32),
             context=OpenContext(layers, kept, Context((), tokens, 1)),
             belief=our_loop._Belief(weights, per_position, per_position),
-            length=leaf((1,), mx.int32) if settings.looks_for_end else None,
             held=tokens_of_canvas if settings.acceptance == "confidence" else None,
         )
         run = our_loop._Run(model, settings, SeededNoise(settings.seed), None)

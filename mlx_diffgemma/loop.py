@@ -273,7 +273,7 @@ def _step(
     check = [settled.astype(mx.int32)]
     if settings.canvas_width == "answer":
         assert length is not None
-        check.append(_needed(length, accepted, shape[1]))
+        check.append(_needed(length, draft, accepted, settings))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
@@ -320,12 +320,16 @@ def _soft_embedding(run: _Run, belief: _Belief, plan: _Plan) -> mx.array:
     return soft
 
 
-def _needed(length: mx.array, accepted: mx.array, canvas_length: int) -> mx.array:
+def _needed(
+    length: mx.array, draft: mx.array, accepted: mx.array, settings: ResolvedSettings
+) -> mx.array:
     """Columns that each row needs, int32 [B]: up to its first end token where that has been
     accepted, all of them otherwise."""
-    last = mx.minimum(length, accepted.shape[1])[:, None] - 1
-    has_end = mx.take_along_axis(accepted, last, axis=-1)[:, 0]
-    return mx.where(has_end, length, canvas_length)
+    last = length[:, None] - 1
+    token = mx.take_along_axis(draft, last, axis=-1)  # an end, unless there is none
+    is_end = (token == mx.array(settings.eos_token_ids)).any(axis=-1)
+    has_end = is_end & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
+    return mx.where(has_end, length, settings.canvas_length)
 
 
 def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:

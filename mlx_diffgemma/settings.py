@@ -207,6 +207,7 @@ class GenerationSettings:
             value = getattr(config.generation, name)
             return default_of(name) if value is None else value
 
+        self._refuse_idle(pick("acceptance"), pick("self_conditioning"))
         vocab_size = config.text.vocab_size
         canvas_length = pick("canvas_length") or config.canvas_length
         if canvas_length > config.canvas_length:
@@ -259,6 +260,19 @@ class GenerationSettings:
             pad_token_id=config.pad_token_id,
             seed=secrets.randbits(32) if self.seed is None else self.seed,
         )
+
+    def _refuse_idle(self, acceptance: Acceptance, self_conditioning: SelfConditioning) -> None:
+        """A setting that has no effect is a mistake."""
+        idle = {
+            "entropy": ("acceptance_confidence", "acceptance_share"),
+            "confidence": ("entropy_bound", "stability_threshold", "confidence_threshold"),
+        }[acceptance]
+        for name in idle:
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} has no effect with acceptance by {acceptance}")
+        for name in ("sparse_tokens", "sparse_entropy"):
+            if self_conditioning == "dense" and getattr(self, name) is not None:
+                raise ConfigError(f"{name} has no effect with dense self-conditioning")
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> GenerationSettings:

@@ -17,7 +17,7 @@ from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.noise import SeededNoise
 from mlx_diffgemma.settings import GenerationSettings
-from tests.checkpoints import GENERATION, draw_config
+from tests.checkpoints import GENERATION, draw_config, load_drawn
 
 L, V = 8, 64
 PAD, EOS = 0, 5
@@ -534,3 +534,132 @@ def test_settings_that_contradict_the_checkpoint_are_refused_before_any_work():
     with pytest.raises(ConfigError, match="canvas_length 9 is longer than the checkpoint's 8"):
         run(oracle, canvas_length=9)
     assert oracle.prefills == []
+
+
+# Less work
+
+FAST = {"policy": "fast"}
+
+
+def test_a_fast_canvas_that_is_sure_at_once_takes_one_step():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), **FAST)
+    assert steps_of(events) == [(0, 0)]
+    assert committed(events)[0].tokens.tolist() == [WORDS]
+    assert events[-1].row_positions == (L,)
+
+
+def test_a_fast_canvas_that_is_never_sure_holds_one_more_position_in_every_step():
+    oracle = Oracle(lambda canvas, look: unsure(WORDS))
+    events = run(oracle, **FAST)
+    held = [int(event.accepted.sum()) for event in events if isinstance(event, StepDone)]
+    assert held == list(range(1, L + 1))
+    assert committed(events)[0].tokens.tolist() == [WORDS]
+
+
+def test_a_fast_canvas_goes_back_on_what_it_held():
+    def script(canvas, look):
+        return unsure(WORDS if look < 3 else [40, *WORDS[1:]])
+
+    events = run(Oracle(script), **FAST)
+    held = [int(event.accepted.sum()) for event in events if isinstance(event, StepDone)]
+    assert len(held) > L, "the place that moved had to be held again"
+    assert committed(events)[0].tokens.tolist() == [[40, *WORDS[1:]]]
+
+
+@pytest.mark.parametrize("rule", [{}, {"acceptance": "confidence", "temperature": 0}])
+def test_what_moves_behind_the_end_holds_up_the_canvas_but_not_the_answer(rule):
+    def script(canvas, look):
+        return sure([30, 31, EOS, 33 + look, 34 + look, 35, 36, 37 + look])
+
+    whole = run(Oracle(script), **rule, max_denoising_steps=6)
+    answer = run(Oracle(script), **rule, max_denoising_steps=6, stop_on="answer")
+    assert len(steps_of(answer)) == (1 if rule else 2)
+    assert len(steps_of(whole)) == (1 if rule else 6)
+    assert committed(answer)[0].tokens.tolist() == [[30, 31, EOS, *[PAD] * 5]]
+
+
+def widths_of(oracle, **settings):
+    events = run(oracle, canvas_width="answer", **settings)
+    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
+    return events, widths
+
+
+def test_columns_behind_an_accepted_end_are_dropped_and_the_text_is_the_same():
+    oracle = Narrow(lambda canvas, look: ([[30, 31 + look, EOS, *[33] * 5]], [look > 2]))
+    events, widths = widths_of(oracle, entropy_bound=1000, temperature=0, max_denoising_steps=4)
+    assert widths == [8, 4, 4, 4]
+    assert [canvas.shape[1] for canvas, _ in oracle.asked] == widths
+    assert events[-1].row_positions == (sum(widths),)
+    assert committed(events)[0].tokens[0].tolist()[:3] == [30, 34, EOS]
+    assert events[-1].reason == ("stop",)
+
+
+def test_a_lost_end_gives_all_columns_back_with_their_own_noise():
+    def script(canvas, look):
+        rows = [30, 31, EOS, *[33] * 5] if look == 0 else [34 + look] * L
+        return [rows], [False]
+
+    oracle = Narrow(script)
+    _, widths = widths_of(oracle, entropy_bound=1000, temperature=0, max_denoising_steps=4)
+    assert widths == [8, 4, 8, 8]
+    wide = oracle.asked[2]
+    assert wide[1].shape[1] == L, "the self-conditioning is as wide as the canvas"
+    fresh = SeededNoise(1).renoise(0, 1, (1, L), V)
+    assert wide[0][0, 4:].tolist() == fresh[0, 4:].tolist()
+    assert not np.array(wide[1])[0, 4:].any(), "nothing is known of columns that were not looked at"
+
+
+def test_rows_of_a_batch_share_the_width_of_the_one_that_needs_most():
+    oracle = Narrow(lambda canvas, look: unsure(ENDED, [30, 31, 32, 33, 34, EOS, 36, 37]))
+    events = run(
+        oracle,
+        BOTH,
+        canvas_width="answer",
+        entropy_bound=1000,
+        temperature=0,
+        max_denoising_steps=3,
+    )
+    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
+    assert widths == [8, 7, 7]
+    assert events[-1].row_positions == (22, 22)
+
+
+class Narrow(Oracle):
+    """Answers for as many columns as it is asked about, and keeps what it was asked."""
+
+    def __init__(self, script):
+        super().__init__(script)
+        self.asked: list[tuple[mx.array, mx.array | None]] = []
+
+    def look(self, canvas, context, *, self_conditioning=None):
+        outputs, context = super().look(canvas, context, self_conditioning=self_conditioning)
+        self.asked.append((canvas, self_conditioning))
+        return outputs[:, : canvas.shape[1]], context
+
+
+def test_draws_without_the_logits_are_those_of_the_contract():
+    class Contract(SeededNoise):  # any other class is asked for samples of the logits
+        pass
+
+    def ids(noise):
+        model = load_drawn(5)
+        settings = GenerationSettings(max_new_tokens=24, max_denoising_steps=5)
+        events = denoise_tokens(model, PROMPT, settings, noise=noise)
+        return [event.tokens.tolist() for event in events if isinstance(event, CanvasCommitted)]
+
+    assert ids(SeededNoise(3)) == ids(Contract(3)) != ids(SeededNoise(4))
+
+
+@pytest.mark.parametrize("bound", [0.0, 2.0, 100.0], ids=["all dense", "some", "none"])
+def test_sparse_self_conditioning_with_every_token_in_its_list_is_dense(bound):
+    model = load_drawn(5)
+    vocab_size = model.config.text.vocab_size
+
+    def drafts(**settings):
+        events = denoise_tokens(
+            model, PROMPT, GenerationSettings(seed=2, max_denoising_steps=4, **settings)
+        )
+        return [event.draft.tolist() for event in events if isinstance(event, StepDone)]
+
+    sparse = {"sparse_tokens": vocab_size, "sparse_entropy": bound}
+    assert drafts(self_conditioning="sparse", **sparse) == drafts()

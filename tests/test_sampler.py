@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma.sampler import decide, statistics, top_candidates
+from mlx_diffgemma.sampler import (
+    chunk_size,
+    decide,
+    draw,
+    hold,
+    probability_of,
+    scaled_logits,
+    shortlist,
+    statistics,
+    top_candidates,
+)
 
 LN2 = float(np.log(2))
 
@@ -122,3 +132,144 @@ def test_the_first_candidate_is_the_draft_and_all_of_them_sum_to_one():
     ids, probabilities = top_candidates(logits, 16)
     assert ids[..., 0].tolist() == statistics(logits).draft.tolist()
     np.testing.assert_allclose(np.array(probabilities.sum(axis=-1)), 1, atol=1e-5)
+
+
+def outputs_of(seed: int, shape: tuple[int, ...] = (2, 5, 48)) -> mx.array:
+    return mx.array(np.random.default_rng(seed).normal(0, 20, shape).astype(np.float32))
+
+
+def test_statistics_of_outputs_are_those_of_their_capped_and_heated_logits():
+    outputs = outputs_of(0)
+    logits = np.array(30 * mx.tanh(outputs / 30) / 0.7)
+    np.testing.assert_allclose(np.array(scaled_logits(outputs, 0.7, 30.0)), logits, rtol=1e-5)
+    seen, plain = statistics(outputs, 0.7, 30.0), statistics(mx.array(logits))
+    p = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+    assert seen.draft.tolist() == plain.draft.tolist() == logits.argmax(-1).tolist()
+    np.testing.assert_allclose(np.array(seen.entropy), np.array(plain.entropy), atol=1e-5)
+    np.testing.assert_allclose(np.array(seen.confidence), p.max(-1), rtol=1e-5)
+    shares = np.array(seen.weights) / np.array(seen.total)[..., None]
+    np.testing.assert_allclose(shares, p, atol=1e-6)
+    chunks = p.reshape(2, 5, -1, chunk_size(48)).sum(-1)
+    masses = np.array(seen.masses) / np.array(seen.total)[..., None]
+    np.testing.assert_allclose(masses, chunks, atol=1e-6)
+
+
+def test_a_sure_position_has_an_entropy_of_nothing_not_of_what_rounding_leaves():
+    logits = np.zeros((1, 1, 1024), np.float32)
+    logits[0, 0, 7] = 75.0
+    assert 0 <= statistics(mx.array(logits)).entropy.item() < 1e-26
+
+
+def test_in_16_bits_the_weights_are_those_of_the_rounded_logits():
+    outputs = outputs_of(1).astype(mx.bfloat16)
+    seen = statistics(outputs, 0.5, 30.0)
+    exact = 30 * mx.tanh(outputs.astype(mx.float32) / 30) / 0.5
+    rounded = np.array(exact.astype(mx.bfloat16).astype(mx.float32))
+    expected = np.exp(rounded - rounded.max(-1, keepdims=True))
+    assert seen.weights.dtype == mx.bfloat16 and seen.entropy.dtype == mx.float32
+    found = np.array(seen.weights.astype(mx.float32))
+    np.testing.assert_allclose(
+        found, expected, rtol=2**-8, atol=1e-30
+    )  # half a unit in the last place
+    np.testing.assert_allclose(np.array(seen.total), expected.sum(-1), rtol=2**-6)
+    entropy = statistics(exact).entropy  # not of the rounded ones
+    np.testing.assert_allclose(np.array(seen.entropy), np.array(entropy), atol=1e-5)
+
+
+@pytest.mark.parametrize(("vocab", "size"), [(262_144, 512), (384, 24), (48, 8), (7, 7), (1, 1)])
+def test_chunks_divide_the_vocabulary(vocab, size):
+    assert chunk_size(vocab) == size
+
+
+@pytest.mark.parametrize("vocab", [60, 13], ids=["six chunks", "one chunk"])
+def test_two_levels_draw_from_the_distribution_itself(vocab):
+    count, rng = 40_000, np.random.default_rng(3)
+    logits = rng.normal(0, 1.5, vocab).astype(np.float32)
+    rows = mx.broadcast_to(mx.array(logits), (1, count, vocab))
+    size = chunk_size(vocab)
+    gumbels = tuple(
+        mx.random.gumbel((1, count, n), key=mx.random.key(i))
+        for i, n in enumerate((vocab // size, size))
+    )
+    tokens = np.array(draw(rows, statistics(rows, 0.8).masses, gumbels, 0.8))[0]
+    p = np.exp(logits / 0.8)
+    expected = count * p / p.sum()
+    seen = np.bincount(tokens, minlength=vocab)
+    # Chi-square: mean vocab - 1, deviation sqrt(2 (vocab - 1)); five of them.
+    bound = vocab - 1 + 5 * np.sqrt(2 * (vocab - 1))
+    assert ((seen - expected) ** 2 / expected).sum() < bound
+
+
+def test_a_chunk_without_mass_is_never_drawn():
+    logits = np.full((1, 500, 16), -300.0, np.float32)
+    logits[..., 5] = 0
+    rows = mx.array(logits)
+    gumbels = tuple(mx.random.gumbel((1, 500, 4), key=mx.random.key(i)) for i in (0, 1))
+    assert set(np.array(draw(rows, statistics(rows).masses, gumbels)).flatten().tolist()) == {5}
+
+
+def test_probability_of_a_token_is_its_softmax():
+    outputs = outputs_of(2)
+    tokens = mx.array(np.random.default_rng(0).integers(0, 48, (2, 5)).astype(np.int32))
+    p = mx.softmax(30 * mx.tanh(outputs / 30) / 0.6, axis=-1)
+    expected = np.take_along_axis(np.array(p), np.array(tokens)[..., None], axis=-1)[..., 0]
+    found = probability_of(tokens, outputs, statistics(outputs, 0.6, 30.0), 0.6, 30.0)
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 48])
+def test_a_shortlist_holds_the_likeliest_tokens_and_no_others(count):
+    seen = statistics(outputs_of(4))
+    ids, probabilities = shortlist(seen.weights, seen.total, count)
+    p = np.array(seen.weights) / np.array(seen.total)[..., None]
+    assert np.sort(np.array(ids)).tolist() == np.sort(np.argsort(-p)[..., :count]).tolist()
+    found = np.take_along_axis(p, np.array(ids), axis=-1)
+    np.testing.assert_allclose(np.array(probabilities), found, rtol=1e-6)
+
+
+# Holding
+
+
+def hold_row(proposal, probability, draft, held, matters=None, confidence=0.9, share=0.0):
+    count = len(proposal)
+    out = hold(
+        mx.array([proposal]),
+        mx.array([probability]),
+        mx.array([draft]),
+        mx.array([held]),
+        mx.array([[True] * count if matters is None else matters]),
+        mx.array([[90 + i for i in range(count)]]),
+        confidence=confidence,
+        share=share,
+    )
+    return out.canvas[0].tolist(), out.accepted[0].tolist(), out.tokens[0].tolist()
+
+
+def test_sure_proposals_are_held_and_the_rest_is_refilled():
+    canvas, accepted, held = hold_row([1, 2, 3], [0.95, 0.5, 0.9], [1, 2, 3], [-1] * 3)
+    assert canvas == [1, 91, 3] and accepted == [True, False, True] and held == [1, -1, 3]
+
+
+def test_a_held_token_stays_while_it_is_the_likeliest_and_goes_when_it_is_not():
+    canvas, accepted, held = hold_row([1, 7, 3], [0.6, 0.6, 0.95], [1, 7, 3], [1, 2, -1])
+    assert held == [1, -1, 3] and accepted == [True, False, True] and canvas == [1, 91, 3]
+
+
+def test_where_nothing_new_is_sure_the_likeliest_open_position_is_held():
+    _, accepted, _ = hold_row([1, 2, 3], [0.2, 0.5, 0.4], [1, 2, 3], [-1] * 3)
+    assert accepted == [False, True, False]
+    # Held ones that only stay are no progress.
+    _, accepted, _ = hold_row([1, 2, 3], [0.95, 0.3, 0.4], [1, 2, 3], [1, -1, -1])
+    assert accepted == [True, False, True]
+
+
+def test_a_share_of_the_open_positions_is_held_in_any_case():
+    p = [0.95, 0.5, 0.4, 0.3, 0.2]
+    _, accepted, _ = hold_row([1, 2, 3, 4, 5], p, [1, 2, 3, 4, 5], [-1] * 5, share=0.3)
+    assert accepted == [True, True, True, False, False]  # ceil(0.3 * 4) of the four open ones
+
+
+def test_positions_that_do_not_matter_are_not_held_for_progress():
+    matters = [True, True, False]
+    _, accepted, _ = hold_row([1, 2, 3], [0.2, 0.3, 0.8], [1, 2, 3], [-1] * 3, matters)
+    assert accepted == [False, True, False]

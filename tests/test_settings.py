@@ -10,6 +10,7 @@ import pytest
 from mlx_diffgemma import bundled_model
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import ConfigError
+from mlx_diffgemma.schedule import temperature
 from mlx_diffgemma.settings import (
     COMMAND_MAX_TOKENS,
     GenerationSettings,
@@ -216,3 +217,46 @@ def test_unknown_keys_are_named_in_one_warning_and_have_no_effect():
     assert found == GenerationSettings(max_new_tokens=3)
     said = "generation_config.json: unknown keys are ignored: canvas_length, do_sample"
     assert [str(warning.message) for warning in caught] == [said]
+
+
+# Policies
+
+
+def test_a_policy_fills_in_what_the_user_leaves_open():
+    fast = GenerationSettings(policy="fast").resolve(SILENT)
+    assert (fast.acceptance, fast.temperature) == ("confidence", 0.0)
+    assert (fast.stop_on, fast.canvas_width) == ("answer", "answer")
+    mine = GenerationSettings(policy="fast", canvas_width="fixed", temperature=1.0).resolve(SILENT)
+    assert (mine.canvas_width, mine.temperature, mine.stop_on) == ("fixed", 1.0, "answer")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "fastest"}, "policy must be 'reference' or 'fast', got 'fastest'"),
+        ({"acceptance": 1}, "acceptance must be 'entropy' or 'confidence', got 1"),
+        ({"acceptance_confidence": 1.5}, "acceptance_confidence must be .* at most 1, got 1.5"),
+        ({"acceptance_share": -0.1}, "acceptance_share must be"),
+        ({"sparse_tokens": 0}, "sparse_tokens must be"),
+        ({"schedule_steps": 0}, "schedule_steps must be"),
+        ({"acceptance_share": 0.5}, "acceptance_share has no effect with acceptance by entropy"),
+        (
+            {"policy": "fast", "entropy_bound": 0.2},
+            "entropy_bound has no effect with acceptance by confidence",
+        ),
+        ({"sparse_tokens": 8}, "sparse_tokens has no effect with dense self-conditioning"),
+    ],
+)
+def test_what_cannot_be_or_has_no_effect_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerationSettings(**settings).resolve(SILENT)
+
+
+def test_a_cap_on_steps_leaves_the_schedule_alone():
+    settings = GenerationSettings(max_denoising_steps=4, schedule_steps=48, t_min=0.4, t_max=0.8)
+    resolved, whole = settings.resolve(SILENT), GenerationSettings().resolve(SILENT)
+    assert [temperature(step, resolved) for step in range(4)] == [
+        temperature(step, whole) for step in range(4)
+    ]
+    late = GenerationSettings(max_denoising_steps=9, schedule_steps=2).resolve(SILENT)
+    assert temperature(8, late) == temperature(1, late) > late.t_min

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma.stopping import is_settled
+from mlx_diffgemma.stopping import answer_length, is_settled, width_for
 
 A, B, C = [1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9, 9]
 SURE, UNSURE = [0.0, 0.0, 0.0, 0.0196], [0.0, 0.0, 0.0, 0.0204]  # means 0.0049 and 0.0051 nats
@@ -68,3 +68,33 @@ def test_a_mean_entropy_that_equals_the_threshold_is_not_below_it():
 
 def test_rows_settle_on_their_own():
     assert settled([A, A, A], [[A, B, A]], [SURE, SURE, UNSURE]) == [True, False, False]
+
+
+# The answer alone
+
+
+def test_an_answer_ends_with_its_first_end_token_or_with_the_canvas():
+    draft = mx.array([[5, 9, 7, 9], [1, 2, 3, 4], [8, 0, 0, 0], [1, 2, 3, 9]])
+    assert answer_length(draft, (9, 8)).tolist() == [2, 4, 1, 4]
+
+
+def test_what_stands_behind_the_answer_neither_moves_nor_worries():
+    draft, before = mx.array([[5, 9, 7, 7]]), mx.array([[5, 9, 6, 8]])
+    entropy = mx.array([[0.0, 0.004, 5.0, 5.0]])
+    rules = {"stability_threshold": 1, "confidence_threshold": 0.005}
+    matters = mx.arange(4) < answer_length(draft, (9,))[:, None]
+    assert is_settled(draft, [before], entropy, matters=matters, **rules).item()
+    assert not is_settled(draft, [before], entropy, **rules).item()
+    moved = mx.array([[4, 9, 7, 7]])
+    assert not is_settled(draft, [moved], entropy, matters=matters, **rules).item()
+    unsure = mx.array([[0.0, 0.02, 0.0, 0.0]])  # a mean of 0.01 over two, of 0.005 over four
+    assert not is_settled(draft, [before], unsure, matters=matters, **rules).item()
+
+
+@pytest.mark.parametrize(
+    ("needed", "canvas", "width"),
+    [(1, 256, 64), (32, 256, 64), (33, 256, 96), (224, 256, 256), (256, 256, 256), (3, 32, 8),
+     (1, 5, 2), (5, 5, 5)],
+)  # fmt: skip
+def test_widths_are_whole_eighths_with_one_to_spare(needed, canvas, width):
+    assert width_for(needed, canvas) == width

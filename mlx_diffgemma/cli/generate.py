@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError, PromptError
-from ..settings import COMMAND_MAX_TOKENS, GenerationSettings
+from ..settings import (
+    COMMAND_MAX_TOKENS,
+    Acceptance,
+    CanvasWidth,
+    GenerationSettings,
+    Policy,
+    SelfConditioning,
+    StopOn,
+)
 from .options import MODEL_HELP, REVISION_HELP, friendly_errors, run, setting
 
 
@@ -49,7 +57,7 @@ def generate(
     max_tokens: Annotated[
         int, setting("max_new_tokens", "--max-tokens", "-m", default=str(COMMAND_MAX_TOKENS))
     ] = COMMAND_MAX_TOKENS,
-    temp: Annotated[float | None, setting("temperature", "--temp", from_checkpoint=False)] = None,
+    temp: Annotated[float | None, setting("temperature", "--temp", from_policy=True)] = None,
     seed: Annotated[int | None, setting("seed", default="fresh, and printed")] = None,
     max_denoising_steps: Annotated[int | None, setting("max_denoising_steps")] = None,
     entropy_bound: Annotated[float | None, setting("entropy_bound")] = None,
@@ -63,6 +71,22 @@ def generate(
     empty_rerolls: Annotated[int | None, setting("empty_rerolls", from_checkpoint=False)] = None,
     prefill_step_size: Annotated[
         int | None, setting("prefill_step_size", from_checkpoint=False)
+    ] = None,
+    policy: Annotated[Policy | None, setting("policy", from_checkpoint=False)] = None,
+    acceptance: Annotated[Acceptance | None, setting("acceptance", from_policy=True)] = None,
+    acceptance_confidence: Annotated[
+        float | None, setting("acceptance_confidence", from_policy=True)
+    ] = None,
+    acceptance_share: Annotated[float | None, setting("acceptance_share", from_policy=True)] = None,
+    stop_on: Annotated[StopOn | None, setting("stop_on", from_policy=True)] = None,
+    canvas_width: Annotated[CanvasWidth | None, setting("canvas_width", from_policy=True)] = None,
+    self_conditioning: Annotated[
+        SelfConditioning | None, setting("self_conditioning", from_policy=True)
+    ] = None,
+    sparse_tokens: Annotated[int | None, setting("sparse_tokens", from_policy=True)] = None,
+    sparse_entropy: Annotated[float | None, setting("sparse_entropy", from_policy=True)] = None,
+    schedule_steps: Annotated[
+        int | None, setting("schedule_steps", default="max_denoising_steps")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per event on stdout.")
@@ -89,6 +113,16 @@ def generate(
                 canvas_length=canvas_length,
                 empty_rerolls=empty_rerolls,
                 prefill_step_size=prefill_step_size,
+                policy=policy,
+                acceptance=acceptance,
+                acceptance_confidence=acceptance_confidence,
+                acceptance_share=acceptance_share,
+                stop_on=stop_on,
+                canvas_width=canvas_width,
+                self_conditioning=self_conditioning,
+                sparse_tokens=sparse_tokens,
+                sparse_entropy=sparse_entropy,
+                schedule_steps=schedule_steps,
                 seed=secrets.randbits(32) if seed is None else seed,
             )
             variables = _json_object(chat_template_config)

@@ -22,11 +22,16 @@ REVISION_HELP = "Branch, tag or commit of a Hub repository."
 
 
 def setting(
-    name: str, *flags: str, default: str | None = None, from_checkpoint: bool = True
+    name: str,
+    *flags: str,
+    default: str | None = None,
+    from_checkpoint: bool = True,
+    from_policy: bool = False,
 ) -> Any:
     """An option for a field of GenerationSettings: its help, and what holds where it is not
     given."""
-    source = "the checkpoint's, else " if from_checkpoint else ""
+    source = "the policy's, else " if from_policy else ""
+    source = "the checkpoint's, else " if from_checkpoint and not from_policy else source
     value = default or f"{source}{default_of(name)}"
     return typer.Option(*flags, help=help_of(name), show_default=value)
 
