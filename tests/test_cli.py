@@ -22,7 +22,7 @@ from mlx_diffgemma.cli.info import info
 from mlx_diffgemma.settings import default_of, help_of
 
 ROOT = Path(__file__).parent.parent
-TABLE = ("--prompt", "Squares from 2 to 03.", "--seed", "1")
+TABLE = ("--prompt", "Squares from 2 to 03.", "--seed", "3")
 TABLE_ANSWER = "|n|n*n|\n|-|-|\n|2|4|\n|3|9|\n"
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
 

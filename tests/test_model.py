@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import mlx_diffgemma
 from mlx_diffgemma import GenerationSettings, PromptOptions
 from mlx_diffgemma.config import ModelConfig, RopeConfig
 from mlx_diffgemma.events import CanvasCommitted, Finished
+from mlx_diffgemma.load import load_model
 from mlx_diffgemma.loop import denoise_tokens
-from mlx_diffgemma.model import Context, DiffusionGemma
+from mlx_diffgemma.model import Context, DiffusionGemma, experts, products
+from mlx_diffgemma.model.backend import as_on_gpu
+from mlx_diffgemma.model.diffusion_gemma import softcap
 from mlx_diffgemma.model.experts import Experts, Router
+from mlx_diffgemma.model.fused import fuse
 from mlx_diffgemma.model.masks import canvas_mask, causal_mask
 from mlx_diffgemma.model.rope import periods, rotate
 from mlx_diffgemma.model.self_conditioning import SelfConditioning
 from mlx_diffgemma.prompt import encode_prompt
+from mlx_diffgemma.sampler import shortlist, statistics
 from tests.checkpoints import draw_config, load_drawn
 
 # The same sums in another order: float32 rounding through a few layers, logits up to 30.
@@ -472,3 +479,112 @@ def test_a_batch_runs_to_the_ids_steps_and_ends_of_its_rows_alone():
             ended.new_tokens[0],
             ended.row_steps[0],
         )
+
+
+# Fused products, unpacked ones, and the graph that GPUs get
+
+
+def copies_of_the_bundled_model(fused: bool) -> DiffusionGemma:
+    return load_model(mlx_diffgemma.bundled_model(), fused=fused)
+
+
+def test_a_fused_model_has_other_modules_and_the_same_logits():
+    apart, together = (copies_of_the_bundled_model(fused) for fused in (False, True))
+    names = dict(tree_flatten(apart.parameters()))
+    assert "model.decoder.layers.0.self_attn.q_proj.weight" in names
+    fused = dict(tree_flatten(together.parameters()))
+    for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+        assert f"model.decoder.layers.0.{name}.weight" in fused
+    assert "model.decoder.self_conditioning.gate_up_proj.weight" in fused
+    assert not any("q_proj" in name or ".up_proj" in name for name in fused)
+    context = [model.prefill(long_prompt(model)) for model in (apart, together)]
+    assert_close(look(apart, context[0], 3), look(together, context[1], 3))
+
+
+def test_modules_that_are_packed_differently_stay_apart():
+    model = copies_of_the_bundled_model(fused=False)
+    attention = model.model.decoder.layers[0].self_attn
+    attention.q_proj = attention.q_proj.to_quantized(group_size=64, bits=8)
+    fuse(model)
+    assert "q_proj" in attention and "qkv_proj" not in attention
+    assert "qkv_proj" in model.model.decoder.layers[1].self_attn
+    model.prefill(draw_tokens(model, 5, 1))
+
+
+PACKINGS = [("affine", 64, 4), ("affine", 32, 8), ("mxfp4", 32, 4), ("mxfp8", 32, 8)]
+
+
+@pytest.mark.parametrize(("mode", "group_size", "bits"), PACKINGS)
+def test_unpacked_slices_and_packed_kernels_give_the_same_logits(
+    mode, group_size, bits, monkeypatch
+):
+    model = copies_of_the_bundled_model(fused=False)
+    nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
+    fuse(model)
+    monkeypatch.setattr(products, "SLICE_BYTES", 20_000)  # so that every matrix is several slices
+    monkeypatch.setattr(experts, "_PRODUCT_PER_EXPERT_FROM", 0)
+    results = []
+    for scope in (nullcontext, as_on_gpu):
+        with scope():
+            results.append(look(model, model.prefill(long_prompt(model)), 3))
+    assert_close(*results)
+
+
+def test_a_product_per_expert_is_the_grouped_product(monkeypatch):
+    model = bundled()[0]
+    layer, x = model.model.decoder.layers[0], mx.random.normal((40, 128), key=mx.random.key(1))
+    chosen, weights = layer.router(x)
+    grouped = layer.experts(x, chosen, weights)
+    monkeypatch.setattr(experts, "_PRODUCT_PER_EXPERT_FROM", 0)
+    apart = layer.experts(x, chosen, weights)
+    np.testing.assert_allclose(np.array(grouped), np.array(apart), atol=1e-5)
+
+
+def test_a_canvas_is_written_where_the_last_step_had_it():
+    model = drawn(1)
+    context = model.prefill(long_prompt(model))
+    opened = model.open(context, 8)
+    mx.eval([layer.keys for layer in opened.layers])
+    first = [np.asarray(layer.keys).ctypes.data for layer in opened.layers]
+    outputs, opened = model.look(draw_tokens(model, 8, 1), opened)
+    mx.eval(outputs, [layer.keys for layer in opened.layers])
+    assert [np.asarray(layer.keys).ctypes.data for layer in opened.layers] == first
+    held = [np.array(layer.keys) for layer in opened.layers]
+    _, later = model.look(draw_tokens(model, 8, 2), opened)  # while the other is held: a copy
+    mx.eval([layer.keys for layer in later.layers])
+    for old, layer in zip(held, opened.layers, strict=True):
+        np.testing.assert_array_equal(old, np.array(layer.keys))
+    for before, after in zip(context.arrays, later.closed().arrays, strict=True):
+        np.testing.assert_array_equal(np.array(before), np.array(after))
+
+
+def test_an_open_context_may_hold_a_canvas_narrower_than_its_room():
+    model = drawn(2)
+    context, canvas = model.prefill(long_prompt(model)), draw_tokens(model, 16, 4)
+    opened = model.open(context, 16)
+    _, opened = model.look(canvas, opened)  # what a wider step wrote behind it is not seen
+    outputs, _ = model.look(canvas[:, :6], opened)
+    cap = model.config.text.final_logit_softcapping
+    expected = model.denoise(canvas[:, :6], context)
+    assert_close([np.array(softcap(outputs, cap))], [np.array(expected)])
+
+
+def test_a_sparse_embedding_gives_what_its_list_leaves_out_to_the_mean_of_all_embeddings():
+    model = drawn(1)
+    vocab_size = model.config.text.vocab_size
+    table = np.array(model.model.decoder.embed_tokens.weight)
+    np.testing.assert_allclose(np.array(model.mean_row()), table.mean(axis=0), atol=1e-6)
+    ids, p = mx.array([[[3, 9]]]), mx.array([[[0.5, 0.2]]])
+    expected = 0.5 * table[3] + 0.2 * table[9] + 0.3 * table.mean(axis=0)
+    expected *= model.config.text.hidden_size**0.5
+    soft = model.sparse_embedding(ids, p, model.mean_row())
+    np.testing.assert_allclose(np.array(soft)[0, 0], expected, atol=1e-4)
+    logits = 4 * mx.random.normal((1, 6, vocab_size), key=mx.random.key(0))
+    seen = statistics(logits)
+    whole = model.sparse_embedding(
+        *shortlist(seen.weights, seen.total, vocab_size), model.mean_row()
+    )
+    dense = model.soft_embedding(logits)
+    np.testing.assert_allclose(np.array(whole), np.array(dense), atol=1e-4)
+    folded = model.mean_embedding(seen.weights, seen.total)
+    np.testing.assert_allclose(np.array(folded), np.array(dense), atol=1e-5)

@@ -146,12 +146,12 @@ def test_statistics_of_outputs_are_those_of_their_capped_and_heated_logits():
     p = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
     assert seen.draft.tolist() == plain.draft.tolist() == logits.argmax(-1).tolist()
     np.testing.assert_allclose(np.array(seen.entropy), np.array(plain.entropy), atol=1e-5)
-    np.testing.assert_allclose(np.array(seen.confidence), p.max(-1), rtol=1e-5)
+    np.testing.assert_allclose(np.array(seen.confidence), p.max(-1), rtol=1e-4)
     shares = np.array(seen.weights) / np.array(seen.total)[..., None]
-    np.testing.assert_allclose(shares, p, atol=1e-6)
+    np.testing.assert_allclose(shares, p, rtol=1e-4, atol=1e-6)
     chunks = p.reshape(2, 5, -1, chunk_size(48)).sum(-1)
     masses = np.array(seen.masses) / np.array(seen.total)[..., None]
-    np.testing.assert_allclose(masses, chunks, atol=1e-6)
+    np.testing.assert_allclose(masses, chunks, rtol=1e-4, atol=1e-6)
 
 
 def test_a_sure_position_has_an_entropy_of_nothing_not_of_what_rounding_leaves():
