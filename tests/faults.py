@@ -47,15 +47,15 @@ FAULTS = (
     Fault(
         "value norm: left out",
         "model/attention.py",
-        "v = unit_rms(v, self.eps).swapaxes(1, 2)",
-        "v = v.swapaxes(1, 2)",
+        "values = normed[:, :, -K:]",
+        "values = self._project(x).reshape(B, L, -1, H)[:, :, -K:]",
         (LOGITS,),
     ),
     Fault(
         "value norm: full layers take the normed key",
         "model/attention.py",
-        'if "v_proj" in self else k\n',
-        'if "v_proj" in self else self.k_norm(k)\n',
+        "values = normed[:, :, -K:]",
+        "values = (normed if normed.shape[2] > N + K else normed * scale)[:, :, -K:]",
         (LOGITS,),
     ),
     Fault(
@@ -103,7 +103,7 @@ FAULTS = (
     Fault(
         "self-conditioning: never comes back",
         "loop.py",
-        "soft = None if before.logits is None else model.soft_embedding(before.logits)",
+        "soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)",
         "soft = None",
         (LOOP,),
     ),
@@ -117,23 +117,22 @@ FAULTS = (
     Fault(
         "acceptance rule: ranks by order instead of its inverse",
         "sampler.py",
-        "rank = mx.argsort(order, axis=-1)",
-        "rank = order",
+        "rank, axis=-1)\n    return Decision",
+        "order, axis=-1)\n    return Decision",
         (SAMPLER,),
     ),
     Fault(
         "acceptance rule: accepted positions are frozen",
         "loop.py",
-        "canvas=mx.where(frozen, before.canvas, decision.canvas)",
-        "canvas=mx.where(frozen, before.canvas, mx.where(decision.accepted, proposal, "
-        "before.canvas))",
+        "next_canvas = mx.where(frozen, canvas, next_canvas)",
+        "next_canvas = mx.where(frozen, canvas, mx.where(accepted, proposal, canvas))",
         (LOOP,),
     ),
     Fault(
         "commit: forgotten",
         "loop.py",
-        "context = model.commit(mx.array(committed), context)",
-        "pass",
+        "context = model.commit(mx.array(committed), last.context.closed())",
+        "context = last.context.closed()",
         (LOOP,),
     ),
     Fault(
@@ -153,8 +152,8 @@ FAULTS = (
     Fault(
         "canvas position: one too late",
         "model/diffusion_gemma.py",
-        "x, _ = layer(x, past, mask, context.position, layer.layer_scalar)",
-        "x, _ = layer(x, past, mask, context.position + 1, layer.layer_scalar)",
+        "masks[kept], text.position, layer.layer_scalar)",
+        "masks[kept], text.position + 1, layer.layer_scalar)",
         (LOGITS,),
     ),
     Fault(
@@ -174,14 +173,14 @@ FAULTS = (
     Fault(
         "experts: gate and up change places",
         "model/experts.py",
-        "geglu(gate, up)",
-        "geglu(up, gate)",
+        "out = self.down_proj(geglu(gate, up)",
+        "out = self.down_proj(geglu(up, gate)",
         (MODEL,),
     ),
     Fault(
         "experts: sorted rows are not put back",
         "model/experts.py",
-        "out = out[mx.argsort(order)]",
+        "out = out[back]",
         "out = out[order]",
         (MODEL,),
     ),
@@ -195,8 +194,8 @@ FAULTS = (
     Fault(
         "softcap: left out",
         "model/diffusion_gemma.py",
-        "return mx.tanh(logits / cap) * cap",
-        "return logits",
+        "return mx.tanh(outputs.astype(mx.float32) / cap) * cap",
+        "return outputs.astype(mx.float32)",
         (LOGITS,),
     ),
     Fault(
@@ -216,15 +215,15 @@ FAULTS = (
     Fault(
         "stop rule: most positions are enough",
         "stopping.py",
-        "(draft == previous).all(axis=-1)",
-        "(draft == previous).any(axis=-1)",
+        "(holds if matters is None else holds | ~matters).all(axis=-1)",
+        "(holds if matters is None else holds | ~matters).any(axis=-1)",
         (STOPPING,),
     ),
     Fault(
         "rows: a settled one moves on",
         "loop.py",
-        "draft = mx.where(frozen, before.draft, draft)",
-        "draft = mx.where(frozen, draft, draft)",
+        "settings.pad_token_id), seen.draft)",
+        "settings.pad_token_id) * 0 + seen.draft, seen.draft)",
         (LOOP,),
     ),
     Fault(
@@ -233,6 +232,48 @@ FAULTS = (
         "[self.seed + row, self.attempt, *draw]",
         "[self.seed, self.attempt, *draw]",
         (NOISE,),
+    ),
+    Fault(
+        "softcap: left out of the statistics",
+        "sampler.py",
+        "(outputs if cap == NO_CAP else mx.tanh(outputs / cap) * cap) / heat",
+        "outputs / heat",
+        (SAMPLER,),
+    ),
+    Fault(
+        "unpacking: biases left out",
+        "model/products.py",
+        "biases[rows].astype(mx.float32)",
+        "mx.zeros_like(biases[rows]).astype(mx.float32)",
+        (MODEL,),
+    ),
+    Fault(
+        "canvas keys: behind what the last step wrote",
+        "model/diffusion_gemma.py",
+        "return written.first(kept + keys.shape[2]), written",
+        "return written, written",
+        (MODEL,),
+    ),
+    Fault(
+        "held tokens: frozen",
+        "sampler.py",
+        "held = mx.where(held == draft, held, -1)",
+        "held = held",
+        (SAMPLER,),
+    ),
+    Fault(
+        "narrow canvas: the answer's end is cut off",
+        "stopping.py",
+        "return mx.where(is_end.any(axis=-1), first + 1, draft.shape[1])",
+        "return mx.where(is_end.any(axis=-1), first, draft.shape[1])",
+        (STOPPING,),
+    ),
+    Fault(
+        "narrow canvas: a lost end keeps it narrow",
+        "loop.py",
+        "has_end = is_end & mx.take",
+        "has_end = mx.take",
+        (LOOP,),
     ),
     Fault(
         "end token: what follows it stays",
