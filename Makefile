@@ -10,7 +10,7 @@ else
 TEST_EXTRAS := [test]
 endif
 
-.PHONY: demo test lint types unit wheel clean
+.PHONY: demo test bench lint types unit wheel clean
 
 demo: $(VENV)/.demo
 	@for prompt in 'Sudoku:\n..13\n.3.4\n413.\n3241' 'Sort: 5 2 4 1' 'Count from 12 to 30.'; do \
@@ -20,6 +20,17 @@ demo: $(VENV)/.demo
 	@echo; echo 'It is small and counts past the end; mlx_diffgemma/demo/README.md says how well it does.'
 
 test: lint types unit wheel
+
+# Measures speed against mlx-vlm and transformers, about two hours on two cores. MLX's Linux wheels
+# bring the reference BLAS, 20 to 60 times slower than OpenBLAS: it is put in front where Debian's
+# libopenblas0-pthread is installed, for every runtime alike.
+OPENBLAS := $(firstword $(wildcard /usr/lib/*/libopenblas.so.0))
+bench: $(VENV)/.bench
+	for name in counts sparse step answer growth twin floors; do \
+		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
+	done
+	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
+	$(BIN)/python bench/table.py --write
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -44,6 +55,10 @@ $(VENV)/.test: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(TEST_EXTRAS)'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

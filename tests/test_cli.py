@@ -86,7 +86,7 @@ def test_json_is_one_object_per_line_and_its_text_is_the_answer():
     result = invoke(generate, *TABLE, "--json")
     objects = [json.loads(line) for line in result.stdout.splitlines()]
     assert [o["event"] for o in objects[:2]] == ["start", "prefill"]
-    assert objects[0]["seed"] == 1
+    assert objects[0]["seed"] == 3
     assert objects[-1]["event"] == "finished" and objects[-1]["reason"] == "stop"
     text = "".join(o["text"] for o in objects if o["event"] == "text" and o["channel"] == "answer")
     assert text + "\n" == TABLE_ANSWER
@@ -96,6 +96,15 @@ def test_max_tokens_cuts_exactly():
     result = invoke(generate, *TABLE, "--max-tokens", "5", "--json")
     finished = json.loads(result.stdout.splitlines()[-1])
     assert (finished["new_tokens"], finished["reason"]) == (5, "length")
+
+
+def test_a_policy_and_its_settings_are_flags():
+    result = invoke(generate, *TABLE, "--policy", "fast")
+    assert result.exit_code == 0 and result.stdout.startswith("|n|n*n|\n|-|-|\n")
+    result = invoke(generate, *TABLE, "--policy", "fast", "--entropy-bound", "1")
+    assert result.exit_code == 2 and "entropy_bound has no effect" in result.stderr
+    result = invoke(generate, *TABLE, "--policy", "fastest")
+    assert result.exit_code == 2 and "policy" in result.stderr
 
 
 def test_an_extra_end_token_ends_the_answer():
