@@ -376,6 +376,7 @@ class _Rows:
             )
         self.settings = settings
         self.left = min(settings.max_new_tokens, room * canvas)
+        self.places = limit - longest  # free positions; a canvas cut short moves the later ones
         self.ended = np.zeros(batch, bool)
         self.steps_run = 0  # of the canvas at hand
         self.new_tokens, self.steps, self.positions, self.row_canvases = (
@@ -389,7 +390,8 @@ class _Rows:
 
     @property
     def are_done(self) -> bool:
-        return bool(self.ended.all()) or self.left == 0
+        no_room = self.left == 0 or self.places < self.settings.canvas_length
+        return bool(self.ended.all()) or no_room
 
     def take(self, last: _Step) -> tuple[np.ndarray, tuple[int, ...]]:
         """Cuts a denoised canvas at `max_new_tokens`, pads behind end tokens, and counts.
@@ -400,6 +402,7 @@ class _Rows:
         tokens = np.array(last.draft)[:, : self.left]  # one host read per canvas
         row_steps = np.where(self.ended, 0, np.array(last.row_steps))
         self.left -= tokens.shape[1]
+        self.places -= tokens.shape[1]
         is_end = np.isin(tokens, self.settings.eos_token_ids)
         ends_before: np.ndarray = np.cumsum(is_end, axis=1) - is_end
         keep = (ends_before == 0) & ~self.ended[:, None]
