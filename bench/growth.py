@@ -1,10 +1,10 @@
 """How do a step's time and memory grow with the context and with the canvas, ours and mlx-vlm's?
 
 Contexts of 1 to 32,768 random tokens under a canvas of 256, and canvases of 32 to 256 over 1,024
-tokens, at the scaled shape in float32. Both runtimes hold the same weights; each reads the context
-once, by its own loop, and then the two take turns step by step. mlx-vlm stops after each step only
-where it displays drafts, so it does. Memory is MLX's peak during a self-conditioned step, less the
-weights: context, logits, scores and whatever else a step holds at once.
+tokens, at the scaled shape in float32. Both runtimes hold the same weights and run their own loops,
+in turns. A step is the time between two marks, each at the same point of its step; memory is MLX's
+peak behind the prefill, less the weights: context, logits, scores and whatever else is held at
+once.
 
 Bounds, at every point: ours takes at most as long as mlx-vlm (median of steps) and at most as much
 memory. Floors: the step's multiplications at the rate of a large product measured here; keys and
@@ -27,8 +27,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -38,8 +37,10 @@ import mlx.core as mx
 import numpy as np
 from common import finish, peak_rss_bytes, record
 from runtimes import (
+    SETTLING_STEPS,
     MlxVlm,
     Ours,
+    Run,
     checkpoint,
     compute_dtype,
     read_arrays,
@@ -52,7 +53,7 @@ CONTEXTS = (1, 1024, 4096, 16384, 32768)
 WIDTHS = (32, 64, 128, 256)
 CANVAS, CONTEXT = 256, 1024  # what is held while the other grows
 PEAK_BOUND = 3.5  # float32 logits
-WARMUP = 2  # steps, the first of which has no self-conditioning
+LONG = 4096  # tokens of context; behind more, reading them takes minutes
 RUNTIMES = ("ours", "mlx-vlm")
 
 
@@ -63,7 +64,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, action="append", help=f"repeatable; {CONTEXTS}")
     parser.add_argument("--canvas", type=int, action="append", help=f"repeatable; {WIDTHS}")
     parser.add_argument("--layers", type=int, default=6, help="the last one is full attention")
-    parser.add_argument("--steps", type=int, default=7, help=f"timed, behind {WARMUP} others")
+    parser.add_argument("--steps", type=int, default=3, help="timed in a run, behind 3 others")
+    parser.add_argument("--rounds", type=int, default=3, help=f"1 behind more than {LONG} tokens")
     parser.add_argument("--only", choices=RUNTIMES, action="append", help="repeatable; both")
     parser.add_argument("--peak", action="store_true", help="only memory, at the real width")
     parser.add_argument("--scratch", type=Path, help="where the checkpoint is written")
@@ -73,45 +75,6 @@ def main() -> None:
         line, passed = (peaks if options.peak else growth)(Path(scratch) / "model", options)
     finish(line, save=options.save)
     sys.exit(0 if passed else 1)
-
-
-class Walk:
-    """A run that stops after each step. Several may be under way: each knows the memory it holds
-    by itself."""
-
-    def __init__(self, name: str, stops: Iterator[None], others: list[Walk]):
-        self.name, self.stops, self.others = name, stops, others
-        self.weights = mx.get_active_memory() - sum(walk.live for walk in others)
-        self.live = 0  # bytes held while it waits
-        self.seconds: list[float] = []
-        self.peaks: list[int] = []  # bytes above the weights
-
-    def go_on(self) -> None:
-        """To the next stop, with a clock and an eye on memory."""
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        started = time.perf_counter()
-        next(self.stops)
-        self.seconds.append(time.perf_counter() - started)
-        mx.synchronize()
-        elsewhere = self.weights + sum(walk.live for walk in self.others if walk is not self)
-        self.peaks.append(mx.get_peak_memory() - elsewhere)
-        self.live += mx.get_active_memory() - before
-
-    def end(self) -> None:
-        """Runs to the end, where no further step may come."""
-        if next(self.stops, "end") != "end":
-            raise SystemExit(f"{self.name} ran more steps than it was asked for")
-
-    def steps(self) -> dict[str, Any]:
-        """Medians over the steps behind the prefill and the warm-up."""
-        seconds, peaks = self.seconds[1 + WARMUP :], self.peaks[1 + WARMUP :]
-        return {
-            "step_ms": round(1e3 * median(seconds), 2),
-            "step_ms_min": round(1e3 * min(seconds), 2),
-            "peak_bytes": max(peaks),
-            "prefill_seconds": round(self.seconds[0], 2),
-        }
 
 
 def growth(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
@@ -133,9 +96,7 @@ def growth(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
     points += [
         (CONTEXT, width) for width in options.canvas or WIDTHS if (CONTEXT, width) not in points
     ]
-    rows = [
-        measure(folder, models, context, canvas, options.steps, rates) for context, canvas in points
-    ]
+    rows = [measure(folder, models, context, canvas, options, rates) for context, canvas in points]
     print_table(rows)
     compared = [row for row in rows if row["ratio"] is not None]
     passed = bool(compared) and all(max(row["ratio"].values()) <= 1 for row in compared)
@@ -174,11 +135,12 @@ def measure(
     models: list[Any],
     context: int,
     canvas: int,
-    steps: int,
+    options: argparse.Namespace,
     rates: dict[str, Any],
 ) -> dict[str, Any]:
-    """One point: each reads the context, then they take turns."""
-    found = walk(models, text_tokens(folder, context), canvas, steps)
+    """One point."""
+    rounds = options.rounds if context <= LONG else 1
+    found = runs(models, text_tokens(folder, context), canvas, options.steps, rounds)
     config = read_config(folder) | {"canvas_length": canvas}
     element_bytes = 4 if compute_dtype(folder) == mx.float32 else 2
     parts = step_work(config, "dense", context, element_bytes)
@@ -193,6 +155,7 @@ def measure(
     row = {
         "context": context,
         "canvas": canvas,
+        "rounds": rounds,
         "floor_ms": round(floor_ms(parts, rates), 2),
         "floor_bytes": int(kept + 4 * canvas * config["text_config"]["vocab_size"]),
         "runtimes": found,
@@ -202,18 +165,31 @@ def measure(
     return row
 
 
-def walk(models: list[Any], ids: list[int], canvas: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Runs that take turns, step by step; the prefills come one after the other before."""
-    walks: list[Walk] = []
-    for model in models:
-        walks.append(Walk(model.name, model.stepwise(ids, WARMUP + steps, canvas), walks))
-        walks[-1].go_on()
-    for _ in range(WARMUP + steps):
-        for each in walks:
-            each.go_on()
-    for each in walks:
-        each.end()
-    return {each.name: each.steps() for each in walks}
+def runs(
+    models: list[Any], ids: list[int], canvas: int, steps: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Each model's steps, run by run in turns: medians of time, the highest peak of memory."""
+    found: dict[str, list[Run]] = {model.name: [] for model in models}
+    weights: dict[str, int] = {}
+    asked = SETTLING_STEPS + 1 + steps
+    for _ in range(rounds):
+        for model in models:
+            mx.clear_cache()
+            weights[model.name] = mx.get_active_memory()
+            run = model.run(ids, asked, canvas)
+            if run.steps != asked or len(run.step_seconds) != steps:
+                raise SystemExit(f"{model.name} ran {run.steps} steps, asked for {asked}")
+            found[model.name].append(run)
+    rows = {}
+    for name, given in found.items():
+        seconds = [second for run in given for second in run.step_seconds]
+        rows[name] = {
+            "step_ms": round(1e3 * median(seconds), 2),
+            "step_ms_min": round(1e3 * min(seconds), 2),
+            "peak_bytes": max(run.peak_bytes for run in given) - weights[name],
+            "prefill_seconds": round(median(run.prefill_seconds for run in given), 3),
+        }
+    return rows
 
 
 def peaks(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
@@ -237,7 +213,7 @@ def peaks(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
     for model in models:
         for graph in ("backend's own", "GPUs'") if model.name == "ours" else ("backend's own",):
             with as_on_gpu() if graph == "GPUs'" else nullcontext():
-                row = walk([model], ids, CANVAS, min(options.steps, 2))[model.name]
+                row = runs([model], ids, CANVAS, 1, 1)[model.name]
             row["logits"] = round(row["peak_bytes"] / logits_bytes, 3)
             found[f"{model.name}, {graph} graph"] = row
             print(

@@ -3,7 +3,7 @@
 Weights are shared where the runtimes hold the same values, or three copies of the real width would
 not fit into a small machine. Everything is float32 on the CPU backend, whose gathered product knows
 nothing else, and as the checkpoint has it (bfloat16) elsewhere. Every runtime draws at temperature
-1, accepts by entropy, and cannot stop early. Nothing here is timed by name: benchmarks do that.
+1, accepts by entropy, and cannot stop early. Benchmarks decide what is timed.
 """
 
 # ruff: noqa: E402
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -68,6 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "real": {"num_hidden_layers": 2, "layer_types": [_SLIDING, _FULL]},
 }
 PREFILL_STEP = 2048  # ours by default; mlx-vlm is told the same
+SETTLING_STEPS = 2
 _NEVER = 1e-30  # a mean entropy below this: transformers refuses 0
 _TINY_TOWER = {  # transformers builds a vision tower whatever the files hold
     "model_type": "gemma4_vision",
@@ -87,11 +89,19 @@ _TINY_TOWER = {  # transformers builds a vision tower whatever the files hold
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One canvas from prompt to last token."""
+    """One canvas from prompt to last token; what only MLX's runtimes tell stays empty for torch."""
 
     seconds: float
     prefill_seconds: float  # part of `seconds`
     steps: int
+    marks: tuple[float, ...] = ()  # on the clock: one per step, each at the same point of it
+    peak_bytes: int = 0  # MLX's, behind the prefill, weights included
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Of the steps between the marks, but not of the first ones, which are no steady state:
+        mlx-vlm computes its first step together with its second."""
+        return [end - start for start, end in pairwise(self.marks[SETTLING_STEPS:])]
 
 
 class Runtime(Protocol):
@@ -198,32 +208,8 @@ class Ours:
     def load(cls, folder: Path) -> Self:
         return cls(load_model(folder))
 
-    def run(self, ids: Sequence[int], steps: int) -> Run:
-        prefill, ran = 0.0, 0
-        started = time.perf_counter()
-        with generation_limits():
-            for event in self._events(ids, steps, self.model.config.canvas_length):
-                if isinstance(event, PrefillDone):
-                    prefill = event.seconds
-                elif isinstance(event, CanvasCommitted):
-                    ran = event.steps
-        return Run(time.perf_counter() - started, prefill, ran)
-
-    def stepwise(self, ids: Sequence[int], steps: int, canvas: int) -> Iterator[None]:
-        """Stops once after the prefill, and once after each step, when it is computed."""
-        for event in self._events(ids, steps, canvas):
-            if isinstance(event, PrefillDone):
-                yield
-            elif isinstance(event, StepDone):
-                mx.eval(event.draft, event.entropy, event.accepted)
-                yield
-
-    def first_logits(self, ids: Sequence[int], canvas: np.ndarray) -> np.ndarray:
-        with _widened(self.model.model.decoder.embed_tokens, self.model.dtype):
-            context = self.model.prefill(_row(ids))
-            return np.array(self.model.denoise(_row(canvas), context)[0])
-
-    def _events(self, ids: Sequence[int], steps: int, canvas: int) -> Iterator[Any]:
+    def run(self, ids: Sequence[int], steps: int, canvas: int | None = None) -> Run:
+        canvas = canvas or self.model.config.canvas_length
         settings = GenerationSettings(
             canvas_length=canvas,
             max_new_tokens=canvas,
@@ -232,7 +218,24 @@ class Ours:
             prefill_step_size=PREFILL_STEP,
             seed=0,
         )
-        return denoise_tokens(self.model, _row(ids), settings)
+        prefill, ran, marks = 0.0, 0, []
+        started = time.perf_counter()
+        with generation_limits():
+            for event in denoise_tokens(self.model, _row(ids), settings):
+                if isinstance(event, PrefillDone):
+                    prefill = event.seconds
+                    mx.reset_peak_memory()
+                elif isinstance(event, StepDone):
+                    marks.append(time.perf_counter())
+                elif isinstance(event, CanvasCommitted):
+                    ran = event.steps
+        seconds = time.perf_counter() - started
+        return Run(seconds, prefill, ran, tuple(marks), mx.get_peak_memory())
+
+    def first_logits(self, ids: Sequence[int], canvas: np.ndarray) -> np.ndarray:
+        with _widened(self.model.model.decoder.embed_tokens, self.model.dtype):
+            context = self.model.prefill(_row(ids))
+            return np.array(self.model.denoise(_row(canvas), context)[0])
 
 
 class Mute:
@@ -288,27 +291,30 @@ class MlxVlm:
         load_model_weights(model, config, model.sanitize(arrays.tensors), folder)
         return cls(model)
 
-    def run(self, ids: Sequence[int], steps: int) -> Run:
-        started = time.perf_counter()
-        last = None
-        for last in self._results(ids, steps):  # noqa: B007
-            pass
-        assert last is not None
-        return Run(
-            time.perf_counter() - started,
-            last.prompt_tokens / last.prompt_tps,
-            last.diffusion_denoising_steps,
-        )
+    def run(self, ids: Sequence[int], steps: int, canvas: int | None = None) -> Run:
+        from mlx_vlm.generate.diffusion import stream_diffusion_generate
 
-    def stepwise(self, ids: Sequence[int], steps: int, canvas: int) -> Iterator[None]:
-        """As `Ours.stepwise`: its display of drafts, which evaluates each step, gives the stops."""
-        widest, self.model.config.canvas_length = self.model.config.canvas_length, canvas
-        try:
-            for result in self._results(ids, steps, diffusion_show_unmasking=True):
-                if result.is_draft:  # the first one before any step
-                    yield
-        finally:
-            self.model.config.canvas_length = widest
+        marks: list[float] = []
+        started = time.perf_counter()
+        with self._listening(canvas or self.model.config.canvas_length, marks):
+            *_, last = stream_diffusion_generate(
+                self.model,
+                Mute(),
+                Mute(),
+                _row(ids),
+                None,
+                None,
+                max_tokens=self.model.config.canvas_length,
+                skip_special_token_ids=[],
+                temperature=1.0,
+                max_denoising_steps=steps,
+                diffusion_full_canvas=True,
+                diffusion_sampler="entropy-bound",
+                prefill_step_size=PREFILL_STEP,
+            )
+        seconds = time.perf_counter() - started
+        prefill, ran = last.prompt_tokens / last.prompt_tps, last.diffusion_denoising_steps
+        return Run(seconds, prefill, ran, tuple(marks), mx.get_peak_memory())
 
     def first_logits(self, ids: Sequence[int], canvas: np.ndarray) -> np.ndarray:
         model, tokens = self.model, _row(canvas)
@@ -317,25 +323,28 @@ class MlxVlm:
         logits = model.diffusion_decoder_logits(tokens, cache=state, decoder_attention_mask=masks)
         return np.array(logits[0].astype(mx.float32))
 
-    def _results(self, ids: Sequence[int], steps: int, **options: Any) -> Iterator[Any]:
-        from mlx_vlm.generate.diffusion import stream_diffusion_generate
+    @contextmanager
+    def _listening(self, canvas: int, marks: list[float]) -> Iterator[None]:
+        """Another canvas, and an ear at two calls of its loop: once behind the prefill, and once
+        in each step."""
+        model, widest = self.model, self.model.config.canvas_length
+        masks, logits = model.diffusion_decoder_masks, model.diffusion_decoder_logits
 
-        return stream_diffusion_generate(
-            self.model,
-            Mute(),
-            Mute(),
-            _row(ids),
-            None,
-            None,
-            max_tokens=self.model.config.canvas_length,
-            skip_special_token_ids=[],
-            temperature=1.0,
-            max_denoising_steps=steps,
-            diffusion_full_canvas=True,
-            diffusion_sampler="entropy-bound",
-            prefill_step_size=PREFILL_STEP,
-            **options,
-        )
+        def prefilled(*args: Any, **options: Any) -> Any:
+            mx.reset_peak_memory()
+            return masks(*args, **options)
+
+        def step(*args: Any, **options: Any) -> Any:
+            marks.append(time.perf_counter())
+            return logits(*args, **options)
+
+        model.config.canvas_length = canvas
+        model.diffusion_decoder_masks, model.diffusion_decoder_logits = prefilled, step
+        try:
+            yield
+        finally:
+            model.config.canvas_length = widest
+            del model.diffusion_decoder_masks, model.diffusion_decoder_logits
 
 
 class Transformers:

@@ -34,11 +34,19 @@ from typing import Any
 import mlx.core as mx
 from common import RESULTS, finish, record
 from mlx.utils import tree_flatten
-from runtimes import Arrays, Ours, checkpoint, compute_dtype, read_arrays, read_config, text_tokens
+from runtimes import (
+    SETTLING_STEPS,
+    Arrays,
+    Ours,
+    checkpoint,
+    compute_dtype,
+    read_arrays,
+    read_config,
+    text_tokens,
+)
 from step import dtype_name, floor_ms, peak_rates, step_work
 
 PUBLISHED_STEPS = (12, 21)  # per canvas of the real model, by others; PERFORMANCE.md 1.6
-WARMUP = 2  # steps, the first of which has no self-conditioning
 ALIKE = 0.95  # of the twin's tokens; where two are about equally likely, either may win
 
 
@@ -75,12 +83,12 @@ def main() -> None:
     print(f"the twin's tokens: {alike:.1%} are those of one pass", flush=True)
     if alike < ALIKE:
         raise SystemExit("the twin's loop and one pass over its tokens disagree")
-    run_steps(ours, ids, canvas, 1)
+    ours.run(ids, 2)
 
     decodes, steps, commits = [], [], []
     for i in range(options.rounds):
         decodes.append(decode(twin, ids, canvas)[0])
-        steps += run_steps(ours, ids, canvas, options.steps)
+        steps += timed_steps(ours, ids, options.steps)
         commits.append(commit(ours, ids, canvas))
         print(
             f"round {i + 1}: {canvas} tokens {decodes[-1]:.2f} s, "
@@ -194,18 +202,11 @@ def likeliest(twin: Any, ids: list[int], tokens: list[int]) -> float:
     return float((mx.argmax(logits, axis=-1) == mx.array(tokens)).mean().item())
 
 
-def run_steps(ours: Ours, ids: list[int], canvas: int, count: int) -> list[float]:
-    """Seconds of each self-conditioned step, behind the prefill and the warm-up."""
-    stops = ours.stepwise(ids, WARMUP + count, canvas)
-    for _ in range(1 + WARMUP):
-        next(stops)
-    seconds = []
-    for _ in range(count):
-        started = time.perf_counter()
-        next(stops)
-        seconds.append(time.perf_counter() - started)
-    assert next(stops, "end") == "end"
-    return seconds
+def timed_steps(ours: Ours, ids: list[int], count: int) -> list[float]:
+    """Seconds of each self-conditioned step, behind the prefill and the first steps."""
+    run = ours.run(ids, SETTLING_STEPS + 1 + count)
+    assert run.steps == SETTLING_STEPS + 1 + count and len(run.step_seconds) == count
+    return run.step_seconds
 
 
 def commit(ours: Ours, ids: list[int], canvas: int) -> float:

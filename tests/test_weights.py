@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,13 +16,15 @@ from mlx_diffgemma import bundled_model
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import WeightsError
 from mlx_diffgemma.headers import INDEX
-from mlx_diffgemma.load import load_model
+from mlx_diffgemma.load import load_model as load_any
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.names import Ignored, translate
 from mlx_diffgemma.weights import load_weights
 
 EMBEDDING = "model.decoder.embed_tokens"
 ROUTER = "model.decoder.layers.0.router.proj"
+# Every module under its checkpoint's name.
+load_model = functools.partial(load_any, fused=False)
 QUERY = "model.decoder.layers.0.self_attn.q_proj"
 WIDE = "model.decoder.layers.0.mlp.down_proj"
 EXPERTS = "model.decoder.layers.0.experts.gate_up_proj"
