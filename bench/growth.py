@@ -34,7 +34,6 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from common import finish, peak_rss_bytes, record
 from runtimes import (
     SETTLING_STEPS,
@@ -85,12 +84,7 @@ def growth(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
     kinds = ["sliding_attention"] * (options.layers - 1) + ["full_attention"]
     checkpoint(folder, "scaled", "dense", num_hidden_layers=len(kinds), layer_types=kinds)
     models, dtype = load(folder, options.only or RUNTIMES), compute_dtype(folder)
-    logits = {
-        str(count): same_logits(
-            models, text_tokens(folder, count), np.array(text_tokens(folder, CANVAS, 1)), dtype
-        )
-        for count in (64, CONTEXT)
-    }
+    logits = {str(count): same_logits(models, folder, count, CANVAS) for count in (64, CONTEXT)}
     print(f"logits against {models[0].name}, by context: {logits}", flush=True)
     points = [(context, CANVAS) for context in options.context or CONTEXTS]
     points += [
@@ -205,10 +199,9 @@ def peaks(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
     from mlx_diffgemma.model.backend import as_on_gpu
 
     models, ids = load(folder, options.only or RUNTIMES), text_tokens(folder, 64)
-    canvas = np.array(text_tokens(folder, CANVAS, 1))
-    logits = {"backend's own": same_logits(models, ids, canvas, dtype)}
+    logits = {"backend's own": same_logits(models, folder, len(ids), CANVAS)}
     with as_on_gpu():
-        logits["GPUs'"] = same_logits(models, ids, canvas, dtype)
+        logits["GPUs'"] = same_logits(models, folder, len(ids), CANVAS)
     found = {}
     for model in models:
         for graph in ("backend's own", "GPUs'") if model.name == "ours" else ("backend's own",):

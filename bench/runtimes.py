@@ -206,7 +206,10 @@ class Ours:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        return cls(load_model(folder))
+        model = load_model(folder)
+        if compute_dtype(folder) == mx.float32:  # scales too, or looked-up rows would be bfloat16
+            model.set_dtype(mx.float32)
+        return cls(model)
 
     def run(self, ids: Sequence[int], steps: int, canvas: int | None = None) -> Run:
         canvas = canvas or self.model.config.canvas_length
@@ -289,6 +292,8 @@ class MlxVlm:
         config["generation_config"] |= {"confidence_threshold": 0.0}
         model = Model(ModelConfig.from_dict(config))
         load_model_weights(model, config, model.sanitize(arrays.tensors), folder)
+        if compute_dtype(folder) == mx.float32:  # scales too, or looked-up rows would be bfloat16
+            model.set_dtype(mx.float32)
         return cls(model)
 
     def run(self, ids: Sequence[int], steps: int, canvas: int | None = None) -> Run:

@@ -41,7 +41,9 @@ class CanvasCommitted:
     """A canvas is final. Behind a row's first end token `tokens` holds padding."""
 
     canvas_index: int
-    tokens: mx.array  # [B, L] int32; narrower than the canvas where `max_new_tokens` cuts it
+    # [B, L] int32; narrower where `max_new_tokens` cuts the canvas, or where it was narrow and
+    # lost its end token in the last step that it had.
+    tokens: mx.array
     steps: int  # denoise steps run on this canvas
     row_steps: tuple[int, ...]  # steps until each row settled; 0 for a row that had ended before
 

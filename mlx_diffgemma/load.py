@@ -29,13 +29,14 @@ _CONTROL_TOKENS = frozenset(
 
 
 def load(
-    path_or_repo: str | os.PathLike[str], *, revision: str | None = None
+    path_or_repo: str | os.PathLike[str], *, revision: str | None = None, fused: bool = True
 ) -> tuple[DiffusionGemma, PreTrainedTokenizerBase]:
     """Loads a checkpoint and its tokenizer, as `mlx_lm.load` does.
 
     Args:
       path_or_repo: a folder, or a Hub repo id, which is downloaded where it is not cached.
       revision: branch, tag or commit of a repository.
+      fused: as for `load_model`.
 
     Raises:
       DiffGemmaError: one line that says what is wrong with the folder, its config, weights or
@@ -45,7 +46,7 @@ def load(
     # What is quick to check comes first; the config before transformers looks at it on its own.
     ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
-    return load_model(folder), tokenizer
+    return load_model(folder, fused=fused), tokenizer
 
 
 def load_model(folder: str | os.PathLike[str], *, fused: bool = True) -> DiffusionGemma:

@@ -65,6 +65,8 @@ def denoise_tokens(
     noise = SeededNoise(settings.seed) if noise is None else noise
     if settings.empty_rerolls and not isinstance(noise, SeededNoise):
         raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws to offer")
+    if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
+        raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
     real = _check_prompt(tokens, lengths, model.config)
     rows = _Rows(model.config, settings, longest=int(real.max()), batch=len(real))
 
@@ -88,6 +90,7 @@ def denoise_tokens(
         committed, row_steps = rows.take(last)
         yield CanvasCommitted(canvas_index, mx.array(committed), rows.steps_run, row_steps)
         if rows.are_done:
+            del last
             break
         context = model.commit(mx.array(committed), last.context.closed())
         del last
@@ -138,11 +141,11 @@ class _Belief:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the host decides about the next step: how many columns it looks at, and for how many
-    rows of the canvas the soft embedding is dense."""
+    """What the host decides about the next step."""
 
-    width: int
-    dense: int
+    width: int  # columns that it looks at
+    dense: int  # of them, those whose soft embedding is dense
+    widest: int  # columns that may be wanted at all: the canvas, or what is left of the budget
 
 
 def _denoise_canvas(
@@ -159,9 +162,12 @@ def _denoise_canvas(
     last = yield from _settle(run, handed, canvas_index, rows, ~rows.ended)
     for attempt in range(1, settings.empty_rerolls + 1 if canvas_index == 0 else 1):
         assert isinstance(run.noise, SeededNoise)
-        empty = np.isin(np.array(last.draft[:, 0]), settings.eos_token_ids) & ~rows.ended
+        is_end = np.isin(np.array(last.draft), settings.eos_token_ids)
+        empty = is_end[:, 0] & ~rows.ended
         if not empty.any():
             break
+        if is_end.shape[1] < L:  # a row that lost its end while narrow has no text for the rest
+            empty |= ~is_end.any(axis=1) & ~rows.ended
         handed.append(replace(last, settled=mx.array(~empty)))
         del last
         again = replace(run, noise=run.noise.reroll(attempt))
@@ -178,7 +184,7 @@ def _settle(
     start = run.noise.start(canvas_index, shape, run.vocab_size)
     now = replace(handed.pop(), canvas=start, held=None)
     drafts: tuple[mx.array, ...] = ()
-    planner = _Planner(settings, rows.ended)
+    planner = _Planner(settings, rows)
     plan = planner.first()
     is_lazy = not is_cpu()
 
@@ -202,8 +208,8 @@ def _settle(
             break
         if not is_last and (new_plan := planner.next(check)) != plan:
             plan, ahead = new_plan, None
-    # The belief would live on through the commit.
-    return replace(now, belief=None, check=None, event=None)
+    # Logits would live on through the commit: in the belief, and in the canvas that was drawn.
+    return replace(now, canvas=now.draft, belief=None, check=None, event=None)
 
 
 def _step(
@@ -273,13 +279,17 @@ def _step(
     check = [settled.astype(mx.int32)]
     if settings.canvas_width == "answer":
         assert length is not None
-        check.append(_needed(length, draft, accepted, settings))
+        needed = _needed(length, draft, accepted, settings, plan.widest)
+        check.append(needed)
+        if plan.widest > W:  # a narrow look that has lost its end has not seen all of the answer
+            settled = before.settled | (settled & (needed <= W))
+            check[0] = settled.astype(mx.int32)
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
         check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1))
     count = settings.top_candidates
-    candidates = top_candidates(outputs, count, seen.total, heat, cap) if count else None
+    candidates = top_candidates(outputs, count, seen.confidence, heat, cap) if count else None
     next_canvas = mx.where(frozen, canvas, next_canvas)
     if W < shape[1]:
         next_canvas = mx.concatenate([next_canvas, fresh[:, W:]], axis=1)
@@ -321,7 +331,11 @@ def _soft_embedding(run: _Run, belief: _Belief, plan: _Plan) -> mx.array:
 
 
 def _needed(
-    length: mx.array, draft: mx.array, accepted: mx.array, settings: ResolvedSettings
+    length: mx.array,
+    draft: mx.array,
+    accepted: mx.array,
+    settings: ResolvedSettings,
+    widest: int,
 ) -> mx.array:
     """Columns that each row needs, int32 [B]: up to its first end token where that has been
     accepted, all of them otherwise."""
@@ -329,7 +343,7 @@ def _needed(
     token = mx.take_along_axis(draft, last, axis=-1)  # an end, unless there is none
     is_end = (token == mx.array(settings.eos_token_ids)).any(axis=-1)
     has_end = is_end & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
-    return mx.where(has_end, length, settings.canvas_length)
+    return mx.where(has_end, length, widest)
 
 
 def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
@@ -343,22 +357,26 @@ def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
 class _Planner:
     """Plans each step of a canvas from what the host read about the last one."""
 
-    def __init__(self, settings: ResolvedSettings, ended: np.ndarray):
-        self.settings, self.ended = settings, ended
+    def __init__(self, settings: ResolvedSettings, rows: _Rows):
+        self.settings, self.ended = settings, rows.ended
+        self.widest = settings.canvas_length
+        if settings.canvas_width == "answer":  # what is behind the budget is never written
+            self.widest = width_for(min(rows.left, self.widest), self.widest)
 
     def first(self) -> _Plan:
-        return _Plan(self.settings.canvas_length, self.settings.canvas_length)
+        return _Plan(self.widest, self.widest, self.widest)
 
     def next(self, check: np.ndarray) -> _Plan:
-        width = self.settings.canvas_length
+        width = self.widest
         if self.settings.canvas_width == "answer":
-            width = width_for(int(check[:, 1][~self.ended].max()), width)
+            needed = int(check[:, 1][~self.ended].max())
+            width = min(width, width_for(needed, self.settings.canvas_length))
         dense = width
         if self.settings.self_conditioning == "sparse":
             quarter = -(-width // 4)
             unsure = int(check[:, -1][check[:, 0] == 0].max())
             dense = min(width, -(-unsure // quarter) * quarter)
-        return _Plan(width, dense)
+        return _Plan(width, dense, self.widest)
 
 
 class _Rows:

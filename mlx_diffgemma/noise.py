@@ -23,7 +23,8 @@ class Noise(Protocol):
         """The canvas before its first step: uniform tokens, int32 [B, L]."""
 
     def sample(self, canvas_index: int, step: int, logits: mx.array) -> mx.array:
-        """A proposal, int32 [B, L], drawn from temperature-scaled logits [B, L, V]."""
+        """A proposal, int32 [B, L], drawn from temperature-scaled logits [B, L, V]; under
+        `canvas_width="answer"` for as many columns as the logits have."""
 
     def renoise(
         self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int

@@ -236,21 +236,21 @@ def shortlist(weights: mx.array, total: mx.array, count: int) -> tuple[mx.array,
 def top_candidates(
     outputs: mx.array,
     count: int,
-    total: mx.array | None = None,
+    confidence: mx.array | None = None,
     heat: float | mx.array = 1.0,
     cap: float = NO_CAP,
 ) -> tuple[mx.array, mx.array]:
     """The likeliest tokens of each position, best first: ids int32 and probabilities float32, both
-    [B, L, count]."""
+    [B, L, count]. `confidence` is that of `statistics`, computed here where it is not given."""
     some = mx.argpartition(outputs, kth=-count, axis=-1)[..., -count:]
     values = _scaled(mx.take_along_axis(outputs, some, axis=-1), _array(heat), cap)
     order = mx.argsort(-values, axis=-1)
     values = mx.take_along_axis(values, order, axis=-1)
-    if total is None:
-        total = statistics(outputs, heat, cap).total
+    if confidence is None:
+        confidence = statistics(outputs, heat, cap).confidence
     return (
         mx.take_along_axis(some, order, axis=-1).astype(mx.int32),
-        mx.exp(values - values[..., :1]) / total[..., None],
+        mx.exp(values - values[..., :1]) * confidence[..., None],
     )
 
 

@@ -121,7 +121,7 @@ class GenerationSettings:
     )
     canvas_width: CanvasWidth | None = _setting(
         "'fixed', or 'answer': columns well behind the draft's first end token are dropped once "
-        "it has been accepted, and come back if it is lost.",
+        "it has been accepted, and come back if it is lost. Rows of a batch share one width.",
         "fixed",
     )
     self_conditioning: SelfConditioning | None = _setting(
@@ -230,6 +230,18 @@ class GenerationSettings:
             raise ConfigError(
                 f"top_candidates {top} is more than the {vocab_size} tokens there are"
             )
+        sparse_tokens = pick("sparse_tokens")
+        if self.sparse_tokens is None:
+            sparse_tokens = min(sparse_tokens, vocab_size)
+        elif sparse_tokens > vocab_size:
+            raise ConfigError(
+                f"sparse_tokens {sparse_tokens} is more than the {vocab_size} tokens there are"
+            )
+        if (pick("canvas_width"), pick("stop_on")) == ("answer", "canvas"):
+            raise ConfigError(
+                "canvas_width 'answer' drops what stop_on 'canvas' waits for; "
+                "stop_on must be 'answer' too"
+            )
         extra = self.extra_eos_token_ids
         if bad := [t for t in extra if not isinstance(t, int) or not 0 <= t < vocab_size]:
             raise ConfigError(f"extra end tokens {bad} are outside the vocabulary of {vocab_size}")
@@ -253,7 +265,7 @@ class GenerationSettings:
             stop_on=pick("stop_on"),
             canvas_width=pick("canvas_width"),
             self_conditioning=pick("self_conditioning"),
-            sparse_tokens=min(pick("sparse_tokens"), vocab_size),
+            sparse_tokens=sparse_tokens,
             sparse_entropy=float(pick("sparse_entropy")),
             schedule_steps=pick("schedule_steps") or pick("max_denoising_steps"),
             eos_token_ids=tuple(sorted({*config.eos_token_ids, *extra})),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma import loop
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import ConfigError, PromptError
 from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone
@@ -16,6 +18,7 @@ from mlx_diffgemma.loop import denoise_tokens
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.noise import SeededNoise
+from mlx_diffgemma.sampler import shortlist, statistics
 from mlx_diffgemma.settings import GenerationSettings
 from tests.checkpoints import GENERATION, draw_config, load_drawn
 
@@ -579,7 +582,7 @@ def test_what_moves_behind_the_end_holds_up_the_canvas_but_not_the_answer(rule):
 
 
 def widths_of(oracle, **settings):
-    events = run(oracle, canvas_width="answer", **settings)
+    events = run(oracle, canvas_width="answer", stop_on="answer", **settings)
     widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
     return events, widths
 
@@ -616,6 +619,7 @@ def test_rows_of_a_batch_share_the_width_of_the_one_that_needs_most():
         oracle,
         BOTH,
         canvas_width="answer",
+        stop_on="answer",
         entropy_bound=1000,
         temperature=0,
         max_denoising_steps=3,
@@ -664,3 +668,91 @@ def test_sparse_self_conditioning_with_every_token_in_its_list_is_dense(bound):
 
     sparse = {"sparse_tokens": vocab_size, "sparse_entropy": bound}
     assert drafts(self_conditioning="sparse", **sparse) == drafts()
+
+
+class PerPosition(Narrow):
+    """Sure of some positions only: the script gives a height for each."""
+
+    def look(self, canvas, context, *, self_conditioning=None):
+        looks = self.looks[-1]
+        rows, heights = self.script(len(self.commits), len(looks))
+        looks.append((canvas, self_conditioning))
+        self.asked.append((canvas, self_conditioning))
+        one_hot = np.eye(V, dtype=np.float32)[np.array(rows)]
+        outputs = one_hot * np.array(heights, np.float32)[..., None]
+        return mx.array(outputs)[:, : canvas.shape[1]], context
+
+
+def test_a_narrow_look_that_has_lost_its_end_does_not_settle(ahead):
+    # Row 0 shows an end, loses it while narrow, and is sure of all it sees then; row 1 goes on.
+    high, low = 1e6, 0.1
+    first = [30, 31, EOS, *[33] * 5]
+    lost = [30, 31, 32, 33, 34, 35, 36, EOS]
+
+    def script(canvas, look):
+        early = look < 1 + ahead
+        a = (first, [high, low, high, *[low] * 5]) if early else (lost, [high] * L)
+        b = (first, [high, low, high, *[low] * 5]) if look < 3 else (first, [high] * L)
+        return [a[0], b[0]], [a[1], b[1]]
+
+    events = run(PerPosition(script), BOTH, **FAST)
+    (canvas,) = committed(events)
+    assert canvas.tokens[0].tolist() == lost, "no padding, and all of the text"
+    assert events[-1].reason == ("stop", "stop") and events[-1].new_tokens[0] == L
+
+
+def test_a_canvas_starts_as_narrow_as_what_is_left_to_write():
+    oracle = Narrow(lambda canvas, look: sure(WORDS))
+    events = run(oracle, policy="fast", max_new_tokens=L + 2)
+    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
+    assert widths == [8, 3]  # two tokens, and an eighth to spare
+    assert [canvas.tokens.tolist() for canvas in committed(events)] == [[WORDS], [WORDS[:2]]]
+    reference = Narrow(lambda canvas, look: sure(WORDS))
+    run(reference, max_new_tokens=L + 2)
+    assert {canvas.shape[1] for canvas, _ in reference.asked} == {L}
+
+
+def test_a_row_that_lost_its_end_is_drawn_again_with_the_empty_ones():
+    def script(canvas, look):
+        if look == 0:
+            return unsure([30, 31, EOS, *[33] * 5], EMPTY)
+        if look < 3:
+            return unsure([40] * L, EMPTY)
+        return sure(WORDS, WORDS)
+
+    settings = {"canvas_width": "answer", "stop_on": "answer", "temperature": 0}
+    events = run(
+        Narrow(script),
+        BOTH,
+        **settings,
+        entropy_bound=1000,
+        max_denoising_steps=2,
+        empty_rerolls=2,
+    )
+    assert committed(events)[0].tokens.tolist() == [WORDS, WORDS]
+
+
+def test_a_width_that_follows_the_answer_needs_seeded_noise():
+    class Replay:
+        pass
+
+    with pytest.raises(ConfigError, match="canvas_width 'answer' needs seeded noise"):
+        run(Oracle(lambda canvas, look: sure(WORDS)), policy="fast", noise=Replay())
+
+
+def test_the_most_uncertain_positions_are_conditioned_densely_and_the_others_sparsely():
+    model = load_drawn(5)
+    vocab_size, settings = model.config.text.vocab_size, GenerationSettings(seed=0)
+    sparse = replace(settings, self_conditioning="sparse", sparse_tokens=2).resolve(model.config)
+    rng = np.random.default_rng(0)
+    sharp = np.array([9, 0.2, 8, 0.1])[:, None]  # positions 1 and 3 are the unsure ones
+    seen = statistics(mx.array((rng.normal(size=(1, 4, vocab_size)) * sharp).astype(np.float32)))
+    ids, p = shortlist(seen.weights, seen.total, 2)
+    belief = loop._Belief(seen.weights, seen.total, seen.entropy, (ids, p))
+    run_ = loop._Run(model, sparse, SeededNoise(0), model.mean_row())
+    mixed = np.array(loop._soft_embedding(run_, belief, loop._Plan(4, 2, 4)))[0]
+    dense = np.array(model.mean_embedding(seen.weights, seen.total))[0]
+    short = np.array(model.sparse_embedding(ids, p, model.mean_row()))[0]
+    for i, expected in enumerate((short, dense, short, dense)):
+        np.testing.assert_allclose(mixed[i], expected[i], atol=1e-5)
+    assert np.abs(short - dense)[[1, 3]].max() > 0.01

@@ -501,6 +501,15 @@ def test_a_fused_model_has_other_modules_and_the_same_logits():
     assert_close(look(apart, context[0], 3), look(together, context[1], 3))
 
 
+def test_fusing_twice_is_fusing_once():
+    model = copies_of_the_bundled_model(fused=True)
+    before = dict(tree_flatten(model.parameters()))
+    fuse(model)
+    after = dict(tree_flatten(model.parameters()))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]).item() for name in before)
+
+
 def test_modules_that_are_packed_differently_stay_apart():
     model = copies_of_the_bundled_model(fused=False)
     attention = model.model.decoder.layers[0].self_attn

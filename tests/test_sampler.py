@@ -273,3 +273,13 @@ def test_positions_that_do_not_matter_are_not_held_for_progress():
     matters = [True, True, False]
     _, accepted, _ = hold_row([1, 2, 3], [0.2, 0.3, 0.8], [1, 2, 3], [-1] * 3, matters)
     assert accepted == [False, True, False]
+
+
+def test_candidates_of_16_bit_outputs_have_the_probabilities_of_their_logits():
+    outputs = outputs_of(6, (1, 4, 96)).astype(mx.bfloat16)
+    seen = statistics(outputs, 0.5, 30.0)
+    p = np.array(mx.softmax(scaled_logits(outputs, 0.5, 30.0), axis=-1))
+    for confidence in (seen.confidence, None):
+        ids, found = top_candidates(outputs, 3, confidence, 0.5, 30.0)
+        expected = np.take_along_axis(p, np.array(ids), axis=-1)
+        np.testing.assert_allclose(np.array(found), expected, rtol=1e-4)

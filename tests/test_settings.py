@@ -244,6 +244,11 @@ def test_a_policy_fills_in_what_the_user_leaves_open():
             {"policy": "fast", "entropy_bound": 0.2},
             "entropy_bound has no effect with acceptance by confidence",
         ),
+        ({"canvas_width": "answer"}, "stop_on must be 'answer' too"),
+        (
+            {"self_conditioning": "sparse", "sparse_tokens": 10**6},
+            "sparse_tokens 1000000 is more than the 384 tokens there are",
+        ),
         ({"sparse_tokens": 8}, "sparse_tokens has no effect with dense self-conditioning"),
     ],
 )

@@ -267,7 +267,8 @@ class DiffusionGemma(nn.Module):
         """
         rows = self.model.decoder.embed_tokens(ids).astype(self.dtype)  # [B, L, k, M]
         weights = probabilities[..., None, :].astype(self.dtype)
-        rest = (1 - probabilities.sum(axis=-1, keepdims=True)).astype(self.dtype)
+        # Sums of rounded weights may leave a little less than nothing.
+        rest = mx.maximum(1 - probabilities.sum(axis=-1, keepdims=True), 0).astype(self.dtype)
         return self._scale_embedding((weights @ rows)[..., 0, :] + rest * mean_row)
 
     def mean_row(self) -> mx.array:

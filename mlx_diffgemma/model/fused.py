@@ -16,7 +16,9 @@ from .layers import MLP, RMSNorm
 
 def fuse(model: nn.Module) -> None:
     """Fuses what has one packing and no adapter, in place, module by module."""
-    for module in model.modules():
+    # Only the owners are listed: a list of all modules would hold on to what is replaced.
+    owners = [m for m in model.modules() if isinstance(m, (Attention, MLP, RMSNorm, Router))]
+    for module in owners:
         if isinstance(module, Attention):
             names = [name for name in ("q_proj", "k_proj", "v_proj") if name in module]
             if _fuse(module, names, "qkv_proj"):
@@ -34,6 +36,8 @@ def fuse(model: nn.Module) -> None:
 
 def _fuse(owner: nn.Module, names: Sequence[str], fused: str) -> bool:
     """Replaces linear modules by one with their rows one after the other, where they are alike."""
+    if fused in owner:
+        return False
     parts = [owner[name] for name in names]
     first = parts[0]
     if type(first) not in (nn.Linear, nn.QuantizedLinear) or len({_kind(p) for p in parts}) > 1:
