@@ -194,7 +194,8 @@ def _settle(
         assert now.event is not None and now.check is not None
         is_last = step + 1 == settings.max_denoising_steps
         listened = (now.event.entropy, *(now.event.candidates or ()))
-        mx.async_eval(now.draft, now.check, *listened)
+        # The next canvas too, or what it is drawn from would stay in memory until then.
+        mx.async_eval(now.draft, now.check, now.canvas, *listened)
         drafts = (*drafts, now.draft)[-max(1, settings.stability_threshold) :]
         if is_lazy and not is_last:
             # Built before this step is looked at, so that the device need not wait for Python;
@@ -235,7 +236,7 @@ def _step(
     elif type(noise) is SeededNoise:  # the same draws as `sample` makes, without making the logits
         gumbels = noise.gumbels(canvas_index, step, shape, run.vocab_size)
         gumbels = (gumbels[0][:, :W], gumbels[1][:, :W])
-        proposal = draw(outputs, seen.masses, gumbels, heat, cap)
+        proposal = draw(seen, gumbels)
     else:
         proposal = noise.sample(canvas_index, step, scaled_logits(outputs, heat, cap))
     # Always for the whole canvas: a position draws the same, however wide the canvas is.
@@ -251,9 +252,7 @@ def _step(
     if settings.acceptance == "confidence":
         now = hold(
             proposal,
-            seen.confidence
-            if proposal is seen.draft
-            else probability_of(proposal, outputs, seen, heat, cap),
+            seen.confidence if proposal is seen.draft else probability_of(proposal, seen),
             draft,
             mx.full((shape[0], W), -1) if before.held is None else _fitted(before.held, W, -1),
             mx.ones_like(draft, dtype=mx.bool_) if matters is None else matters,

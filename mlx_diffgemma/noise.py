@@ -48,8 +48,7 @@ class SeededNoise:
 
     def sample(self, canvas_index: int, step: int, logits: mx.array) -> mx.array:
         B, L, V = logits.shape
-        gumbels = self.gumbels(canvas_index, step, (B, L), V)
-        return draw(logits, statistics(logits).masses, gumbels)
+        return draw(statistics(logits), self.gumbels(canvas_index, step, (B, L), V))
 
     def gumbels(
         self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int

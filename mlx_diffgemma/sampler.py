@@ -2,7 +2,8 @@
 
 The outputs have V columns, so what costs is how often they are read and written. `statistics` reads
 them twice and writes two arrays of their size (three where the model computes in 16 bits); all else
-is made from those, or from a few of their columns.
+is made from those, or from a few of their columns, so that one of the two can take the outputs'
+memory.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class Statistics(NamedTuple):
     draft: mx.array  # [B, L] int32: the likeliest tokens
     entropy: mx.array  # [B, L] float32, nats
     confidence: mx.array  # [B, L] float32: probability of the draft's tokens
-    masses: mx.array  # [B, L, V / chunk] float32: weights summed over chunks of the vocabulary
-    weights: mx.array  # [B, L, V], type of the outputs: probabilities over that of the draft
+    ratios: mx.array  # [B, L, V] float32: probabilities over that of the draft
+    masses: mx.array  # [B, L, V / chunk] float32: ratios summed over chunks of the vocabulary
+    weights: mx.array  # [B, L, V], type of the outputs: the ratios that self-conditioning takes
     total: mx.array  # [B, L] float32: sum of the weights
 
 
@@ -58,66 +60,50 @@ def statistics(outputs: mx.array, heat: float | mx.array = 1.0, cap: float = NO_
     draft = mx.argmax(outputs, axis=-1, keepdims=True)  # [B, L, 1]
     top = _scaled(mx.take_along_axis(outputs, draft, axis=-1), heat, cap)
     if outputs.dtype == mx.float32:
-        weights, products = _weigh(outputs, top, heat, cap)
-        kept = weights
+        ratios, products = _weigh(outputs, top, heat, cap)
+        kept = ratios
     else:
-        weights, products, kept = _weigh_and_round(outputs, top, heat, cap)
+        ratios, products, kept = _weigh_and_round(outputs, top, heat, cap)
     B, L, V = outputs.shape
-    masses = weights.reshape(B, L, -1, chunk_size(V)).sum(axis=-1)
+    masses = ratios.reshape(B, L, -1, chunk_size(V)).sum(axis=-1)
     total = kept_total = masses.sum(axis=-1)
-    if kept is not weights:  # a product adds up in float32 whatever its type, a sum need not
+    if kept is not ratios:  # a product adds up in float32 whatever its type, a sum need not
         kept_total = (kept @ mx.ones((V, 1), kept.dtype))[..., 0].astype(mx.float32)
     return Statistics(
         draft=draft[..., 0].astype(mx.int32),
         entropy=mx.log(total) - products.sum(axis=-1) / total,
         confidence=1 / total,
+        ratios=ratios,
         masses=masses,
         weights=kept,
         total=kept_total,
     )
 
 
-def draw(
-    outputs: mx.array,
-    masses: mx.array,
-    gumbels: tuple[mx.array, mx.array],
-    heat: float | mx.array = 1.0,
-    cap: float = NO_CAP,
-) -> mx.array:
+def draw(seen: Statistics, gumbels: tuple[mx.array, mx.array]) -> mx.array:
     """A token for every position, drawn from its distribution in two levels: a chunk of the
     vocabulary by its mass, then a token inside it. Exact, and no noise over all of the vocabulary.
 
     Args:
-      outputs: [B, L, V], as for `statistics`.
-      masses: from `statistics`.
+      seen: from `statistics`.
       gumbels: standard Gumbel noise, float32 [B, L, V / chunk] and [B, L, chunk].
-      heat: as for `statistics`.
-      cap: as for `statistics`.
 
     Returns:
       int32 [B, L].
 
     Source: the Gumbel-max trick, arXiv 1611.01144, once per level.
     """
-    size = chunk_size(outputs.shape[-1])
-    chunk = mx.argmax(mx.log(masses) + gumbels[0], axis=-1, keepdims=True)  # [B, L, 1]
-    columns = chunk * size + mx.arange(size)
-    inside = _scaled(mx.take_along_axis(outputs, columns, axis=-1), _array(heat), cap)
-    token = mx.argmax(inside + gumbels[1], axis=-1, keepdims=True)
+    size = chunk_size(seen.ratios.shape[-1])
+    chunk = mx.argmax(mx.log(seen.masses) + gumbels[0], axis=-1, keepdims=True)  # [B, L, 1]
+    inside = mx.take_along_axis(seen.ratios, chunk * size + mx.arange(size), axis=-1)
+    token = mx.argmax(mx.log(inside) + gumbels[1], axis=-1, keepdims=True)
     return (chunk * size + token)[..., 0].astype(mx.int32)
 
 
-def probability_of(
-    tokens: mx.array,
-    outputs: mx.array,
-    seen: Statistics,
-    heat: float | mx.array = 1.0,
-    cap: float = NO_CAP,
-) -> mx.array:
+def probability_of(tokens: mx.array, seen: Statistics) -> mx.array:
     """The probability of one token per position, int32 [B, L]: float32 [B, L]."""
-    pair = mx.stack([tokens, seen.draft], axis=-1)
-    logits = _scaled(mx.take_along_axis(outputs, pair, axis=-1), _array(heat), cap)
-    return mx.exp(logits[..., 0] - logits[..., 1]) * seen.confidence
+    ratio = mx.take_along_axis(seen.ratios, tokens[..., None], axis=-1)[..., 0]
+    return ratio * seen.confidence
 
 
 @cache
