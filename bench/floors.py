@@ -1,7 +1,7 @@
 """What should a step of the 26B model cost on which chip, and where would that leave tokens/s?
 
-A model, no clock: work counted from the published config part by part, rates of chips from
-PERFORMANCE.md 1.2. Every line it prints is marked as a prediction, or as published by others;
+A model, no clock: work counted from the published config part by part, rates of chips as
+published or assumed. Every line it prints is marked as a prediction, or as published by others;
 nothing here was measured by us, and nothing was run on Apple hardware.
 
 Per part and chip: the greater of FLOPs / rate and bytes / bandwidth, summed. Two sums: "floor" at
@@ -10,9 +10,9 @@ with what MLX and mlx-vlm issue today (tile waste, unfused attention, 18.5 passe
 launches). A narrower canvas saves FLOPs in proportion, but hardly any expert weights: rows x k
 uniform picks still hit E (1 - (1 - 1/E)^(rows k)) of E experts.
 
-Bound: the tables of PERFORMANCE.md 1.1, 1.4 and 1.5 come out within 3%. That shows this is the same
-model, not that the model is right: of published measurements it meets some within 10%, and is
-three times below another.
+Bound: tables that were worked out by hand before this script, copied into it, come out within 3%.
+That shows this is the same model, not that the model is right: of published measurements it meets
+some within 10%, and is three times below another.
 
     python bench/floors.py
     python bench/floors.py --width 64 --context 8192 --steps 8 --steps 16
@@ -31,7 +31,7 @@ from common import RESULTS, finish, record
 from make_checkpoint import config_26b, official_tensors
 
 BOUND = 0.03
-LAUNCHES_PER_LAYER = 54  # counted by hand over mlx-vlm's code; PERFORMANCE.md 3.4
+LAUNCHES_PER_LAYER = 54  # counted by hand over mlx-vlm's code; counts.py counts 53
 SCORE_PASSES = 5  # over the scores of unfused attention
 SAMPLER_PASSES = {"floor": 6.5, "MLX": 18.5}  # over float32 logits
 # Over bf16 activations per layer: norms, adds, gathers. 97 gives the 4.2 GB of 1.1; 12 is stated
@@ -104,7 +104,7 @@ def main() -> None:
     largest = max(deviations, key=lambda what: abs(deviations[what]))
     passed = abs(deviations[largest]) <= BOUND
     print(
-        f"[self-check] {len(deviations)} cells of PERFORMANCE.md: largest deviation "
+        f"[self-check] {len(deviations)} cells worked out by hand: largest deviation "
         f"{deviations[largest]:+.1%} ({largest}), bound {BOUND:.0%}"
     )
     print_parts(model, width, context)
@@ -240,7 +240,7 @@ class Model:
         return 1e3 * rows / self.canvas_ms(steps, rows, context, chip, kind)
 
 
-# PERFORMANCE.md 1.4, ms per step: floor / MLX at contexts of 1k and 32k; 1.5, tokens/s at 8 and 20
+# Worked out by hand. ms per step: floor / MLX at contexts of 1k and 32k; tokens/s at 8 and 20
 # steps, the same two ways.
 STEP_CELLS = {
     "M2 Ultra": (96, 172, 145, 237),
@@ -265,7 +265,7 @@ RATE_CELLS = {
 
 
 def check(model: Model) -> dict[str, float]:
-    """Relative deviation from cells of PERFORMANCE.md's tables."""
+    """Relative deviation from the cells worked out by hand."""
     chips, rows = {chip.name: chip for chip in CHIPS}, model.canvas
     plain = Chip("any", 1, 1, 1)
     cells: dict[str, tuple[float, float]] = {}

@@ -17,7 +17,7 @@ from typing import Any
 
 from common import RESULTS
 
-BENCHES = ("step", "answer", "twin", "growth", "counts")
+BENCHES = ("step", "answer", "twin", "growth", "growth_peak", "counts")
 BEGIN, END = "<!-- bench table -->", "<!-- /bench table -->"
 NOT_APPLE = "No figure here was measured on Apple hardware."
 MISSING = "-"
@@ -73,10 +73,7 @@ def tables(records: dict[str, Record]) -> list[str]:
         blocks += steps(records["step"])
     if "answer" in records:
         blocks += answers(records["answer"])
-    others = {name: record for name, record in records.items() if name not in ("step", "answer")}
-    if others:
-        blocks.append(bounds(others))
-    return [*blocks, provenance(records)]
+    return [*blocks, bounds(records), provenance(records)]
 
 
 def steps(record: Record) -> list[str]:
@@ -120,12 +117,17 @@ def answers(record: Record) -> list[str]:
 
 
 def bounds(records: dict[str, Record]) -> str:
-    """What the other benchmarks ask, and whether their bounds hold."""
+    """What each benchmark asks, and whether all of its bounds hold."""
     rows = [
-        [f"`bench/{name}.py`", str(record.get("what", MISSING)), verdict(record.get("passed"))]
+        [f"`{script_of(name)}`", str(record.get("what", MISSING)), verdict(record.get("passed"))]
         for name, record in records.items()
     ]
     return markdown(["script", "what", "bounds"], rows, align="---")
+
+
+def script_of(name: str) -> str:
+    script, _, option = name.partition("_")
+    return f"bench/{script}.py" + (f" --{option}" if option else "")
 
 
 def provenance(records: dict[str, Record]) -> str:
@@ -140,7 +142,7 @@ def provenance(records: dict[str, Record]) -> str:
             + ", ".join(f"{package} {version}" for package, version in versions.items())
             + f"; commit {record['commit']}"
         )
-        places.setdefault(place, []).append(f"{name}.py")
+        places.setdefault(place, []).append(script_of(name))
     lines = [f"{', '.join(names)}: {place}." for place, names in places.items()]
     if not any(record["machine"]["system"].startswith("Darwin") for record in records.values()):
         lines.append(NOT_APPLE)

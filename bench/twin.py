@@ -46,7 +46,7 @@ from runtimes import (
 )
 from step import dtype_name, floor_ms, peak_rates, step_work
 
-PUBLISHED_STEPS = (12, 21)  # per canvas of the real model, by others; PERFORMANCE.md 1.6
+PUBLISHED_STEPS = (12, 21)  # per canvas of the real model, as published by others
 ALIKE = 0.95  # of the twin's tokens; where two are about equally likely, either may win
 
 

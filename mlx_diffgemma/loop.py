@@ -193,9 +193,7 @@ def _settle(
         now, ahead = ahead or _step(run, canvas_index, step, now, drafts, plan), None
         assert now.event is not None and now.check is not None
         is_last = step + 1 == settings.max_denoising_steps
-        listened = (now.event.entropy, *(now.event.candidates or ()))
-        # The next canvas too, or what it is drawn from would stay in memory until then.
-        mx.async_eval(now.draft, now.check, now.canvas, *listened)
+        mx.async_eval(now.draft, now.check, now.event.entropy, *(now.event.candidates or ()))
         drafts = (*drafts, now.draft)[-max(1, settings.stability_threshold) :]
         if is_lazy and not is_last:
             # Built before this step is looked at, so that the device need not wait for Python;
@@ -234,9 +232,8 @@ def _step(
     if settings.temperature == 0:
         proposal = seen.draft
     elif type(noise) is SeededNoise:  # the same draws as `sample` makes, without making the logits
-        gumbels = noise.gumbels(canvas_index, step, shape, run.vocab_size)
-        gumbels = (gumbels[0][:, :W], gumbels[1][:, :W])
-        proposal = draw(seen, gumbels)
+        chunks, inside = noise.gumbels(canvas_index, step, shape, run.vocab_size)
+        proposal = draw(seen, (chunks[:, :W], inside[:, :W]))
     else:
         proposal = noise.sample(canvas_index, step, scaled_logits(outputs, heat, cap))
     # Always for the whole canvas: a position draws the same, however wide the canvas is.
@@ -250,7 +247,7 @@ def _step(
         matters = mx.arange(W) < length[:, None]
     held = None
     if settings.acceptance == "confidence":
-        now = hold(
+        next_canvas, accepted, held = hold(
             proposal,
             seen.confidence if proposal is seen.draft else probability_of(proposal, seen),
             draft,
@@ -260,7 +257,6 @@ def _step(
             confidence=settings.acceptance_confidence,
             share=settings.acceptance_share,
         )
-        next_canvas, accepted, held = now
         settled = all_that_matter(accepted, matters)
     else:
         next_canvas, accepted = decide(
@@ -274,15 +270,15 @@ def _step(
             confidence_threshold=settings.confidence_threshold,
             matters=matters,
         )
-    settled = before.settled | settled
-    check = [settled.astype(mx.int32)]
+    check = []
     if settings.canvas_width == "answer":
         assert length is not None
-        needed = _needed(length, draft, accepted, settings, plan.widest)
+        needed = _needed(length, accepted, plan.widest)
         check.append(needed)
-        if plan.widest > W:  # a narrow look that has lost its end has not seen all of the answer
-            settled = before.settled | (settled & (needed <= W))
-            check[0] = settled.astype(mx.int32)
+        # A narrow look that has lost its end has not seen all of the answer.
+        settled = settled & (needed <= W)
+    settled = before.settled | settled
+    check.insert(0, settled.astype(mx.int32))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
@@ -329,19 +325,12 @@ def _soft_embedding(run: _Run, belief: _Belief, plan: _Plan) -> mx.array:
     return soft
 
 
-def _needed(
-    length: mx.array,
-    draft: mx.array,
-    accepted: mx.array,
-    settings: ResolvedSettings,
-    widest: int,
-) -> mx.array:
+def _needed(length: mx.array, accepted: mx.array, widest: int) -> mx.array:
     """Columns that each row needs, int32 [B]: up to its first end token where that has been
     accepted, all of them otherwise."""
-    last = length[:, None] - 1
-    token = mx.take_along_axis(draft, last, axis=-1)  # an end, unless there is none
-    is_end = (token == mx.array(settings.eos_token_ids)).any(axis=-1)
-    has_end = is_end & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
+    W = accepted.shape[1]
+    last = mx.minimum(length, W)[:, None] - 1
+    has_end = (length <= W) & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
     return mx.where(has_end, length, widest)
 
 

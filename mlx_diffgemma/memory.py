@@ -11,7 +11,7 @@ from .settings import default_of
 
 WARN_ABOVE = 0.9  # of what the device recommends
 CACHE_LIMIT_BYTES = 2 << 30  # MLX's allocator keeps at most this much freed memory for reuse
-# float32 [L, V] arrays alive at the peak of a step: outputs, weights, products (sampler.py)
+# float32 [L, V] arrays alive at the peak of a step: outputs, ratios, products (sampler.py)
 _LOGITS_COPIES = 3
 
 

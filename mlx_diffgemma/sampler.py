@@ -15,6 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .model.backend import compiled_per_shape
+from .model.layers import softcap
 
 NO_CAP = math.inf
 
@@ -245,8 +246,7 @@ def _array(heat: float | mx.array) -> mx.array:
 
 
 def _under_cap(outputs: mx.array, heat: mx.array, cap: float) -> mx.array:
-    outputs = outputs.astype(mx.float32)
-    return (outputs if cap == NO_CAP else mx.tanh(outputs / cap) * cap) / heat
+    return (outputs.astype(mx.float32) if cap == NO_CAP else softcap(outputs, cap)) / heat
 
 
 _scaled = partial(mx.compile, shapeless=True)(_under_cap)

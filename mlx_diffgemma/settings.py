@@ -353,6 +353,14 @@ def help_of(name: str) -> str:
     return _HELP[name]
 
 
+def source_of(name: str) -> str:
+    """Who decides a setting that the user leaves open, before its default does: "policy",
+    "checkpoint", or nobody."""
+    if any(name in fills for fills in POLICIES.values()):
+        return "policy"
+    return "checkpoint" if name in _CHECKPOINT_KEYS or name == "entropy_bound" else ""
+
+
 _DEFAULTS = {f.name: f.metadata.get("default") for f in fields(GenerationSettings)}
 _HELP = {f.name: f.metadata.get("help", "") for f in fields(GenerationSettings)}
 

@@ -54,11 +54,11 @@ def all_that_matter(holds: mx.array, matters: mx.array | None) -> mx.array:
 
 
 def answer_length(draft: mx.array, eos_token_ids: Sequence[int]) -> mx.array:
-    """Positions up to each row's first end token, that one included: int32 [B]; all of them where
-    there is none."""
+    """Positions up to each row's first end token, that one included: int32 [B]; one more than there
+    are where there is none."""
     is_end = (draft[..., None] == mx.array(list(eos_token_ids))).any(axis=-1)
     first = mx.argmax(is_end, axis=-1)
-    return mx.where(is_end.any(axis=-1), first + 1, draft.shape[1]).astype(mx.int32)
+    return mx.where(is_end.any(axis=-1), first, draft.shape[1]).astype(mx.int32) + 1
 
 
 def width_for(needed: int, canvas_length: int) -> int:

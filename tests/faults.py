@@ -193,7 +193,7 @@ FAULTS = (
     ),
     Fault(
         "softcap: left out",
-        "model/diffusion_gemma.py",
+        "model/layers.py",
         "return mx.tanh(outputs.astype(mx.float32) / cap) * cap",
         "return outputs.astype(mx.float32)",
         (LOGITS,),
@@ -236,8 +236,8 @@ FAULTS = (
     Fault(
         "softcap: left out of the statistics",
         "sampler.py",
-        "(outputs if cap == NO_CAP else mx.tanh(outputs / cap) * cap) / heat",
-        "outputs / heat",
+        "(outputs.astype(mx.float32) if cap == NO_CAP else softcap(outputs, cap)) / heat",
+        "outputs.astype(mx.float32) / heat",
         (SAMPLER,),
     ),
     Fault(
@@ -264,14 +264,14 @@ FAULTS = (
     Fault(
         "narrow canvas: the answer's end is cut off",
         "stopping.py",
-        "return mx.where(is_end.any(axis=-1), first + 1, draft.shape[1])",
-        "return mx.where(is_end.any(axis=-1), first, draft.shape[1])",
+        "first, draft.shape[1]).astype(mx.int32) + 1",
+        "first, draft.shape[1]).astype(mx.int32)",
         (STOPPING,),
     ),
     Fault(
         "narrow canvas: a lost end keeps it narrow",
         "loop.py",
-        "has_end = is_end & mx.take",
+        "has_end = (length <= W) & mx.take",
         "has_end = mx.take",
         (LOOP,),
     ),

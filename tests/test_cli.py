@@ -182,7 +182,9 @@ def test_help_shows_every_flag_with_its_help_and_default_from_the_settings():
             f"--{name.replace('_', '-')}": name
             for name in (
                 "max_denoising_steps entropy_bound confidence_threshold stability_threshold "
-                "t_min t_max canvas_length empty_rerolls prefill_step_size seed"
+                "t_min t_max canvas_length empty_rerolls prefill_step_size seed policy acceptance "
+                "acceptance_confidence acceptance_share stop_on canvas_width self_conditioning "
+                "sparse_tokens sparse_entropy schedule_steps"
             ).split()
         },
     }.items():

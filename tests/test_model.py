@@ -20,9 +20,9 @@ from mlx_diffgemma.load import load_model
 from mlx_diffgemma.loop import denoise_tokens
 from mlx_diffgemma.model import Context, DiffusionGemma, experts, products
 from mlx_diffgemma.model.backend import as_on_gpu
-from mlx_diffgemma.model.diffusion_gemma import softcap
 from mlx_diffgemma.model.experts import Experts, Router
 from mlx_diffgemma.model.fused import fuse
+from mlx_diffgemma.model.layers import softcap
 from mlx_diffgemma.model.masks import canvas_mask, causal_mask
 from mlx_diffgemma.model.rope import periods, rotate
 from mlx_diffgemma.model.self_conditioning import SelfConditioning

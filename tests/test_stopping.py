@@ -73,9 +73,9 @@ def test_rows_settle_on_their_own():
 # The answer alone
 
 
-def test_an_answer_ends_with_its_first_end_token_or_with_the_canvas():
+def test_an_answer_ends_with_its_first_end_token_or_behind_the_canvas():
     draft = mx.array([[5, 9, 7, 9], [1, 2, 3, 4], [8, 0, 0, 0], [1, 2, 3, 9]])
-    assert answer_length(draft, (9, 8)).tolist() == [2, 4, 1, 4]
+    assert answer_length(draft, (9, 8)).tolist() == [2, 5, 1, 4]
 
 
 def test_what_stands_behind_the_answer_neither_moves_nor_worries():

@@ -57,7 +57,7 @@ def generate(
     max_tokens: Annotated[
         int, setting("max_new_tokens", "--max-tokens", "-m", default=str(COMMAND_MAX_TOKENS))
     ] = COMMAND_MAX_TOKENS,
-    temp: Annotated[float | None, setting("temperature", "--temp", from_policy=True)] = None,
+    temp: Annotated[float | None, setting("temperature", "--temp")] = None,
     seed: Annotated[int | None, setting("seed", default="fresh, and printed")] = None,
     max_denoising_steps: Annotated[int | None, setting("max_denoising_steps")] = None,
     entropy_bound: Annotated[float | None, setting("entropy_bound")] = None,
@@ -68,23 +68,17 @@ def generate(
     canvas_length: Annotated[
         int | None, setting("canvas_length", default="the checkpoint's")
     ] = None,
-    empty_rerolls: Annotated[int | None, setting("empty_rerolls", from_checkpoint=False)] = None,
-    prefill_step_size: Annotated[
-        int | None, setting("prefill_step_size", from_checkpoint=False)
-    ] = None,
-    policy: Annotated[Policy | None, setting("policy", from_checkpoint=False)] = None,
-    acceptance: Annotated[Acceptance | None, setting("acceptance", from_policy=True)] = None,
-    acceptance_confidence: Annotated[
-        float | None, setting("acceptance_confidence", from_policy=True)
-    ] = None,
-    acceptance_share: Annotated[float | None, setting("acceptance_share", from_policy=True)] = None,
-    stop_on: Annotated[StopOn | None, setting("stop_on", from_policy=True)] = None,
-    canvas_width: Annotated[CanvasWidth | None, setting("canvas_width", from_policy=True)] = None,
-    self_conditioning: Annotated[
-        SelfConditioning | None, setting("self_conditioning", from_policy=True)
-    ] = None,
-    sparse_tokens: Annotated[int | None, setting("sparse_tokens", from_policy=True)] = None,
-    sparse_entropy: Annotated[float | None, setting("sparse_entropy", from_policy=True)] = None,
+    empty_rerolls: Annotated[int | None, setting("empty_rerolls")] = None,
+    prefill_step_size: Annotated[int | None, setting("prefill_step_size")] = None,
+    policy: Annotated[Policy | None, setting("policy")] = None,
+    acceptance: Annotated[Acceptance | None, setting("acceptance")] = None,
+    acceptance_confidence: Annotated[float | None, setting("acceptance_confidence")] = None,
+    acceptance_share: Annotated[float | None, setting("acceptance_share")] = None,
+    stop_on: Annotated[StopOn | None, setting("stop_on")] = None,
+    canvas_width: Annotated[CanvasWidth | None, setting("canvas_width")] = None,
+    self_conditioning: Annotated[SelfConditioning | None, setting("self_conditioning")] = None,
+    sparse_tokens: Annotated[int | None, setting("sparse_tokens")] = None,
+    sparse_entropy: Annotated[float | None, setting("sparse_entropy")] = None,
     schedule_steps: Annotated[
         int | None, setting("schedule_steps", default="max_denoising_steps")
     ] = None,

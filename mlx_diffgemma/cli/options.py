@@ -14,24 +14,17 @@ from typing import Any
 import typer
 
 from ..errors import DiffGemmaError
-from ..settings import default_of, help_of
+from ..settings import default_of, help_of, source_of
 from .interrupt import leave
 
 MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
 REVISION_HELP = "Branch, tag or commit of a Hub repository."
 
 
-def setting(
-    name: str,
-    *flags: str,
-    default: str | None = None,
-    from_checkpoint: bool = True,
-    from_policy: bool = False,
-) -> Any:
+def setting(name: str, *flags: str, default: str | None = None) -> Any:
     """An option for a field of GenerationSettings: its help, and what holds where it is not
     given."""
-    source = "the policy's, else " if from_policy else ""
-    source = "the checkpoint's, else " if from_checkpoint and not from_policy else source
+    source = f"the {decider}'s, else " if (decider := source_of(name)) else ""
     value = default or f"{source}{default_of(name)}"
     return typer.Option(*flags, help=help_of(name), show_default=value)
 

@@ -16,7 +16,7 @@ from ..settings import default_of
 from .attention import Attention, Place
 from .context import Context, LayerContext, OpenContext
 from .experts import Experts, Router
-from .layers import MLP, RMSNorm
+from .layers import MLP, RMSNorm, softcap
 from .masks import Mask, canvas_mask, causal_mask
 from .products import head, weighted_rows
 from .self_conditioning import SelfConditioning
@@ -185,9 +185,10 @@ class DiffusionGemma(nn.Module):
         Raises:
           ValueError: if shapes disagree.
         """
-        opened = OpenContext.of(context, canvas.shape[-1])
-        outputs, _ = self.look(canvas, opened, self_conditioning=self_conditioning)
-        return softcap(outputs, self.config.text.final_logit_softcapping)
+        outputs, _ = self.look(
+            canvas, self.open(context, canvas.shape[-1]), self_conditioning=self_conditioning
+        )
+        return _softcap(outputs, self.config.text.final_logit_softcapping)
 
     def open(self, context: Context, canvas_length: int) -> OpenContext:
         """The context with room for a canvas, for the steps of one canvas."""
@@ -319,10 +320,7 @@ class DiffusionGemma(nn.Module):
         return x.astype(self.dtype) * self.config.text.hidden_size**0.5
 
 
-@partial(mx.compile, shapeless=True)
-def softcap(outputs: mx.array, cap: float) -> mx.array:
-    """cap * tanh(outputs / cap), float32."""
-    return mx.tanh(outputs.astype(mx.float32) / cap) * cap
+_softcap = partial(mx.compile, shapeless=True)(softcap)
 
 
 def _joined(

@@ -4,6 +4,7 @@ three-dimensional arrays."""
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -96,7 +97,7 @@ class Experts(nn.Module):
         ends = np.cumsum(np.bincount(pairs, minlength=self.count)).tolist()
         groups = [
             (expert, start, end)
-            for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+            for expert, (start, end) in enumerate(pairwise([0, *ends]))
             if end > start
         ]
         rows = x[mx.array(order // chosen.shape[1])]  # [T * k, M]

@@ -34,6 +34,11 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return _geglu(gate, up)
 
 
+def softcap(outputs: mx.array, cap: float) -> mx.array:
+    """cap * tanh(outputs / cap), float32."""
+    return mx.tanh(outputs.astype(mx.float32) / cap) * cap
+
+
 class MLP(nn.Module):
     """Gated feed-forward block, the dense one of every layer and that of self-conditioning."""
 

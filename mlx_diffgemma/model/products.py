@@ -40,7 +40,8 @@ def weighted_rows(table: nn.Module, weights: mx.array) -> mx.array:
         total = mx.zeros((), weights.dtype)
         for start, rows in _slices(table):
             total = total + weights[..., start : start + rows.shape[0]] @ rows
-            mx.eval(total)  # or every slice would be unpacked before the first is used
+            if rows.shape[0] < table.weight.shape[0]:
+                mx.eval(total)  # or every slice would be unpacked before the first is used
         return total
     return mx.quantized_matmul(
         weights,
