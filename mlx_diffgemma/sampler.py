@@ -9,12 +9,12 @@ memory.
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .model.backend import compiled_per_shape
+from .model.backend import compiled, compiled_per_shape
 from .model.layers import softcap
 
 NO_CAP = math.inf
@@ -249,7 +249,7 @@ def _under_cap(outputs: mx.array, heat: mx.array, cap: float) -> mx.array:
     return (outputs.astype(mx.float32) if cap == NO_CAP else softcap(outputs, cap)) / heat
 
 
-_scaled = partial(mx.compile, shapeless=True)(_under_cap)
+_scaled = compiled(_under_cap)
 
 
 @compiled_per_shape

@@ -14,6 +14,7 @@ import numpy as np
 from ..config import LayerConfig, ModelConfig, TextConfig
 from ..settings import default_of
 from .attention import Attention, Place
+from .backend import compiled
 from .context import Context, LayerContext, OpenContext
 from .experts import Experts, Router
 from .layers import MLP, RMSNorm, softcap
@@ -320,7 +321,7 @@ class DiffusionGemma(nn.Module):
         return x.astype(self.dtype) * self.config.text.hidden_size**0.5
 
 
-_softcap = partial(mx.compile, shapeless=True)(softcap)
+_softcap = compiled(softcap)
 
 
 def _joined(

@@ -3,7 +3,6 @@ three-dimensional arrays."""
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..config import TextConfig
-from .backend import is_cpu
+from .backend import compiled, compiled_per_shape, is_cpu
 from .layers import geglu, unit_rms
 from .products import expert_matrix, linear
 
@@ -22,6 +21,8 @@ SORT_FROM_PAIRS = 64
 # On the CPU backend, from this many multiplications per pair on, a product per expert is worth
 # waiting for the router.
 _PRODUCT_PER_EXPERT_FROM = 1 << 16
+# And up to this many per token for all experts together, nobody needs to choose among them.
+_ALL_UP_TO = 1 << 20
 
 
 class Router(nn.Module):
@@ -65,6 +66,8 @@ class Experts(nn.Module):
         T, k = chosen.shape
         if is_cpu() and self.multiplications >= _PRODUCT_PER_EXPERT_FROM:
             out = self._product_per_expert(x, chosen)
+        elif is_cpu() and self._are_cheap_together(x):
+            return self._all_at_once(x, chosen, weights)
         else:
             out = self._grouped_products(x, chosen)
         return _mix(out.reshape(T, k, -1), weights[..., None]).sum(axis=1).astype(x.dtype)
@@ -112,7 +115,28 @@ class Experts(nn.Module):
         back[order] = np.arange(order.size)
         return mx.concatenate(out)[mx.array(back)]
 
+    def _are_cheap_together(self, x: mx.array) -> bool:
+        """Whether all experts' products for all tokens cost less than calling one per pair."""
+        parts = (self.gate_up_proj, self.down_proj)
+        plain = all(type(p) is SwitchLinear and p.weight.dtype == x.dtype for p in parts)
+        return plain and x.dtype == mx.float32 and self.count * self.multiplications <= _ALL_UP_TO
 
-@partial(mx.compile, shapeless=True)
+    def _all_at_once(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """The weighted sum [T, M] from every expert's output for every token, those not chosen
+        with weight 0: for small experts on the CPU backend, which calls the BLAS for each pair."""
+        T, E = x.shape[0], self.count
+        dense = mx.put_along_axis(mx.zeros((T, E)), chosen, weights, axis=1)
+        out = (x @ self.gate_up_proj.weight.flatten(0, 1).T).reshape(T, E, -1)
+        weighted = _weighted_geglu(*mx.split(out, 2, axis=-1), dense[..., None])  # [T, E, F]
+        return (weighted.swapaxes(0, 1) @ self.down_proj.weight.swapaxes(1, 2)).sum(axis=0)
+
+
+@compiled
 def _mix(out: mx.array, weights: mx.array) -> mx.array:
     return out.astype(mx.float32) * weights
+
+
+@compiled_per_shape
+def _weighted_geglu(gate: mx.array, up: mx.array, weights: mx.array) -> mx.array:
+    """Exactly 0 where the weight is, whatever an expert that was not chosen makes of a token."""
+    return mx.where(weights == 0, 0.0, geglu(gate, up) * weights)

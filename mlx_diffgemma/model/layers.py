@@ -4,12 +4,11 @@ work is compiled: without shapes where it is short, since that never costs a new
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backend import compiled_per_shape
+from .backend import compiled, compiled_per_shape, tanh
 from .products import linear
 
 
@@ -36,7 +35,7 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def softcap(outputs: mx.array, cap: float) -> mx.array:
     """cap * tanh(outputs / cap), float32."""
-    return mx.tanh(outputs.astype(mx.float32) / cap) * cap
+    return tanh(outputs.astype(mx.float32) / cap) * cap
 
 
 class MLP(nn.Module):
@@ -56,20 +55,17 @@ class MLP(nn.Module):
         return linear(self.down_proj, geglu(gate, up))
 
 
-_FUSED = partial(mx.compile, shapeless=True)
-
-
-@_FUSED
+@compiled
 def _unit_rms(x: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, None, eps)
 
 
-@_FUSED
+@compiled
 def _rms(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return _exact_rms(x, weight, eps)
 
 
-@_FUSED
+@compiled
 def _add_rms(residual: mx.array, x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return residual + _exact_rms(x, weight, eps)
 
@@ -78,7 +74,7 @@ def _add_rms(residual: mx.array, x: mx.array, weight: mx.array, eps: float) -> m
 def _geglu(gate: mx.array, up: mx.array) -> mx.array:
     x = gate.astype(mx.float32)
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
-    return (0.5 * x * (1 + mx.tanh(inner))).astype(gate.dtype) * up
+    return (0.5 * x * (1 + tanh(inner))).astype(gate.dtype) * up
 
 
 def _exact_rms(x: mx.array, weight: mx.array, eps: float) -> mx.array:
