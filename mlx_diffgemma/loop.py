@@ -84,15 +84,17 @@ def denoise_tokens(
     is_sparse = settings.self_conditioning == "sparse"
     run = _Run(model, settings, noise, model.mean_row() if is_sparse else None)
     for canvas_index in itertools.count():
+        # In a list: each step writes its context over the last one's, and whoever still held that
+        # would turn the writing into copying.
         opened = [model.open(context, settings.canvas_length)]
         del context  # the opened one holds a copy, and gives it back
-        last = yield from _denoise_canvas(run, opened.pop(), canvas_index, rows)
+        last = yield from _denoise_canvas(run, opened, canvas_index, rows)
         committed, row_steps = rows.take(last)
         yield CanvasCommitted(canvas_index, mx.array(committed), rows.steps_run, row_steps)
         if rows.are_done:
             del last
             break
-        context = model.commit(mx.array(committed), last.context.closed())
+        context = model.commit(mx.array(committed), opened.pop().closed())
         del last
         mx.eval(context.arrays)
         mx.clear_cache()
@@ -121,7 +123,6 @@ class _Step:
     draft: mx.array  # [B, W] int32
     settled: mx.array  # [B] bool
     row_steps: mx.array  # [B] int32, steps until each row settled
-    context: OpenContext
     belief: _Belief | None = None  # what the next step is conditioned on
     held: mx.array | None = None  # [B, W] int32, see `sampler.hold`
     check: mx.array | None = None  # int32 [B, 1 to 3], what the host must know; see `_Plan`
@@ -149,17 +150,14 @@ class _Plan:
 
 
 def _denoise_canvas(
-    run: _Run, context: OpenContext, canvas_index: int, rows: _Rows
+    run: _Run, opened: list[OpenContext], canvas_index: int, rows: _Rows
 ) -> Generator[StepDone, None, _Step]:
     """Denoises one canvas and returns its last step. Rows that have ended start settled."""
     rows.steps_run, settings = 0, run.settings
     B, L = len(rows.ended), settings.canvas_length
     draft = mx.full((B, L), settings.pad_token_id, dtype=mx.int32)
-    # Handed over in a list: each step writes its context over the last one's, and whoever still
-    # held that would turn the writing into copying.
-    handed = [_Step(draft, draft, mx.array(rows.ended), mx.zeros(B, dtype=mx.int32), context)]
-    del context
-    last = yield from _settle(run, handed, canvas_index, rows, ~rows.ended)
+    last = _Step(draft, draft, mx.array(rows.ended), mx.zeros(B, dtype=mx.int32))
+    last = yield from _settle(run, opened, last, canvas_index, rows, ~rows.ended)
     for attempt in range(1, settings.empty_rerolls + 1 if canvas_index == 0 else 1):
         assert isinstance(run.noise, SeededNoise)
         is_end = np.isin(np.array(last.draft), settings.eos_token_ids)
@@ -168,29 +166,37 @@ def _denoise_canvas(
             break
         if is_end.shape[1] < L:  # a row that lost its end while narrow has no text for the rest
             empty |= ~is_end.any(axis=1) & ~rows.ended
-        handed.append(replace(last, settled=mx.array(~empty)))
-        del last
+        last = replace(last, settled=mx.array(~empty))
         again = replace(run, noise=run.noise.reroll(attempt))
-        last = yield from _settle(again, handed, canvas_index, rows, empty)
+        last = yield from _settle(again, opened, last, canvas_index, rows, empty)
     return last
 
 
 def _settle(
-    run: _Run, handed: list[_Step], canvas_index: int, rows: _Rows, live: np.ndarray
+    run: _Run,
+    opened: list[OpenContext],
+    now: _Step,
+    canvas_index: int,
+    rows: _Rows,
+    live: np.ndarray,
 ) -> Generator[StepDone, None, _Step]:
     """Steps from random tokens until every row has settled, or no step is left; returns the last
     one. `live` are the rows that have not settled, bool [B]."""
     settings, shape = run.settings, (len(live), run.settings.canvas_length)
     start = run.noise.start(canvas_index, shape, run.vocab_size)
-    now = replace(handed.pop(), canvas=start, held=None)
+    now = replace(now, canvas=start, held=None)
     drafts: tuple[mx.array, ...] = ()
     planner = _Planner(settings, rows)
     plan = planner.first()
     is_lazy = not is_cpu()
 
-    ahead: _Step | None = None
+    ahead: tuple[_Step, OpenContext] | None = None
     for step in range(settings.max_denoising_steps):
-        now, ahead = ahead or _step(run, canvas_index, step, now, drafts, plan), None
+        if ahead is None:
+            now = _step(run, opened, canvas_index, step, now, drafts, plan)
+        else:
+            now, opened[0] = ahead
+            ahead = None
         assert now.event is not None and now.check is not None
         is_last = step + 1 == settings.max_denoising_steps
         mx.async_eval(now.draft, now.check, now.event.entropy, *(now.event.candidates or ()))
@@ -198,7 +204,8 @@ def _settle(
         if is_lazy and not is_last:
             # Built before this step is looked at, so that the device need not wait for Python;
             # dropped if it settled or the plan changes.
-            ahead = _step(run, canvas_index, step + 1, now, drafts, plan)
+            beyond = list(opened)
+            ahead = _step(run, beyond, canvas_index, step + 1, now, drafts, plan), beyond.pop()
         rows.count(live, plan.width)
         yield now.event
         check = np.array(now.check)  # the one host read of a step
@@ -213,19 +220,21 @@ def _settle(
 
 def _step(
     run: _Run,
+    opened: list[OpenContext],
     canvas_index: int,
     step: int,
     before: _Step,
     drafts: tuple[mx.array, ...],
     plan: _Plan,
 ) -> _Step:
-    """The graph of one step. What nobody reads, such as draws after the last one, is never
-    computed."""
+    """The graph of one step, which puts its context in the place of the last one's. What nobody
+    reads, such as draws after the last one, is never computed."""
     settings, noise, W = run.settings, run.noise, plan.width
     heat = mx.array(temperature(step, settings))  # an array, so that no step costs a new trace
     canvas = before.canvas if W == before.canvas.shape[1] else before.canvas[:, :W]
     soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)
-    outputs, context = run.model.look(canvas, before.context, self_conditioning=soft)
+    outputs, context = run.model.look(canvas, opened.pop(), self_conditioning=soft)
+    opened.append(context)
     cap = run.model.config.text.final_logit_softcapping
     seen = statistics(outputs, heat, cap)
     shape = (before.canvas.shape[0], before.canvas.shape[1])
@@ -293,7 +302,6 @@ def _step(
         draft=draft,
         settled=settled,
         row_steps=before.row_steps + (~before.settled).astype(mx.int32),
-        context=context,
         belief=_Belief(seen.weights, seen.total, seen.entropy, likeliest),
         held=held,
         check=mx.stack(check, axis=-1),

@@ -25,7 +25,7 @@ FLOW = (
 ).split()
 PARTS = {
     "model": (
-        "backend products layers rope masks context attention experts self_conditioning "
+        "backend elementary products layers rope masks context attention experts self_conditioning "
         "diffusion_gemma fused"
     ).split(),
     "cli": "interrupt options render render_convert convert generate info".split(),

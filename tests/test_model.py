@@ -19,7 +19,10 @@ from mlx_diffgemma.events import CanvasCommitted, Finished
 from mlx_diffgemma.load import load_model
 from mlx_diffgemma.loop import denoise_tokens
 from mlx_diffgemma.model import Context, DiffusionGemma, experts, products
+from mlx_diffgemma.model.attention import attend
 from mlx_diffgemma.model.backend import as_on_gpu
+from mlx_diffgemma.model.context import LayerContext
+from mlx_diffgemma.model.elementary import exp_below_zero, tanh
 from mlx_diffgemma.model.experts import Experts, Router
 from mlx_diffgemma.model.fused import fuse
 from mlx_diffgemma.model.layers import softcap
@@ -195,7 +198,7 @@ def test_periods_are_powers_over_the_whole_head(rope, head_dim, expected):
 
 def test_pairs_half_a_head_apart_rotate_by_position_over_period():
     x = mx.array([[[[1.0, 1.0, 0.0, 0.0]] * 2]])  # one head, positions 3 and 4
-    out = np.array(rotate(x, 3, mx.array([1.0, math.inf])))[0, 0]
+    out = np.array(rotate(x, 3, RopeConfig("proportional", 1e6, 0.5)))[0, 0]
     for row, position in zip(out, (3, 4), strict=True):
         expected = [math.cos(position), 1, math.sin(position), 0]
         np.testing.assert_allclose(row, expected, atol=1e-6)
@@ -203,10 +206,10 @@ def test_pairs_half_a_head_apart_rotate_by_position_over_period():
 
 def test_rows_rotate_from_their_own_positions():
     x = mx.array(np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(np.float32))
-    table = periods(RopeConfig("default", 100.0), 8)
-    both = rotate(x, mx.array([5, 9]), table)
+    rope = RopeConfig("default", 100.0)
+    both = rotate(x, mx.array([5, 9]), rope)
     for i, position in enumerate((5, 9)):
-        alone = rotate(x[i : i + 1], position, table)
+        alone = rotate(x[i : i + 1], position, rope)
         np.testing.assert_allclose(np.array(both[i : i + 1]), np.array(alone), atol=1e-6)
 
 
@@ -539,23 +542,73 @@ def test_unpacked_slices_and_packed_kernels_give_the_same_logits(
     assert_close(*results)
 
 
-def test_a_product_per_expert_is_the_grouped_product(monkeypatch):
-    model = bundled()[0]
-    layer, x = model.model.decoder.layers[0], mx.random.normal((40, 128), key=mx.random.key(1))
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_experts_agree_however_they_are_multiplied(tokens, monkeypatch):
+    layer, x = float32_layer(), mx.random.normal((tokens, 128), key=mx.random.key(1))
     chosen, weights = layer.router(x)
-    grouped = layer.experts(x, chosen, weights)
+    with as_on_gpu():
+        grouped = layer.experts(x, chosen, weights)
+    together = layer.experts(x, chosen, weights)
     monkeypatch.setattr(experts, "_PRODUCT_PER_EXPERT_FROM", 0)
     apart = layer.experts(x, chosen, weights)
-    np.testing.assert_allclose(np.array(grouped), np.array(apart), atol=1e-5)
+    for other in (together, apart):
+        np.testing.assert_allclose(np.array(grouped), np.array(other), atol=1e-5)
+
+
+def test_an_expert_that_was_not_chosen_adds_nothing_even_if_it_overflows():
+    layer, x = float32_layer(), mx.random.normal((9, 128), key=mx.random.key(1))
+    chosen, weights = mx.array([[0, 1]] * 9), mx.full((9, 2), 0.5)
+    expected = np.array(layer.experts(x, chosen, weights))
+    sound = layer.experts.gate_up_proj.weight
+    layer.experts.gate_up_proj.weight = mx.concatenate([sound[:7], mx.full_like(sound[7:], 1e38)])
+    np.testing.assert_array_equal(expected, np.array(layer.experts(x, chosen, weights)))
+
+
+def float32_layer():
+    model = copies_of_the_bundled_model(fused=True)
+    model.set_dtype(mx.float32)
+    return model.model.decoder.layers[0]
+
+
+def test_elementary_functions_are_right_to_the_last_bits():
+    x = np.linspace(-100, 0, 200_001, dtype=np.float32)
+    exact = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(np.array(exp_below_zero(mx.array(x))), exact, rtol=2e-7, atol=1e-37)
+    assert exp_below_zero(mx.array([0.0, -mx.inf])).tolist() == [1, 0]
+    x = np.linspace(-12, 12, 200_001, dtype=np.float32)
+    out = np.array(tanh(mx.array(x)))
+    np.testing.assert_allclose(out, np.tanh(x.astype(np.float64)), rtol=4e-7, atol=0)
+    assert np.abs(out).max() <= 1 and np.isnan(tanh(mx.array(mx.nan)).item())
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "keys", "window"])
+def test_attention_on_the_cpu_is_the_kernel_of_gpus(mask):
+    draw = np.random.default_rng(3).normal
+    B, N, K, L, S, H = 2, 4, 2, 5, 11, 16
+    queries, keys, values = (
+        mx.array(draw(size=(B, heads, places, H)).astype(np.float32))
+        for heads, places in ((N, L), (K, S), (K, S))
+    )
+    allowed = {
+        "none": None,
+        "causal": "causal",
+        "keys": mx.arange(S)[None, None, None] >= mx.array([0, 3])[:, None, None, None],
+        "window": causal_mask(S - L, L, first_key=0, window=4, padding=mx.array([0, 2])),
+    }[mask]
+    seen = LayerContext(keys, values)
+    here = attend(queries, seen, allowed)
+    with as_on_gpu():
+        there = attend(queries, seen, allowed)
+    np.testing.assert_allclose(np.array(here), np.array(there), atol=1e-5)
 
 
 def test_a_canvas_is_written_where_the_last_step_had_it():
     model = drawn(1)
     context = model.prefill(long_prompt(model))
-    opened = model.open(context, 8)
-    mx.eval([layer.keys for layer in opened.layers])
-    first = [np.asarray(layer.keys).ctypes.data for layer in opened.layers]
-    outputs, opened = model.look(draw_tokens(model, 8, 1), opened)
+    only = [model.open(context, 8)]
+    mx.eval([layer.keys for layer in only[0].layers])
+    first = [np.asarray(layer.keys).ctypes.data for layer in only[0].layers]
+    outputs, opened = model.look(draw_tokens(model, 8, 1), only.pop())
     mx.eval(outputs, [layer.keys for layer in opened.layers])
     assert [np.asarray(layer.keys).ctypes.data for layer in opened.layers] == first
     held = [np.array(layer.keys) for layer in opened.layers]

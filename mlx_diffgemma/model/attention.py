@@ -9,11 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import LayerConfig, TextConfig
+from .backend import is_cpu
 from .context import LayerContext
+from .elementary import exp_below_zero
 from .layers import RMSNorm, unit_rms
 from .masks import Mask
 from .products import linear
-from .rope import periods, rotate
+from .rope import rotate
 
 # Own keys and values [B, K, L, H] -> all that may be seen, [B, K, S + L, H], and what is kept.
 Place = Callable[[mx.array, mx.array], tuple[LayerContext, LayerContext]]
@@ -38,7 +40,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(N * H, M, bias=False)
         self.q_norm = RMSNorm(H, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(H, eps=config.rms_norm_eps)
-        self._periods = periods(config.rope[layer.type], H)
+        self._rope = config.rope[layer.type]
 
     def __call__(
         self, x: mx.array, place: Place, mask: Mask, position: int | mx.array
@@ -55,13 +57,10 @@ class Attention(nn.Module):
         normed = unit_rms(self._project(x).reshape(B, L, -1, H).astype(mx.float32), self.eps)
         scale = self.qk_scale if "qk_scale" in self else self.norm_scale()
         rotating = (normed[:, :, : N + K] * scale).astype(x.dtype)
-        rotating = rotate(rotating.swapaxes(1, 2), position, self._periods)  # [B, N + K, L, H]
+        rotating = rotate(rotating.swapaxes(1, 2), position, self._rope)  # [B, N + K, L, H]
         values = normed[:, :, -K:].astype(x.dtype).swapaxes(1, 2)  # [B, K, L, H]
         seen, kept = place(rotating[:, N:], values)
-        # Scale 1: queries and keys are normalised, so there is no 1/sqrt(H).
-        out = mx.fast.scaled_dot_product_attention(
-            rotating[:, :N], seen.keys, seen.values, scale=1.0, mask=mask
-        )
+        out = attend(rotating[:, :N], seen, mask)
         return linear(self.o_proj, out.swapaxes(1, 2).reshape(B, L, -1)), kept
 
     def norm_scale(self) -> mx.array:
@@ -76,3 +75,22 @@ class Attention(nn.Module):
             return linear(self.qkv_proj, x)
         names = [name for name in ("q_proj", "k_proj", "v_proj") if name in self]
         return mx.concatenate([linear(self[name], x) for name in names], axis=-1)
+
+
+def attend(queries: mx.array, seen: LayerContext, mask: Mask) -> mx.array:
+    """softmax(q k) v, [B, N, L, H]. Scale 1: queries and keys are normalised, so there is no
+    1/sqrt(H)."""
+    if not is_cpu() or queries.dtype != mx.float32:
+        return mx.fast.scaled_dot_product_attention(
+            queries, seen.keys, seen.values, scale=1.0, mask=mask
+        )
+    B, N, L, H = queries.shape
+    _, K, S, _ = seen.keys.shape
+    grouped = queries.reshape(B, K, N // K * L, H)  # queries that share their keys
+    scores = (grouped @ seen.keys.swapaxes(2, 3)).reshape(B, N, L, S)
+    if mask is not None:
+        allowed = mx.arange(S) <= mx.arange(S - L, S)[:, None] if mask == "causal" else mask
+        scores = mx.where(allowed, scores, -mx.inf)
+    weights = exp_below_zero(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    return (weights.reshape(B, K, -1, S) @ seen.values).reshape(B, N, L, H) / total

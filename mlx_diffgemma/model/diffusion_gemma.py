@@ -14,7 +14,7 @@ import numpy as np
 from ..config import LayerConfig, ModelConfig, TextConfig
 from ..settings import default_of
 from .attention import Attention, Place
-from .backend import compiled
+from .backend import begin, compiled
 from .context import Context, LayerContext, OpenContext
 from .experts import Experts, Router
 from .layers import MLP, RMSNorm, softcap
@@ -218,17 +218,21 @@ class DiffusionGemma(nn.Module):
         wanted = (*canvas.shape, self.config.text.hidden_size)
         if self_conditioning is not None and self_conditioning.shape != wanted:
             raise ValueError(f"self_conditioning must be {wanted}, got {self_conditioning.shape}")
-        decoder, L = self.model.decoder, canvas.shape[1]
+        decoder, L, kept_places = self.model.decoder, canvas.shape[1], context.kept
+        # What nobody else holds is written in place, so nothing of it may be held here either.
+        layers = list(reversed(context.layers))
+        context = replace(context, layers=())
         x = decoder.self_conditioning(self._embed(canvas), self_conditioning)
         masks: dict[int, mx.array | None] = {}  # one for all layers that keep as much
         written = []
-        layers = zip(decoder.layers, context.layers, context.kept, strict=True)
-        for layer, past, kept in layers:
+        for layer, kept in zip(decoder.layers, kept_places, strict=True):
             if kept not in masks:
                 first_key = text.length - kept
                 masks[kept] = canvas_mask(kept + L, first_key=first_key, padding=text.padding)
-            place = partial(_behind, past, kept)
+            begin(x)
+            place = partial(_behind, layers.pop(), kept)
             x, keep = layer(x, place, masks[kept], text.position, layer.layer_scalar)
+            del place
             written.append(keep)
         outputs = head(decoder.embed_tokens, decoder.norm(x))
         return outputs, replace(context, layers=tuple(written))
@@ -300,6 +304,7 @@ class DiffusionGemma(nn.Module):
                 )
             mask = masks[is_sliding]
             place = partial(_joined, past)
+            begin(x)  # not what the last layer makes of it: only its keys and values are needed
             x, seen = layer(x, place, mask, context.position, scalars[i].layer_scalar)
             if is_sliding:
                 drop = max(0, seen.keys.shape[2] - (text.sliding_window - 1))

@@ -8,7 +8,8 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backend import compiled, compiled_per_shape, tanh
+from .backend import compiled, compiled_per_shape
+from .elementary import tanh
 from .products import linear
 
 

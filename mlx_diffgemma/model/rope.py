@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
+
 import mlx.core as mx
 import numpy as np
 
 from ..config import RopeConfig
+from .backend import compiled, is_cpu
 
 
+@cache
 def periods(rope: RopeConfig, head_dim: int) -> mx.array:
     """Positions per radian of each pair, float32 [H/2]; infinite where a pair does not rotate.
 
@@ -21,12 +25,56 @@ def periods(rope: RopeConfig, head_dim: int) -> mx.array:
     out = np.full(head_dim // 2, np.inf, np.float32)
     exponents = np.arange(0, 2 * rotating, 2, dtype=np.float32) / np.float32(head_dim)
     out[:rotating] = np.float32(rope.rope_theta) ** exponents
-    return mx.array(out)
+    table = mx.array(out)
+    mx.eval(table)
+    return table
 
 
-def rotate(x: mx.array, position: int | mx.array, periods: mx.array) -> mx.array:
+def rotate(x: mx.array, position: int | mx.array, rope: RopeConfig) -> mx.array:
     """Rotates [B, heads, S, H]; `position` is that of the first token, one for all rows or int32
     [B]."""
-    return mx.fast.rope(
-        x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=position, freqs=periods
+    S, H = x.shape[-2:]
+    if not is_cpu():
+        return mx.fast.rope(
+            x,
+            H,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=position,
+            freqs=periods(rope, H),
+        )
+    # There MLX makes sines and cosines of every layer anew. Layers of a kind share them here.
+    if isinstance(position, int):
+        cosines, sines = _table(rope, H, position, S)
+    else:
+        cosines, sines = _waves(rope, H, position[:, None, None, None], S)
+    first, second = mx.split(x, 2, axis=-1)
+    return _turned(x, mx.concatenate([second, first], axis=-1), cosines, sines)
+
+
+@lru_cache(maxsize=4)  # two kinds of layers, for the canvas at hand and what comes next
+def _table(rope: RopeConfig, head_dim: int, position: int, count: int) -> tuple[mx.array, mx.array]:
+    waves = _waves(rope, head_dim, mx.array(position), count)
+    mx.eval(waves)
+    return waves
+
+
+def _waves(
+    rope: RopeConfig, head_dim: int, position: mx.array, count: int
+) -> tuple[mx.array, mx.array]:
+    """Cosines and sines for both halves of a head, those of the first half negative: float32
+    [..., count, H], for positions [..., 1, 1]."""
+    places = (mx.arange(count)[:, None] + position).astype(mx.float32)
+    angles = places * (1 / periods(rope, head_dim))
+    cosines, sines = mx.cos(angles), mx.sin(angles)
+    return (
+        mx.concatenate([cosines, cosines], axis=-1),
+        mx.concatenate([-sines, sines], axis=-1),
     )
+
+
+@compiled
+def _turned(x: mx.array, swapped: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    # Sines and products are rounded to the model's type, as in the reference.
+    return x * cosines.astype(x.dtype) + swapped * sines.astype(x.dtype)
