@@ -26,3 +26,7 @@ class WeightsError(DiffGemmaError):
 
 class PromptError(DiffGemmaError):
     """A prompt that cannot be turned into tokens the model accepts."""
+
+
+class TemplateError(DiffGemmaError):
+    """A template, selection or constraint that cannot be read or cannot be met."""

@@ -30,7 +30,8 @@ class StepDone:
     step: int  # from 0
     draft: mx.array  # [B, L] int32, the best guess so far
     accepted: mx.array  # [B, L] bool, where the proposal was kept
-    entropy: mx.array  # [B, L] float32, nats
+    entropy: mx.array  # [B, L] float32, nats; 0 where a token is pinned
+    certainty: mx.array  # [B, L] float32, probability of the draft's tokens; 1 where pinned
     candidates: tuple[mx.array, mx.array] | None = (
         None  # ids int32 and probabilities, [B, L, k], best first
     )

@@ -12,12 +12,14 @@ import mlx.core as mx
 import numpy as np
 
 from .config import ModelConfig
-from .errors import ConfigError, PromptError
+from .errors import ConfigError, PromptError, TemplateError
 from .events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
-from .model import DiffusionGemma, OpenContext
+from .model import Context, DiffusionGemma, OpenContext
 from .model.backend import is_cpu
 from .noise import Noise, SeededNoise
+from .pinned import Pinned, PinnedCanvas
 from .sampler import (
+    Statistics,
     decide,
     draw,
     hold,
@@ -39,6 +41,7 @@ def denoise_tokens(
     *,
     lengths: mx.array | None = None,
     noise: Noise | None = None,
+    pinned: Pinned | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[LoopEvent, None, None]:
     """Runs a batch of prompts to its end. Closing the generator stops the run; no further step is
@@ -50,6 +53,8 @@ def denoise_tokens(
       settings: how to denoise.
       lengths: int32 [B], tokens of each row without padding; None where all rows are full.
       noise: where draws come from; by default `SeededNoise` of the settings' seed.
+      pinned: what is given of the answers. Pinned tokens stand unchanged in every canvas and in
+        every draft; they are never noised, accepted or counted in the stop rule.
       prompt_progress_callback: called with (places read, places in all) during prefill.
 
     Yields:
@@ -62,14 +67,9 @@ def denoise_tokens(
     """
     if isinstance(settings, GenerationSettings):
         settings = settings.resolve(model.config)
-    noise = SeededNoise(settings.seed) if noise is None else noise
-    if settings.empty_rerolls and not isinstance(noise, SeededNoise):
-        raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws to offer")
-    if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
-        raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
+    noise = _checked(noise, settings)
     real = _check_prompt(tokens, lengths, model.config)
-    rows = _Rows(model.config, settings, longest=int(real.max()), batch=len(real))
-
+    _check_room(model.config, settings, int(real.max()))  # before the prompt is read
     started = time.perf_counter()
     context = model.prefill(
         tokens,
@@ -80,16 +80,53 @@ def denoise_tokens(
     mx.eval(context.arrays)
     mx.clear_cache()
     yield PrefillDone(int(real.sum()), time.perf_counter() - started)
+    contexts = [context]
+    del context  # so that its memory can go as soon as the first canvas has its copy
+    yield from denoise_context(
+        model, contexts, settings, longest=int(real.max()), noise=noise, pinned=pinned
+    )
 
+
+def denoise_context(
+    model: DiffusionGemma,
+    contexts: list[Context],
+    settings: ResolvedSettings,
+    *,
+    longest: int | None = None,
+    noise: Noise | None = None,
+    pinned: Pinned | None = None,
+) -> Generator[LoopEvent, None, None]:
+    """`denoise_tokens` behind a context that has been read already: everything after PrefillDone.
+
+    Args:
+      model: the model.
+      contexts: the context alone. It is taken out of the list; whoever wants it again keeps it.
+      settings: how to denoise.
+      longest: tokens of the longest row; by default all places of the context.
+      noise: as for `denoise_tokens`.
+      pinned: as for `denoise_tokens`.
+    """
+    noise = _checked(noise, settings)
+    context = contexts.pop()
+    if pinned is not None and len(pinned.tokens) != context.batch:
+        raise TemplateError(
+            f"{len(pinned.tokens)} rows are pinned, the context has {context.batch}"
+        )
+    rows = _Rows(model.config, settings, longest or context.length, context.batch)
     is_sparse = settings.self_conditioning == "sparse"
     run = _Run(model, settings, noise, model.mean_row() if is_sparse else None)
+    position = 0  # of the canvas in the answer
     for canvas_index in itertools.count():
         # In a list: each step writes its context over the last one's, and whoever still held that
         # would turn the writing into copying.
         opened = [model.open(context, settings.canvas_length)]
         del context  # the opened one holds a copy, and gives it back
+        if pinned is not None:
+            here = pinned.canvas(position, settings.canvas_length, run.vocab_size)
+            run = replace(run, pinned=here)
         last = yield from _denoise_canvas(run, opened, canvas_index, rows)
         committed, row_steps = rows.take(last)
+        position += committed.shape[1]
         yield CanvasCommitted(canvas_index, mx.array(committed), rows.steps_run, row_steps)
         if rows.are_done:
             del last
@@ -109,6 +146,7 @@ class _Run:
     settings: ResolvedSettings
     noise: Noise
     mean_row: mx.array | None  # [M], for sparse self-conditioning
+    pinned: PinnedCanvas | None = None  # of the canvas at hand
 
     @property
     def vocab_size(self) -> int:
@@ -155,9 +193,14 @@ def _denoise_canvas(
     """Denoises one canvas and returns its last step. Rows that have ended start settled."""
     rows.steps_run, settings = 0, run.settings
     B, L = len(rows.ended), settings.canvas_length
-    draft = mx.full((B, L), settings.pad_token_id, dtype=mx.int32)
-    last = _Step(draft, draft, mx.array(rows.ended), mx.zeros(B, dtype=mx.int32))
-    last = yield from _settle(run, opened, last, canvas_index, rows, ~rows.ended)
+    draft, live = mx.full((B, L), settings.pad_token_id, dtype=mx.int32), ~rows.ended
+    if run.pinned is not None:
+        draft = mx.where(run.pinned.free, draft, run.pinned.tokens)
+        live = live & run.pinned.has_free
+    last = _Step(draft, draft, mx.array(~live), mx.zeros(B, dtype=mx.int32))
+    if not live.any():  # all of it is given
+        return last
+    last = yield from _settle(run, opened, last, canvas_index, rows, live)
     for attempt in range(1, settings.empty_rerolls + 1 if canvas_index == 0 else 1):
         assert isinstance(run.noise, SeededNoise)
         is_end = np.isin(np.array(last.draft), settings.eos_token_ids)
@@ -184,11 +227,14 @@ def _settle(
     one. `live` are the rows that have not settled, bool [B]."""
     settings, shape = run.settings, (len(live), run.settings.canvas_length)
     start = run.noise.start(canvas_index, shape, run.vocab_size)
+    if run.pinned is not None:
+        start = run.pinned.kept_to(start)
     now = replace(now, canvas=start, held=None)
     drafts: tuple[mx.array, ...] = ()
     planner = _Planner(settings, rows)
     plan = planner.first()
-    is_lazy = not is_cpu()
+    # Strings of an automaton are chosen on the host, which so waits for every step anyway.
+    is_lazy = not is_cpu() and not (run.pinned and run.pinned.spans)
 
     ahead: tuple[_Step, OpenContext] | None = None
     for step in range(settings.max_denoising_steps):
@@ -229,14 +275,21 @@ def _step(
 ) -> _Step:
     """The graph of one step, which puts its context in the place of the last one's. What nobody
     reads, such as draws after the last one, is never computed."""
-    settings, noise, W = run.settings, run.noise, plan.width
+    settings, noise, pinned, W = run.settings, run.noise, run.pinned, plan.width
     heat = mx.array(temperature(step, settings))  # an array, so that no step costs a new trace
     canvas = before.canvas if W == before.canvas.shape[1] else before.canvas[:, :W]
     soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)
+    free, given, allowed = None, before.draft[:, :0], None
+    if pinned is not None:
+        free, given = pinned.free[:, :W], pinned.tokens[:, :W]
+        allowed = pinned.allowed(W)
+        if soft is not None:
+            soft = mx.where(free[..., None], soft, run.model.embed(given))
     outputs, context = run.model.look(canvas, opened.pop(), self_conditioning=soft)
     opened.append(context)
     cap = run.model.config.text.final_logit_softcapping
-    seen = statistics(outputs, heat, cap)
+    seen = statistics(outputs, heat, cap, allowed)
+    peak = seen.confidence  # of the likeliest tokens, whatever stands in the draft
     shape = (before.canvas.shape[0], before.canvas.shape[1])
     if settings.temperature == 0:
         proposal = seen.draft
@@ -244,9 +297,12 @@ def _step(
         chunks, inside = noise.gumbels(canvas_index, step, shape, run.vocab_size)
         proposal = draw(seen, (chunks[:, :W], inside[:, :W]))
     else:
-        proposal = noise.sample(canvas_index, step, scaled_logits(outputs, heat, cap))
+        proposal = noise.sample(canvas_index, step, scaled_logits(outputs, heat, cap, allowed))
     # Always for the whole canvas: a position draws the same, however wide the canvas is.
     fresh = noise.renoise(canvas_index, step, shape, run.vocab_size)
+    if pinned is not None:
+        fresh = pinned.kept_to(fresh)
+        seen, proposal = _with_given(seen, proposal, pinned, W)
     frozen = before.settled[:, None]
     draft = mx.where(frozen, _fitted(before.draft, W, settings.pad_token_id), seen.draft)
     length = answer_length(draft, settings.eos_token_ids) if settings.looks_for_end else None
@@ -254,11 +310,13 @@ def _step(
     if settings.stop_on == "answer":
         assert length is not None
         matters = mx.arange(W) < length[:, None]
+    if free is not None:
+        matters = free if matters is None else matters & free
     held = None
     if settings.acceptance == "confidence":
         next_canvas, accepted, held = hold(
             proposal,
-            seen.confidence if proposal is seen.draft else probability_of(proposal, seen),
+            seen.confidence if settings.temperature == 0 else probability_of(proposal, seen),
             draft,
             mx.full((shape[0], W), -1) if before.held is None else _fitted(before.held, W, -1),
             mx.ones_like(draft, dtype=mx.bool_) if matters is None else matters,
@@ -279,6 +337,8 @@ def _step(
             confidence_threshold=settings.confidence_threshold,
             matters=matters,
         )
+    if free is not None:
+        accepted, next_canvas = accepted | ~free, mx.where(free, next_canvas, given)
     check = []
     if settings.canvas_width == "answer":
         assert length is not None
@@ -293,7 +353,9 @@ def _step(
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
         check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1))
     count = settings.top_candidates
-    candidates = top_candidates(outputs, count, seen.confidence, heat, cap) if count else None
+    candidates = None
+    if count:
+        candidates = top_candidates(outputs, count, peak, heat, cap, allowed)
     next_canvas = mx.where(frozen, canvas, next_canvas)
     if W < shape[1]:
         next_canvas = mx.concatenate([next_canvas, fresh[:, W:]], axis=1)
@@ -305,8 +367,28 @@ def _step(
         belief=_Belief(seen.weights, seen.total, seen.entropy, likeliest),
         held=held,
         check=mx.stack(check, axis=-1),
-        event=StepDone(canvas_index, step, draft, accepted, seen.entropy, candidates),
+        event=StepDone(
+            canvas_index, step, draft, accepted, seen.entropy, seen.confidence, candidates
+        ),
     )
+
+
+def _with_given(
+    seen: Statistics, proposal: mx.array, pinned: PinnedCanvas, width: int
+) -> tuple[Statistics, mx.array]:
+    """Statistics and proposal with what is given in the place of what the model thinks there."""
+    free, given = pinned.free[:, :width], pinned.tokens[:, :width]
+    draft, confidence = seen.draft, seen.confidence
+    if pinned.spans:
+        draft = pinned.choose(seen)
+        confidence = probability_of(draft, seen)
+        proposal = mx.where(pinned.in_span[:, :width], draft, proposal)
+    seen = seen._replace(
+        draft=mx.where(free, draft, given),
+        entropy=mx.where(free, seen.entropy, 0.0),
+        confidence=mx.where(free, confidence, 1.0),
+    )
+    return seen, mx.where(free, proposal, given)
 
 
 def _soft_embedding(run: _Run, belief: _Belief, plan: _Plan) -> mx.array:
@@ -378,19 +460,13 @@ class _Planner:
 class _Rows:
     """What has become of each row: how much it has written, and whether it has ended."""
 
-    def __init__(
-        self, config: ModelConfig, settings: ResolvedSettings, *, longest: int, batch: int
-    ):
-        limit, canvas = config.text.max_position_embeddings, settings.canvas_length
-        room = (limit - longest) // canvas
-        if room < 1:
-            raise PromptError(
-                f"the prompt has {longest} tokens; with a canvas of {canvas}, "
-                f"at most {limit - canvas} of the {limit} positions are free for it"
-            )
+    def __init__(self, config: ModelConfig, settings: ResolvedSettings, longest: int, batch: int):
+        room = _check_room(config, settings, longest)
         self.settings = settings
-        self.left = min(settings.max_new_tokens, room * canvas)
-        self.places = limit - longest  # free positions; a canvas cut short moves the later ones
+        self.left = min(settings.max_new_tokens, room * settings.canvas_length)
+        self.places = (
+            config.text.max_position_embeddings - longest
+        )  # free positions; a canvas cut short moves the later ones
         self.ended = np.zeros(batch, bool)
         self.steps_run = 0  # of the canvas at hand
         self.new_tokens, self.steps, self.positions, self.row_canvases = (
@@ -435,6 +511,27 @@ class _Rows:
             tuple(self.row_canvases.tolist()),
             tuple(self.positions.tolist()),
         )
+
+
+def _checked(noise: Noise | None, settings: ResolvedSettings) -> Noise:
+    noise = SeededNoise(settings.seed) if noise is None else noise
+    if settings.empty_rerolls and not isinstance(noise, SeededNoise):
+        raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws to offer")
+    if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
+        raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
+    return noise
+
+
+def _check_room(config: ModelConfig, settings: ResolvedSettings, longest: int) -> int:
+    """How many whole canvases fit behind a prompt."""
+    limit, canvas = config.text.max_position_embeddings, settings.canvas_length
+    room = (limit - longest) // canvas
+    if room < 1:
+        raise PromptError(
+            f"the prompt has {longest} tokens; with a canvas of {canvas}, "
+            f"at most {limit - canvas} of the {limit} positions are free for it"
+        )
+    return room
 
 
 def _check_prompt(tokens: mx.array, lengths: mx.array | None, config: ModelConfig) -> np.ndarray:

@@ -35,12 +35,24 @@ class Decision(NamedTuple):
     accepted: mx.array  # [B, L] bool: where the proposal was kept
 
 
-def scaled_logits(outputs: mx.array, heat: float | mx.array = 1.0, cap: float = NO_CAP) -> mx.array:
-    """Outputs under the softcap, over the temperature: float32, of the same shape."""
-    return _scaled(outputs, _array(heat), cap)
+def scaled_logits(
+    outputs: mx.array,
+    heat: float | mx.array = 1.0,
+    cap: float = NO_CAP,
+    allowed: mx.array | None = None,
+) -> mx.array:
+    """Outputs under the softcap, over the temperature: float32, of the same shape. What is not
+    allowed gets -inf."""
+    scaled = _scaled(outputs, _array(heat), cap)
+    return scaled if allowed is None else mx.where(allowed, scaled, -mx.inf)
 
 
-def statistics(outputs: mx.array, heat: float | mx.array = 1.0, cap: float = NO_CAP) -> Statistics:
+def statistics(
+    outputs: mx.array,
+    heat: float | mx.array = 1.0,
+    cap: float = NO_CAP,
+    allowed: mx.array | None = None,
+) -> Statistics:
     """What a step wants to know about the distribution of every position.
 
     All of it is measured from the likeliest token: with d the distance of a logit from the largest
@@ -52,19 +64,25 @@ def statistics(outputs: mx.array, heat: float | mx.array = 1.0, cap: float = NO_
       outputs: [B, L, V], the head's outputs, or logits.
       heat: temperature, a number or an array of one; an array costs no new trace.
       cap: of the softcap; infinite for none.
+      allowed: bool, broadcast to [B, L, V], the tokens that have any mass; None for all.
 
     Returns:
       Statistics. In 16 bits the weights are those of the rounded logits, which the reference
       stores between steps; everything else is that of the logits in float32.
     """
     heat = _array(heat)
-    draft = mx.argmax(outputs, axis=-1, keepdims=True)  # [B, L, 1]
+    fitting = outputs if allowed is None else mx.where(allowed, outputs, -mx.inf)
+    draft = mx.argmax(fitting, axis=-1, keepdims=True)  # [B, L, 1]
     top = _scaled(mx.take_along_axis(outputs, draft, axis=-1), heat, cap)
     if outputs.dtype == mx.float32:
         ratios, products = _weigh(outputs, top, heat, cap)
+        if allowed is not None:
+            ratios, products = _only(allowed, ratios), _only(allowed, products)
         kept = ratios
     else:
         ratios, products, kept = _weigh_and_round(outputs, top, heat, cap)
+        if allowed is not None:
+            ratios, products, kept = (_only(allowed, x) for x in (ratios, products, kept))
     B, L, V = outputs.shape
     masses = ratios.reshape(B, L, -1, chunk_size(V)).sum(axis=-1)
     total = kept_total = masses.sum(axis=-1)
@@ -79,6 +97,11 @@ def statistics(outputs: mx.array, heat: float | mx.array = 1.0, cap: float = NO_
         weights=kept,
         total=kept_total,
     )
+
+
+def _only(allowed: mx.array, x: mx.array) -> mx.array:
+    """Elsewhere nothing, also where something overflowed."""
+    return mx.where(allowed, x, mx.zeros((), x.dtype))
 
 
 def draw(seen: Statistics, gumbels: tuple[mx.array, mx.array]) -> mx.array:
@@ -226,15 +249,20 @@ def top_candidates(
     confidence: mx.array | None = None,
     heat: float | mx.array = 1.0,
     cap: float = NO_CAP,
+    allowed: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """The likeliest tokens of each position, best first: ids int32 and probabilities float32, both
-    [B, L, count]. `confidence` is that of `statistics`, computed here where it is not given."""
-    some = mx.argpartition(outputs, kth=-count, axis=-1)[..., -count:]
+    [B, L, count]. `confidence` is that of `statistics`, computed here where it is not given. Where
+    fewer tokens are allowed, the rest have probability 0."""
+    fitting = outputs if allowed is None else mx.where(allowed, outputs, -mx.inf)
+    some = mx.argpartition(fitting, kth=-count, axis=-1)[..., -count:]
     values = _scaled(mx.take_along_axis(outputs, some, axis=-1), _array(heat), cap)
+    if allowed is not None:
+        values = mx.where(mx.isinf(mx.take_along_axis(fitting, some, axis=-1)), -mx.inf, values)
     order = mx.argsort(-values, axis=-1)
     values = mx.take_along_axis(values, order, axis=-1)
     if confidence is None:
-        confidence = statistics(outputs, heat, cap).confidence
+        confidence = statistics(outputs, heat, cap, allowed).confidence
     return (
         mx.take_along_axis(some, order, axis=-1).astype(mx.int32),
         mx.exp(values - values[..., :1]) * confidence[..., None],

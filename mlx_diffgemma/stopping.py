@@ -29,7 +29,7 @@ def is_settled(
       entropy: [B, L] float32, nats.
       stability_threshold: steps, >= 0; 0 asks for no stability.
       confidence_threshold: nats.
-      matters: bool [B, L], the positions that are judged, one or more per row; None for all.
+      matters: bool [B, L], the positions that are judged; None for all. A row without any is sure.
 
     Returns:
       [B] bool.
@@ -41,7 +41,7 @@ def is_settled(
     if matters is None:
         settled = entropy.mean(axis=-1) < confidence_threshold
     else:
-        mean = (entropy * matters).sum(axis=-1) / matters.sum(axis=-1)
+        mean = (entropy * matters).sum(axis=-1) / mx.maximum(matters.sum(axis=-1), 1)
         settled = mean < confidence_threshold
     for previous in previous_drafts[len(previous_drafts) - stability_threshold :]:
         settled = settled & all_that_matter(draft == previous, matters)

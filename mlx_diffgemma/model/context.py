@@ -67,6 +67,17 @@ class Context:
         """Everything to evaluate."""
         return [array for layer in self.layers for array in (layer.keys, layer.values)]
 
+    def repeated(self, rows: int) -> Context:
+        """One row's context for several rows, which share its memory until they are opened."""
+        layers = tuple(
+            LayerContext(
+                *(mx.broadcast_to(a, (rows, *a.shape[1:])) for a in (layer.keys, layer.values))
+            )
+            for layer in self.layers
+        )
+        padding = None if self.padding is None else mx.repeat(self.padding, rows)
+        return Context(layers, self.length, rows, padding)
+
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)

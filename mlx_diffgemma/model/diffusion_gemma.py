@@ -222,7 +222,7 @@ class DiffusionGemma(nn.Module):
         # What nobody else holds is written in place, so nothing of it may be held here either.
         layers = list(reversed(context.layers))
         context = replace(context, layers=())
-        x = decoder.self_conditioning(self._embed(canvas), self_conditioning)
+        x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
         masks: dict[int, mx.array | None] = {}  # one for all layers that keep as much
         written = []
         for layer, kept in zip(decoder.layers, kept_places, strict=True):
@@ -287,7 +287,7 @@ class DiffusionGemma(nn.Module):
         """One piece of `prefill`: no self-conditioning and none of its norm, and the encoder's
         layer scalars."""
         text, count = self.config.text, tokens.shape[1]
-        x, layers = self._embed(tokens), []
+        x, layers = self.embed(tokens), []
         scalars = self.model.encoder.language_model.layers
         masks: dict[bool, Mask] = {}  # one for all sliding layers, one for all full ones
         for i, layer in enumerate(self.model.decoder.layers):
@@ -316,7 +316,8 @@ class DiffusionGemma(nn.Module):
             layers.append(seen)
         return Context(tuple(layers), context.length + count, context.batch, context.padding)
 
-    def _embed(self, tokens: mx.array) -> mx.array:
+    def embed(self, tokens: mx.array) -> mx.array:
+        """The embeddings of tokens: int32 [B, S] -> [B, S, M] in the model's type."""
         # Quantized tables give their scales' type; everything after follows the model's.
         return self._scale_embedding(self.model.decoder.embed_tokens(tokens))
 
