@@ -107,6 +107,33 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """What every token that is text adds to it, in UTF-8; a byte token may be part of a
+    character. Special tokens are not text."""
+    special = set(special_tokens(tokenizer).values())
+    return {
+        token: _spelled(spelling)
+        for spelling, token in tokenizer.get_vocab().items()
+        if token not in special
+    }
+
+
+def _spelled(spelling: str) -> bytes:
+    """As SentencePiece spells: a block for a space, <0x0A> for a byte."""
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", spelling):
+        return bytes.fromhex(byte[1])
+    return spelling.replace("▁", " ").encode("utf-8", "replace")
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Text alone as token ids; what looks like a special token is text too.
+
+    Raises:
+      PromptError: if it is not Unicode.
+    """
+    return _encode(tokenizer, text, split_special_tokens=True) if text else []
+
+
 def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
     """The ids of texts that are one token each, such as further end tokens.
 

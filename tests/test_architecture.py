@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The reading order. A file imports only what stands before it.
 FLOW = (
     "errors settings config events files prompt names headers memory info model weights load "
-    "schedule sampler automaton pinned noise stopping loop text generate report convert cli "
+    "schedule sampler automaton pinned noise stopping loop template fill text generate report convert cli "
     "__main__ demo"
 ).split()
 PARTS = {

@@ -1,0 +1,463 @@
+"""Filling the slots of a template: the literals are pinned, lengths that are not known are tried as
+rows of one batch, and what does not fit in one canvas is written canvas by canvas."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .automaton import Automaton
+from .errors import TemplateError
+from .events import Event, Finished, PrefillDone, StepDone
+from .loop import denoise_context
+from .memory import generation_limits
+from .model import Context, DiffusionGemma
+from .noise import SeededNoise
+from .pinned import ANY, FREE, Pinned, Span
+from .prompt import (
+    Prompt,
+    PromptOptions,
+    encode_prompt,
+    encode_text,
+    special_tokens,
+    token_bytes,
+)
+from .settings import GenerationSettings, ResolvedSettings
+from .template import Slot, Template
+
+# Lengths are tried in batches of at most ROWS rows: first some spread over all that are possible,
+# then those around the best, and so on. With several slots of unknown length, one slot after the
+# other, ROUNDS times.
+ROWS = 8
+ROUNDS = 2
+_END_OF_TURN = "<turn|>"
+_LEAST_CERTAIN = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class FilledSlot:
+    """What was written into a slot."""
+
+    name: str
+    text: str
+    tokens: tuple[int, ...]
+    certainty: float  # geometric mean of its tokens' probabilities in the last step
+    # Length in tokens -> mean log-probability of all that was written with it, nats per token;
+    # one entry where there was nothing to choose.
+    lengths: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A template with its slots filled."""
+
+    text: str
+    slots: dict[str, FilledSlot]
+    notes: tuple[str, ...]  # what a reader should know, a line each
+    prompt_tokens: int
+    canvases: int
+    steps: int  # denoise steps, of all batches
+    positions: int  # canvas columns looked at, summed over rows and steps: the work done
+
+
+def fill(
+    model: DiffusionGemma,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    prompt: Prompt | None = None,
+    gap_tokens: tuple[int, int] | None = None,
+    settings: GenerationSettings = GenerationSettings(),
+    prompt_options: PromptOptions = PromptOptions(),
+) -> Filled:
+    """Fills a template. Its literal text stands byte for byte in the result.
+
+    Args:
+      model: from `load`.
+      tokenizer: from `load`.
+      template: from `Template.parse`; it is the model's turn, and ends it.
+      prompt: the user's turn; by default a request that shows the template with blanks.
+      gap_tokens: least and most tokens of gaps and matches that do not say it themselves; by
+        default from 1 to what one canvas holds.
+      settings: how to denoise; `max_new_tokens` has no effect, the template says how long it is.
+      prompt_options: how the prompt is read.
+
+    Raises:
+      DiffGemmaError: if the prompt, the settings or the template cannot be used.
+    """
+    filled = None
+    for event in stream_fill(
+        model,
+        tokenizer,
+        template,
+        prompt=prompt,
+        gap_tokens=gap_tokens,
+        settings=settings,
+        prompt_options=prompt_options,
+    ):
+        if isinstance(event, Filled):
+            filled = event
+    assert filled is not None
+    return filled
+
+
+def stream_fill(
+    model: DiffusionGemma,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    prompt: Prompt | None = None,
+    gap_tokens: tuple[int, int] | None = None,
+    settings: GenerationSettings = GenerationSettings(),
+    prompt_options: PromptOptions = PromptOptions(),
+) -> Generator[Event | Filled, None, None]:
+    """As `fill`, with the loop's events on the way: PrefillDone, the steps of every batch that was
+    tried, one row per length, and at last Filled."""
+    resolved = settings.resolve(model.config)
+    pieces = _encode(tokenizer, template, gap_tokens, resolved.canvas_length)
+    notes = []
+    shown = template.shown()
+    if prompt is None:
+        prompt = f"Fill in the blanks:\n\n{shown}"
+    elif _least(pieces) > resolved.canvas_length and isinstance(prompt, str):
+        prompt = f"{prompt}\n\n{shown}"
+    if _least(pieces) > resolved.canvas_length:
+        notes.append(
+            f"the template is longer than a canvas of {resolved.canvas_length} tokens; "
+            "what stands further behind a slot, the model knows from the prompt alone"
+        )
+    ids = encode_prompt(tokenizer, prompt, prompt_options)
+    limit = model.config.text.max_position_embeddings
+    if len(ids) + _least(pieces) + resolved.canvas_length > limit:
+        raise TemplateError(
+            f"the prompt has {len(ids)} tokens and the template at least {_least(pieces)}; with a "
+            f"canvas of {resolved.canvas_length} they do not fit into {limit} positions"
+        )
+    with generation_limits():
+        context = model.prefill(
+            mx.array([ids], dtype=mx.int32), step_size=resolved.prefill_step_size
+        )
+        mx.eval(context.arrays)
+        mx.clear_cache()
+        yield PrefillDone(len(ids), 0.0)
+        writer = _Writer(model, resolved, _ends(tokenizer, resolved), pieces, context)
+        yield from writer.write()
+    spellings = token_bytes(tokenizer)
+    slots = {
+        slot.name: FilledSlot(
+            slot.name,
+            b"".join(spellings[t] for t in done.tokens).decode("utf-8", "replace"),
+            done.tokens,
+            done.certainty,
+            done.lengths,
+        )
+        for slot, done in zip(template.slots, writer.done, strict=True)
+    }
+    yield Filled(
+        template.filled({name: slot.text for name, slot in slots.items()}),
+        slots,
+        tuple(notes),
+        len(ids),
+        writer.canvases,
+        writer.steps,
+        writer.positions,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choice:
+    """What a slot may be, in tokens."""
+
+    slot: Slot
+    lengths: list[int]  # ascending
+    automaton: Automaton | None  # None for free text
+    text_tokens: np.ndarray  # ids of all tokens that are text, sorted
+
+    def sets(self, length: int) -> list[np.ndarray]:
+        """The tokens that each place may hold."""
+        if self.automaton is None:
+            return [self.text_tokens] * length
+        return self.automaton.allowed(length)
+
+
+_Piece = list[int] | _Choice
+
+
+@dataclass(slots=True, eq=False)
+class _Done:
+    tokens: tuple[int, ...]
+    certainty: float
+    lengths: dict[int, float]
+
+
+@dataclass(slots=True, eq=False)
+class _Trial:
+    """One row that was denoised: the lengths it had, and what came of it."""
+
+    lengths: tuple[int, ...]  # of the open slots of the window
+    texts: list[np.ndarray]  # tokens of each of them
+    certainties: list[np.ndarray]
+    score: float  # mean log-probability of all of these tokens
+
+
+@dataclass(slots=True, eq=False)
+class _Writer:
+    """Writes the pieces one window after the other. A window is what one canvas holds from the
+    first slot on that is still open, or the whole rest where that fits."""
+
+    model: DiffusionGemma
+    settings: ResolvedSettings
+    ends: tuple[int, int]  # the end of the turn, and what fills a canvas behind it
+    rest: list[_Piece]
+    context: Context
+    done: list[_Done] = field(default_factory=list)
+    canvases: int = 0
+    steps: int = 0
+    positions: int = 0
+    batches: int = 0
+
+    def write(self) -> Generator[Event, None, None]:
+        """Fills every slot, in order."""
+        L = self.settings.canvas_length
+        while any(isinstance(piece, _Choice) for piece in self.rest):
+            if _least(self.rest) > L:
+                first = next(i for i, p in enumerate(self.rest) if isinstance(p, _Choice))
+                self._commit([t for piece in self.rest[:first] for t in piece])  # type: ignore[union-attr]
+                self.rest = self.rest[first:]
+            inside = _fitting(self.rest, L)
+            choices = [p for p in self.rest[:inside] if isinstance(p, _Choice)]
+            best, scores = yield from self._search(choices)
+            self.canvases += 1
+            for choice, tokens, certainty, tried in zip(
+                choices, best.texts, best.certainties, scores, strict=True
+            ):
+                self.rest[self.rest.index(choice)] = tokens.tolist()
+                mean = float(np.exp(np.log(np.maximum(certainty, _LEAST_CERTAIN)).mean()))
+                self.done.append(_Done(tuple(tokens.tolist()), mean, tried))
+            if inside < len(self.rest) and any(isinstance(p, _Choice) for p in self.rest[inside:]):
+                self._commit([t for piece in self.rest[:inside] for t in piece])  # type: ignore[union-attr]
+                self.rest = self.rest[inside:]
+
+    def _commit(self, tokens: list[int]) -> None:
+        if tokens:
+            self.context = self.model.prefill(
+                mx.array([tokens], dtype=mx.int32),
+                self.context,
+                step_size=self.settings.prefill_step_size,
+            )
+            mx.eval(self.context.arrays)
+
+    def _search(
+        self, choices: list[_Choice]
+    ) -> Generator[Event, None, tuple[_Trial, list[dict[int, float]]]]:
+        """The best lengths found for the slots of a window, and every score by slot and length."""
+        room = self._room()
+        lengths = _start(choices, room)
+        scores: list[dict[int, float]] = [{} for _ in choices]
+        best: _Trial | None = None
+        unknown = [i for i, choice in enumerate(choices) if len(choice.lengths) > 1]
+        for _ in range(ROUNDS if len(unknown) > 1 else 1):
+            before = lengths
+            for i in unknown:
+                others = sum(lengths) - lengths[i]
+                possible = [n for n in choices[i].lengths if n + others <= room]
+                tried: dict[int, float] = {}
+                while batch := _next_lengths(possible, tried):
+                    rows = [(*lengths[:i], n, *lengths[i + 1 :]) for n in batch]
+                    for trial in (yield from self._denoise(choices, rows)):
+                        tried[trial.lengths[i]] = trial.score
+                        if best is None or trial.score > best.score:
+                            best = trial
+                scores[i] |= tried
+                n = max(tried, key=lambda n: tried[n])
+                lengths = (*lengths[:i], n, *lengths[i + 1 :])
+            if lengths == before:
+                break
+        if best is None:
+            (best,) = yield from self._denoise(choices, [lengths])
+        for i, tried in enumerate(scores):
+            tried.setdefault(best.lengths[i], best.score)
+        return best, scores
+
+    def _room(self) -> int:
+        """Tokens that the slots of the window may have together."""
+        inside = _fitting(self.rest, self.settings.canvas_length)
+        literal = sum(len(piece) for piece in self.rest[:inside] if isinstance(piece, list))
+        return self.settings.canvas_length - literal - (inside == len(self.rest))
+
+    def _denoise(
+        self, choices: list[_Choice], rows: list[tuple[int, ...]]
+    ) -> Generator[Event, None, list[_Trial]]:
+        """Denoises one canvas per row of lengths, all behind the same context."""
+        L, V = self.settings.canvas_length, self.model.config.text.vocab_size
+        pinned, places, needed = self._pin(choices, rows)
+        self.batches += 1
+        noise = SeededNoise(self.settings.seed, attempt=self.batches - 1)
+        settings = replace(self.settings, max_new_tokens=min(L, needed), empty_rerolls=0)
+        last: StepDone | None = None
+        for event in denoise_context(
+            self.model,
+            [self.context.repeated(len(rows))],
+            settings,
+            noise=noise,
+            pinned=pinned,
+        ):
+            if isinstance(event, StepDone):
+                last, self.steps = event, self.steps + 1
+                yield event
+            elif isinstance(event, Finished):
+                self.positions += sum(event.row_positions)
+        assert last is not None and V
+        draft, certainty = np.array(last.draft), np.array(last.certainty)
+        trials = []
+        for row, lengths in enumerate(rows):
+            texts = [draft[row, start:stop] for start, stop in places[row]]
+            sure = [certainty[row, start:stop] for start, stop in places[row]]
+            score = float(np.log(np.maximum(np.concatenate(sure), _LEAST_CERTAIN)).mean())
+            trials.append(_Trial(lengths, texts, sure, score))
+        return trials
+
+    def _pin(
+        self, choices: list[_Choice], rows: list[tuple[int, ...]]
+    ) -> tuple[Pinned, list[list[tuple[int, int]]], int]:
+        """The window of each row, where its slots stand in it, and the columns that it needs."""
+        L = self.settings.canvas_length
+        sets: list[np.ndarray] = []
+        known: dict[int, int] = {}  # id of a set -> its index
+        tokens, chosen = np.full((len(rows), L), FREE), np.full((len(rows), L), ANY)
+        places: list[list[tuple[int, int]]] = []
+        spans, needed = [], 0
+        for row, lengths in enumerate(rows):
+            at, slots, given = 0, [], dict(zip(map(id, choices), lengths, strict=True))
+            for piece in self.rest:
+                if isinstance(piece, list):
+                    stop = min(L, at + len(piece))
+                    tokens[row, at:stop] = piece[: stop - at]
+                else:
+                    length = given.get(id(piece), piece.lengths[0])
+                    stop = min(L, at + length)
+                    for place, members in zip(range(at, stop), piece.sets(length), strict=False):
+                        if id(members) not in known:
+                            known[id(members)] = len(sets)
+                            sets.append(members)
+                        chosen[row, place] = known[id(members)]
+                    if id(piece) in given:
+                        slots.append((at, stop))
+                        if piece.automaton is not None:
+                            spans.append(Span(row, at, length, piece.automaton))
+                at = stop
+                if at == L:
+                    break
+            else:
+                tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends
+                at = min(L, at + 1)
+            needed = max(needed, at)
+            places.append(slots)
+        return Pinned(tokens.astype(np.int32), sets, chosen, spans), places, needed
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    gap_tokens: tuple[int, int] | None,
+    canvas_length: int,
+) -> list[_Piece]:
+    spellings = token_bytes(tokenizer)
+    text_tokens = np.array(sorted(spellings))
+    return [
+        encode_text(tokenizer, part)
+        if isinstance(part, str)
+        else _choice(tokenizer, part, gap_tokens, canvas_length, spellings, text_tokens)
+        for part in template.parts
+    ]
+
+
+def _choice(
+    tokenizer: PreTrainedTokenizerBase,
+    slot: Slot,
+    gap_tokens: tuple[int, int] | None,
+    canvas_length: int,
+    spellings: Mapping[int, bytes],
+    text_tokens: np.ndarray,
+) -> _Choice:
+    low, high = gap_tokens or (1, canvas_length)
+    low, high = slot.low or low, min(slot.high or high, canvas_length)
+    automaton, lengths = None, list(range(low, high + 1))
+    if slot.kind == "one of":
+        options = [encode_text(tokenizer, option) for option in slot.options]
+        for option, ids in zip(slot.options, options, strict=True):
+            if b"".join(spellings.get(t, b"") for t in ids) != option.encode():
+                raise TemplateError(
+                    f"slot {slot.name}: this checkpoint's tokens cannot spell {option!r}"
+                )
+        automaton = Automaton.of_options(options)
+        lengths = automaton.lengths(canvas_length)
+    elif slot.kind == "match":
+        automaton = Automaton.of_regex(slot.pattern, spellings)
+        lengths = [n for n in automaton.lengths(high) if n >= low]
+    if not lengths:
+        raise TemplateError(
+            f"slot {slot.name}: there is nothing for it of {low} to {high} tokens; "
+            f"a canvas holds {canvas_length}"
+        )
+    return _Choice(slot, lengths, automaton, text_tokens)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:
+    """The token that ends a turn, and the one that fills a canvas behind it, as in training."""
+    fallback = settings.eos_token_ids[0]
+    eos = tokenizer.eos_token_id
+    fill = eos if isinstance(eos, int) else fallback
+    return special_tokens(tokenizer).get(_END_OF_TURN, fallback), fill
+
+
+def _least(pieces: Sequence[_Piece]) -> int:
+    """Tokens at least, with the end of the turn."""
+    return 1 + sum(len(p) if isinstance(p, list) else p.lengths[0] for p in pieces)
+
+
+def _fitting(pieces: Sequence[_Piece], canvas_length: int) -> int:
+    """How many pieces, up to a slot and with it, one canvas holds at their least lengths; all of
+    them where it holds the end of the turn too."""
+    if _least(pieces) <= canvas_length:
+        return len(pieces)
+    at, inside = 0, 0
+    for i, piece in enumerate(pieces):
+        at += len(piece) if isinstance(piece, list) else piece.lengths[0]
+        if at > canvas_length:
+            break
+        if not isinstance(piece, list):
+            inside = i + 1
+    return inside
+
+
+def _start(choices: Sequence[_Choice], room: int) -> tuple[int, ...]:
+    """Lengths to begin with: each slot's share of the room, or the nearest that is possible."""
+    least = sum(choice.lengths[0] for choice in choices)
+    share = (room - least) // (2 * len(choices))
+    return tuple(
+        max(n for n in choice.lengths if n <= choice.lengths[0] + share) for choice in choices
+    )
+
+
+def _next_lengths(possible: list[int], tried: Mapping[int, float]) -> list[int]:
+    """Up to ROWS lengths to try: spread over all that are possible, each step from one to the next
+    longer than the last; afterwards those between the neighbours of the best."""
+    if not tried:
+        return _spread(possible)
+    best = max(tried, key=lambda n: tried[n])
+    below = max((n for n in tried if n < best), default=best)
+    above = min((n for n in tried if n > best), default=best)
+    return _spread([n for n in possible if below < n < above and n != best])
+
+
+def _spread(lengths: list[int]) -> list[int]:
+    if len(lengths) <= ROWS:
+        return lengths
+    ratio = (len(lengths)) ** (1 / (ROWS - 1))
+    picked = sorted({min(len(lengths), round(ratio**i)) for i in range(ROWS)})
+    return [lengths[i - 1] for i in picked]
