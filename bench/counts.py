@@ -203,7 +203,6 @@ def our_steps(packed: bool, layers: int) -> Callable[[int, str], Step]:
             draft=tokens_of_canvas,
             settled=leaf((1,), mx.bool_),
             row_steps=leaf((1,), mx.int32),
-            context=OpenContext(layers, kept, Context((), tokens, 1)),
             belief=our_loop._Belief(weights, per_position, per_position),
             held=tokens_of_canvas if settings.acceptance == "confidence" else None,
         )
@@ -211,9 +210,11 @@ def our_steps(packed: bool, layers: int) -> Callable[[int, str], Step]:
 
         def build() -> list[mx.array]:
             plan, drafts = our_loop._Plan(L, L, L), (tokens_of_canvas,)
+            opened = [OpenContext(layers, kept, Context((), tokens, 1))]
             with as_on_gpu():
-                now = our_loop._step(run, 0, 1, before, drafts, plan)
+                now = our_loop._step(run, opened, 0, 1, before, drafts, plan)
             parts = [getattr(now, field.name) for field in fields(now)]
+            parts += [array for x in opened[0].layers for array in (x.keys, x.values)]
             parts += [now.belief.weights, now.belief.total, now.event.entropy]
             return [part for part in parts if isinstance(part, mx.array)]
 
@@ -238,13 +239,13 @@ def written_in_place(policy: str) -> float:
     run, build = our_run(policy, gpu=True), our_loop._step
     addresses: dict[int, list[int]] = {}
 
-    def watched(run: Any, canvas_index: int, step: int, before: Any, *rest: Any) -> Any:
+    def watched(run: Any, opened: Any, canvas_index: int, step: int, *rest: Any) -> Any:
         if step:  # so the one before is evaluated, or about to be
-            layers = before.context.layers
+            layers = opened[0].layers
             arrays = [array for layer in layers for array in (layer.keys, layer.values)]
             addresses[step] = [np.asarray(array).ctypes.data for array in arrays]
             del layers, arrays  # or we would be the ones who hold them
-        return build(run, canvas_index, step, before, *rest)
+        return build(run, opened, canvas_index, step, *rest)
 
     stayed: list[bool] = []
     our_loop._step = watched

@@ -12,20 +12,26 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .edit import edit as edit
     from .errors import DiffGemmaError as DiffGemmaError
     from .files import bundled_model as bundled_model
+    from .fill import fill as fill
     from .generate import batch_generate as batch_generate
     from .generate import generate as generate
     from .generate import stream_generate as stream_generate
     from .load import load as load
     from .prompt import PromptOptions as PromptOptions
     from .settings import GenerationSettings as GenerationSettings
+    from .template import Template as Template
 
 _HOME = {
     "DiffGemmaError": "errors",
     "GenerationSettings": "settings",
+    "Template": "template",
     "PromptOptions": "prompt",
     "batch_generate": "generate",
+    "edit": "edit",
+    "fill": "fill",
     "bundled_model": "files",
     "generate": "generate",
     "load": "load",
@@ -35,7 +41,7 @@ __all__ = sorted(_HOME)
 
 
 class _Package(ModuleType):
-    """`generate` and `load` are functions here, although files bear the same names."""
+    """`generate`, `fill` and others are functions here, although files bear the same names."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Importing the file `generate.py` binds it as `mlx_diffgemma.generate`, before or over the

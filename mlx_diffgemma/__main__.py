@@ -3,6 +3,8 @@
 import typer
 
 from .cli.convert import convert
+from .cli.edit import edit
+from .cli.fill import fill
 from .cli.generate import generate
 from .cli.info import info
 
@@ -15,6 +17,8 @@ def main() -> None:
         help="DiffusionGemma on MLX: text that settles out of noise, 256 tokens at a time.",
     )
     app.command()(generate)
+    app.command()(fill)
+    app.command()(edit)
     app.command()(info)
     app.command()(convert)
     app(prog_name="python -m mlx_diffgemma")

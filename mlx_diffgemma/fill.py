@@ -3,7 +3,7 @@ rows of one batch, and what does not fit in one canvas is written canvas by canv
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -26,14 +26,22 @@ from .prompt import (
     special_tokens,
     token_bytes,
 )
+from .sampler import probability_of, statistics
 from .settings import GenerationSettings, ResolvedSettings
 from .template import Slot, Template
 
-# Lengths are tried in batches of at most ROWS rows: first some spread over all that are possible,
-# then those around the best, and so on. With several slots of unknown length, one slot after the
-# other, ROUNDS times.
+# Lengths are tried in batches of at most ROWS rows: all that are possible, or ALL_OF that are
+# spread over them and then those beside the best. With several slots of unknown length, one slot
+# after the other, ROUNDS times. A trial takes TRIAL_STEPS denoise steps, and its score LOOKS more.
+# The certainty of a settled text says nothing, since the model agrees with whatever has settled. So
+# half of the canvas is made noise again, slots and pinned text alike, and what counts is how
+# probable all of it is then. The rows share that noise, and hold equally many tokens.
 ROWS = 8
+ALL_OF = 24
 ROUNDS = 2
+TRIAL_STEPS = 2
+LOOKS = 2
+NOISE_LEVEL = 0.5
 _END_OF_TURN = "<turn|>"
 _LEAST_CERTAIN = 1e-12
 
@@ -46,8 +54,8 @@ class FilledSlot:
     text: str
     tokens: tuple[int, ...]
     certainty: float  # geometric mean of its tokens' probabilities in the last step
-    # Length in tokens -> mean log-probability of all that was written with it, nats per token;
-    # one entry where there was nothing to choose.
+    # Lengths in tokens that were tried -> mean log-probability of the canvas with it, nats per
+    # token; empty where there was nothing to choose.
     lengths: dict[int, float]
 
 
@@ -73,6 +81,7 @@ def fill(
     gap_tokens: tuple[int, int] | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
+    listener: Callable[[Event], None] | None = None,
 ) -> Filled:
     """Fills a template. Its literal text stands byte for byte in the result.
 
@@ -85,6 +94,7 @@ def fill(
         default from 1 to what one canvas holds.
       settings: how to denoise; `max_new_tokens` has no effect, the template says how long it is.
       prompt_options: how the prompt is read.
+      listener: called with the loop's events, see `stream_fill`.
 
     Raises:
       DiffGemmaError: if the prompt, the settings or the template cannot be used.
@@ -101,6 +111,8 @@ def fill(
     ):
         if isinstance(event, Filled):
             filled = event
+        elif listener is not None:
+            listener(event)
     assert filled is not None
     return filled
 
@@ -201,7 +213,7 @@ class _Trial:
     lengths: tuple[int, ...]  # of the open slots of the window
     texts: list[np.ndarray]  # tokens of each of them
     certainties: list[np.ndarray]
-    score: float  # mean log-probability of all of these tokens
+    canvas: np.ndarray  # [L], all of it
 
 
 @dataclass(slots=True, eq=False)
@@ -258,7 +270,6 @@ class _Writer:
         room = self._room()
         lengths = _start(choices, room)
         scores: list[dict[int, float]] = [{} for _ in choices]
-        best: _Trial | None = None
         unknown = [i for i, choice in enumerate(choices) if len(choice.lengths) > 1]
         for _ in range(ROUNDS if len(unknown) > 1 else 1):
             before = lengths
@@ -266,22 +277,33 @@ class _Writer:
                 others = sum(lengths) - lengths[i]
                 possible = [n for n in choices[i].lengths if n + others <= room]
                 tried: dict[int, float] = {}
-                while batch := _next_lengths(possible, tried):
+                while len(possible) > 1 and (batch := _next_lengths(possible, tried)):
                     rows = [(*lengths[:i], n, *lengths[i + 1 :]) for n in batch]
-                    for trial in (yield from self._denoise(choices, rows)):
-                        tried[trial.lengths[i]] = trial.score
-                        if best is None or trial.score > best.score:
-                            best = trial
+                    trials = yield from self._denoise(choices, rows, TRIAL_STEPS)
+                    tried.update(zip(batch, self._scores(trials), strict=True))
                 scores[i] |= tried
-                n = max(tried, key=lambda n: tried[n])
+                n = max(tried, key=lambda n: tried[n]) if tried else possible[0]
                 lengths = (*lengths[:i], n, *lengths[i + 1 :])
             if lengths == before:
                 break
-        if best is None:
-            (best,) = yield from self._denoise(choices, [lengths])
-        for i, tried in enumerate(scores):
-            tried.setdefault(best.lengths[i], best.score)
+        (best,) = yield from self._denoise(choices, [lengths], self.settings.max_denoising_steps)
         return best, scores
+
+    def _scores(self, trials: Sequence[_Trial]) -> list[float]:
+        """How probable each trial's canvas is, nats per token, half of it being noise."""
+        canvas = np.stack([trial.canvas for trial in trials])
+        context, vocab_size = self.context.repeated(len(trials)), self.model.config.text.vocab_size
+        noise = np.random.default_rng([self.settings.seed, self.batches])
+        truth, total = mx.array(canvas), np.zeros(len(trials))
+        for _ in range(LOOKS):
+            noisy = noise.random(canvas.shape[1]) < NOISE_LEVEL
+            tokens = noise.integers(0, vocab_size, canvas.shape[1])
+            logits = self.model.denoise(mx.array(np.where(noisy, tokens, canvas)), context)
+            seen = statistics(logits)
+            probability = np.array(probability_of(truth, seen), np.float64)
+            total += np.log(np.maximum(probability, _LEAST_CERTAIN)).mean(axis=1)
+        self.positions += LOOKS * canvas.size
+        return (total / LOOKS).tolist()
 
     def _room(self) -> int:
         """Tokens that the slots of the window may have together."""
@@ -290,14 +312,19 @@ class _Writer:
         return self.settings.canvas_length - literal - (inside == len(self.rest))
 
     def _denoise(
-        self, choices: list[_Choice], rows: list[tuple[int, ...]]
+        self, choices: list[_Choice], rows: list[tuple[int, ...]], steps: int
     ) -> Generator[Event, None, list[_Trial]]:
         """Denoises one canvas per row of lengths, all behind the same context."""
-        L, V = self.settings.canvas_length, self.model.config.text.vocab_size
+        L = self.settings.canvas_length
         pinned, places, needed = self._pin(choices, rows)
         self.batches += 1
         noise = SeededNoise(self.settings.seed, attempt=self.batches - 1)
-        settings = replace(self.settings, max_new_tokens=min(L, needed), empty_rerolls=0)
+        settings = replace(
+            self.settings,
+            max_new_tokens=min(L, needed),
+            max_denoising_steps=min(steps, self.settings.max_denoising_steps),
+            empty_rerolls=0,
+        )
         last: StepDone | None = None
         for event in denoise_context(
             self.model,
@@ -311,14 +338,15 @@ class _Writer:
                 yield event
             elif isinstance(event, Finished):
                 self.positions += sum(event.row_positions)
-        assert last is not None and V
+        assert last is not None
         draft, certainty = np.array(last.draft), np.array(last.certainty)
+        canvases = pinned.tokens.copy()
+        canvases[:, : draft.shape[1]] = draft
         trials = []
         for row, lengths in enumerate(rows):
             texts = [draft[row, start:stop] for start, stop in places[row]]
             sure = [certainty[row, start:stop] for start, stop in places[row]]
-            score = float(np.log(np.maximum(np.concatenate(sure), _LEAST_CERTAIN)).mean())
-            trials.append(_Trial(lengths, texts, sure, score))
+            trials.append(_Trial(lengths, texts, sure, np.maximum(canvases[row], 0)))
         return trials
 
     def _pin(
@@ -445,19 +473,21 @@ def _start(choices: Sequence[_Choice], room: int) -> tuple[int, ...]:
 
 
 def _next_lengths(possible: list[int], tried: Mapping[int, float]) -> list[int]:
-    """Up to ROWS lengths to try: spread over all that are possible, each step from one to the next
-    longer than the last; afterwards those between the neighbours of the best."""
-    if not tried:
-        return _spread(possible)
+    """Up to ROWS lengths to try next: first all that are possible, or some spread over them, each
+    step from one to the next longer than the last; then those beside the best."""
+    first = _spread(possible)
+    if left := [n for n in first if n not in tried]:
+        return left[:ROWS]
     best = max(tried, key=lambda n: tried[n])
     below = max((n for n in tried if n < best), default=best)
     above = min((n for n in tried if n > best), default=best)
-    return _spread([n for n in possible if below < n < above and n != best])
+    between = [n for n in possible if below < n < above and n not in tried]
+    return between if len(between) <= ROWS else between[:: -(-len(between) // ROWS)]
 
 
 def _spread(lengths: list[int]) -> list[int]:
-    if len(lengths) <= ROWS:
+    if len(lengths) <= ALL_OF:
         return lengths
-    ratio = (len(lengths)) ** (1 / (ROWS - 1))
-    picked = sorted({min(len(lengths), round(ratio**i)) for i in range(ROWS)})
-    return [lengths[i - 1] for i in picked]
+    ratio = len(lengths) ** (1 / (ALL_OF - 1))
+    picked = {round(ratio**i) for i in range(ALL_OF)} | set(range(1, ALL_OF // 2))
+    return [lengths[i - 1] for i in sorted(picked)]

@@ -245,7 +245,9 @@ def _settle(
             ahead = None
         assert now.event is not None and now.check is not None
         is_last = step + 1 == settings.max_denoising_steps
-        mx.async_eval(now.draft, now.check, now.event.entropy, *(now.event.candidates or ()))
+        listened = (now.event.entropy, *(now.event.candidates or ()))
+        # The next canvas too, or what it is drawn from would stay in memory until then.
+        mx.async_eval(now.draft, now.check, *(() if is_last else (now.canvas,)), *listened)
         drafts = (*drafts, now.draft)[-max(1, settings.stability_threshold) :]
         if is_lazy and not is_last:
             # Built before this step is looked at, so that the device need not wait for Python;

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text
+from .fill import Filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +108,38 @@ def as_object(event: Event, summary: Summary | None = None) -> dict[str, Any]:
             return {"event": "text", "channel": event.channel, "text": event.piece}
         case Finished():
             return {"event": "finished", **(asdict(summary) if summary else {})}
+
+
+def filled_object(filled: Filled) -> dict[str, Any]:
+    """A filled template as a JSON object."""
+    return {
+        "text": filled.text,
+        "slots": {
+            name: {
+                "text": slot.text,
+                "tokens": len(slot.tokens),
+                "certainty": round(slot.certainty, 6),
+                "lengths": {str(n): round(score, 4) for n, score in sorted(slot.lengths.items())},
+            }
+            for name, slot in filled.slots.items()
+        },
+        "notes": list(filled.notes),
+        "prompt_tokens": filled.prompt_tokens,
+        "canvases": filled.canvases,
+        "steps": filled.steps,
+        "positions": filled.positions,
+    }
+
+
+def filled_lines(filled: Filled) -> list[str]:
+    """What is worth knowing about it, a line each: notes, then slots, then the work."""
+    lines = [*filled.notes]
+    for slot in filled.slots.values():
+        line = f"slot {slot.name}: {len(slot.tokens)} tokens, certainty {slot.certainty:.0%}"
+        others = sorted(slot.lengths.items(), key=lambda pair: -pair[1])[:4]
+        if len(others) > 1:
+            scores = ", ".join(f"{n}: {score:.2f}" for n, score in others)
+            line += f"; lengths by nats per token {scores}"
+        lines.append(line)
+    steps = f"{filled.steps} step{'s' * (filled.steps != 1)}"
+    return [*lines, f"{steps}, {filled.positions:,} rows x steps"]

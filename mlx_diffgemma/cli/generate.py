@@ -1,15 +1,13 @@
 """mlx_diffgemma.generate: answer one prompt."""
 
 import json
-import secrets
-import sys
 from contextlib import closing
 from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, PromptError
+from ..errors import ConfigError
 from ..settings import (
     COMMAND_MAX_TOKENS,
     Acceptance,
@@ -19,7 +17,17 @@ from ..settings import (
     SelfConditioning,
     StopOn,
 )
-from .options import MODEL_HELP, REVISION_HELP, friendly_errors, run, setting
+from .options import (
+    MODEL_HELP,
+    REVISION_HELP,
+    boolean,
+    fresh_seed,
+    friendly_errors,
+    read_stdin,
+    run,
+    setting,
+    unescape,
+)
 
 
 def generate(
@@ -92,7 +100,7 @@ def generate(
     """Answer one prompt: the answer on stdout, everything else on stderr."""
     from .render import View
 
-    view = View(verbose=_boolean(verbose))
+    view = View(verbose=boolean(verbose))
     with friendly_errors():
         try:
             settings = GenerationSettings(
@@ -117,10 +125,10 @@ def generate(
                 sparse_tokens=sparse_tokens,
                 sparse_entropy=sparse_entropy,
                 schedule_steps=schedule_steps,
-                seed=secrets.randbits(32) if seed is None else seed,
+                seed=fresh_seed(seed),
             )
             variables = _json_object(chat_template_config)
-            text = _read_stdin() if prompt == "-" else _unescape(prompt)
+            text = read_stdin() if prompt == "-" else unescape(prompt)
             from ..files import bundled_model  # heavy imports wait until the arguments are valid
             from ..load import load
             from ..prompt import PromptOptions, single_tokens
@@ -197,20 +205,6 @@ def _answer(
                 view.summary(summary.line())
 
 
-def _unescape(prompt: str) -> str:
-    """As mlx-lm reads --prompt: a backslash and an n are a line break, and likewise for tabs."""
-    return prompt.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def _boolean(text: str) -> bool:
-    """As mlx-lm reads the value of --verbose."""
-    values = {"true": True, "t": True, "yes": True, "1": True}
-    values |= {"false": False, "f": False, "no": False, "0": False}
-    if text.lower() not in values:
-        raise typer.BadParameter(f"{text!r} is neither True nor False", param_hint="--verbose")
-    return values[text.lower()]
-
-
 def _json_object(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text) if text is not None else {}
@@ -219,15 +213,6 @@ def _json_object(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"--chat-template-config must be a JSON object, got {text}")
     return value
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        raise PromptError("stdin is closed; there is no prompt to read from it")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"stdin is not UTF-8: {error}") from error
 
 
 def main() -> None:

@@ -4,16 +4,19 @@ fail."""
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from ..errors import DiffGemmaError
+from ..errors import DiffGemmaError, PromptError, TemplateError
 from ..settings import default_of, help_of, source_of
 from .interrupt import leave
 
@@ -27,6 +30,61 @@ def setting(name: str, *flags: str, default: str | None = None) -> Any:
     source = f"the {decider}'s, else " if (decider := source_of(name)) else ""
     value = default or f"{source}{default_of(name)}"
     return typer.Option(*flags, help=help_of(name), show_default=value)
+
+
+def unescape(prompt: str) -> str:
+    """As mlx-lm reads --prompt: a backslash and an n are a line break, and likewise for tabs."""
+    return prompt.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def boolean(text: str) -> bool:
+    """As mlx-lm reads the value of --verbose."""
+    values = {"true": True, "t": True, "yes": True, "1": True}
+    values |= {"false": False, "f": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise typer.BadParameter(f"{text!r} is neither True nor False", param_hint="--verbose")
+    return values[text.lower()]
+
+
+def read_stdin() -> str:
+    if sys.stdin is None:
+        raise PromptError("stdin is closed; there is no prompt to read from it")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"stdin is not UTF-8: {error}") from error
+
+
+def read_file(file: Path) -> bytes:
+    """A file as it is."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def decoded(file: Path, content: bytes) -> str:
+    """Its text, line ends and all."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file} is not UTF-8: {error}") from error
+
+
+def fresh_seed(seed: int | None) -> int:
+    """The seed that was given, or one that can be printed."""
+    return secrets.randbits(32) if seed is None else seed
+
+
+def gap_bounds(text: str | None) -> tuple[int, int] | None:
+    """The value of --gap-tokens: "8..40", or "8" for exactly 8."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", text)
+    low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= low <= high:
+        raise TemplateError(f"--gap-tokens must be M..N with 1 <= M <= N, got {text!r}")
+    return low, high
 
 
 @contextmanager

@@ -6,14 +6,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text as Styled
 
 from ..errors import SourceError
+from ..events import StepDone
 from ..info import Info
+
+if TYPE_CHECKING:
+    from ..events import Event
+    from ..fill import Filled
 
 
 class View:
@@ -84,6 +89,27 @@ class View:
         """The numbers at the end, for a terminal only."""
         if self.is_live:
             self.note(line)
+
+    def trial(self, event: Event) -> None:
+        """Progress of a search over lengths, in one line."""
+        if isinstance(event, StepDone) and self.is_live:
+            rows = event.draft.shape[0]
+            what = f"{rows} lengths at once" if rows > 1 else "the canvas"
+            self._draw(Styled(f"denoising {what}, step {event.step + 1}", style="dim italic"))
+
+    def about(self, filled: Filled) -> None:
+        """Notes and certainties of a filled template, to stderr."""
+        from ..report import filled_lines  # imports mlx
+
+        for line in filled_lines(filled):
+            self.note(line)
+
+    def result(self, text: str) -> None:
+        """A text to stdout, byte for byte; a terminal gets a line break behind it."""
+        self._erase()
+        self._write(text)
+        if sys.stdout is not None and sys.stdout.isatty() and not text.endswith("\n"):
+            self._write("\n")
 
     def close(self) -> None:
         """Takes the canvas away and completes the last line of the answer."""

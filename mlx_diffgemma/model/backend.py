@@ -41,12 +41,17 @@ def begin(x: mx.array) -> None:
         mx.async_eval(x)
 
 
+def _another(function: Callable[..., Any]) -> Callable[..., Any]:
+    """MLX keeps traces by function: a second trace of the same one would be the first."""
+    return lambda *arguments: function(*arguments)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`mx.compile` for any shape, traced once per backend."""
 
     @cache
     def trace_for(is_cpu: bool) -> Callable[..., Any]:
-        return mx.compile(function, shapeless=True)
+        return mx.compile(_another(function), shapeless=True)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
@@ -65,7 +70,7 @@ def compiled_per_shape(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @lru_cache(maxsize=64)
     def trace_for(shape: tuple[int, ...], is_cpu: bool) -> Callable[..., Any]:
-        return mx.compile(function)
+        return mx.compile(_another(function))
 
     @wraps(function)
     def call(x: mx.array, *rest: Any) -> Any:

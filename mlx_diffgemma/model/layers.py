@@ -35,8 +35,9 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def softcap(outputs: mx.array, cap: float) -> mx.array:
-    """cap * tanh(outputs / cap), float32."""
-    return tanh(outputs.astype(mx.float32) / cap) * cap
+    """cap * tanh(outputs / cap), float32. MLX's tanh everywhere: a longer chain of operations would
+    fall apart into several kernels, and write arrays of the size of the logits between them."""
+    return mx.tanh(outputs.astype(mx.float32) / cap) * cap
 
 
 class MLP(nn.Module):

@@ -1,0 +1,144 @@
+"""mlx_diffgemma.edit: rewrite a part of a file."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import SourceError, TemplateError
+from ..settings import GenerationSettings, Policy
+from .options import (
+    MODEL_HELP,
+    REVISION_HELP,
+    boolean,
+    decoded,
+    fresh_seed,
+    friendly_errors,
+    gap_bounds,
+    read_file,
+    run,
+    setting,
+    unescape,
+)
+
+
+def edit(
+    file: Annotated[Path, typer.Argument(help="The file to edit, in UTF-8.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to do with the selection.")],
+    select: Annotated[
+        str | None,
+        typer.Option(help="line:column-line:column, from 1; the second is the first one behind."),
+    ] = None,
+    match: Annotated[
+        str | None, typer.Option(help="The selection as its text, which stands once in the file.")
+    ] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Print a unified diff instead.")] = False,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", "-i", help="Write the file instead of printing it.")
+    ] = False,
+    gap_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Least and most tokens of the new part, such as 8..40.",
+            metavar="M..N",
+            show_default="half of the old to twice as much and 8",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System prompt for the chat template.")
+    ] = None,
+    temp: Annotated[float | None, setting("temperature", "--temp")] = None,
+    seed: Annotated[int | None, setting("seed", default="fresh, and printed")] = None,
+    max_denoising_steps: Annotated[int | None, setting("max_denoising_steps")] = None,
+    canvas_length: Annotated[
+        int | None, setting("canvas_length", default="the checkpoint's")
+    ] = None,
+    policy: Annotated[Policy | None, setting("policy")] = None,
+    verbose: Annotated[
+        str, typer.Option(metavar="BOOLEAN", help="False prints nothing but the result and errors.")
+    ] = "True",
+) -> None:
+    """Rewrite a selection of a file; everything around it stays byte for byte."""
+    from .render import View
+
+    view = View(verbose=boolean(verbose))
+    with friendly_errors():
+        try:
+            settings = GenerationSettings(
+                temperature=temp,
+                seed=fresh_seed(seed),
+                max_denoising_steps=max_denoising_steps,
+                canvas_length=canvas_length,
+                policy=policy,
+            )
+            if diff and in_place:
+                raise TemplateError("--diff prints and --in-place writes: choose one of the two")
+            if (select is None) == (match is None):
+                raise TemplateError("say what to rewrite, with --select or with --match")
+            content = read_file(file)
+            document = decoded(file, content)
+            from ..edit import Selection
+            from ..edit import edit as rewrite
+
+            bounds = gap_bounds(gap_tokens)
+            if match is not None:
+                selection = Selection.of_match(document, match)
+            else:
+                assert select is not None
+                selection = Selection.of_places(document, select)
+            from ..files import bundled_model
+            from ..load import load
+            from ..prompt import PromptOptions
+
+            loaded, tokenizer = load(bundled_model() if model is None else model, revision=revision)
+            edited = rewrite(
+                loaded,
+                tokenizer,
+                document,
+                selection,
+                unescape(prompt),
+                gap_tokens=bounds,
+                settings=settings,
+                prompt_options=PromptOptions(system_prompt=system_prompt),
+                listener=view.trial,
+            )
+            if seed is None:
+                view.note(f"seed {settings.seed}")
+            view.about(edited.filled)
+            if diff:
+                view.result(edited.diff(file.name))
+            elif in_place:
+                _write(file, content, edited.text.encode())
+                view.note(f"wrote {file}")
+            else:
+                view.result(edited.text)
+        finally:
+            view.close()
+
+
+def _write(file: Path, before: bytes, after: bytes) -> None:
+    """Through a file beside it and a rename, so that the file is never half written."""
+    target = file.resolve()  # a link stays one
+    if read_file(target) != before:
+        raise SourceError(f"{file} has changed on disk since it was read; nothing was written")
+    beside = None
+    try:
+        number, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(number, "wb") as stream:
+            stream.write(after)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(beside, target.stat().st_mode & 0o7777)
+        os.replace(beside, target)
+    except OSError as error:
+        if beside is not None:
+            Path(beside).unlink(missing_ok=True)
+        raise SourceError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def main() -> None:
+    run(edit)
