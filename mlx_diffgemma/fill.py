@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -234,13 +235,9 @@ class _Writer:
 
     def write(self) -> Generator[Event, None, None]:
         """Fills every slot, in order."""
-        L = self.settings.canvas_length
         while any(isinstance(piece, _Choice) for piece in self.rest):
-            if _least(self.rest) > L:
-                first = next(i for i, p in enumerate(self.rest) if isinstance(p, _Choice))
-                self._commit([t for piece in self.rest[:first] for t in piece])  # type: ignore[union-attr]
-                self.rest = self.rest[first:]
-            inside = _fitting(self.rest, L)
+            self._advance()
+            inside = _fitting(self.rest, self.settings.canvas_length)
             choices = [p for p in self.rest[:inside] if isinstance(p, _Choice)]
             best, scores = yield from self._search(choices)
             self.canvases += 1
@@ -250,14 +247,18 @@ class _Writer:
                 self.rest[self.rest.index(choice)] = tokens.tolist()
                 mean = float(np.exp(np.log(np.maximum(certainty, _LEAST_CERTAIN)).mean()))
                 self.done.append(_Done(tuple(tokens.tolist()), mean, tried))
-            if inside < len(self.rest) and any(isinstance(p, _Choice) for p in self.rest[inside:]):
-                self._commit([t for piece in self.rest[:inside] for t in piece])  # type: ignore[union-attr]
-                self.rest = self.rest[inside:]
 
-    def _commit(self, tokens: list[int]) -> None:
-        if tokens:
+    def _advance(self) -> None:
+        """Commits what stands before the next slot, unless one canvas holds the whole rest: so a
+        window sees as much as it can of what comes behind."""
+        if _least(self.rest) <= self.settings.canvas_length:
+            return
+        first = next(i for i, piece in enumerate(self.rest) if isinstance(piece, _Choice))
+        lead = [token for piece in self.rest[:first] for token in cast(list[int], piece)]
+        self.rest = self.rest[first:]
+        if lead:
             self.context = self.model.prefill(
-                mx.array([tokens], dtype=mx.int32),
+                mx.array([lead], dtype=mx.int32),
                 self.context,
                 step_size=self.settings.prefill_step_size,
             )

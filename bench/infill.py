@@ -1,0 +1,233 @@
+"""How well does the bundled model fill gaps, their length being known or not?
+
+1. Sudoku, 200 grids of 4 x 4 (the one size that the bundled model knows): asked by prompt, as a
+   left-to-right model must be asked, and filled, the givens pinned in the canvas. Solved means a
+   valid grid that holds the givens; some grids have several solutions. An altered given is a cell
+   that was given and stands otherwise in the answer.
+2. Counting, sorting, tables, 200 answers each: a random span of 1 to 8 tokens is taken out of the
+   right answer and filled, its length unknown (any that fits the canvas) and known. Exact means
+   that the very same text came back.
+
+Float32, seeds by prompt, 95% Wilson intervals; work in rows x steps (canvas positions denoised, the
+looks that score lengths included).
+
+Bounds: no given is ever altered by filling, and nothing outside of the gaps; filling solves at
+least as many grids as asking; of unknown lengths, at least 0.8 of what a known length restores.
+Floor of the work: one look at the gap's canvas, 32 rows x steps.
+
+    LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libopenblas.so.0 python bench/infill.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from statistics import fmean
+from typing import Any
+
+import mlx.core as mx
+from answer import choose, wilson
+from common import finish, record
+
+from mlx_diffgemma import GenerationSettings, bundled_model, load, stream_generate
+from mlx_diffgemma.events import Finished, Text
+from mlx_diffgemma.fill import Filled, fill
+from mlx_diffgemma.template import Slot, Template
+
+TASKS = ("count", "sort", "table")
+LONGEST_SPAN = 8
+UNKNOWN_AT_LEAST = 0.8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--limit", type=int, default=200, help="prompts per task")
+    parser.add_argument("--policy", choices=("reference", "fast"), default="reference")
+    parser.add_argument("--save", action="store_true", help="append to bench/results/")
+    options = parser.parse_args()
+    print("bounds: no given altered; filling solves as many as asking; unknown >= 0.8 of known")
+    model, tokenizer = load(bundled_model())
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    run = Runner(model, tokenizer, options.policy)
+    entries: dict[str, list[dict[str, str]]] = {}
+    for entry in choose(options.limit):
+        entries.setdefault(entry["task"], []).append(entry)
+    sudoku = grids(run, entries["sudoku4"])
+    print(f"sudoku4: {sudoku}", flush=True)
+    restored = {}
+    for task in TASKS:
+        restored[task] = restoration(run, entries[task])
+        print(f"{task}: {restored[task]}", flush=True)
+    known = sum(row["known"]["exact"] for row in restored.values())
+    unknown = sum(row["unknown"]["exact"] for row in restored.values())
+    passed = (
+        sudoku["filled"]["altered_givens"] == 0
+        and sudoku["filled"]["solved"] >= sudoku["asked"]["solved"]
+        and unknown >= UNKNOWN_AT_LEAST * known
+        and all(row["literals_altered"] == 0 for row in restored.values())
+    )
+    print("within the bounds" if passed else "NOT within the bounds")
+    finish(
+        record(
+            "infill",
+            what="gaps filled by the bundled model, against asking and against known lengths",
+            shape={"prompts_per_task": options.limit, "canvas": 32, "batch": 1},
+            dtype="float32",
+            units={
+                "solved, exact": "prompts",
+                "rate": "of all prompts; interval: Wilson, 95%",
+                "altered_givens": "cells, over all grids",
+                "grids_with_altered_givens": "grids",
+                "positions": "rows x steps, mean",
+                "seconds": "mean, on a shared machine",
+            },
+            policy=options.policy,
+            sudoku4=sudoku,
+            restored=restored,
+            passed=passed,
+        ),
+        save=options.save,
+    )
+    sys.exit(not passed)
+
+
+class Runner:
+    """The bundled model, asked and filled."""
+
+    def __init__(self, model: Any, tokenizer: Any, policy: str):
+        self.model, self.tokenizer, self.policy = model, tokenizer, policy
+
+    def settings(self, seed: int) -> GenerationSettings:
+        return GenerationSettings(seed=seed, policy=self.policy, max_new_tokens=64)
+
+    def ask(self, prompt: str, seed: int) -> tuple[str, int]:
+        """The answer and its rows x steps."""
+        text, positions = "", 0
+        for event in stream_generate(
+            self.model, self.tokenizer, prompt, settings=self.settings(seed)
+        ):
+            if isinstance(event, Text):
+                text += event.piece
+            elif isinstance(event, Finished):
+                (positions,) = event.row_positions
+        return text, positions
+
+    def fill(self, parts: list[str | Slot], prompt: str, seed: int) -> Filled:
+        template = Template(tuple(part for part in parts if part != ""))
+        return fill(
+            self.model, self.tokenizer, template, prompt=prompt, settings=self.settings(seed)
+        )
+
+
+def grids(run: Runner, entries: list[dict[str, str]]) -> dict[str, Any]:
+    """Each grid asked and filled."""
+    rows: dict[str, list[tuple[bool, int, int, float]]] = {"asked": [], "filled": []}
+    for seed, entry in enumerate(entries):
+        given = entry["prompt"].partition("\n")[2]
+        started = time.perf_counter()
+        text, positions = run.ask(entry["prompt"], seed)
+        rows["asked"].append(judged(given, text, positions, started))
+        parts: list[str | Slot] = []
+        for i, cell in enumerate(given):
+            parts.append(Slot(str(i), "gap", 1, 1) if cell == "." else cell)
+        started = time.perf_counter()
+        filled = run.fill(joined(parts), entry["prompt"], seed)
+        rows["filled"].append(judged(given, filled.text, filled.positions, started))
+    return {
+        how: {
+            "grids": len(found),
+            "solved": (solved := sum(row[0] for row in found)),
+            **rate(solved, len(found)),
+            "altered_givens": sum(row[1] for row in found),
+            "grids_with_altered_givens": sum(row[1] > 0 for row in found),
+            "positions": round(fmean(row[2] for row in found), 1),
+            "seconds": round(fmean(row[3] for row in found), 4),
+        }
+        for how, found in rows.items()
+    }
+
+
+def judged(given: str, text: str, positions: int, started: float) -> tuple[bool, int, int, float]:
+    """Solved, givens altered, rows x steps, seconds."""
+    seconds = time.perf_counter() - started
+    padded = text.ljust(len(given))
+    altered = sum(a not in (".", b) for a, b in zip(given, padded, strict=False))
+    return altered == 0 and is_solved(text), altered, positions, seconds
+
+
+def is_solved(text: str) -> bool:
+    """Whether it is a grid with every digit once in each row, column and box."""
+    rows = text.split("\n")
+    size = len(rows)
+    side = round(size**0.5)
+    if side * side != size or any(len(row) != size for row in rows):
+        return False
+    digits = set("123456789"[:size])
+    columns = ["".join(row[i] for row in rows) for i in range(size)]
+    boxes = [
+        "".join(rows[r + i][c : c + side] for i in range(side))
+        for r in range(0, size, side)
+        for c in range(0, size, side)
+    ]
+    return all(set(unit) == digits for unit in [*rows, *columns, *boxes])
+
+
+def joined(parts: list[str | Slot]) -> list[str | Slot]:
+    """With neighbouring literals as one."""
+    out: list[str | Slot] = []
+    for part in parts:
+        if isinstance(part, str) and out and isinstance(out[-1], str):
+            out[-1] += part
+        else:
+            out.append(part)
+    return out
+
+
+def restoration(run: Runner, entries: list[dict[str, str]]) -> dict[str, Any]:
+    """Each answer with a span taken out and put back."""
+    found: dict[str, list[tuple[bool, bool, int, float]]] = {"unknown": [], "known": []}
+    altered, draw = 0, random.Random(0)
+    for seed, entry in enumerate(entries):
+        answer = entry["answer"]
+        count = draw.randint(1, min(LONGEST_SPAN, len(answer) - 1))
+        start = draw.randint(0, len(answer) - count)
+        before, span, behind = (
+            answer[:start],
+            answer[start : start + count],
+            answer[start + count :],
+        )
+        for how, slot in (
+            ("unknown", Slot("gap", "gap")),
+            ("known", Slot("gap", "gap", count, count)),
+        ):
+            started = time.perf_counter()
+            filled = run.fill([before, slot, behind], entry["prompt"], seed)
+            seconds = time.perf_counter() - started
+            got = filled.slots["gap"]
+            altered += filled.text != before + got.text + behind
+            right = len(got.tokens) == count  # one token per character here
+            found[how].append((got.text == span, right, filled.positions, seconds))
+    return {
+        how: {
+            "prompts": len(rows),
+            "exact": (exact := sum(row[0] for row in rows)),
+            **rate(exact, len(rows)),
+            "length_right": sum(row[1] for row in rows),
+            "positions": round(fmean(row[2] for row in rows), 1),
+            "seconds": round(fmean(row[3] for row in rows), 4),
+        }
+        for how, rows in found.items()
+    } | {"literals_altered": altered}
+
+
+def rate(count: int, total: int) -> dict[str, Any]:
+    return {"rate": round(count / total, 4), "interval": wilson(count, total)}
+
+
+if __name__ == "__main__":
+    main()
