@@ -45,6 +45,7 @@ LOOKS = 2
 NOISE_LEVEL = 0.5
 _END_OF_TURN = "<turn|>"
 _LEAST_CERTAIN = 1e-12
+_GROWTH = 8  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,10 +308,18 @@ class _Writer:
         return (total / LOOKS).tolist()
 
     def _room(self) -> int:
-        """Tokens that the slots of the window may have together."""
-        inside = _fitting(self.rest, self.settings.canvas_length)
-        literal = sum(len(piece) for piece in self.rest[:inside] if isinstance(piece, list))
-        return self.settings.canvas_length - literal - (inside == len(self.rest))
+        """Tokens that the slots of the window may have together. What stands behind them must be
+        in sight, up to half a canvas of it: a slot that fills the window would suit any text."""
+        L = self.settings.canvas_length
+        slots = [
+            i
+            for i, piece in enumerate(self.rest[: _fitting(self.rest, L)])
+            if isinstance(piece, _Choice)
+        ]
+        before = sum(len(p) for p in self.rest[: slots[-1]] if isinstance(p, list))
+        behind = _least(self.rest[slots[-1] + 1 :])
+        least = sum(cast(_Choice, self.rest[i]).lengths[0] for i in slots)
+        return max(least, L - before - min(behind, L // 2))
 
     def _denoise(
         self, choices: list[_Choice], rows: list[tuple[int, ...]], steps: int
@@ -450,17 +459,19 @@ def _least(pieces: Sequence[_Piece]) -> int:
 
 
 def _fitting(pieces: Sequence[_Piece], canvas_length: int) -> int:
-    """How many pieces, up to a slot and with it, one canvas holds at their least lengths; all of
-    them where it holds the end of the turn too."""
+    """How many pieces, up to a slot and with it, one canvas holds; all of them where it holds the
+    end of the turn too. Later slots than the first get some tokens to grow into."""
     if _least(pieces) <= canvas_length:
         return len(pieces)
     at, inside = 0, 0
     for i, piece in enumerate(pieces):
-        at += len(piece) if isinstance(piece, list) else piece.lengths[0]
+        if isinstance(piece, list):
+            at += len(piece)
+            continue
+        at += max(piece.lengths[0], min(piece.lengths[-1], _GROWTH)) if inside else piece.lengths[0]
         if at > canvas_length:
             break
-        if not isinstance(piece, list):
-            inside = i + 1
+        inside = i + 1
     return inside
 
 
