@@ -35,8 +35,8 @@ from .template import Slot, Template
 # spread over them and then those beside the best. With several slots of unknown length, one slot
 # after the other, ROUNDS times. A trial takes TRIAL_STEPS denoise steps, and its score LOOKS more.
 # The certainty of a settled text says nothing, since the model agrees with whatever has settled. So
-# half of the canvas is made noise again, slots and pinned text alike, and what counts is how
-# probable all of it is then. The rows share that noise, and hold equally many tokens.
+# half of what was written is made noise again, and what counts is how probable the pinned text
+# around it is then: around a slot of the wrong length it looks out of place.
 ROWS = 8
 ALL_OF = 24
 ROUNDS = 2
@@ -56,7 +56,7 @@ class FilledSlot:
     text: str
     tokens: tuple[int, ...]
     certainty: float  # geometric mean of its tokens' probabilities in the last step
-    # Lengths in tokens that were tried -> mean log-probability of the canvas with it, nats per
+    # Lengths in tokens that were tried -> mean log-probability of the text around it, nats per
     # token; empty where there was nothing to choose.
     lengths: dict[int, float]
 
@@ -216,6 +216,7 @@ class _Trial:
     texts: list[np.ndarray]  # tokens of each of them
     certainties: list[np.ndarray]
     canvas: np.ndarray  # [L], all of it
+    written: np.ndarray  # bool [L], what of it was not given
 
 
 @dataclass(slots=True, eq=False)
@@ -292,18 +293,21 @@ class _Writer:
         return best, scores
 
     def _scores(self, trials: Sequence[_Trial]) -> list[float]:
-        """How probable each trial's canvas is, nats per token, half of it being noise."""
+        """How probable the pinned text of each trial is, nats per token, half of the rest being
+        noise; where nothing is pinned, how probable the rest is."""
         canvas = np.stack([trial.canvas for trial in trials])
+        written = np.stack([trial.written for trial in trials])
+        judged = np.where(written.all(axis=1, keepdims=True), written, ~written)
         context, vocab_size = self.context.repeated(len(trials)), self.model.config.text.vocab_size
         noise = np.random.default_rng([self.settings.seed, self.batches])
         truth, total = mx.array(canvas), np.zeros(len(trials))
         for _ in range(LOOKS):
-            noisy = noise.random(canvas.shape[1]) < NOISE_LEVEL
+            is_noise = written & (noise.random(canvas.shape[1]) < NOISE_LEVEL)
             tokens = noise.integers(0, vocab_size, canvas.shape[1])
-            logits = self.model.denoise(mx.array(np.where(noisy, tokens, canvas)), context)
-            seen = statistics(logits)
-            probability = np.array(probability_of(truth, seen), np.float64)
-            total += np.log(np.maximum(probability, _LEAST_CERTAIN)).mean(axis=1)
+            logits = self.model.denoise(mx.array(np.where(is_noise, tokens, canvas)), context)
+            probability = np.array(probability_of(truth, statistics(logits)), np.float64)
+            logs = np.log(np.maximum(probability, _LEAST_CERTAIN))
+            total += (logs * judged).sum(axis=1) / judged.sum(axis=1)
         self.positions += LOOKS * canvas.size
         return (total / LOOKS).tolist()
 
@@ -356,7 +360,8 @@ class _Writer:
         for row, lengths in enumerate(rows):
             texts = [draft[row, start:stop] for start, stop in places[row]]
             sure = [certainty[row, start:stop] for start, stop in places[row]]
-            trials.append(_Trial(lengths, texts, sure, np.maximum(canvases[row], 0)))
+            canvas = np.maximum(canvases[row], 0)  # columns that were not looked at are pinned
+            trials.append(_Trial(lengths, texts, sure, canvas, pinned.tokens[row] == FREE))
         return trials
 
     def _pin(
