@@ -22,6 +22,7 @@ class _Moves:
     tokens: np.ndarray  # int64 [moves]
     targets: np.ndarray  # int64 [groups]
     starts: np.ndarray  # int64 [groups], where in `tokens` those to each target begin
+    counts: np.ndarray  # int64 [groups], how many they are
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,15 +92,15 @@ class Automaton:
         """The tokens at each place of the strings of one length: sorted ids. Every token belongs to
         some string, but not every combination of tokens is one."""
         sets, here = [], {self.initial}
+        size = 1 + max(int(ways.tokens.max(initial=0)) for ways in self.moves.values())
         for i in range(length):
-            ends, found, there = self._can_end(length - i - 1), [], set()
+            ends, found, there = self._can_end(length - i - 1), np.zeros(size, bool), set[int]()
             for state in here:
                 ways = self.moves[state]
-                for target, tokens in zip(ways.targets.tolist(), _groups(ways), strict=True):
-                    if target in ends:
-                        found.append(tokens)
-                        there.add(target)
-            sets.append(np.unique(np.concatenate(found)))
+                leads_on = np.array([target in ends for target in ways.targets.tolist()], bool)
+                found[ways.tokens[np.repeat(leads_on, ways.counts)]] = True
+                there.update(ways.targets[leads_on].tolist())
+            sets.append(np.flatnonzero(found))
             here = there
         return sets
 
@@ -113,8 +114,7 @@ class Automaton:
         Returns:
           int32 [n].
         """
-        scores = np.log(np.maximum(probabilities, _TINIEST))
-        n = len(scores)
+        n = len(probabilities)
         reached = [{self.initial}]  # states at each place that can still end in time
         for i in range(n - 1):
             ends = self._can_end(n - i - 1)
@@ -123,25 +123,29 @@ class Automaton:
         values = [dict[int, float]() for _ in range(n)] + [dict.fromkeys(self.finals, 0.0)]
         for i in reversed(range(n)):
             for state in reached[i]:
-                totals = self._totals(state, scores[i], values[i + 1])
+                totals = self._totals(state, probabilities[i], values[i + 1])
                 if totals.size and (best := totals.max()) > -np.inf:
                     values[i][state] = float(best)
         state, string = self.initial, np.empty(n, np.int32)
         for i in range(n):
             ways = self.moves[state]
-            group = int(self._totals(state, scores[i], values[i + 1]).argmax())
-            tokens = _groups(ways)[group]
-            string[i] = tokens[scores[i][tokens].argmax()]
+            group = int(self._totals(state, probabilities[i], values[i + 1]).argmax())
+            start = ways.starts[group]
+            tokens = ways.tokens[start : start + ways.counts[group]]
+            string[i] = tokens[probabilities[i][tokens].argmax()]
             state = int(ways.targets[group])
         return string
 
-    def _totals(self, state: int, scores: np.ndarray, later: Mapping[int, float]) -> np.ndarray:
+    def _totals(
+        self, state: int, probabilities: np.ndarray, later: Mapping[int, float]
+    ) -> np.ndarray:
         """For each target of a state: the best way there, and on from there to an end."""
         ways = self.moves[state]
         if not ways.tokens.size:
             return np.empty(0)
         onward = np.array([later.get(target, -np.inf) for target in ways.targets.tolist()])
-        return np.maximum.reduceat(scores[ways.tokens], ways.starts) + onward
+        best = np.maximum.reduceat(probabilities[ways.tokens], ways.starts)
+        return np.log(np.maximum(best, _TINIEST)) + onward
 
     def _can_end(self, length: int) -> frozenset[int]:
         """States from which exactly `length` more tokens lead to an end."""
@@ -159,9 +163,5 @@ def _sorted(ways: Mapping[int, int]) -> _Moves:
     tokens = np.fromiter(ways.keys(), np.int64, len(ways))
     targets = np.fromiter(ways.values(), np.int64, len(ways))
     order = np.lexsort((tokens, targets))
-    distinct, starts = np.unique(targets[order], return_index=True)
-    return _Moves(tokens[order], distinct, starts)
-
-
-def _groups(ways: _Moves) -> list[np.ndarray]:
-    return np.split(ways.tokens, ways.starts[1:]) if ways.tokens.size else []
+    distinct, starts, counts = np.unique(targets[order], return_index=True, return_counts=True)
+    return _Moves(tokens[order], distinct, starts, counts)

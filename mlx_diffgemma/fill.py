@@ -190,12 +190,15 @@ class _Choice:
     lengths: list[int]  # ascending
     automaton: Automaton | None  # None for free text
     text_tokens: np.ndarray  # ids of all tokens that are text, sorted
+    _sets: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     def sets(self, length: int) -> list[np.ndarray]:
         """The tokens that each place may hold."""
         if self.automaton is None:
             return [self.text_tokens] * length
-        return self.automaton.allowed(length)
+        if length not in self._sets:
+            self._sets[length] = self.automaton.allowed(length)
+        return self._sets[length]
 
 
 _Piece = list[int] | _Choice
