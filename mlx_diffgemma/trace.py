@@ -244,7 +244,8 @@ def _rounded(values: np.ndarray) -> Any:
 def _columns(steps: list[_Step], ids: np.ndarray) -> bytes:
     """The numbers of all positions of all steps, column behind column and byte behind byte, which
     is what packs well: accepted 1 byte; certainty, entropy 2 in thousandths; draft 3, as the
-    word's place in the table; then per candidate 3 and 2 likewise. Little end first."""
+    word's place in the table; then per candidate 3 and 2 likewise. Little end first. Draft and
+    certainty are kept as their XOR with the first candidate's."""
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(step, name) for step in steps])
@@ -258,15 +259,13 @@ def _columns(steps: list[_Step], ids: np.ndarray) -> bytes:
     if not steps:
         return b""
     words, shares = np.searchsorted(ids, joined("candidates")), thousandths(joined("probabilities"))
-    return b"".join(
-        [
-            planes(joined("accepted").astype(np.int64), 1),
-            planes(thousandths(joined("certainty")), 2),
-            planes(thousandths(joined("entropy")), 2),
-            planes(np.searchsorted(ids, joined("draft")), 3),
-            *(planes(words[:, i], 3) + planes(shares[:, i], 2) for i in range(words.shape[1])),
-        ]
-    )
+    draft, certainty = np.searchsorted(ids, joined("draft")), thousandths(joined("certainty"))
+    if words.shape[1]:  # nearly always the draft is the first candidate, and zeros take no room
+        draft, certainty = draft ^ words[:, 0], certainty ^ shares[:, 0]
+    parts = [planes(joined("accepted").astype(np.int64), 1), planes(certainty, 2)]
+    parts += [planes(thousandths(joined("entropy")), 2), planes(draft, 3)]
+    parts += [planes(words[:, i], 3) + planes(shares[:, i], 2) for i in range(words.shape[1])]
+    return b"".join(parts)
 
 
 def _packed(data: bytes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -102,18 +102,23 @@ class Frame:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, options.height or options.max_height
-        foot = [*_lines(console, Styled(self.numbers.line(), style="bold"), width)]
+        foot = _lines(console, Styled(self.numbers.line(), style="bold"), width)
         foot += _lines(console, legend(), width)
-        room = max(1, height - len(foot) - 1)
-        yield from _fitted(
-            _lines(console, Styled(_printable(self.so_far), style="dim"), width)
-            if self.so_far
-            else [],
-            _lines(console, canvas_text(self.tokens), width),
-            room,
-        )
+        foot = foot[: max(1, height - 2)]
+        yield from self._head(console, width, max(1, height - len(foot) - 1))
         yield Styled("─" * width, style="dim")
-        yield from foot[: max(1, height - 2)]
+        yield from foot
+
+    def _head(self, console: Console, width: int, room: int) -> list[Styled]:
+        """As many lines as have room: the canvas from its start, and the end of what stands before
+        it."""
+        before = Styled(_printable(self.so_far), style="dim")
+        lines = _lines(console, Styled.assemble(before, canvas_text(self.tokens)), width)
+        first = max(0, len(_lines(console, before, width)) - 1)  # of the canvas
+        first = max(0, min(first, len(lines) - room))
+        if hidden := max(0, len(lines) - first - room):
+            return [*lines[first : first + room - 1], Styled(f"({hidden + 1} more lines)", "dim")]
+        return lines[first:]
 
 
 def canvas_text(tokens: Sequence[CanvasToken]) -> Styled:
@@ -136,7 +141,7 @@ def legend() -> Styled:
         low = high
     line.append("| ")
     line.append("renoised", style=RENOISED)
-    line.append(f" else accepted | {END} end {PAD} padding {LINE_BREAK} line break")
+    line.append(f", else accepted | {END} end {PAD} padding {LINE_BREAK} line break")
     return line
 
 
@@ -160,13 +165,5 @@ def _visible(token: CanvasToken, *, line_break: str = LINE_BREAK + "\n") -> str:
     return line_break.join(_printable(line) for line in token.text.split("\n"))
 
 
-def _lines(console: Console, text: Styled, width: int) -> list[Any]:
+def _lines(console: Console, text: Styled, width: int) -> list[Styled]:
     return list(text.wrap(console, width, overflow="fold", no_wrap=False))
-
-
-def _fitted(before: list[Any], canvas: list[Any], room: int) -> list[Any]:
-    """As many lines as have room: the canvas first, and the end of what stands before it."""
-    if len(canvas) > room:
-        hidden = len(canvas) - room + 1
-        return [*canvas[: room - 1], Styled(f"({hidden} more lines)", style="dim")]
-    return [*before[len(before) - min(len(before), room - len(canvas)) :], *canvas]
