@@ -171,7 +171,9 @@ def canvas_tokens(
     """The first row's draft, all of it."""
     kinds: dict[int, Literal["end", "pad"]] = {pad_token_id: "pad"}
     kinds |= dict.fromkeys(eos_token_ids, "end")
-    bands = np.digitize(np.array(event.certainty[0]), np.float32(CERTAINTY_BANDS)).tolist()
+    bands = np.digitize(
+        np.array(event.certainty[0]), np.array(CERTAINTY_BANDS, np.float32)
+    ).tolist()
     columns = np.array(event.draft[0]).tolist(), np.array(event.accepted[0]).tolist(), bands
     return [
         CanvasToken(
