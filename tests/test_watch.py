@@ -4,7 +4,11 @@ none."""
 from __future__ import annotations
 
 import io
+import os
 import re
+import struct
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
@@ -25,7 +29,7 @@ from mlx_diffgemma.load import load_tokenizer
 from mlx_diffgemma.prompt import special_tokens
 from mlx_diffgemma.text import CanvasToken, Spellings, canvas_tokens
 
-from .test_cli import TABLE, TABLE_ANSWER, assert_one_line, invoke
+from .test_cli import ROOT, TABLE, TABLE_ANSWER, assert_one_line, invoke
 from .test_render import ESCAPE, run_in_terminal
 
 TOKENIZER = load_tokenizer(bundled_model())
@@ -191,3 +195,50 @@ def test_what_waits_for_the_screen_keeps_its_order(capfdbinary, monkeypatch):
 def test_watch_is_refused_where_nothing_is_to_be_shown(arguments, expected):
     result = invoke(generate, "--prompt", "x", "--model", "./none", "--watch", *arguments)
     assert_one_line(result, f"--watch shows what {expected} is to leave out")
+
+
+def test_the_picture_follows_the_terminal_when_its_size_changes():
+    """A rule as wide as the terminal stands under the canvas."""
+    fcntl = pytest.importorskip("fcntl", reason="no pseudo-terminals on this system")
+    termios = pytest.importorskip("termios")
+    master, slave = os.openpty()
+
+    def resize(rows: int, columns: int) -> None:
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    resize(16, 60)
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STEPS, "--prompt", "Count from 12 to 40.", "--seed", "1"],
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+        env={**environment, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+    )
+    os.close(slave)
+    seen, sizes = b"", [(16, 200), (8, 40)]
+    try:
+        while chunk := os.read(master, 65536):
+            seen += chunk
+            if sizes and seen.count(b"accepted, mean") >= 2 * (3 - len(sizes)):
+                resize(*sizes.pop(0))
+    except OSError:  # Linux ends a closed terminal so
+        pass
+    assert process.wait() == 0, seen
+    rules = [len(rule) for rule in re.findall("─+", seen.decode())]
+    assert {60, 200, 40} == set(rules)
+    assert "12 13 14 15" in ESCAPE.sub(b"", seen[seen.rindex(b"\x1b[?1049l") :]).decode()
+
+
+# Between its steps no event comes, and the picture follows all the same.
+SLOW_STEPS = """
+import sys, time
+from mlx_diffgemma.cli import generate, render_watch
+watch = render_watch.WatchView.watch
+def slow(self, *event):
+    watch(self, *event)
+    time.sleep(0.3)
+render_watch.WatchView.watch = slow
+sys.argv += ["--watch", "--max-denoising-steps", "4"]
+generate.main()
+"""
