@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -123,3 +124,63 @@ def draft_pieces(
         if token not in hidden:
             pieces.append((str(tokenizer.decode([token])), sure))
     return pieces
+
+
+# Where one colour of certainty ends and the next begins.
+CERTAINTY_BANDS = (0.25, 0.5, 0.75, 0.95)
+
+
+class Spellings:
+    """How single tokens look, for eyes only: control tokens and bytes by their names."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._controls = {token_id: name for name, token_id in special_tokens(tokenizer).items()}
+        self._known: dict[int, str] = {}
+
+    def is_control(self, token: int) -> bool:
+        return token in self._controls
+
+    def __getitem__(self, token: int) -> str:
+        """Never empty, also for an id that the tokenizer does not have."""
+        if token not in self._known:
+            self._known[token] = self._controls.get(token) or self._spelled(token)
+        return self._known[token]
+
+    def _spelled(self, token: int) -> str:
+        text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        if text and "\ufffd" not in text:
+            return text
+        name = self._tokenizer.convert_ids_to_tokens(token)  # half a character has no text
+        return str(name) if name else f"<{token}>"
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasToken:
+    """One position of a draft, for eyes only."""
+
+    text: str
+    kind: Literal["text", "control", "end", "pad"]
+    accepted: bool
+    band: int  # of certainty, from 0; see CERTAINTY_BANDS
+
+
+def canvas_tokens(
+    spellings: Spellings, event: StepDone, eos_token_ids: Iterable[int], pad_token_id: int
+) -> list[CanvasToken]:
+    """The first row's draft, all of it."""
+    kinds: dict[int, Literal["end", "pad"]] = {pad_token_id: "pad"}
+    kinds |= dict.fromkeys(eos_token_ids, "end")
+    bands = np.digitize(
+        np.array(event.certainty[0]), np.array(CERTAINTY_BANDS, np.float32)
+    ).tolist()
+    columns = np.array(event.draft[0]).tolist(), np.array(event.accepted[0]).tolist(), bands
+    return [
+        CanvasToken(
+            spellings[token],
+            kinds.get(token, "control" if spellings.is_control(token) else "text"),
+            accepted,
+            band,
+        )
+        for token, accepted, band in zip(*columns, strict=True)
+    ]

@@ -28,6 +28,8 @@ names = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 for name in names:
     assert (folder / name).read_bytes(), name
 assert (pathlib.Path(mlx_diffgemma.__file__).parent / "py.typed").is_file()
+template = pathlib.Path(mlx_diffgemma.__file__).parent / "trace.html"
+assert template.read_text(encoding="utf-8").count("@@RUN@@") == 1
 model, tokenizer = mlx_diffgemma.load(folder)
 settings = mlx_diffgemma.GenerationSettings(seed=1)
 text = mlx_diffgemma.generate(model, tokenizer, "Squares from 2 to 03.", settings=settings)
@@ -72,6 +74,8 @@ def main() -> None:
         ):
             out = run(str(bin_ / command[0]), *command[1:], cwd=scratch)
             assert out.startswith("|n|n*n|"), out
+        run(str(bin_ / "mlx_diffgemma.generate"), *prompt, "--trace", "run.html", cwd=scratch)
+        assert "<script" in Path(scratch, "run.html").read_text(encoding="utf-8")
     print("the wheel installs and runs")
 
 

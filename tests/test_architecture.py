@@ -22,14 +22,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOW = (
     "errors settings config events files prompt names headers memory info model weights load "
     "schedule sampler automaton pinned noise stopping loop template fill edit text generate report "
-    "convert cli __main__ demo"
+    "trace convert cli __main__ demo"
 ).split()
 PARTS = {
     "model": (
         "backend elementary products layers rope masks context attention experts self_conditioning "
         "diffusion_gemma fused"
     ).split(),
-    "cli": "interrupt options render render_convert convert generate fill edit info".split(),
+    "cli": (
+        "interrupt options render render_convert render_watch convert generate fill edit info"
+    ).split(),
     "demo": [],
 }
 # `mlx_diffgemma.convert` lives in a folder of its own, which only an installation maps.

@@ -226,7 +226,8 @@ def test_an_id_that_the_tokenizer_does_not_know_is_no_text():
 def test_a_draft_ends_at_its_first_end_token_and_hides_markers():
     ids = [BEGIN, *ids_of("ab"), EOS[1], *ids_of("c")]
     accepted = [i % 2 == 0 for i in range(len(ids))]
-    event = StepDone(0, 0, mx.array([ids]), mx.array([accepted]), mx.zeros((1, len(ids))))
+    zeros = mx.zeros((1, len(ids)))
+    event = StepDone(0, 0, mx.array([ids]), mx.array([accepted]), zeros, zeros)
     assert draft_pieces(TOKENIZER, event, EOS) == [("a", False), ("b", True)]
 
 

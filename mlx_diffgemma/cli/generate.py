@@ -1,8 +1,10 @@
 """mlx_diffgemma.generate: answer one prompt."""
 
 import json
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ from ..settings import (
     CanvasWidth,
     GenerationSettings,
     Policy,
+    ResolvedSettings,
     SelfConditioning,
     StopOn,
 )
@@ -26,6 +29,7 @@ from .options import (
     read_stdin,
     run,
     setting,
+    trace_page,
     unescape,
 )
 
@@ -96,13 +100,30 @@ def generate(
     verbose: Annotated[
         str, typer.Option(metavar="BOOLEAN", help="False prints nothing but the answer and errors.")
     ] = "True",
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Show the canvas in colour by certainty while it settles."),
+    ] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write a page to step through the run, and the same as FILE.json.",
+        ),
+    ] = None,
 ) -> None:
     """Answer one prompt: the answer on stdout, everything else on stderr."""
     from .render import View
+    from .render_watch import WatchView
 
-    view = View(verbose=boolean(verbose))
+    is_verbose = boolean(verbose)
+    view = WatchView() if watch and is_verbose else View(verbose=is_verbose)
     with friendly_errors():
         try:
+            if watch and (as_json or not is_verbose):
+                other = "--json" if as_json else "--verbose False"
+                raise ConfigError(f"--watch shows what {other} is to leave out; drop one of them")
+            page = trace_page(trace)
             settings = GenerationSettings(
                 max_new_tokens=max_tokens,
                 max_denoising_steps=max_denoising_steps,
@@ -139,25 +160,48 @@ def generate(
             start = {"event": "start", "model": str(source), "seed": settings.seed}
             notes = ["no --model given: this is the bundled model, trained on small puzzles only"]
             notes = notes * (model is None) + [f"seed {settings.seed}"] * (seed is None)
-            _answer(
-                loaded,
-                tokenizer,
-                text,
-                replace(settings, extra_eos_token_ids=extra),
-                PromptOptions(
-                    system_prompt=system_prompt,
-                    thinking=thinking,
-                    response_prefix=prefill_response,
-                    use_chat_template=not ignore_chat_template,
-                    chat_template_config=variables,
-                    allow_special_tokens=allow_special_tokens,
-                ),
-                view,
-                notes,
-                start if as_json else None,
-            )
+            settings = replace(settings, extra_eos_token_ids=extra)
+            listener = None
+            if page is not None:
+                from ..trace import CANDIDATES, Trace
+
+                listener = Trace(tokenizer, model=str(source), prompt=text, settings=settings)
+                top = min(CANDIDATES, loaded.config.text.vocab_size)
+                settings = replace(settings, top_candidates=top)
+            with _kept(listener, page, view):
+                _answer(
+                    loaded,
+                    tokenizer,
+                    text,
+                    settings,
+                    PromptOptions(
+                        system_prompt=system_prompt,
+                        thinking=thinking,
+                        response_prefix=prefill_response,
+                        use_chat_template=not ignore_chat_template,
+                        chat_template_config=variables,
+                        allow_special_tokens=allow_special_tokens,
+                    ),
+                    view,
+                    notes,
+                    start if as_json else None,
+                    listener,
+                )
         finally:
             view.close()
+
+
+@contextmanager
+def _kept(trace: Any, page: Path | None, view: Any) -> Iterator[None]:
+    """Whatever ends the run, what was seen of it is written."""
+    try:
+        yield
+    finally:
+        try:
+            view.close()
+        finally:
+            if trace is not None and page is not None and not trace.is_empty:
+                view.note(f"wrote {page} and {trace.write(page)}")
 
 
 def _answer(
@@ -169,14 +213,16 @@ def _answer(
     view: Any,
     notes: list[str],
     start: dict[str, Any] | None,
+    trace: Any,
 ) -> None:
     """Runs one prompt and shows its events; what was shown stays, whatever ends the run."""
     from ..events import StepDone, Text
     from ..generate import stream_generate
     from ..report import Stopwatch, as_object
-    from ..text import draft_pieces
+    from ..text import Spellings
 
-    stopwatch, ends = Stopwatch(), settings.resolve(model.config).eos_token_ids
+    stopwatch, resolved = Stopwatch(), settings.resolve(model.config)
+    spellings = Spellings(tokenizer)
     events = stream_generate(
         model,
         tokenizer,
@@ -188,6 +234,8 @@ def _answer(
     with closing(events):
         for number, event in enumerate(events):
             summary = stopwatch.observe(event)
+            if trace is not None:
+                trace.observe(event)
             if number == 0:  # nothing is said about a run before it is sure that there is one
                 for line in notes:
                     view.note(line)
@@ -197,12 +245,32 @@ def _answer(
                 view.object(as_object(event, summary))
             elif isinstance(event, Text):
                 (view.answer if event.channel == "answer" else view.thought)(event.piece)
-            elif isinstance(event, StepDone) and view.is_live:
-                caption = f"canvas {event.canvas_index + 1}, step {event.step + 1}"
-                view.draft(draft_pieces(tokenizer, event, ends), caption)
+            elif isinstance(event, StepDone):
+                _show_step(view, tokenizer, spellings, event, resolved)
             if summary is not None:
                 view.close()
                 view.summary(summary.line())
+
+
+def _show_step(
+    view: Any, tokenizer: Any, spellings: Any, event: Any, settings: ResolvedSettings
+) -> None:
+    from ..report import as_object
+    from ..text import canvas_tokens, draft_pieces
+    from .render_watch import StepNumbers, WatchView
+
+    ends = settings.eos_token_ids
+    if isinstance(view, WatchView):
+        tokens, facts = (
+            canvas_tokens(spellings, event, ends, settings.pad_token_id),
+            as_object(event),
+        )
+        accepted, mean = facts["accepted"], facts["mean_entropy"]
+        numbers = StepNumbers(event.canvas_index, event.step, accepted, len(tokens), mean)
+        view.watch(tokens, numbers)
+    elif view.is_live:
+        caption = f"canvas {event.canvas_index + 1}, step {event.step + 1}"
+        view.draft(draft_pieces(tokenizer, event, ends), caption)
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""The canvas in colour while it settles: in place on a terminal, elsewhere one line per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text as Styled
+
+from .render import View, _printable
+
+if TYPE_CHECKING:
+    from ..text import CanvasToken
+
+# By certainty, from unsure to sure. The terminal's own colours, so that they suit its background.
+BAND_STYLES = ("red", "magenta", "yellow", "cyan", "green")
+RENOISED = "underline"
+END, PAD, LINE_BREAK = "∎", "·", "⏎"
+_REDRAWS_PER_SECOND = 8  # so that a new size of the terminal is seen between steps
+
+
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """What one line says about a step."""
+
+    canvas_index: int
+    step: int
+    accepted_tokens: int
+    tokens: int
+    mean_entropy: float
+
+    def line(self) -> str:
+        return (
+            f"canvas {self.canvas_index + 1}, step {self.step + 1}: {self.accepted_tokens} of "
+            f"{self.tokens} accepted, mean entropy {self.mean_entropy:.3f} nats"
+        )
+
+
+class WatchView(View):
+    """Takes the whole screen of a terminal while the run goes on, so that a new size leaves no
+    remains. What goes to the same terminal, answer and thoughts, waits until it is given back."""
+
+    def __init__(self) -> None:
+        super().__init__(verbose=True)
+        self._screen: Live | None = None
+        self._waiting: list[tuple[str, str]] = []  # (method of View, its argument)
+        self._so_far = ""  # the text of canvases before this one
+
+    def watch(self, tokens: Sequence[CanvasToken], numbers: StepNumbers) -> None:
+        """A step, as it is."""
+        if not self.is_live:
+            self.note(f"{numbers.line()}, draft: {plain_draft(tokens)}")
+            return
+        frame = Frame(self._so_far, tokens, numbers)
+        if self._screen is None:
+            self._erase()  # the line about the prompt
+            self._screen = Live(
+                frame,
+                console=self._console,
+                screen=True,
+                refresh_per_second=_REDRAWS_PER_SECOND,
+                vertical_overflow="crop",
+            )
+            self._screen.start()
+        self._screen.update(frame, refresh=True)
+
+    def answer(self, piece: str) -> None:
+        self._so_far += piece
+        if self._screen is not None and self._shares_terminal:
+            self._waiting.append(("answer", piece))
+        else:
+            super().answer(piece)
+
+    def thought(self, piece: str) -> None:
+        self._so_far += piece
+        if self._screen is not None:
+            self._waiting.append(("thought", piece))
+        else:
+            super().thought(piece)
+
+    def close(self) -> None:
+        """Gives the screen back and shows what waited for it."""
+        if self._screen is not None:
+            self._screen.stop()
+            self._screen = None
+        waiting, self._waiting = self._waiting, []
+        for method, piece in waiting:
+            (super().answer if method == "answer" else super().thought)(piece)
+        super().close()
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One picture. Laid out when it is drawn, for the size that the terminal has then."""
+
+    so_far: str
+    tokens: Sequence[CanvasToken]
+    numbers: StepNumbers
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width, height = options.max_width, options.height or options.max_height
+        foot = _lines(console, Styled(self.numbers.line(), style="bold"), width)
+        foot += _lines(console, legend(), width)
+        foot = foot[: max(1, height - 2)]
+        yield from self._head(console, width, max(1, height - len(foot) - 1))
+        yield Styled("─" * width, style="dim")
+        yield from foot
+
+    def _head(self, console: Console, width: int, room: int) -> list[Styled]:
+        """As many lines as have room: the canvas from its start, and the end of what stands before
+        it."""
+        before = Styled(_printable(self.so_far), style="dim")
+        lines = _lines(console, Styled.assemble(before, canvas_text(self.tokens)), width)
+        first = max(0, len(_lines(console, before, width)) - 1)  # of the canvas
+        first = max(0, min(first, len(lines) - room))
+        if hidden := max(0, len(lines) - first - room):
+            return [*lines[first : first + room - 1], Styled(f"({hidden + 1} more lines)", "dim")]
+        return lines[first:]
+
+
+def canvas_text(tokens: Sequence[CanvasToken]) -> Styled:
+    """The canvas in colour by certainty; renoised positions underlined."""
+    canvas = Styled()
+    for token in tokens:
+        style = BAND_STYLES[token.band] + ("" if token.accepted else f" {RENOISED}")
+        canvas.append(_visible(token), style=style)
+    return canvas
+
+
+def legend() -> Styled:
+    """What the colours and signs mean."""
+    from ..text import CERTAINTY_BANDS  # imports mlx
+
+    line, low = Styled("certainty "), 0.0
+    for style, high in zip(BAND_STYLES, (*CERTAINTY_BANDS, 1.0), strict=True):
+        line.append(f"{low * 100:.0f}-{high * 100:.0f}%", style=style)
+        line.append(" ")
+        low = high
+    line.append("| ")
+    line.append("renoised", style=RENOISED)
+    line.append(f", else accepted | {END} end {PAD} padding {LINE_BREAK} line break")
+    return line
+
+
+def plain_draft(tokens: Sequence[CanvasToken]) -> str:
+    """A draft in one line, up to its first end token."""
+    return "".join(_visible(token, line_break=LINE_BREAK) for token in _until_end(tokens))
+
+
+def _until_end(tokens: Sequence[CanvasToken]) -> Iterator[CanvasToken]:
+    for token in tokens:
+        if token.kind == "end":
+            return
+        yield token
+
+
+def _visible(token: CanvasToken, *, line_break: str = LINE_BREAK + "\n") -> str:
+    if token.kind == "end":
+        return END
+    if token.kind == "pad":
+        return PAD
+    return line_break.join(_printable(line) for line in token.text.split("\n"))
+
+
+def _lines(console: Console, text: Styled, width: int) -> list[Styled]:
+    return list(text.wrap(console, width, overflow="fold", no_wrap=False))
