@@ -215,3 +215,36 @@ def _similar(folder: Path) -> str:
         return ""
     close = difflib.get_close_matches(folder.name, siblings, n=1)
     return f"; did you mean {folder.parent / close[0]}?" if close else ""
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Through a file beside it and a rename, so that it is never half written; a link stays one,
+    and so do the permissions.
+
+    Raises:
+      SourceError: if it cannot be written.
+    """
+    target, beside = file.resolve(), None
+    try:
+        number, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(number, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(beside, _mode(target))
+        os.replace(beside, target)
+    except BaseException as error:  # Ctrl-C too must leave nothing behind
+        if beside is not None:
+            Path(beside).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SourceError(f"{file} cannot be written: {error.strerror}") from error
+        raise
+
+
+def _mode(target: Path) -> int:
+    """As it was, or as for any new file."""
+    if target.exists():
+        return target.stat().st_mode & 0o7777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import tempfile
 import zlib
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -33,8 +31,8 @@ import mlx.core as mx
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .errors import SourceError
 from .events import CanvasCommitted, Event, Finished, StepDone, Text
+from .files import write_whole
 from .settings import GenerationSettings
 from .text import CERTAINTY_BANDS, Spellings
 
@@ -151,8 +149,8 @@ class Trace:
           SourceError: if one of them cannot be written.
         """
         beside = page.with_suffix(".json")
-        _write(beside, json.dumps(self.as_object()))
-        _write(page, self.html())
+        write_whole(beside, json.dumps(self.as_object()).encode())
+        write_whole(page, self.html().encode())
         return beside
 
     def _canvas(self, index: int) -> _Canvas:
@@ -277,29 +275,3 @@ def _inside_script(text: str) -> str:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _write(file: Path, text: str) -> None:
-    """Through a file beside it and a rename."""
-    target, beside = file.resolve(), None  # a link stays one
-    try:
-        number, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(number, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-        os.chmod(beside, _mode(target))
-        os.replace(beside, target)
-    except BaseException as error:  # Ctrl-C too must leave nothing behind
-        if beside is not None:
-            Path(beside).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise SourceError(f"{file} cannot be written: {error.strerror}") from error
-        raise
-
-
-def _mode(target: Path) -> int:
-    """As it was, or as for any new file."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask

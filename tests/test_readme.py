@@ -12,12 +12,14 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mlx_diffgemma.cli.convert import convert
+from mlx_diffgemma.cli.edit import edit
+from mlx_diffgemma.cli.fill import fill
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.info import info
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"convert": convert, "generate": generate, "info": info}
+COMMANDS = {"convert": convert, "edit": edit, "fill": fill, "generate": generate, "info": info}
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = [
     line
@@ -44,7 +46,8 @@ def test_its_commands_have_only_flags_that_exist(line):
 @pytest.mark.parametrize(
     "line", [line for line in SHELL if ".generate" in line and "--model" not in line]
 )
-def test_its_commands_on_the_bundled_model_run(line):
+def test_its_commands_on_the_bundled_model_run(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = shlex.split(line.replace("python -m mlx_diffgemma ", "mlx_diffgemma."), comments=True)
     stdin = "Squares from 2 to 03." if "<" in words else None
     words = words[: words.index("<")] if "<" in words else words
@@ -53,6 +56,21 @@ def test_its_commands_on_the_bundled_model_run(line):
     result = CliRunner().invoke(app, words[1:], input=stdin)
     assert result.exit_code == 0, result.output
     assert result.stdout
+
+
+def test_what_fill_and_edit_print_is_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("numbers.md").write_text("# Numbers\n\n12 13 41 15 16\n")
+    shown = README.partition("print, with the bundled model:\n\n```\n")[2].partition("```")[0]
+    printed = []
+    for line in SHELL:
+        words = shlex.split(line)
+        command = COMMANDS.get(words[0].removeprefix("mlx_diffgemma."))
+        if command in (fill, edit) and "--seed" in words:
+            app = typer.Typer()
+            app.command()(command)
+            printed.append(CliRunner().invoke(app, words[1:]).stdout.rstrip("\n"))
+    assert "\n\n".join(printed) == shown.rstrip("\n")
 
 
 def test_the_files_it_names_exist():

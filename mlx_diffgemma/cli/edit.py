@@ -1,7 +1,5 @@
 """mlx_diffgemma.edit: rewrite a part of a file."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -90,7 +88,7 @@ def edit(
             else:
                 assert select is not None
                 selection = Selection.of_places(document, select)
-            from ..files import bundled_model
+            from ..files import bundled_model, write_whole
             from ..load import load
             from ..prompt import PromptOptions
 
@@ -112,32 +110,16 @@ def edit(
             if diff:
                 view.result(edited.diff(file.name))
             elif in_place:
-                _write(file, content, edited.text.encode())
+                if read_file(file) != content:
+                    raise SourceError(
+                        f"{file} has changed on disk since it was read; nothing was written"
+                    )
+                write_whole(file, edited.text.encode())
                 view.note(f"wrote {file}")
             else:
                 view.result(edited.text)
         finally:
             view.close()
-
-
-def _write(file: Path, before: bytes, after: bytes) -> None:
-    """Through a file beside it and a rename, so that the file is never half written."""
-    target = file.resolve()  # a link stays one
-    if read_file(target) != before:
-        raise SourceError(f"{file} has changed on disk since it was read; nothing was written")
-    beside = None
-    try:
-        number, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(number, "wb") as stream:
-            stream.write(after)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(beside, target.stat().st_mode & 0o7777)
-        os.replace(beside, target)
-    except OSError as error:
-        if beside is not None:
-            Path(beside).unlink(missing_ok=True)
-        raise SourceError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def main() -> None:
