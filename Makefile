@@ -26,7 +26,8 @@ test: lint types unit wheel
 # libopenblas0-pthread is installed, for every runtime alike.
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/libopenblas.so.0))
 bench: $(VENV)/.bench
-	for name in counts sparse step answer growth twin floors; do \
+	LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/answer.py --save
+	for name in counts sparse step growth twin floors infill match; do \
 		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
 	done
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save

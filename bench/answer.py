@@ -5,7 +5,8 @@ most 256 new tokens: ours under each policy, mlx-vlm as it comes (confidence thr
 freezing) and in its entropy-bound mode (full canvas, temperature 1), and transformers on torch with
 one thread, which is the fastest at this size. Each runs its own loop. They take turns prompt by
 prompt in one process, forwards and backwards, so that noise of the machine hits all alike. Wall
-time is from token ids to text, prefill included.
+time is from token ids to text, prefill included. One BLAS thread, as torch has one: products are
+so small here that a second one costs each runtime about what it gains.
 
 Bounds, of the policy "fast":
 - exact answers, per task and pooled: a rate not below the lower end of the 95% Wilson interval of
@@ -18,7 +19,7 @@ Bounds, of the policy "fast":
 - mean wall time: at most 0.6 of mlx-vlm's as it comes, and 0.4 of its entropy-bound mode's.
 Floor: a runtime that knew each answer would denoise every canvas once, at the width of the answer.
 
-    python bench/answer.py
+    OPENBLAS_NUM_THREADS=1 python bench/answer.py
     python bench/answer.py --limit 10 --only reference --only wider \\
         --settings 'wider:policy="reference",entropy_bound=0.4'
 """

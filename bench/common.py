@@ -33,6 +33,7 @@ def machine() -> dict[str, Any]:
         "mlx_device": mx.default_device().type.name,
         # MLX's Linux wheels bring the reference BLAS; a preloaded one changes every time measured.
         **({"preloaded": Path(preload).name} if (preload := os.environ.get("LD_PRELOAD")) else {}),
+        **({"blas_threads": count} if (count := os.environ.get("OPENBLAS_NUM_THREADS")) else {}),
     }
 
 
