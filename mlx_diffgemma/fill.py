@@ -3,6 +3,7 @@ rows of one batch, and what does not fit in one canvas is written canvas by canv
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -31,13 +32,15 @@ from .sampler import probability_of, statistics
 from .settings import GenerationSettings, ResolvedSettings
 from .template import Slot, Template
 
-# Lengths are tried in batches of at most ROWS rows: all that are possible, or ALL_OF that are
-# spread over them and then those beside the best. With several slots of unknown length, one slot
-# after the other, ROUNDS times. A trial takes TRIAL_STEPS denoise steps, and its score LOOKS more.
-# The certainty of a settled text says nothing, since the model agrees with whatever has settled. So
-# half of what was written is made noise again, and what counts is how probable the pinned text
-# around it is then: around a slot of the wrong length it looks out of place.
+# Lengths are tried in batches of at most ROWS rows, fewer where their logits would be more than
+# MOST_LOGITS numbers: all that are possible, or ALL_OF that are spread over them and then those
+# beside the best. With several slots of unknown length, one slot after the other, ROUNDS times. A
+# trial takes TRIAL_STEPS denoise steps, and its score LOOKS more. The certainty of a settled text
+# says nothing, since the model agrees with whatever has settled. So half of what was written is
+# made noise again, and what counts is how probable the pinned text around it is then: around a
+# slot of the wrong length it looks out of place.
 ROWS = 8
+MOST_LOGITS = 1 << 28  # 1 GiB in float32
 ALL_OF = 24
 ROUNDS = 2
 TRIAL_STEPS = 2
@@ -132,18 +135,9 @@ def stream_fill(
     """As `fill`, with the loop's events on the way: PrefillDone, the steps of every batch that was
     tried, one row per length, and at last Filled."""
     resolved = settings.resolve(model.config)
-    pieces = _encode(tokenizer, template, gap_tokens, resolved.canvas_length)
-    notes = []
-    shown = template.shown()
-    if prompt is None:
-        prompt = f"Fill in the blanks:\n\n{shown}"
-    elif _least(pieces) > resolved.canvas_length and isinstance(prompt, str):
-        prompt = f"{prompt}\n\n{shown}"
-    if _least(pieces) > resolved.canvas_length:
-        notes.append(
-            f"the template is longer than a canvas of {resolved.canvas_length} tokens; "
-            "what stands further behind a slot, the model knows from the prompt alone"
-        )
+    vocab_size = model.config.text.vocab_size
+    pieces = _encode(tokenizer, template, gap_tokens, resolved.canvas_length, vocab_size)
+    prompt, notes = _told(prompt, template, _least(pieces) > resolved.canvas_length)
     ids = encode_prompt(tokenizer, prompt, prompt_options)
     limit = model.config.text.max_position_embeddings
     if len(ids) + _least(pieces) + resolved.canvas_length > limit:
@@ -152,12 +146,13 @@ def stream_fill(
             f"canvas of {resolved.canvas_length} they do not fit into {limit} positions"
         )
     with generation_limits():
+        started = time.perf_counter()
         context = model.prefill(
             mx.array([ids], dtype=mx.int32), step_size=resolved.prefill_step_size
         )
         mx.eval(context.arrays)
         mx.clear_cache()
-        yield PrefillDone(len(ids), 0.0)
+        yield PrefillDone(len(ids), time.perf_counter() - started)
         writer = _Writer(model, resolved, _ends(tokenizer, resolved), pieces, context)
         yield from writer.write()
     spellings = token_bytes(tokenizer)
@@ -174,11 +169,31 @@ def stream_fill(
     yield Filled(
         template.filled({name: slot.text for name, slot in slots.items()}),
         slots,
-        tuple(notes),
+        notes,
         len(ids),
         writer.canvases,
         writer.steps,
         writer.positions,
+    )
+
+
+def _told(
+    prompt: Prompt | None, template: Template, is_long: bool
+) -> tuple[Prompt, tuple[str, ...]]:
+    """What the user's turn says, and what is to be said about it."""
+    if prompt is None:
+        prompt = f"Fill in the blanks:\n\n{template.shown()}"
+    elif is_long and isinstance(prompt, str):
+        prompt = f"{prompt}\n\n{template.shown()}"
+    if not is_long:
+        return prompt, ()
+    where = (
+        "the model knows from the prompt alone, where the template was put"
+        if isinstance(prompt, str)
+        else "the model does not see unless the messages tell it"
+    )
+    return prompt, (
+        f"the template is longer than a canvas: what stands too far behind a slot, {where}",
     )
 
 
@@ -274,6 +289,8 @@ class _Writer:
     ) -> Generator[Event, None, tuple[_Trial, list[dict[int, float]]]]:
         """The best lengths found for the slots of a window, and every score by slot and length."""
         room = self._room()
+        logits = self.settings.canvas_length * self.model.config.text.vocab_size
+        most = max(1, min(ROWS, MOST_LOGITS // logits))
         lengths = _start(choices, room)
         scores: list[dict[int, float]] = [{} for _ in choices]
         unknown = [i for i, choice in enumerate(choices) if len(choice.lengths) > 1]
@@ -283,7 +300,7 @@ class _Writer:
                 others = sum(lengths) - lengths[i]
                 possible = [n for n in choices[i].lengths if n + others <= room]
                 tried: dict[int, float] = {}
-                while len(possible) > 1 and (batch := _next_lengths(possible, tried)):
+                while len(possible) > 1 and (batch := _next_lengths(possible, tried, most)):
                     rows = [(*lengths[:i], n, *lengths[i + 1 :]) for n in batch]
                     trials = yield from self._denoise(choices, rows, TRIAL_STEPS)
                     tried.update(zip(batch, self._scores(trials), strict=True))
@@ -411,8 +428,9 @@ def _encode(
     template: Template,
     gap_tokens: tuple[int, int] | None,
     canvas_length: int,
+    vocab_size: int,
 ) -> list[_Piece]:
-    spellings = token_bytes(tokenizer)
+    spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
     text_tokens = np.array(sorted(spellings))
     return [
         encode_text(tokenizer, part)
@@ -492,17 +510,17 @@ def _start(choices: Sequence[_Choice], room: int) -> tuple[int, ...]:
     )
 
 
-def _next_lengths(possible: list[int], tried: Mapping[int, float]) -> list[int]:
-    """Up to ROWS lengths to try next: first all that are possible, or some spread over them, each
+def _next_lengths(possible: list[int], tried: Mapping[int, float], most: int) -> list[int]:
+    """Up to `most` lengths to try next: first all that are possible, or some spread over them, each
     step from one to the next longer than the last; then those beside the best."""
     first = _spread(possible)
     if left := [n for n in first if n not in tried]:
-        return left[:ROWS]
+        return left[:most]
     best = max(tried, key=lambda n: tried[n])
     below = max((n for n in tried if n < best), default=best)
     above = min((n for n in tried if n > best), default=best)
     between = [n for n in possible if below < n < above and n not in tried]
-    return between if len(between) <= ROWS else between[:: -(-len(between) // ROWS)]
+    return between[:: -(-len(between) // most)] if between else []
 
 
 def _spread(lengths: list[int]) -> list[int]:

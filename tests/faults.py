@@ -22,7 +22,7 @@ MODEL, LOGITS = "tests/test_model.py", "tests/parity/test_logits.py"
 LOOP, TRAJECTORY = "tests/test_loop.py", "tests/parity/test_trajectory.py"
 SAMPLER, PARITY_SAMPLER = "tests/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/test_schedule.py", "tests/test_stopping.py"
-NOISE = "tests/test_noise.py"
+NOISE, FILL = "tests/test_noise.py", "tests/test_fill.py"
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ FAULTS = (
     Fault(
         "self-conditioning norm: in the encoder too",
         "model/diffusion_gemma.py",
-        "x, layers = self._embed(tokens), []",
-        "x, layers = self.model.decoder.self_conditioning(self._embed(tokens), None), []",
+        "x, layers = self.embed(tokens), []",
+        "x, layers = self.model.decoder.self_conditioning(self.embed(tokens), None), []",
         (LOGITS,),
     ),
     Fault(
@@ -131,8 +131,8 @@ FAULTS = (
     Fault(
         "commit: forgotten",
         "loop.py",
-        "context = model.commit(mx.array(committed), last.context.closed())",
-        "context = last.context.closed()",
+        "context = model.commit(mx.array(committed), opened.pop().closed())",
+        "context = opened.pop().closed()",
         (LOOP,),
     ),
     Fault(
@@ -281,6 +281,55 @@ FAULTS = (
         "tokens = np.where(keep, tokens, self.settings.pad_token_id).astype(np.int32)",
         "tokens = tokens.astype(np.int32)",
         (LOOP,),
+    ),
+    Fault(
+        "pinned: conditioned on what the model thought there",
+        "loop.py",
+        "            soft = mx.where(free[..., None], soft, run.model.embed(given))\n",
+        "            pass\n",
+        (FILL,),
+    ),
+    Fault(
+        "pinned: noised with the rest",
+        "loop.py",
+        "        accepted, next_canvas = accepted | ~free, mx.where(free, next_canvas, given)\n",
+        "        accepted = accepted | ~free\n",
+        (FILL,),
+    ),
+    Fault(
+        "pinned: counted in the entropy",
+        "loop.py",
+        "entropy=mx.where(free, seen.entropy, 0.0)",
+        "entropy=seen.entropy",
+        (FILL,),
+    ),
+    Fault(
+        "sets: left out of the noise",
+        "pinned.py",
+        "tokens = mx.where(self._has_set, limited, tokens)",
+        "tokens = mx.where(self._has_set, tokens, tokens)",
+        (FILL,),
+    ),
+    Fault(
+        "sets: excluded tokens keep their mass",
+        "sampler.py",
+        "ratios, products = _only(allowed, ratios), _only(allowed, products)",
+        "ratios, products = ratios, products",
+        (FILL,),
+    ),
+    Fault(
+        "automaton: the best token of each place, whatever the string",
+        "loop.py",
+        "        draft = pinned.choose(seen)\n",
+        "        draft = seen.draft\n",
+        (FILL,),
+    ),
+    Fault(
+        "fill: nothing ends the turn behind the template",
+        "fill.py",
+        "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
+        "tokens[row, at:] = FREE",
+        (FILL,),
     ),
 )
 

@@ -225,7 +225,7 @@ def test_a_template_longer_than_a_canvas_is_written_in_several_and_says_so():
     filled = fill_bundled(text, "Count from 12 to 30.")
     assert re.fullmatch(re.escape(text).replace(r"\{\{gap:2\}\}", ".."), filled.text)
     assert filled.canvases == 2
-    assert "longer than a canvas of 32 tokens" in filled.notes[0]
+    assert "longer than a canvas" in filled.notes[0]
 
 
 def test_the_same_seed_fills_the_same():
