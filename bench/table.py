@@ -138,7 +138,9 @@ def provenance(records: dict[str, Record]) -> str:
         place = (
             f"{machine['system']}, {machine['processor']}, {machine['cores']} cores, "
             f"{machine['memory_gib']} GiB, MLX on {machine['mlx_device']}, BLAS: "
-            f"{machine.get('preloaded', 'as MLX brings it')}; "
+            f"{machine.get('preloaded', 'as MLX brings it')}"
+            + (f", {count} thread" if (count := machine.get("blas_threads")) else "")
+            + "; "
             + ", ".join(f"{package} {version}" for package, version in versions.items())
             + f"; commit {record['commit']}"
         )
