@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from contextlib import nullcontext
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from mlx_diffgemma.events import CanvasCommitted, StepDone
 from mlx_diffgemma.fill import Filled, stream_fill
 from mlx_diffgemma.loop import denoise_tokens
 from mlx_diffgemma.model import Context, OpenContext
+from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.pinned import FREE, Pinned
 from mlx_diffgemma.prompt import encode_text, token_bytes
 from mlx_diffgemma.template import Slot, Template
@@ -187,9 +189,12 @@ PROPERTY = settings(
 
 
 @settings(PROPERTY, max_examples=1700)
-@given(templates(), st.sampled_from(["reference", "fast"]), st.integers(0, 9))
-def test_whatever_the_model_says_literals_stand_and_constraints_hold(template, policy, seed):
-    check(Dice(), template, policy, seed)
+@given(templates(), st.sampled_from(["reference", "fast"]), st.integers(0, 9), st.booleans())
+def test_whatever_the_model_says_literals_stand_and_constraints_hold(
+    template, policy, seed, built_ahead
+):
+    with as_on_gpu() if built_ahead else nullcontext():
+        check(Dice(), template, policy, seed)
 
 
 @settings(PROPERTY, max_examples=300)
