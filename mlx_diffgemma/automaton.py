@@ -75,6 +75,8 @@ class Automaton:
             index = Index(pattern, Vocabulary(end, tokens))
         except ValueError as error:
             reason = str(error).partition("\n")[0]
+            if "anchored" in reason:
+                reason = "the whole slot is matched anyway; leave out ^ and $"
             if "incompatible" in reason:
                 reason = "no text of this checkpoint's tokens matches it"
             raise TemplateError(f"match: {pattern!r} cannot be used: {reason}") from error
@@ -91,7 +93,8 @@ class Automaton:
     def allowed(self, length: int) -> list[np.ndarray]:
         """The tokens at each place of the strings of one length: sorted ids. Every token belongs to
         some string, but not every combination of tokens is one."""
-        sets, here = [], {self.initial}
+        sets: list[np.ndarray] = []
+        here = {self.initial}
         size = 1 + max(int(ways.tokens.max(initial=0)) for ways in self.moves.values())
         for i in range(length):
             ends, found, there = self._can_end(length - i - 1), np.zeros(size, bool), set[int]()
@@ -100,7 +103,9 @@ class Automaton:
                 leads_on = np.array([target in ends for target in ways.targets.tolist()], bool)
                 found[ways.tokens[np.repeat(leads_on, ways.counts)]] = True
                 there.update(ways.targets[leads_on].tolist())
-            sets.append(np.flatnonzero(found))
+            members = np.flatnonzero(found).astype(np.int32)
+            same = sets[-1] if sets and np.array_equal(sets[-1], members) else members
+            sets.append(same)  # of many places often the same ones: kept once
             here = there
         return sets
 

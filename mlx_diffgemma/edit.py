@@ -60,11 +60,11 @@ class Selection:
         """
         if not part:
             raise TemplateError("there is nothing to look for: the text to match is empty")
-        if (count := text.count(part)) != 1:
+        starts = [found.start() for found in re.finditer(f"(?={re.escape(part)})", text)]
+        if (count := len(starts)) != 1:
             found = "is not in the document" if not count else f"stands {count} times in it"
             raise TemplateError(f"{part!r} {found}; the selection must be one place")
-        start = text.index(part)
-        return cls(start, start + len(part))
+        return cls(starts[0], starts[0] + len(part))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,7 @@ def edit(
         settings=settings,
         prompt_options=prompt_options,
         listener=listener,
+        is_shown=True,
     )
     return Edited(filled.text, document, selection, filled)
 

@@ -87,6 +87,7 @@ def fill(
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     listener: Callable[[Event], None] | None = None,
+    is_shown: bool = False,
 ) -> Filled:
     """Fills a template. Its literal text stands byte for byte in the result.
 
@@ -100,6 +101,8 @@ def fill(
       settings: how to denoise; `max_new_tokens` has no effect, the template says how long it is.
       prompt_options: how the prompt is read.
       listener: called with the loop's events, see `stream_fill`.
+      is_shown: whether the prompt shows the template already; otherwise it is put behind a prompt
+        that is a string, where the template may be longer than a canvas.
 
     Raises:
       DiffGemmaError: if the prompt, the settings or the template cannot be used.
@@ -113,6 +116,7 @@ def fill(
         gap_tokens=gap_tokens,
         settings=settings,
         prompt_options=prompt_options,
+        is_shown=is_shown,
     ):
         if isinstance(event, Filled):
             filled = event
@@ -131,13 +135,21 @@ def stream_fill(
     gap_tokens: tuple[int, int] | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
+    is_shown: bool = False,
 ) -> Generator[Event | Filled, None, None]:
     """As `fill`, with the loop's events on the way: PrefillDone, the steps of every batch that was
     tried, one row per length, and at last Filled."""
     resolved = settings.resolve(model.config)
     vocab_size = model.config.text.vocab_size
-    pieces = _encode(tokenizer, template, gap_tokens, resolved.canvas_length, vocab_size)
-    prompt, notes = _told(prompt, template, _least(pieces) > resolved.canvas_length)
+    spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
+    text_tokens = np.array(sorted(spellings))
+    pieces: list[_Piece] = [
+        encode_text(tokenizer, part)
+        if isinstance(part, str)
+        else _choice(tokenizer, part, gap_tokens, resolved.canvas_length, spellings, text_tokens)
+        for part in template.parts
+    ]
+    prompt, notes = _told(prompt, template, _may_be_cut(pieces, resolved.canvas_length), is_shown)
     ids = encode_prompt(tokenizer, prompt, prompt_options)
     limit = model.config.text.max_position_embeddings
     if len(ids) + _least(pieces) + resolved.canvas_length > limit:
@@ -153,9 +165,9 @@ def stream_fill(
         mx.eval(context.arrays)
         mx.clear_cache()
         yield PrefillDone(len(ids), time.perf_counter() - started)
-        writer = _Writer(model, resolved, _ends(tokenizer, resolved), pieces, context)
+        ends = _ends(tokenizer, resolved)
+        writer = _Writer(model, resolved, ends, text_tokens, pieces, context)
         yield from writer.write()
-    spellings = token_bytes(tokenizer)
     slots = {
         slot.name: FilledSlot(
             slot.name,
@@ -169,7 +181,7 @@ def stream_fill(
     yield Filled(
         template.filled({name: slot.text for name, slot in slots.items()}),
         slots,
-        notes,
+        (*notes, *writer.notes),
         len(ids),
         writer.canvases,
         writer.steps,
@@ -178,12 +190,12 @@ def stream_fill(
 
 
 def _told(
-    prompt: Prompt | None, template: Template, is_long: bool
+    prompt: Prompt | None, template: Template, is_long: bool, is_shown: bool
 ) -> tuple[Prompt, tuple[str, ...]]:
     """What the user's turn says, and what is to be said about it."""
     if prompt is None:
         prompt = f"Fill in the blanks:\n\n{template.shown()}"
-    elif is_long and isinstance(prompt, str):
+    elif is_long and isinstance(prompt, str) and not is_shown:
         prompt = f"{prompt}\n\n{template.shown()}"
     if not is_long:
         return prompt, ()
@@ -193,7 +205,7 @@ def _told(
         else "the model does not see unless the messages tell it"
     )
     return prompt, (
-        f"the template is longer than a canvas: what stands too far behind a slot, {where}",
+        f"the template may be longer than a canvas: what stands too far behind a slot, {where}",
     )
 
 
@@ -228,13 +240,13 @@ class _Done:
 
 @dataclass(slots=True, eq=False)
 class _Trial:
-    """One row that was denoised: the lengths it had, and what came of it."""
+    """One row that was denoised, and what came of it."""
 
-    lengths: tuple[int, ...]  # of the open slots of the window
-    texts: list[np.ndarray]  # tokens of each of them
+    texts: list[np.ndarray]  # tokens of each open slot of the window
     certainties: list[np.ndarray]
     canvas: np.ndarray  # [L], all of it
     written: np.ndarray  # bool [L], what of it was not given
+    judged: np.ndarray  # float64 [L], the weight that each place has in the score
 
 
 @dataclass(slots=True, eq=False)
@@ -245,6 +257,7 @@ class _Writer:
     model: DiffusionGemma
     settings: ResolvedSettings
     ends: tuple[int, int]  # the end of the turn, and what fills a canvas behind it
+    text_tokens: np.ndarray  # ids of all tokens that are text
     rest: list[_Piece]
     context: Context
     done: list[_Done] = field(default_factory=list)
@@ -252,6 +265,7 @@ class _Writer:
     steps: int = 0
     positions: int = 0
     batches: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def write(self) -> Generator[Event, None, None]:
         """Fills every slot, in order."""
@@ -299,12 +313,13 @@ class _Writer:
             for i in unknown:
                 others = sum(lengths) - lengths[i]
                 possible = [n for n in choices[i].lengths if n + others <= room]
+                self._note_bounds(choices[i], possible)
                 tried: dict[int, float] = {}
                 while len(possible) > 1 and (batch := _next_lengths(possible, tried, most)):
                     rows = [(*lengths[:i], n, *lengths[i + 1 :]) for n in batch]
                     trials = yield from self._denoise(choices, rows, TRIAL_STEPS)
                     tried.update(zip(batch, self._scores(trials), strict=True))
-                scores[i] |= tried
+                scores[i] = tried  # beside the neighbours as they are now
                 n = max(tried, key=lambda n: tried[n]) if tried else possible[0]
                 lengths = (*lengths[:i], n, *lengths[i + 1 :])
             if lengths == before:
@@ -312,22 +327,32 @@ class _Writer:
         (best,) = yield from self._denoise(choices, [lengths], self.settings.max_denoising_steps)
         return best, scores
 
+    def _note_bounds(self, choice: _Choice, possible: list[int]) -> None:
+        """Says where less is tried than was asked for."""
+        asked = choice.slot.high or (choice.automaton is not None and choice.lengths[-1]) or 0
+        if possible[-1] < asked:
+            note = f"slot {choice.slot.name}: at most {possible[-1]} of {asked} tokens were tried, "
+            note += "so that the canvas shows what stands behind it"
+            if note not in self.notes:
+                self.notes.append(note)
+
     def _scores(self, trials: Sequence[_Trial]) -> list[float]:
         """How probable the pinned text of each trial is, nats per token, half of the rest being
-        noise; where nothing is pinned, how probable the rest is."""
+        noise; plus how probable options and expressions are, likewise, since their length decides
+        what they say. Where there is neither, how probable the rest is."""
         canvas = np.stack([trial.canvas for trial in trials])
         written = np.stack([trial.written for trial in trials])
-        judged = np.where(written.all(axis=1, keepdims=True), written, ~written)
-        context, vocab_size = self.context.repeated(len(trials)), self.model.config.text.vocab_size
+        judged = np.stack([trial.judged for trial in trials])
+        context = self.context.repeated(len(trials))
         noise = np.random.default_rng([self.settings.seed, self.batches])
         truth, total = mx.array(canvas), np.zeros(len(trials))
         for _ in range(LOOKS):
             is_noise = written & (noise.random(canvas.shape[1]) < NOISE_LEVEL)
-            tokens = noise.integers(0, vocab_size, canvas.shape[1])
+            tokens = noise.choice(self.text_tokens, canvas.shape[1])
             logits = self.model.denoise(mx.array(np.where(is_noise, tokens, canvas)), context)
             probability = np.array(probability_of(truth, statistics(logits)), np.float64)
             logs = np.log(np.maximum(probability, _LEAST_CERTAIN))
-            total += (logs * judged).sum(axis=1) / judged.sum(axis=1)
+            total += (logs * judged).sum(axis=1)
         self.positions += LOOKS * canvas.size
         return (total / LOOKS).tolist()
 
@@ -358,6 +383,7 @@ class _Writer:
             max_new_tokens=min(L, needed),
             max_denoising_steps=min(steps, self.settings.max_denoising_steps),
             empty_rerolls=0,
+            eos_token_ids=self.ends[:1],  # a line break in the text is no end, whoever says so
         )
         last: StepDone | None = None
         for event in denoise_context(
@@ -377,11 +403,17 @@ class _Writer:
         canvases = pinned.tokens.copy()
         canvases[:, : draft.shape[1]] = draft
         trials = []
-        for row, lengths in enumerate(rows):
+        for row in range(len(rows)):
             texts = [draft[row, start:stop] for start, stop in places[row]]
             sure = [certainty[row, start:stop] for start, stop in places[row]]
             canvas = np.maximum(canvases[row], 0)  # columns that were not looked at are pinned
-            trials.append(_Trial(lengths, texts, sure, canvas, pinned.tokens[row] == FREE))
+            written = pinned.tokens[row] == FREE
+            constrained = np.zeros(L, bool)
+            for choice, (start, stop) in zip(choices, places[row], strict=True):
+                constrained[start:stop] |= choice.automaton is not None
+            parts = [part for part in (~written, constrained) if part.any()] or [written]
+            judged = sum((part / part.sum() for part in parts), np.zeros(L))
+            trials.append(_Trial(texts, sure, canvas, written, judged))
         return trials
 
     def _pin(
@@ -423,23 +455,6 @@ class _Writer:
         return Pinned(tokens.astype(np.int32), sets, chosen, spans), places, needed
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    gap_tokens: tuple[int, int] | None,
-    canvas_length: int,
-    vocab_size: int,
-) -> list[_Piece]:
-    spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
-    text_tokens = np.array(sorted(spellings))
-    return [
-        encode_text(tokenizer, part)
-        if isinstance(part, str)
-        else _choice(tokenizer, part, gap_tokens, canvas_length, spellings, text_tokens)
-        for part in template.parts
-    ]
-
-
 def _choice(
     tokenizer: PreTrainedTokenizerBase,
     slot: Slot,
@@ -457,6 +472,11 @@ def _choice(
             if b"".join(spellings.get(t, b"") for t in ids) != option.encode():
                 raise TemplateError(
                     f"slot {slot.name}: this checkpoint's tokens cannot spell {option!r}"
+                )
+            if len(ids) > canvas_length:
+                raise TemplateError(
+                    f"slot {slot.name}: {option!r} has {len(ids)} tokens, "
+                    f"more than a canvas of {canvas_length} holds"
                 )
         automaton = Automaton.of_options(options)
         lengths = automaton.lengths(canvas_length)
@@ -482,6 +502,14 @@ def _ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tup
 def _least(pieces: Sequence[_Piece]) -> int:
     """Tokens at least, with the end of the turn."""
     return 1 + sum(len(p) if isinstance(p, list) else p.lengths[0] for p in pieces)
+
+
+def _may_be_cut(pieces: Sequence[_Piece], canvas_length: int) -> bool:
+    """Whether some length that may be tried pushes text out of sight."""
+    literal = sum(len(piece) for piece in pieces if isinstance(piece, list))
+    last = max(i for i, piece in enumerate(pieces) if not isinstance(piece, list))
+    is_long = _least(pieces) > canvas_length
+    return is_long or (_least(pieces[last + 1 :]) > canvas_length // 2 and literal > 0)
 
 
 def _fitting(pieces: Sequence[_Piece], canvas_length: int) -> int:

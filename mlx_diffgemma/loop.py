@@ -304,7 +304,11 @@ def _step(
     fresh = noise.renoise(canvas_index, step, shape, run.vocab_size)
     if pinned is not None:
         fresh = pinned.kept_to(fresh)
+        unpinned = seen
         seen, proposal = _with_given(seen, proposal, pinned, W)
+        likelihood = probability_of(proposal, unpinned)
+    else:
+        likelihood = seen.confidence if proposal is seen.draft else probability_of(proposal, seen)
     frozen = before.settled[:, None]
     draft = mx.where(frozen, _fitted(before.draft, W, settings.pad_token_id), seen.draft)
     length = answer_length(draft, settings.eos_token_ids) if settings.looks_for_end else None
@@ -318,7 +322,7 @@ def _step(
     if settings.acceptance == "confidence":
         next_canvas, accepted, held = hold(
             proposal,
-            seen.confidence if settings.temperature == 0 else probability_of(proposal, seen),
+            likelihood,
             draft,
             mx.full((shape[0], W), -1) if before.held is None else _fitted(before.held, W, -1),
             mx.ones_like(draft, dtype=mx.bool_) if matters is None else matters,

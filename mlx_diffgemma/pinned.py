@@ -8,13 +8,14 @@ take back, and the free positions around it stay open until the canvas has settl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
 from .automaton import Automaton
+from .errors import TemplateError
 from .sampler import Statistics
 
 FREE = -1  # in place of a pinned token
@@ -40,8 +41,8 @@ class Pinned:
     # Sets of tokens, sorted ids; and which of them each position may hold, int32 [B, N] or None.
     sets: Sequence[np.ndarray] = ()
     choices: np.ndarray | None = None
-    # Each is decided as a whole, once it lies within one canvas. Its positions need sets too.
-    spans: Sequence[Span] = field(default=())
+    # Each is decided as a whole and lies within one canvas. Its positions need sets too.
+    spans: Sequence[Span] = ()
 
     def canvas(self, start: int, length: int, vocab_size: int) -> PinnedCanvas:
         """The part of it that one canvas holds; `start` is that of its first position."""
@@ -52,7 +53,12 @@ class Pinned:
             return np.pad(part, [(0, 0), (0, length - part.shape[1])], constant_values=fill)
 
         choices = np.full((B, length), ANY) if self.choices is None else cut(self.choices, ANY)
-        inside = [s for s in self.spans if start <= s.start and s.start + s.length <= stop]
+        inside = [s for s in self.spans if start <= s.start < stop]
+        if any(s.start + s.length > stop for s in inside):
+            raise TemplateError(
+                f"a span crosses the border of two canvases, at position {stop}; one that is to "
+                "hold as a whole must lie within one"
+            )
         return PinnedCanvas(
             cut(self.tokens, FREE),
             tuple(self.sets),

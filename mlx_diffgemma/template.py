@@ -20,7 +20,7 @@ from typing import Literal as OneOf
 from .errors import TemplateError
 
 _NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)\s*")
-_GAP = re.compile(r"gap(?:\s*:\s*(\d+)(?:\s*\.\.\s*(\d+))?)?")
+_GAP = re.compile(r"gap(?:\s*:\s*(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?)?")
 _OPENING = re.compile(r"(\\*)(\{{2,})")
 SHOWN_BLANK = "____"
 
@@ -118,7 +118,8 @@ def _slot(text: str, start: int, end: int, number: int) -> Slot:
         return Slot(name, "gap", low, high)
     kind, colon, value = body.partition(":")
     if colon and kind.strip() == "one of":
-        options = [_plain(option.strip()) for option in re.split(r"(?<!\\)\|", value)]
+        pieces = re.findall(r"((?:\\.|[^|\\])*)(?:\||\Z)", value + "|")[:-1]
+        options = [_plain(option.strip()) for option in pieces]
         if "" in options:
             raise TemplateError(f"{place}: option {options.index('') + 1} is empty")
         return Slot(name, "one of", options=tuple(dict.fromkeys(options)))

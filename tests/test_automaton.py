@@ -73,6 +73,7 @@ def test_options_are_taken_whole():
         (r"[^\s\S]", "no text of this checkpoint's tokens matches it"),
         ("zzz", "no text of this checkpoint's tokens matches it"),
         (r"(?=a)b", "cannot be used"),
+        ("^1", "the whole slot is matched anyway"),
     ],
 )
 def test_a_pattern_that_cannot_be_used(pattern, message):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import mlx_diffgemma
 from mlx_diffgemma import GenerationSettings, fill
+from mlx_diffgemma.automaton import Automaton
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import DiffGemmaError, TemplateError
 from mlx_diffgemma.events import CanvasCommitted, StepDone
@@ -21,7 +22,7 @@ from mlx_diffgemma.fill import Filled, stream_fill
 from mlx_diffgemma.loop import denoise_tokens
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
-from mlx_diffgemma.pinned import FREE, Pinned
+from mlx_diffgemma.pinned import FREE, Pinned, Span
 from mlx_diffgemma.prompt import encode_text, token_bytes
 from mlx_diffgemma.template import Slot, Template
 from tests.checkpoints import GENERATION, draw_config, load_drawn
@@ -338,3 +339,35 @@ def test_rows_pinned_must_be_those_of_the_context():
     pinned = Pinned(np.full((2, 4), FREE, np.int32))
     with pytest.raises(TemplateError, match="2 rows are pinned, the context has 1"):
         list(denoise_tokens(model, mx.array([[5, 6]]), GenerationSettings(), pinned=pinned))
+
+
+def test_a_span_across_two_canvases_is_refused():
+    model, _ = bundled()
+    span = Span(0, 30, 3, Automaton.of_options([[50, 51, 52]]))
+    pinned = Pinned(np.full((1, 40), FREE, np.int32), spans=[span])
+    chosen = GenerationSettings(max_new_tokens=64)
+    with pytest.raises(TemplateError, match="crosses the border of two canvases, at position 32"):
+        list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))
+
+
+def test_options_of_different_lengths_are_judged_by_what_they_say():
+    for options, right in (("18 | 0000", "18"), ("18 | 7", "18")):
+        text = f"15 16 17 {{{{one of: {options}}}}}"
+        filled = fill_bundled(text, "Count from 15 to 18.", policy="fast")
+        assert filled.slots["1"].text == right
+
+
+def test_an_end_token_that_is_text_ends_nothing():
+    model, tokenizer = bundled()
+    (line_break,) = encode_text(tokenizer, "\n")
+    chosen = GenerationSettings(seed=1, policy="fast", extra_eos_token_ids=(line_break,))
+    template = Template.parse("a\n{{gap:3}} b {{one of: xy | zw}}")
+    filled = fill(model, tokenizer, template, prompt="Go.", settings=chosen)
+    assert filled.slots["2"].text in ("xy", "zw") and filled.text.startswith("a\n")
+
+
+def test_less_than_was_asked_for_is_said():
+    filled = fill_bundled("{{gap:20..30}} 13 14 15 16 17 18 19 20", "Count from 11 to 20.")
+    assert any("tokens were tried" in note for note in filled.notes)
+    with pytest.raises(TemplateError, match="has 40 tokens, more than a canvas of 32 holds"):
+        fill_bundled("{{one of: ab | " + "z" * 40 + "}}", "Go.")

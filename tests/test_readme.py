@@ -61,7 +61,7 @@ def test_its_commands_on_the_bundled_model_run(line, tmp_path, monkeypatch):
 def test_what_fill_and_edit_print_is_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("numbers.md").write_text("# Numbers\n\n12 13 41 15 16\n")
-    shown = README.partition("print, with the bundled model:\n\n```\n")[2].partition("```")[0]
+    shown = README.partition("numbers.md`):\n\n```\n")[2].partition("```")[0]
     printed = []
     for line in SHELL:
         words = shlex.split(line)

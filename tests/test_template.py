@@ -39,6 +39,7 @@ def test_the_three_kinds_of_slots_names_and_literals():
         ("{{{gap}}}", ("{", Slot("1", "gap"), "}")),
         ("{{gap}}{{gap}}", (Slot("1", "gap"), Slot("2", "gap"))),
         (r"{{one of: a\|b | {} | \}\} }}", (Slot("1", "one of", options=("a|b", "{}", "}}")),)),
+        (r"{{one of: a\\|b}}", (Slot("1", "one of", options=("a\\", "b")),)),
         ("{{one of: a | a}}", (Slot("1", "one of", options=("a",)),)),
         (r"{{match: \}[{}]*\{}}", (Slot("1", "match", pattern=r"\}[{}]*\{"),)),
     ],

@@ -80,7 +80,7 @@ def gap_bounds(text: str | None) -> tuple[int, int] | None:
     """The value of --gap-tokens: "8..40", or "8" for exactly 8."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", text)
+    found = re.fullmatch(r"\s*(\d{1,9})\s*(?:\.\.\s*(\d{1,9})\s*)?", text)
     low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= low <= high:
         raise TemplateError(f"--gap-tokens must be M..N with 1 <= M <= N, got {text!r}")
