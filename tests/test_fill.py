@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import mlx_diffgemma
@@ -130,9 +130,9 @@ def check(model, template, policy, seed):
                 settings=GenerationSettings(seed=seed, max_denoising_steps=2, policy=policy),
             )
         )
-    except DiffGemmaError as error:  # an option or literal that has no tokens
+    except DiffGemmaError as error:  # an option that has no tokens; another is drawn instead
         assert re.search("cannot spell|not Unicode", str(error)), error
-        return
+        assume(False)
     filled = events[-1]
     assert isinstance(filled, Filled)
     # The text: literals byte for byte, slots as their tokens decode.
