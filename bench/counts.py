@@ -209,7 +209,7 @@ def our_steps(packed: bool, layers: int) -> Callable[[int, str], Step]:
         run = our_loop._Run(model, settings, SeededNoise(settings.seed), None)
 
         def build() -> list[mx.array]:
-            plan, drafts = our_loop._Plan(L, L, L), (tokens_of_canvas,)
+            plan, drafts = our_loop.Plan(L, L, L), (tokens_of_canvas,)
             opened = [OpenContext(layers, kept, Context((), tokens, 1))]
             with as_on_gpu():
                 now = our_loop._step(run, opened, 0, 1, before, drafts, plan)

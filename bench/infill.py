@@ -63,8 +63,16 @@ def main() -> None:
     for task in TASKS:
         restored[task] = restoration(run, entries[task])
         print(f"{task}: {restored[task]}", flush=True)
-    known = sum(row["known"]["exact"] for row in restored.values())
-    unknown = sum(row["unknown"]["exact"] for row in restored.values())
+    pooled = {
+        how: {
+            "exact": sum(row[how]["exact"] for row in restored.values()),
+            "prompts": sum(row[how]["prompts"] for row in restored.values()),
+            "positions": round(fmean(row[how]["positions"] for row in restored.values())),
+        }
+        for how in ("unknown", "known")
+    }
+    print(f"pooled: {pooled}", flush=True)
+    unknown, known = pooled["unknown"]["exact"], pooled["known"]["exact"]
     passed = (
         sudoku["filled"]["altered_givens"] == 0
         and sudoku["filled"]["solved"] >= sudoku["asked"]["solved"]
@@ -89,6 +97,7 @@ def main() -> None:
             policy=options.policy,
             sudoku4=sudoku,
             restored=restored,
+            pooled=pooled,
             passed=passed,
         ),
         save=options.save,

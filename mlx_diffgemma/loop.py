@@ -13,11 +13,12 @@ import numpy as np
 
 from .config import ModelConfig
 from .errors import ConfigError, PromptError, TemplateError
-from .events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
+from .events import CanvasCommitted, LoopEvent, PrefillDone, StepDone
 from .model import Context, DiffusionGemma, OpenContext
 from .model.backend import is_cpu
 from .noise import Noise, SeededNoise
 from .pinned import Pinned, PinnedCanvas
+from .rows import Plan, Planner, Rows, check_room
 from .sampler import (
     Statistics,
     decide,
@@ -31,7 +32,7 @@ from .sampler import (
 )
 from .schedule import temperature
 from .settings import GenerationSettings, ResolvedSettings
-from .stopping import all_that_matter, answer_length, is_settled, width_for
+from .stopping import all_that_matter, answer_length, is_settled
 
 
 def denoise_tokens(
@@ -69,7 +70,7 @@ def denoise_tokens(
         settings = settings.resolve(model.config)
     noise = _checked(noise, settings)
     real = _check_prompt(tokens, lengths, model.config)
-    _check_room(model.config, settings, int(real.max()))  # before the prompt is read
+    check_room(model.config, settings, int(real.max()))  # before the prompt is read
     started = time.perf_counter()
     context = model.prefill(
         tokens,
@@ -112,7 +113,7 @@ def denoise_context(
         raise TemplateError(
             f"{len(pinned.tokens)} rows are pinned, the context has {context.batch}"
         )
-    rows = _Rows(model.config, settings, longest or context.length, context.batch)
+    rows = Rows(model.config, settings, longest or context.length, context.batch)
     is_sparse = settings.self_conditioning == "sparse"
     run = _Run(model, settings, noise, model.mean_row() if is_sparse else None)
     position = 0  # of the canvas in the answer
@@ -125,7 +126,7 @@ def denoise_context(
             here = pinned.canvas(position, settings.canvas_length, run.vocab_size)
             run = replace(run, pinned=here)
         last = yield from _denoise_canvas(run, opened, canvas_index, rows)
-        committed, row_steps = rows.take(last)
+        committed, row_steps = rows.take(last.draft, last.row_steps)
         position += committed.shape[1]
         yield CanvasCommitted(canvas_index, mx.array(committed), rows.steps_run, row_steps)
         if rows.are_done:
@@ -163,7 +164,7 @@ class _Step:
     row_steps: mx.array  # [B] int32, steps until each row settled
     belief: _Belief | None = None  # what the next step is conditioned on
     held: mx.array | None = None  # [B, W] int32, see `sampler.hold`
-    check: mx.array | None = None  # int32 [B, 1 to 3], what the host must know; see `_Plan`
+    check: mx.array | None = None  # int32 [B, 1 to 3], what the host must know; see `Plan`
     event: StepDone | None = None
 
 
@@ -178,24 +179,15 @@ class _Belief:
     likeliest: tuple[mx.array, mx.array] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the host decides about the next step."""
-
-    width: int  # columns that it looks at
-    dense: int  # of them, those whose soft embedding is dense
-    widest: int  # columns that may be wanted at all: the canvas, or what is left of the budget
-
-
 def _denoise_canvas(
-    run: _Run, opened: list[OpenContext], canvas_index: int, rows: _Rows
+    run: _Run, opened: list[OpenContext], canvas_index: int, rows: Rows
 ) -> Generator[StepDone, None, _Step]:
     """Denoises one canvas and returns its last step. Rows that have ended start settled."""
     rows.steps_run, settings = 0, run.settings
     B, L = len(rows.ended), settings.canvas_length
     draft, live = mx.full((B, L), settings.pad_token_id, dtype=mx.int32), ~rows.ended
     if run.pinned is not None:
-        draft = mx.where(run.pinned.free, draft, run.pinned.tokens)
+        draft = run.pinned.over(draft)
         live = live & run.pinned.has_free
     last = _Step(draft, draft, mx.array(~live), mx.zeros(B, dtype=mx.int32))
     if not live.any():  # all of it is given
@@ -220,7 +212,7 @@ def _settle(
     opened: list[OpenContext],
     now: _Step,
     canvas_index: int,
-    rows: _Rows,
+    rows: Rows,
     live: np.ndarray,
 ) -> Generator[StepDone, None, _Step]:
     """Steps from random tokens until every row has settled, or no step is left; returns the last
@@ -231,7 +223,7 @@ def _settle(
         start = run.pinned.kept_to(start)
     now = replace(now, canvas=start, held=None)
     drafts: tuple[mx.array, ...] = ()
-    planner = _Planner(settings, rows)
+    planner = Planner(settings, rows)
     plan = planner.first()
     # Strings of an automaton are chosen on the host, which so waits for every step anyway.
     is_lazy = not is_cpu() and not (run.pinned and run.pinned.spans)
@@ -273,7 +265,7 @@ def _step(
     step: int,
     before: _Step,
     drafts: tuple[mx.array, ...],
-    plan: _Plan,
+    plan: Plan,
 ) -> _Step:
     """The graph of one step, which puts its context in the place of the last one's. What nobody
     reads, such as draws after the last one, is never computed."""
@@ -281,34 +273,28 @@ def _step(
     heat = mx.array(temperature(step, settings))  # an array, so that no step costs a new trace
     canvas = before.canvas if W == before.canvas.shape[1] else before.canvas[:, :W]
     soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)
-    free, given, allowed = None, before.draft[:, :0], None
+    free = allowed = None
     if pinned is not None:
-        free, given = pinned.free[:, :W], pinned.tokens[:, :W]
-        allowed = pinned.allowed(W)
+        free, allowed = pinned.free[:, :W], pinned.allowed(W)
         if soft is not None:
-            soft = mx.where(free[..., None], soft, run.model.embed(given))
+            soft = mx.where(free[..., None], soft, run.model.embed(pinned.tokens[:, :W]))
     outputs, context = run.model.look(canvas, opened.pop(), self_conditioning=soft)
     opened.append(context)
     cap = run.model.config.text.final_logit_softcapping
-    seen = statistics(outputs, heat, cap, allowed)
-    peak = seen.confidence  # of the likeliest tokens, whatever stands in the draft
+    thought = seen = statistics(outputs, heat, cap, allowed)
     shape = (before.canvas.shape[0], before.canvas.shape[1])
     if settings.temperature == 0:
-        proposal = seen.draft
+        proposal = thought.draft
     elif type(noise) is SeededNoise:  # the same draws as `sample` makes, without making the logits
         chunks, inside = noise.gumbels(canvas_index, step, shape, run.vocab_size)
-        proposal = draw(seen, (chunks[:, :W], inside[:, :W]))
+        proposal = draw(thought, (chunks[:, :W], inside[:, :W]))
     else:
         proposal = noise.sample(canvas_index, step, scaled_logits(outputs, heat, cap, allowed))
     # Always for the whole canvas: a position draws the same, however wide the canvas is.
     fresh = noise.renoise(canvas_index, step, shape, run.vocab_size)
     if pinned is not None:
         fresh = pinned.kept_to(fresh)
-        unpinned = seen
-        seen, proposal = _with_given(seen, proposal, pinned, W)
-        likelihood = probability_of(proposal, unpinned)
-    else:
-        likelihood = seen.confidence if proposal is seen.draft else probability_of(proposal, seen)
+        seen, proposal = _with_given(thought, proposal, pinned)
     frozen = before.settled[:, None]
     draft = mx.where(frozen, _fitted(before.draft, W, settings.pad_token_id), seen.draft)
     length = answer_length(draft, settings.eos_token_ids) if settings.looks_for_end else None
@@ -322,7 +308,7 @@ def _step(
     if settings.acceptance == "confidence":
         next_canvas, accepted, held = hold(
             proposal,
-            likelihood,
+            thought.confidence if proposal is thought.draft else probability_of(proposal, thought),
             draft,
             mx.full((shape[0], W), -1) if before.held is None else _fitted(before.held, W, -1),
             mx.ones_like(draft, dtype=mx.bool_) if matters is None else matters,
@@ -343,8 +329,8 @@ def _step(
             confidence_threshold=settings.confidence_threshold,
             matters=matters,
         )
-    if free is not None:
-        accepted, next_canvas = accepted | ~free, mx.where(free, next_canvas, given)
+    if pinned is not None and free is not None:
+        accepted, next_canvas = accepted | ~free, pinned.over(next_canvas)
     check = []
     if settings.canvas_width == "answer":
         assert length is not None
@@ -361,7 +347,7 @@ def _step(
     count = settings.top_candidates
     candidates = None
     if count:
-        candidates = top_candidates(outputs, count, peak, heat, cap, allowed)
+        candidates = top_candidates(outputs, count, thought.confidence, heat, cap, allowed)
     next_canvas = mx.where(frozen, canvas, next_canvas)
     if W < shape[1]:
         next_canvas = mx.concatenate([next_canvas, fresh[:, W:]], axis=1)
@@ -380,24 +366,24 @@ def _step(
 
 
 def _with_given(
-    seen: Statistics, proposal: mx.array, pinned: PinnedCanvas, width: int
+    thought: Statistics, proposal: mx.array, pinned: PinnedCanvas
 ) -> tuple[Statistics, mx.array]:
     """Statistics and proposal with what is given in the place of what the model thinks there."""
-    free, given = pinned.free[:, :width], pinned.tokens[:, :width]
-    draft, confidence = seen.draft, seen.confidence
+    W = proposal.shape[1]
+    free, draft, confidence = pinned.free[:, :W], thought.draft, thought.confidence
     if pinned.spans:
-        draft = pinned.choose(seen)
-        confidence = probability_of(draft, seen)
-        proposal = mx.where(pinned.in_span[:, :width], draft, proposal)
-    seen = seen._replace(
-        draft=mx.where(free, draft, given),
-        entropy=mx.where(free, seen.entropy, 0.0),
+        draft = pinned.choose(thought)
+        confidence = probability_of(draft, thought)
+        proposal = mx.where(pinned.in_span[:, :W], draft, proposal)
+    seen = thought._replace(
+        draft=pinned.over(draft),
+        entropy=mx.where(free, thought.entropy, 0.0),
         confidence=mx.where(free, confidence, 1.0),
     )
-    return seen, mx.where(free, proposal, given)
+    return seen, pinned.over(proposal)
 
 
-def _soft_embedding(run: _Run, belief: _Belief, plan: _Plan) -> mx.array:
+def _soft_embedding(run: _Run, belief: _Belief, plan: Plan) -> mx.array:
     """[B, W, M], for the columns of the plan; zeros for columns that the last step did not see."""
     model, seen = run.model, belief.weights.shape[1]
     W = min(plan.width, seen)
@@ -438,87 +424,6 @@ def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
     return tokens if seen == width else tokens[:, :width]
 
 
-class _Planner:
-    """Plans each step of a canvas from what the host read about the last one."""
-
-    def __init__(self, settings: ResolvedSettings, rows: _Rows):
-        self.settings, self.ended = settings, rows.ended
-        self.widest = settings.canvas_length
-        if settings.canvas_width == "answer":  # what is behind the budget is never written
-            self.widest = width_for(min(rows.left, self.widest), self.widest)
-
-    def first(self) -> _Plan:
-        return _Plan(self.widest, self.widest, self.widest)
-
-    def next(self, check: np.ndarray) -> _Plan:
-        width = self.widest
-        if self.settings.canvas_width == "answer":
-            needed = int(check[:, 1][~self.ended].max())
-            width = min(width, width_for(needed, self.settings.canvas_length))
-        dense = width
-        if self.settings.self_conditioning == "sparse":
-            quarter = -(-width // 4)
-            unsure = int(check[:, -1][check[:, 0] == 0].max())
-            dense = min(width, -(-unsure // quarter) * quarter)
-        return _Plan(width, dense, self.widest)
-
-
-class _Rows:
-    """What has become of each row: how much it has written, and whether it has ended."""
-
-    def __init__(self, config: ModelConfig, settings: ResolvedSettings, longest: int, batch: int):
-        room = _check_room(config, settings, longest)
-        self.settings = settings
-        self.left = min(settings.max_new_tokens, room * settings.canvas_length)
-        self.places = (
-            config.text.max_position_embeddings - longest
-        )  # free positions; a canvas cut short moves the later ones
-        self.ended = np.zeros(batch, bool)
-        self.steps_run = 0  # of the canvas at hand
-        self.new_tokens, self.steps, self.positions, self.row_canvases = (
-            np.zeros(batch, int) for _ in range(4)
-        )
-
-    def count(self, live: np.ndarray, width: int) -> None:
-        """One step that looked at `width` columns, for the rows that had not settled."""
-        self.steps_run += 1
-        self.positions += live * width
-
-    @property
-    def are_done(self) -> bool:
-        no_room = self.left == 0 or self.places < self.settings.canvas_length
-        return bool(self.ended.all()) or no_room
-
-    def take(self, last: _Step) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Cuts a denoised canvas at `max_new_tokens`, pads behind end tokens, and counts.
-
-        Returns:
-          The tokens [B, up to L], and the steps of each row.
-        """
-        tokens = np.array(last.draft)[:, : self.left]  # one host read per canvas
-        row_steps = np.where(self.ended, 0, np.array(last.row_steps))
-        self.left -= tokens.shape[1]
-        self.places -= tokens.shape[1]
-        is_end = np.isin(tokens, self.settings.eos_token_ids)
-        ends_before: np.ndarray = np.cumsum(is_end, axis=1) - is_end
-        keep = (ends_before == 0) & ~self.ended[:, None]
-        tokens = np.where(keep, tokens, self.settings.pad_token_id).astype(np.int32)
-        self.new_tokens += keep.sum(axis=1)
-        self.steps += row_steps
-        self.row_canvases += ~self.ended
-        self.ended |= is_end.any(axis=1)
-        return tokens, tuple(row_steps.tolist())
-
-    def finish(self) -> Finished:
-        return Finished(
-            tuple("stop" if ended else "length" for ended in self.ended),
-            tuple(self.new_tokens.tolist()),
-            tuple(self.steps.tolist()),
-            tuple(self.row_canvases.tolist()),
-            tuple(self.positions.tolist()),
-        )
-
-
 def _checked(noise: Noise | None, settings: ResolvedSettings) -> Noise:
     noise = SeededNoise(settings.seed) if noise is None else noise
     if settings.empty_rerolls and not isinstance(noise, SeededNoise):
@@ -526,18 +431,6 @@ def _checked(noise: Noise | None, settings: ResolvedSettings) -> Noise:
     if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
         raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
     return noise
-
-
-def _check_room(config: ModelConfig, settings: ResolvedSettings, longest: int) -> int:
-    """How many whole canvases fit behind a prompt."""
-    limit, canvas = config.text.max_position_embeddings, settings.canvas_length
-    room = (limit - longest) // canvas
-    if room < 1:
-        raise PromptError(
-            f"the prompt has {longest} tokens; with a canvas of {canvas}, "
-            f"at most {limit - canvas} of the {limit} positions are free for it"
-        )
-    return room
 
 
 def _check_prompt(tokens: mx.array, lengths: mx.array | None, config: ModelConfig) -> np.ndarray:

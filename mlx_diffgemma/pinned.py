@@ -114,7 +114,12 @@ class PinnedCanvas:
             scaled = (tokens.astype(mx.int64) * sizes) // self.vocab_size
             limited = members[starts + scaled].astype(mx.int32)
             tokens = mx.where(self._has_set, limited, tokens)
-        return mx.where(self.free, tokens, self.tokens)
+        return self.over(tokens)
+
+    def over(self, tokens: mx.array) -> mx.array:
+        """Tokens [B, W] with the pinned ones in their places."""
+        W = tokens.shape[1]
+        return mx.where(self.free[:, :W], tokens, self.tokens[:, :W])
 
     def choose(self, seen: Statistics) -> mx.array:
         """The draft, with the likeliest string in each span: int32 [B, W]. A span that a narrow
@@ -135,7 +140,7 @@ class PinnedCanvas:
             inside[span.row, span.start : span.start + span.length] = True
         return mx.array(inside)
 
-    @property
+    @cached_property
     def _is_limited(self) -> bool:
         return bool((self._chosen != ANY).any())
 

@@ -145,8 +145,8 @@ FAULTS = (
     Fault(
         "commit: the proposal instead of the draft",
         "loop.py",
-        "np.array(last.draft)[:, : self.left]",
-        "np.array(last.canvas)[:, : self.left]",
+        "rows.take(last.draft, last.row_steps)",
+        "rows.take(last.canvas, last.row_steps)",
         (LOOP,),
     ),
     Fault(
@@ -277,7 +277,7 @@ FAULTS = (
     ),
     Fault(
         "end token: what follows it stays",
-        "loop.py",
+        "rows.py",
         "tokens = np.where(keep, tokens, self.settings.pad_token_id).astype(np.int32)",
         "tokens = tokens.astype(np.int32)",
         (LOOP,),
@@ -285,22 +285,22 @@ FAULTS = (
     Fault(
         "pinned: conditioned on what the model thought there",
         "loop.py",
-        "            soft = mx.where(free[..., None], soft, run.model.embed(given))\n",
-        "            pass\n",
+        "mx.where(free[..., None], soft, run.model.embed(pinned.tokens[:, :W]))",
+        "soft",
         (FILL,),
     ),
     Fault(
         "pinned: noised with the rest",
         "loop.py",
-        "        accepted, next_canvas = accepted | ~free, mx.where(free, next_canvas, given)\n",
+        "        accepted, next_canvas = accepted | ~free, pinned.over(next_canvas)\n",
         "        accepted = accepted | ~free\n",
         (FILL,),
     ),
     Fault(
         "pinned: counted in the entropy",
         "loop.py",
-        "entropy=mx.where(free, seen.entropy, 0.0)",
-        "entropy=seen.entropy",
+        "entropy=mx.where(free, thought.entropy, 0.0)",
+        "entropy=thought.entropy",
         (FILL,),
     ),
     Fault(
@@ -320,13 +320,13 @@ FAULTS = (
     Fault(
         "automaton: the best token of each place, whatever the string",
         "loop.py",
-        "        draft = pinned.choose(seen)\n",
-        "        draft = seen.draft\n",
+        "        draft = pinned.choose(thought)\n",
+        "        draft = thought.draft\n",
         (FILL,),
     ),
     Fault(
         "fill: nothing ends the turn behind the template",
-        "fill.py",
+        "writer.py",
         "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
         "tokens[row, at:] = FREE",
         (FILL,),

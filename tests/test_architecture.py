@@ -21,8 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The reading order. A file imports only what stands before it.
 FLOW = (
     "errors settings config events files prompt names headers memory info model weights load "
-    "schedule sampler automaton pinned noise stopping loop template fill edit text generate report "
-    "trace convert cli __main__ demo"
+    "schedule sampler automaton pinned noise stopping rows loop writer template fill edit text "
+    "generate report trace convert cli __main__ demo"
 ).split()
 PARTS = {
     "model": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -13,13 +14,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, fill
+from mlx_diffgemma import GenerationSettings, fill, writer
 from mlx_diffgemma.automaton import Automaton
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import DiffGemmaError, TemplateError
 from mlx_diffgemma.events import CanvasCommitted, StepDone
 from mlx_diffgemma.fill import Filled, stream_fill
-from mlx_diffgemma.loop import denoise_tokens
+from mlx_diffgemma.loop import denoise_context, denoise_tokens
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.pinned import FREE, Pinned, Span
@@ -119,6 +120,17 @@ def templates(draw):
 def check(model, template, policy, seed):
     tokenizer = bundled()[1]
     watched = Watched(model)
+    given: list[tuple[int, np.ndarray]] = []  # canvases asked about before, and what was pinned
+
+    def denoising(model, contexts, chosen, *, pinned, **more):
+        given.append((len(watched.canvases), pinned.tokens))
+        return denoise_context(model, contexts, chosen, pinned=pinned, **more)
+
+    with patch.object(writer, "denoise_context", denoising):
+        check_run(watched, tokenizer, template, policy, seed, given)
+
+
+def check_run(watched, tokenizer, template, policy, seed, given):
     try:
         events = list(
             stream_fill(
@@ -159,7 +171,14 @@ def check(model, template, policy, seed):
         encode_text(tokenizer, part) if isinstance(part, str) else part for part in template.parts
     ]
     drafts = [np.array(event.draft) for event in events if isinstance(event, StepDone)]
-    for canvas in [*map(np.array, watched.canvases), *drafts]:
+    canvases = list(map(np.array, watched.canvases))
+    for i, (first, tokens) in enumerate(given):
+        last = given[i + 1][0] if i + 1 < len(given) else len(canvases)
+        assert last > first
+        for canvas in canvases[first:last]:
+            here = tokens[:, : canvas.shape[1]]
+            np.testing.assert_array_equal(canvas[here != FREE], here[here != FREE])
+    for canvas in [*canvases, *drafts]:
         for row in canvas.tolist():
             assert fits(row, pieces), (row, pieces)
 

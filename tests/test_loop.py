@@ -750,7 +750,7 @@ def test_the_most_uncertain_positions_are_conditioned_densely_and_the_others_spa
     ids, p = shortlist(seen.weights, seen.total, 2)
     belief = loop._Belief(seen.weights, seen.total, seen.entropy, (ids, p))
     run_ = loop._Run(model, sparse, SeededNoise(0), model.mean_row())
-    mixed = np.array(loop._soft_embedding(run_, belief, loop._Plan(4, 2, 4)))[0]
+    mixed = np.array(loop._soft_embedding(run_, belief, loop.Plan(4, 2, 4)))[0]
     dense = np.array(model.mean_embedding(seen.weights, seen.total))[0]
     short = np.array(model.sparse_embedding(ids, p, model.mean_row()))[0]
     for i, expected in enumerate((short, dense, short, dense)):

@@ -6,19 +6,23 @@ from typing import Annotated
 import typer
 
 from ..errors import TemplateError
-from ..settings import GenerationSettings, Policy
 from .options import (
-    MODEL_HELP,
-    REVISION_HELP,
+    CanvasLengthOption,
+    MaxDenoisingStepsOption,
+    ModelOption,
+    PolicyOption,
+    RevisionOption,
+    SeedOption,
+    SystemPromptOption,
+    TempOption,
     boolean,
     decoded,
-    fresh_seed,
+    few_settings,
     friendly_errors,
     gap_bounds,
     read_file,
     read_stdin,
     run,
-    setting,
     unescape,
 )
 
@@ -44,18 +48,14 @@ def fill(
         str | None,
         typer.Option(help=GAP_HELP, metavar="M..N", show_default="1 to what a canvas holds"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
-    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="System prompt for the chat template.")
-    ] = None,
-    temp: Annotated[float | None, setting("temperature", "--temp")] = None,
-    seed: Annotated[int | None, setting("seed", default="fresh, and printed")] = None,
-    max_denoising_steps: Annotated[int | None, setting("max_denoising_steps")] = None,
-    canvas_length: Annotated[
-        int | None, setting("canvas_length", default="the checkpoint's")
-    ] = None,
-    policy: Annotated[Policy | None, setting("policy")] = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    system_prompt: SystemPromptOption = None,
+    temp: TempOption = None,
+    seed: SeedOption = None,
+    max_denoising_steps: MaxDenoisingStepsOption = None,
+    canvas_length: CanvasLengthOption = None,
+    policy: PolicyOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object with text, slots and scores on stdout.")
     ] = False,
@@ -69,9 +69,9 @@ def fill(
     view = View(verbose=boolean(verbose))
     with friendly_errors():
         try:
-            settings = GenerationSettings(
-                temperature=temp,
-                seed=fresh_seed(seed),
+            settings = few_settings(
+                temp=temp,
+                seed=seed,
                 max_denoising_steps=max_denoising_steps,
                 canvas_length=canvas_length,
                 policy=policy,

@@ -15,14 +15,19 @@ from ..settings import (
     Acceptance,
     CanvasWidth,
     GenerationSettings,
-    Policy,
     ResolvedSettings,
     SelfConditioning,
     StopOn,
 )
 from .options import (
-    MODEL_HELP,
-    REVISION_HELP,
+    CanvasLengthOption,
+    MaxDenoisingStepsOption,
+    ModelOption,
+    PolicyOption,
+    RevisionOption,
+    SeedOption,
+    SystemPromptOption,
+    TempOption,
     boolean,
     fresh_seed,
     friendly_errors,
@@ -38,11 +43,9 @@ def generate(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Message to the model; '-' reads it from stdin.")
     ],
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
-    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="System prompt for the chat template.")
-    ] = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
+    system_prompt: SystemPromptOption = None,
     thinking: Annotated[
         bool, typer.Option("--thinking/--no-thinking", help="Let the model think first, on stderr.")
     ] = False,
@@ -69,20 +72,18 @@ def generate(
     max_tokens: Annotated[
         int, setting("max_new_tokens", "--max-tokens", "-m", default=str(COMMAND_MAX_TOKENS))
     ] = COMMAND_MAX_TOKENS,
-    temp: Annotated[float | None, setting("temperature", "--temp")] = None,
-    seed: Annotated[int | None, setting("seed", default="fresh, and printed")] = None,
-    max_denoising_steps: Annotated[int | None, setting("max_denoising_steps")] = None,
+    temp: TempOption = None,
+    seed: SeedOption = None,
+    max_denoising_steps: MaxDenoisingStepsOption = None,
     entropy_bound: Annotated[float | None, setting("entropy_bound")] = None,
     confidence_threshold: Annotated[float | None, setting("confidence_threshold")] = None,
     stability_threshold: Annotated[int | None, setting("stability_threshold")] = None,
     t_min: Annotated[float | None, setting("t_min")] = None,
     t_max: Annotated[float | None, setting("t_max")] = None,
-    canvas_length: Annotated[
-        int | None, setting("canvas_length", default="the checkpoint's")
-    ] = None,
+    canvas_length: CanvasLengthOption = None,
     empty_rerolls: Annotated[int | None, setting("empty_rerolls")] = None,
     prefill_step_size: Annotated[int | None, setting("prefill_step_size")] = None,
-    policy: Annotated[Policy | None, setting("policy")] = None,
+    policy: PolicyOption = None,
     acceptance: Annotated[Acceptance | None, setting("acceptance")] = None,
     acceptance_confidence: Annotated[float | None, setting("acceptance_confidence")] = None,
     acceptance_share: Annotated[float | None, setting("acceptance_share")] = None,

@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, DiffGemmaError, PromptError, SourceError, TemplateError
-from ..settings import default_of, help_of, source_of
+from ..settings import GenerationSettings, Policy, default_of, help_of, source_of
 from .interrupt import leave
 
 MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
@@ -103,6 +103,42 @@ def trace_page(name: str | None) -> Path | None:
     if not os.access(page.parent, os.W_OK):
         raise SourceError(f"--trace {name}: no file can be made in the folder {page.parent}")
     return page
+
+
+# What every command that runs the model takes.
+ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help=REVISION_HELP)]
+SystemPromptOption = Annotated[
+    str | None, typer.Option("--system-prompt", help="System prompt for the chat template.")
+]
+TempOption = Annotated[float | None, setting("temperature", "--temp")]
+SeedOption = Annotated[int | None, setting("seed", "--seed", default="fresh, and printed")]
+MaxDenoisingStepsOption = Annotated[
+    int | None, setting("max_denoising_steps", "--max-denoising-steps")
+]
+CanvasLengthOption = Annotated[
+    int | None, setting("canvas_length", "--canvas-length", default="the checkpoint's")
+]
+PolicyOption = Annotated[Policy | None, setting("policy", "--policy")]
+
+
+def few_settings(
+    *,
+    temp: float | None,
+    seed: int | None,
+    max_denoising_steps: int | None,
+    canvas_length: int | None,
+    policy: Policy | None,
+) -> GenerationSettings:
+    """The settings of commands that take only these; a missing seed is drawn, so that it can be
+    printed."""
+    return GenerationSettings(
+        temperature=temp,
+        seed=fresh_seed(seed),
+        max_denoising_steps=max_denoising_steps,
+        canvas_length=canvas_length,
+        policy=policy,
+    )
 
 
 @contextmanager
