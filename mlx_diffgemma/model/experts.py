@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..config import TextConfig
-from .backend import compiled, compiled_per_shape, is_cpu
+from .backend import compiled_per_shape, is_cpu
 from .layers import geglu, unit_rms
 from .products import expert_matrix, linear
 
@@ -70,7 +70,7 @@ class Experts(nn.Module):
             return self._all_at_once(x, chosen, weights)
         else:
             out = self._grouped_products(x, chosen)
-        return _mix(out.reshape(T, k, -1), weights[..., None]).sum(axis=1).astype(x.dtype)
+        return _weighted_sum(out.reshape(T, k, -1), weights).astype(x.dtype)
 
     def _grouped_products(self, x: mx.array, chosen: mx.array) -> mx.array:
         """The chosen experts' outputs for every token, [T * k, M], by MLX's grouped products."""
@@ -131,9 +131,15 @@ class Experts(nn.Module):
         return (weighted.swapaxes(0, 1) @ self.down_proj.weight.swapaxes(1, 2)).sum(axis=0)
 
 
-@compiled
-def _mix(out: mx.array, weights: mx.array) -> mx.array:
-    return out.astype(mx.float32) * weights
+@compiled_per_shape
+def _weighted_sum(out: mx.array, weights: mx.array) -> mx.array:
+    """out [T, k, M], weights float32 [T, k] -> float32 [T, M]. One kernel that adds in pairs, so
+    that no product of the size of `out` is written."""
+    terms = [out[:, i].astype(mx.float32) * weights[:, i : i + 1] for i in range(out.shape[1])]
+    while len(terms) > 1:
+        odd = terms[len(terms) // 2 * 2 :]
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd
+    return terms[0]
 
 
 @compiled_per_shape
