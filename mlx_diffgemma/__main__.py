@@ -5,8 +5,10 @@ import typer
 from .cli.convert import convert
 from .cli.edit import edit
 from .cli.fill import fill
+from .cli.fuse import fuse
 from .cli.generate import generate
 from .cli.info import info
+from .cli.train import train
 
 
 def main() -> None:
@@ -21,6 +23,8 @@ def main() -> None:
     app.command()(edit)
     app.command()(info)
     app.command()(convert)
+    app.command()(train)
+    app.command()(fuse)
     app(prog_name="python -m mlx_diffgemma")
 
 

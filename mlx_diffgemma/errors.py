@@ -30,3 +30,11 @@ class PromptError(DiffGemmaError):
 
 class TemplateError(DiffGemmaError):
     """A template, selection or constraint that cannot be read or cannot be met."""
+
+
+class DataError(DiffGemmaError):
+    """A data file that cannot be read, or a line in it that is no example."""
+
+
+class LossError(DiffGemmaError):
+    """A loss that is no number."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
+from .adapters import load_adapters
 from .config import ModelConfig
 from .errors import SourceError
 from .files import resolve
@@ -29,13 +30,18 @@ _CONTROL_TOKENS = frozenset(
 
 
 def load(
-    path_or_repo: str | os.PathLike[str], *, revision: str | None = None, fused: bool = True
+    path_or_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    adapter_path: str | os.PathLike[str] | None = None,
+    fused: bool = True,
 ) -> tuple[DiffusionGemma, PreTrainedTokenizerBase]:
     """Loads a checkpoint and its tokenizer, as `mlx_lm.load` does.
 
     Args:
       path_or_repo: a folder, or a Hub repo id, which is downloaded where it is not cached.
       revision: branch, tag or commit of a repository.
+      adapter_path: as for `load_model`.
       fused: as for `load_model`.
 
     Raises:
@@ -46,16 +52,23 @@ def load(
     # What is quick to check comes first; the config before transformers looks at it on its own.
     ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
-    return load_model(folder, fused=fused), tokenizer
+    return load_model(folder, adapter_path=adapter_path, fused=fused), tokenizer
 
 
-def load_model(folder: str | os.PathLike[str], *, fused: bool = True) -> DiffusionGemma:
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    adapter_path: str | os.PathLike[str] | None = None,
+    fused: bool = True,
+) -> DiffusionGemma:
     """The model alone, from a folder that may have no tokenizer. Warns where memory will be short.
 
     Args:
       folder: a checkpoint's.
-      fused: queries, keys and values become one product after loading, gate and up likewise;
-        False leaves every module under its checkpoint's name, as adapters need.
+      adapter_path: folder of adapters, or of weights trained in full, in mlx-lm's format.
+      fused: queries, keys and values become one product after loading, gate and up likewise,
+        where no adapter is on them; False leaves every module under its checkpoint's name, as
+        training needs.
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
@@ -78,6 +91,8 @@ def load_model(folder: str | os.PathLike[str], *, fused: bool = True) -> Diffusi
         )
     model = DiffusionGemma(config)
     load_weights(model, config, folder)
+    if adapter_path is not None:
+        load_adapters(model, adapter_path)
     if fused:
         fuse(model)
     model.eval()

@@ -20,9 +20,9 @@ PACKAGE = ROOT / "mlx_diffgemma"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The reading order. A file imports only what stands before it.
 FLOW = (
-    "errors settings config events files prompt names headers memory info model weights load "
-    "schedule sampler automaton pinned noise stopping rows loop writer template fill edit text "
-    "generate report trace convert cli __main__ demo"
+    "errors settings recipe config events files prompt names headers memory info model adapters "
+    "weights load schedule sampler automaton pinned noise stopping rows loop writer template fill "
+    "edit text generate report trace train convert cli __main__ demo"
 ).split()
 PARTS = {
     "model": (
@@ -30,8 +30,10 @@ PARTS = {
         "diffusion_gemma fused"
     ).split(),
     "cli": (
-        "interrupt options render render_convert render_watch convert generate fill edit info"
+        "interrupt options render render_convert render_train render_watch convert generate fill "
+        "edit info train fuse"
     ).split(),
+    "train": "data batches objective optimizer checkpoint trainer curves session fuse".split(),
     "demo": [],
 }
 # `mlx_diffgemma.convert` lives in a folder of its own, which only an installation maps.

@@ -7,6 +7,7 @@ import typer
 
 from ..errors import SourceError, TemplateError
 from .options import (
+    AdapterOption,
     CanvasLengthOption,
     MaxDenoisingStepsOption,
     ModelOption,
@@ -49,6 +50,7 @@ def edit(
         ),
     ] = None,
     model: ModelOption = None,
+    adapter_path: AdapterOption = None,
     revision: RevisionOption = None,
     system_prompt: SystemPromptOption = None,
     temp: TempOption = None,
@@ -92,7 +94,11 @@ def edit(
             from ..load import load
             from ..prompt import PromptOptions
 
-            loaded, tokenizer = load(bundled_model() if model is None else model, revision=revision)
+            loaded, tokenizer = load(
+                bundled_model() if model is None else model,
+                revision=revision,
+                adapter_path=adapter_path,
+            )
             edited = rewrite(
                 loaded,
                 tokenizer,

@@ -7,6 +7,7 @@ import typer
 
 from ..errors import TemplateError
 from .options import (
+    AdapterOption,
     CanvasLengthOption,
     MaxDenoisingStepsOption,
     ModelOption,
@@ -49,6 +50,7 @@ def fill(
         typer.Option(help=GAP_HELP, metavar="M..N", show_default="1 to what a canvas holds"),
     ] = None,
     model: ModelOption = None,
+    adapter_path: AdapterOption = None,
     revision: RevisionOption = None,
     system_prompt: SystemPromptOption = None,
     temp: TempOption = None,
@@ -86,7 +88,11 @@ def fill(
             from ..prompt import PromptOptions
             from ..report import filled_object
 
-            loaded, tokenizer = load(bundled_model() if model is None else model, revision=revision)
+            loaded, tokenizer = load(
+                bundled_model() if model is None else model,
+                revision=revision,
+                adapter_path=adapter_path,
+            )
             for event in stream_fill(
                 loaded,
                 tokenizer,

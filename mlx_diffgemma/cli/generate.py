@@ -20,6 +20,7 @@ from ..settings import (
     StopOn,
 )
 from .options import (
+    AdapterOption,
     CanvasLengthOption,
     MaxDenoisingStepsOption,
     ModelOption,
@@ -44,6 +45,7 @@ def generate(
         str, typer.Option("--prompt", "-p", help="Message to the model; '-' reads it from stdin.")
     ],
     model: ModelOption = None,
+    adapter_path: AdapterOption = None,
     revision: RevisionOption = None,
     system_prompt: SystemPromptOption = None,
     thinking: Annotated[
@@ -156,7 +158,7 @@ def generate(
             from ..prompt import PromptOptions, single_tokens
 
             source = bundled_model() if model is None else model
-            loaded, tokenizer = load(source, revision=revision)
+            loaded, tokenizer = load(source, revision=revision, adapter_path=adapter_path)
             extra = single_tokens(tokenizer, extra_eos_token or [])
             start = {"event": "start", "model": str(source), "seed": settings.seed}
             notes = ["no --model given: this is the bundled model, trained on small puzzles only"]

@@ -107,6 +107,10 @@ def trace_page(name: str | None) -> Path | None:
 
 # What every command that runs the model takes.
 ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option("--adapter-path", help="Folder of adapters, as mlx_diffgemma.train makes them."),
+]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help=REVISION_HELP)]
 SystemPromptOption = Annotated[
     str | None, typer.Option("--system-prompt", help="System prompt for the chat template.")

@@ -17,8 +17,9 @@ from .masks import Mask
 from .products import linear
 from .rope import rotate
 
-# Own keys and values [B, K, L, H] -> all that may be seen, [B, K, S + L, H], and what is kept.
-Place = Callable[[mx.array, mx.array], tuple[LayerContext, LayerContext]]
+# What was there before, own keys and values [B, K, L, H] -> all that may be seen, [B, K, S + L, H],
+# and what is kept.
+Place = Callable[[LayerContext | None, mx.array, mx.array], tuple[LayerContext, LayerContext]]
 
 
 class Attention(nn.Module):
@@ -43,7 +44,12 @@ class Attention(nn.Module):
         self._rope = config.rope[layer.type]
 
     def __call__(
-        self, x: mx.array, place: Place, mask: Mask, position: int | mx.array
+        self,
+        x: mx.array,
+        past: LayerContext | None,
+        place: Place,
+        mask: Mask,
+        position: int | mx.array,
     ) -> tuple[mx.array, LayerContext]:
         """Attends from x [B, L, M]; `position` is that of its first token.
 
@@ -59,7 +65,7 @@ class Attention(nn.Module):
         rotating = (normed[:, :, : N + K] * scale).astype(x.dtype)
         rotating = rotate(rotating.swapaxes(1, 2), position, self._rope)  # [B, N + K, L, H]
         values = normed[:, :, -K:].astype(x.dtype).swapaxes(1, 2)  # [B, K, L, H]
-        seen, kept = place(rotating[:, N:], values)
+        seen, kept = place(past, rotating[:, N:], values)
         out = attend(rotating[:, :N], seen, mask)
         return linear(self.o_proj, out.swapaxes(1, 2).reshape(B, L, -1)), kept
 
@@ -91,6 +97,7 @@ def attend(queries: mx.array, seen: LayerContext, mask: Mask) -> mx.array:
     if mask is not None:
         allowed = mx.arange(S) <= mx.arange(S - L, S)[:, None] if mask == "causal" else mask
         scores = mx.where(allowed, scores, -mx.inf)
-    weights = exp_below_zero(scores - scores.max(axis=-1, keepdims=True))
+    # The largest score takes nothing back: it cancels.
+    weights = exp_below_zero(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     return (weights.reshape(B, K, -1, S) @ seen.values).reshape(B, N, L, H) / total

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 _as_on_gpu = ContextVar("as_on_gpu", default=False)
+_in_training = ContextVar("in_training", default=False)
 
 
 def is_cpu() -> bool:
@@ -33,11 +34,27 @@ def as_on_gpu() -> Iterator[None]:
         _as_on_gpu.reset(token)
 
 
+def is_training() -> bool:
+    """Whether gradients are going to be taken: nothing may be evaluated on the way, and what has
+    no derivative may not be used."""
+    return _in_training.get()
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Builds graphs that gradients can be taken of."""
+    token = _in_training.set(True)
+    try:
+        yield
+    finally:
+        _in_training.reset(token)
+
+
 def begin(x: mx.array) -> None:
     """Starts to compute what is going to be needed, on the CPU backend: building the graph of a
     small model takes a fifth of a step, and another core may as well work meanwhile. GPUs have
     the last step to work on."""
-    if is_cpu():
+    if is_cpu() and not is_training():
         mx.async_eval(x)
 
 

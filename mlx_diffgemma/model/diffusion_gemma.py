@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,9 +50,15 @@ class Layer(nn.Module):
         self.layer_scalar = mx.ones((1,))
 
     def __call__(
-        self, x: mx.array, place: Place, mask: Mask, position: int | mx.array, scalar: mx.array
+        self,
+        x: mx.array,
+        past: LayerContext | None,
+        place: Place,
+        mask: Mask,
+        position: int | mx.array,
+        scalar: mx.array,
     ) -> tuple[mx.array, LayerContext]:
-        attended, kept = self.self_attn(self.input_layernorm(x), place, mask, position)
+        attended, kept = self.self_attn(self.input_layernorm(x), past, place, mask, position)
         h = self.post_attention_layernorm.added_to(x, attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
         flat = h.reshape(-1, h.shape[-1])  # [T, M]
@@ -61,6 +68,9 @@ class Layer(nn.Module):
         )
         both = self.post_feedforward_layernorm_2.added_to(dense, mixed)
         return self.post_feedforward_layernorm.added_to(h, both) * scalar, kept
+
+
+RunLayer = Callable[..., tuple[mx.array, LayerContext]]  # a layer, then its arguments
 
 
 class Decoder(nn.Module):
@@ -112,6 +122,13 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = Stack(config.text)
+        # How a layer is run: as it is, or by training so that its inner arrays need not be kept.
+        self.run_layer: RunLayer = _as_it_is
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers, as mlx-lm's tools for adapters look for them."""
+        return self.model.decoder.layers
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -155,7 +172,7 @@ class DiffusionGemma(nn.Module):
             raise ValueError(f"tokens have {B} rows, the context has {context.batch}")
         for start in range(0, S, step_size):
             piece = tokens[:, start : start + step_size]
-            context = self._encode(piece, context)
+            _, context = self.encode(piece, context)
             if (
                 start + step_size < S
             ):  # each piece is computed and its scratch memory given back before the next
@@ -218,7 +235,19 @@ class DiffusionGemma(nn.Module):
         wanted = (*canvas.shape, self.config.text.hidden_size)
         if self_conditioning is not None and self_conditioning.shape != wanted:
             raise ValueError(f"self_conditioning must be {wanted}, got {self_conditioning.shape}")
-        decoder, L, kept_places = self.model.decoder, canvas.shape[1], context.kept
+        opened = [context]
+        del context  # what nobody else holds is written in place
+        x, context = self.canvas_states(canvas, opened.pop(), self_conditioning=self_conditioning)
+        decoder = self.model.decoder
+        return head(decoder.embed_tokens, decoder.norm(x)), context
+
+    def canvas_states(
+        self, canvas: mx.array, context: OpenContext, *, self_conditioning: mx.array | None = None
+    ) -> tuple[mx.array, OpenContext]:
+        """What the last layer makes of a canvas, [B, L, M], before the norm and the head; else as
+        `look`."""
+        decoder, L = self.model.decoder, canvas.shape[1]
+        text, kept_places = context.text, context.kept
         # What nobody else holds is written in place, so nothing of it may be held here either.
         layers = list(reversed(context.layers))
         context = replace(context, layers=())
@@ -230,12 +259,17 @@ class DiffusionGemma(nn.Module):
                 first_key = text.length - kept
                 masks[kept] = canvas_mask(kept + L, first_key=first_key, padding=text.padding)
             begin(x)
-            place = partial(_behind, layers.pop(), kept)
-            x, keep = layer(x, place, masks[kept], text.position, layer.layer_scalar)
-            del place
+            x, keep = self.run_layer(
+                layer,
+                x,
+                layers.pop(),
+                partial(_behind, kept),
+                masks[kept],
+                text.position,
+                layer.layer_scalar,
+            )
             written.append(keep)
-        outputs = head(decoder.embed_tokens, decoder.norm(x))
-        return outputs, replace(context, layers=tuple(written))
+        return x, replace(context, layers=tuple(written))
 
     def soft_embedding(self, processed_logits: mx.array) -> mx.array:
         """The mean embedding under softmax(processed_logits): float32 [B, L, V] -> [B, L, M] in
@@ -283,9 +317,18 @@ class DiffusionGemma(nn.Module):
         even = mx.full((1, 1, vocab_size), 1 / vocab_size, self.dtype)
         return weighted_rows(self.model.decoder.embed_tokens, even)[0, 0]
 
-    def _encode(self, tokens: mx.array, context: Context) -> Context:
+    def encode(self, tokens: mx.array, context: Context) -> tuple[mx.array, Context]:
         """One piece of `prefill`: no self-conditioning and none of its norm, and the encoder's
-        layer scalars."""
+        layer scalars.
+
+        Args:
+          tokens: int32 [B, S].
+          context: what was read before; an empty one for nothing.
+
+        Returns:
+          What the last layer makes of each token, [B, S, M], before the norm and the head, and the
+          longer context.
+        """
         text, count = self.config.text, tokens.shape[1]
         x, layers = self.embed(tokens), []
         scalars = self.model.encoder.language_model.layers
@@ -303,9 +346,10 @@ class DiffusionGemma(nn.Module):
                     padding=context.padding,
                 )
             mask = masks[is_sliding]
-            place = partial(_joined, past)
             begin(x)  # not what the last layer makes of it: only its keys and values are needed
-            x, seen = layer(x, place, mask, context.position, scalars[i].layer_scalar)
+            x, seen = self.run_layer(
+                layer, x, past, _joined, mask, context.position, scalars[i].layer_scalar
+            )
             if is_sliding:
                 drop = max(0, seen.keys.shape[2] - (text.sliding_window - 1))
                 if drop:  # a copy: a view would keep the whole piece in memory
@@ -314,7 +358,7 @@ class DiffusionGemma(nn.Module):
                         mx.contiguous(seen.values[:, :, drop:]),
                     )
             layers.append(seen)
-        return Context(tuple(layers), context.length + count, context.batch, context.padding)
+        return x, Context(tuple(layers), context.length + count, context.batch, context.padding)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """The embeddings of tokens: int32 [B, S] -> [B, S, M] in the model's type."""
@@ -330,6 +374,10 @@ class DiffusionGemma(nn.Module):
 _softcap = compiled(softcap)
 
 
+def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, LayerContext]:
+    return layer(*arguments)
+
+
 def _joined(
     past: LayerContext | None, keys: mx.array, values: mx.array
 ) -> tuple[LayerContext, LayerContext]:
@@ -339,9 +387,10 @@ def _joined(
 
 
 def _behind(
-    past: LayerContext, kept: int, keys: mx.array, values: mx.array
+    kept: int, past: LayerContext | None, keys: mx.array, values: mx.array
 ) -> tuple[LayerContext, LayerContext]:
     """A canvas sees the text and itself, in the room behind the text."""
+    assert past is not None
     written = past.written(kept, keys, values)
     return written.first(kept + keys.shape[2]), written
 

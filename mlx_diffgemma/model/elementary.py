@@ -5,10 +5,11 @@ vectorise, they take 2 to 5. On GPUs they are MLX's own."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
-from .backend import compiled, is_cpu
+from .backend import compiled, is_cpu, is_training
 
 _LOG2_E = 1.4426950408889634
 _LN2_HEAD, _LN2_TAIL = 0.693359375, -2.12194440e-4  # whole multiples of the head are exact
@@ -37,8 +38,22 @@ def exp_below_zero(x: mx.array) -> mx.array:
     """
     if not is_cpu():
         return mx.exp(x)
+    return cast(mx.array, _differentiable_exp(x)) if is_training() else _exp_below_zero(x)
+
+
+def _exp_below_zero(x: mx.array) -> mx.array:
     # The bits of 2^n are those of n in the exponent's place.
     return _exp_of_rest(x, _exponent_bits(x).view(mx.float32))
+
+
+@mx.custom_function
+def _differentiable_exp(x: mx.array) -> mx.array:
+    return _exp_below_zero(x)
+
+
+@_differentiable_exp.vjp
+def _differentiable_exp_vjp(_: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output
 
 
 _OVER = (0.99999999357, 0.134444965477, 3.57159631947e-3, 2.18946336053e-5, 1.52303775699e-8)

@@ -4,6 +4,7 @@ three-dimensional arrays."""
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,8 +12,8 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..config import TextConfig
-from .backend import compiled_per_shape, is_cpu
-from .layers import geglu, unit_rms
+from .backend import compiled_per_shape, is_cpu, is_training
+from .layers import geglu, geglu_gradients, unit_rms
 from .products import expert_matrix, linear
 
 # From this many (token, expert) pairs on, they are sorted by expert: MLX's sorted kernels read
@@ -45,6 +46,8 @@ class Router(nn.Module):
         scaled = unit_rms(x, self.eps) * self.scale * self.root
         logits = linear(self.proj, scaled).astype(mx.float32)  # [T, E]
         chosen = mx.argpartition(logits, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        if is_training():  # or the choice itself would be asked for a derivative
+            chosen = mx.stop_gradient(chosen)
         # A softmax over the chosen logits equals one over all of them, renormalised.
         weights = mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1)
         return chosen, weights * self.per_expert_scale[chosen]
@@ -64,7 +67,8 @@ class Experts(nn.Module):
         """x [T, M], chosen [T, k], weights float32 [T, k] -> the weighted sum [T, M], added up in
         float32."""
         T, k = chosen.shape
-        if is_cpu() and self.multiplications >= _PRODUCT_PER_EXPERT_FROM:
+        is_large = self.multiplications >= _PRODUCT_PER_EXPERT_FROM
+        if is_cpu() and is_large and not is_training():
             out = self._product_per_expert(x, chosen)
         elif is_cpu() and self._are_cheap_together(x):
             return self._all_at_once(x, chosen, weights)
@@ -127,7 +131,9 @@ class Experts(nn.Module):
         T, E = x.shape[0], self.count
         dense = mx.put_along_axis(mx.zeros((T, E)), chosen, weights, axis=1)
         out = (x @ self.gate_up_proj.weight.flatten(0, 1).T).reshape(T, E, -1)
-        weighted = _weighted_geglu(*mx.split(out, 2, axis=-1), dense[..., None])  # [T, E, F]
+        geglu_of = _trained_weighted_geglu if is_training() else _weighted_geglu
+        gate, up = mx.split(out, 2, axis=-1)
+        weighted = cast(mx.array, geglu_of(gate, up, dense[..., None]))  # [T, E, F]
         return (weighted.swapaxes(0, 1) @ self.down_proj.weight.swapaxes(1, 2)).sum(axis=0)
 
 
@@ -146,3 +152,23 @@ def _weighted_sum(out: mx.array, weights: mx.array) -> mx.array:
 def _weighted_geglu(gate: mx.array, up: mx.array, weights: mx.array) -> mx.array:
     """Exactly 0 where the weight is, whatever an expert that was not chosen makes of a token."""
     return mx.where(weights == 0, 0.0, geglu(gate, up) * weights)
+
+
+@mx.custom_function
+def _trained_weighted_geglu(gate: mx.array, up: mx.array, weights: mx.array) -> mx.array:
+    return _weighted_geglu(gate, up, weights)
+
+
+@_trained_weighted_geglu.vjp
+def _trained_weighted_geglu_vjp(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, ...]:
+    gate, up, weights = primals
+    to_gate, to_up = geglu_gradients(gate, up, cotangent * weights)
+    to_weights = (cotangent * _geglu_again(gate, up)).sum(axis=-1, keepdims=True)
+    return to_gate, to_up, to_weights
+
+
+@compiled_per_shape
+def _geglu_again(gate: mx.array, up: mx.array) -> mx.array:
+    return geglu(gate, up)

@@ -4,11 +4,12 @@ work is compiled: without shapes where it is short, since that never costs a new
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backend import compiled, compiled_per_shape
+from .backend import compiled, compiled_per_shape, is_training
 from .elementary import tanh
 from .products import linear
 
@@ -31,13 +32,18 @@ class RMSNorm(nn.RMSNorm):
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) * up with the tanh approximation (`gelu_pytorch_tanh`), rounded once before *."""
-    return _geglu(gate, up)
+    return cast(mx.array, _trained_geglu(gate, up)) if is_training() else _geglu(gate, up)
 
 
 def softcap(outputs: mx.array, cap: float) -> mx.array:
     """cap * tanh(outputs / cap), float32. MLX's tanh everywhere: a longer chain of operations would
     fall apart into several kernels, and write arrays of the size of the logits between them."""
     return mx.tanh(outputs.astype(mx.float32) / cap) * cap
+
+
+def geglu_gradients(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, ...]:
+    """What geglu passes back: to the gate, and to `up`."""
+    return _geglu_gradients(gate, up, cotangent)
 
 
 class MLP(nn.Module):
@@ -77,6 +83,30 @@ def _geglu(gate: mx.array, up: mx.array) -> mx.array:
     x = gate.astype(mx.float32)
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
     return (0.5 * x * (1 + tanh(inner))).astype(gate.dtype) * up
+
+
+@mx.custom_function
+def _trained_geglu(gate: mx.array, up: mx.array) -> mx.array:
+    return _geglu(gate, up)
+
+
+@_trained_geglu.vjp
+def _trained_geglu_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, ...]:
+    """In two kernels, where MLX would take the tanh apart into its operations."""
+    return geglu_gradients(*primals, cotangent)
+
+
+@compiled_per_shape
+def _geglu_gradients(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, ...]:
+    x, y, passed = (a.astype(mx.float32) for a in (gate, up, cotangent))
+    root = math.sqrt(2 / math.pi)
+    curve = tanh(root * (x + 0.044715 * (x * x * x)))
+    inner = root * (1 + 3 * 0.044715 * (x * x))
+    slope = 0.5 * (1 + curve) + 0.5 * x * (1 - curve * curve) * inner
+    to_gate, to_up = passed * y * slope, passed * (0.5 * x * (1 + curve))
+    return to_gate.astype(gate.dtype), to_up.astype(up.dtype)
 
 
 def _exact_rms(x: mx.array, weight: mx.array, eps: float) -> mx.array:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from .backend import is_cpu
 
@@ -22,6 +23,9 @@ def linear(module: nn.Module, x: mx.array) -> mx.array:
     """x @ W.T for a linear module: [..., inputs] -> [..., outputs]."""
     if is_cpu() and isinstance(module, nn.QuantizedLinear):
         return _times_rows(x, module)
+    if isinstance(module, LoRALinear):
+        z = (module.dropout(x) @ module.lora_a) @ module.lora_b
+        return linear(module.linear, x) + (module.scale * z).astype(x.dtype)
     return module(x)
 
 
@@ -57,6 +61,9 @@ def weighted_rows(table: nn.Module, weights: mx.array) -> mx.array:
 
 def expert_matrix(module: nn.Module, expert: int) -> mx.array:
     """The weights of one expert, [outputs, inputs], unpacked to float32 where they are packed."""
+    if isinstance(module, LoRASwitchLinear):
+        delta = (module.scale * module.lora_b[expert]) @ module.lora_a[expert]
+        return expert_matrix(module.linear, expert) + delta
     if not isinstance(module, QuantizedSwitchLinear):
         return module.weight[expert]
     return _unpack(module, slice(expert, expert + 1))[0]

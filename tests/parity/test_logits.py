@@ -65,7 +65,10 @@ class Reference:
                 module.register_forward_hook(self._record)
 
     def _record(self, router, inputs, outputs) -> None:
-        probabilities, k = outputs[0].sort(dim=-1, descending=True).values, outputs[1].shape[-1]
+        probabilities, k = (
+            outputs[0].detach().sort(dim=-1, descending=True).values,
+            outputs[1].shape[-1],
+        )
         if k < probabilities.shape[-1]:
             self.margins.append(float((probabilities[:, k - 1] - probabilities[:, k]).min()))
 

@@ -1,0 +1,34 @@
+"""mlx_diffgemma.fuse: adapters into a checkpoint's weights."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import REVISION_HELP, friendly_errors, run
+
+
+def fuse(
+    model: Annotated[str, typer.Option(help="Local folder or Hub repo id that was trained.")],
+    adapter_path: Annotated[
+        str, typer.Option(help="Folder of adapters, or of weights trained in full.")
+    ] = "adapters",
+    save_path: Annotated[str, typer.Option(help="Folder of the result.")] = "fused_model",
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Unpack all weights; else packed ones stay so.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
+) -> None:
+    """Write a checkpoint that needs no adapters any more."""
+    with friendly_errors():
+        from ..train.fuse import fuse_checkpoint
+        from .render_train import show_fused
+
+        fused = fuse_checkpoint(
+            model, adapter_path, Path(save_path), dequantize=dequantize, revision=revision
+        )
+        show_fused(fused)
+
+
+def main() -> None:
+    run(fuse)

@@ -1,0 +1,81 @@
+"""What a training run looks like in a terminal: a line per report, all of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..train.fuse import Fused
+from ..train.trainer import Event, Saved, Trained, Validated
+
+if TYPE_CHECKING:
+    from ..train.session import Session
+
+
+class TrainView:
+    """Lines, as they come; of several processes one speaks."""
+
+    def __init__(self) -> None:
+        self._is_silent = False
+
+    def start(self, session: Session) -> None:
+        self._is_silent = not session.trainer.is_first
+        trainer, settings = session.trainer, session.trainer.settings
+        total, trainable = session.parameters, session.trainable
+        self._say(
+            f"{settings.fine_tune_type}: {trainable:,} of {total:,} weights trained "
+            f"({trainable / total:.2%}); {len(trainer.train_set):,} examples, "
+            f"{len(trainer.valid_set):,} for validation"
+        )
+        if trainer.iteration:
+            self._say(f"going on at iteration {trainer.iteration:,} of {settings.iters:,}")
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Trained():
+                self._say(
+                    f"iteration {event.iteration:,}: loss {event.loss:.4f} "
+                    f"(canvas {event.canvas_loss:.4f}, causal {event.causal_loss:.4f}), "
+                    f"rate {event.learning_rate:.3g}, {event.iterations_per_second:.2f} it/s, "
+                    f"{event.tokens_per_second:,.0f} tokens/s, {event.trained_tokens:,} tokens, "
+                    f"peak {event.peak_bytes / 1e9:.2f} GB"
+                )
+            case Validated():
+                self._say(
+                    f"iteration {event.iteration:,}: validation loss {event.loss:.4f} "
+                    f"(canvas {event.canvas_loss:.4f}, causal {event.causal_loss:.4f}), "
+                    f"{event.seconds:.1f} s"
+                )
+            case Saved():
+                self._say(f"iteration {event.iteration:,}: saved {event.path}")
+
+    def interrupted(self, saved: Saved) -> None:
+        self._say(
+            f"interrupted at iteration {saved.iteration:,}: saved {saved.path}; --resume goes on"
+        )
+
+    def picture(self, path: Path | None) -> None:
+        if path is not None:
+            self._say(f"curves in {path}")
+
+    def tested(self, losses: tuple[float, float, float]) -> None:
+        total, canvas, causal = losses
+        self._say(f"test loss {total:.4f} (canvas {canvas:.4f}, causal {causal:.4f})")
+
+    def _say(self, text: str) -> None:
+        if not self._is_silent:
+            print(text, file=sys.stderr, flush=True)
+
+
+def show_fused(fused: Fused) -> None:
+    """What a fuse wrote, and what packing again lost."""
+    print(f"{fused.folder}: {fused.nbytes:,} bytes, {fused.changed} modules changed")
+    if fused.errors:
+        worst = max(fused.errors, key=lambda path: fused.errors[path])
+        mean = sum(fused.errors.values()) / len(fused.errors)
+        print(
+            f"{len(fused.errors)} of them packed again, which lost {mean:.2%} of their weights' "
+            f"size on average, {fused.errors[worst]:.2%} of {worst}'s at most; "
+            "--dequantize loses none"
+        )

@@ -1,0 +1,168 @@
+"""Examples -> batches: their order, their noise, their padding. On the host, and all of it from
+the seed and the number of the batch, so that a run can be taken up anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import mlx.core as mx
+import numpy as np
+
+from ..recipe import TrainSettings
+from .data import Example
+
+# Contexts are padded to multiples of this, and conditioned rows to a power of two: every new shape
+# of a batch costs a trace.
+_PLACES = 8
+# Batches are made of neighbours by length among this many batches' worth of examples.
+_POOL_BATCHES = 32
+# What a generator is seeded with beside the seed.
+_ORDER, _NOISE, _VALIDATION = 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draw:
+    """Everything random about a batch."""
+
+    canvas: np.ndarray  # int [B], which canvas of each example is denoised
+    level: np.ndarray  # float [B], the chance of every token to be replaced
+    replaced: np.ndarray  # bool [B, C]
+    noise: np.ndarray  # int [B, C], uniform tokens
+    conditioned: np.ndarray  # bool [B]
+
+    def rows(self, start: int, end: int) -> Draw:
+        """Those of some examples."""
+        return Draw(*(getattr(self, field.name)[start:end] for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One batch on the device. Rows end their contexts at the same place, as in generation."""
+
+    context: mx.array  # int32 [B, S], prompts and earlier canvases, padded on the left
+    padding: mx.array  # int32 [B], places on the left without a token
+    rest: mx.array | None  # int32 [B, R], the canvas and those after it, clean; for a causal loss
+    targets: mx.array | None  # int32 [B, S + R], the next token of each place
+    weights: mx.array | None  # float32 [B, S + R], sum 1: the mean over examples of their means
+    noisy: mx.array  # int32 [B, C]
+    clean: mx.array  # int32 [B, C]
+    rows: mx.array | None  # int32 [n], rows that are conditioned, the first repeated; None: none
+    place: mx.array | None  # int32 [B], where each row is among `rows`, -1 where it is not
+    tokens: int  # that were read: contexts, clean text and canvases, without padding
+
+    def arrays(self) -> dict[str, mx.array]:
+        """By name, without what is None."""
+        names = ("context", "padding", "rest", "targets", "weights", "noisy", "clean")
+        found = {name: getattr(self, name) for name in (*names, "rows", "place")}
+        return {name: array for name, array in found.items() if array is not None}
+
+
+class Order:
+    """Which examples each batch has, by its number from 0: all of them once per epoch, neighbours
+    by length, but for the last few that fill no batch, which are other ones in every epoch."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self._lengths, self._batch_size, self._seed = np.asarray(lengths), batch_size, seed
+        self._epoch, self._batches = -1, np.empty((0, batch_size), np.int64)
+
+    def __getitem__(self, number: int) -> list[int]:
+        epoch, place = divmod(number, len(self._lengths) // self._batch_size)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._of(epoch)
+        return [int(i) for i in self._batches[place]]
+
+    def _of(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self._seed, _ORDER, epoch])
+        shuffled = rng.permutation(len(self._lengths))
+        pool = _POOL_BATCHES * self._batch_size
+        parts = (shuffled[i : i + pool] for i in range(0, len(shuffled), pool))
+        by_length = [part[np.argsort(self._lengths[part], kind="stable")] for part in parts]
+        count = len(shuffled) // self._batch_size
+        used = np.concatenate(by_length)[: count * self._batch_size]
+        return rng.permutation(used.reshape(count, self._batch_size))
+
+
+def draw(
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    canvas_length: int,
+    vocab_size: int,
+    iteration: int,
+    *,
+    validation: bool = False,
+) -> Draw:
+    """The noise of a batch: a uniform level for each example, and every token of one of its
+    canvases replaced by a uniform one with that chance.
+
+    Source: MODEL 5.1; google-deepmind/gemma, hackable_diffusion_adapter/configs/sft_sudoku.py and
+    hd/sft_model.py @050b1a7.
+    """
+    rng = np.random.default_rng([settings.seed, _VALIDATION if validation else _NOISE, iteration])
+    B, shape = len(examples), (len(examples), canvas_length)
+    level = rng.uniform(settings.noise_min, settings.noise_max, B)
+    return Draw(
+        canvas=rng.integers([example.canvases(canvas_length) for example in examples]),
+        level=level,
+        replaced=rng.random(shape) < level[:, None],
+        noise=rng.integers(0, vocab_size, shape),
+        conditioned=rng.random(B) < settings.self_conditioning_probability,
+    )
+
+
+def make_batch(
+    examples: Sequence[Example],
+    drawn: Draw,
+    settings: TrainSettings,
+    canvas_length: int,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> Batch:
+    """Lays examples out: every answer is filled with the end token to the end of its last
+    canvas."""
+    B, C = len(examples), canvas_length
+    starts, texts = [], []  # where each canvas starts in its text
+    for example, canvas in zip(examples, drawn.canvas, strict=True):
+        fill = example.canvases(C) * C - len(example.answer)
+        texts.append(
+            np.concatenate([example.prompt, example.answer, np.full(fill, eos_token_id, np.int32)])
+        )
+        starts.append(len(example.prompt) + int(canvas) * C)
+    S = -(-max(starts) // _PLACES) * _PLACES
+    R = max(len(text) - start for text, start in zip(texts, starts, strict=True))
+    both = np.full((B, S + R), pad_token_id, np.int32)
+    weights = np.zeros((B, S + R), np.float32)
+    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        first = S - start
+        both[row, first : first + len(text)] = text
+        # Places whose next token is predicted: all but the last.
+        begin = first + (len(examples[row].prompt) - 1 if settings.mask_prompt else 0)
+        weights[row, begin : first + len(text) - 1] = 1
+    weights /= B * weights.sum(axis=1, keepdims=True)
+    clean = both[:, S : S + C]
+    rows = place = None
+    if drawn.conditioned.any():
+        chosen = np.flatnonzero(drawn.conditioned)
+        count = min(B, 1 << int(len(chosen) - 1).bit_length())
+        rows = np.concatenate([chosen, np.full(count - len(chosen), chosen[0])])
+        place = np.full(B, -1)
+        place[chosen] = np.arange(len(chosen))
+    has_causal = settings.causal_weight > 0
+    read = sum(map(len, texts)) if has_causal else sum(starts)
+    return Batch(
+        context=_array(both[:, :S]),
+        padding=_array(np.array([S - start for start in starts])),
+        rest=_array(both[:, S:]) if has_causal else None,
+        targets=_array(np.roll(both, -1, axis=1)) if has_causal else None,
+        weights=mx.array(weights) if has_causal else None,
+        noisy=_array(np.where(drawn.replaced, drawn.noise, clean)),
+        clean=_array(clean),
+        rows=None if rows is None else _array(rows),
+        place=None if place is None else _array(place),
+        tokens=read + B * C,
+    )
+
+
+def _array(values: np.ndarray) -> mx.array:
+    return mx.array(values.astype(np.int32))

@@ -1,0 +1,140 @@
+"""What a run leaves in its folder: adapters as mlx-lm has them, and one file to go on from.
+
+A checkpoint is a single file, put in place by a rename: it is there whole, or the one before it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..adapters import CONFIG, WEIGHTS
+from ..errors import SourceError
+from ..recipe import TrainSettings
+
+STATE = "training_state.safetensors"
+_FORMAT = "1"
+# Settings that a run may change when it is taken up.
+_FREE = frozenset(
+    "iters val_batches test_batches steps_per_report steps_per_eval save_every "
+    "grad_checkpoint".split()
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """Where a run stands."""
+
+    iteration: int  # batches trained on
+    weights: dict[str, mx.array]
+    optimizer: dict[str, Any]
+    accumulated: dict[str, mx.array]  # gradients of an update that is not complete
+
+
+def save(
+    folder: Path,
+    state: State,
+    settings: TrainSettings,
+    facts: Mapping[str, Any],
+    *,
+    numbered: bool,
+) -> Path:
+    """Writes the state, the weights in mlx-lm's format, and what they are.
+
+    Args:
+      folder: of the run; made where it is not there.
+      state: everything a run needs to go on.
+      settings: its settings, written beside the weights.
+      facts: of the model and the data, which a run that goes on must share.
+      numbered: keep this state's weights under its number too, as mlx-lm does.
+
+    Raises:
+      SourceError: if the folder cannot be written to.
+    """
+    arrays = {f"weights.{name}": array for name, array in state.weights.items()}
+    flat = cast(list[tuple[str, mx.array]], tree_flatten(state.optimizer))
+    arrays |= {f"optimizer.{name}": a for name, a in flat}
+    arrays |= {f"accumulated.{name}": a for name, a in state.accumulated.items()}
+    metadata = {
+        "format": _FORMAT,
+        "iteration": str(state.iteration),
+        "settings": json.dumps(settings.as_dict(), sort_keys=True),
+        "facts": json.dumps(dict(facts), sort_keys=True),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = settings.as_dict() | {"iteration": state.iteration, **facts}
+        _replace(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+        _save(folder / STATE, arrays, metadata)
+        _save(folder / WEIGHTS, state.weights, {"format": "mlx"})
+        if numbered:
+            _save(folder / f"{state.iteration:07d}_{WEIGHTS}", state.weights, {"format": "mlx"})
+    except (OSError, RuntimeError) as error:
+        raise SourceError(f"{folder} cannot be written to: {error}") from error
+    return folder / STATE
+
+
+def restore(folder: Path, settings: TrainSettings, facts: Mapping[str, Any]) -> State:
+    """The last state of a run.
+
+    Raises:
+      SourceError: if there is none, or it belongs to other settings, another model or other data.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise SourceError(f"{folder} has no {STATE} to go on from")
+    try:
+        loaded = mx.load(str(path), return_metadata=True)
+        arrays, metadata = cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"format {metadata.get('format')!r}")
+        iteration = int(metadata["iteration"])
+        before = json.loads(metadata["settings"])
+        known = json.loads(metadata["facts"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    now = json.loads(json.dumps(settings.as_dict()))
+    changed = [name for name in now if name not in _FREE and before.get(name) != now[name]]
+    changed += [name for name in facts if known.get(name) != facts[name]]
+    if changed:
+        name = changed[0]
+        was, is_ = (both.get(name) for both in ((before | known), (now | dict(facts))))
+        raise SourceError(f"{path} was made with {name} {was!r}, and now it is {is_!r}")
+
+    def part(prefix: str) -> dict[str, mx.array]:
+        return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+    optimizer = cast(dict[str, Any], tree_unflatten(list(part("optimizer.").items())))
+    return State(iteration, part("weights."), optimizer, part("accumulated."))
+
+
+def trained_weights(model: nn.Module) -> dict[str, mx.array]:
+    """What training changes, by name."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters())))
+
+
+def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}")
+    # MLX puts the ending on names that have none.
+    mx.save_safetensors(str(partial), arrays, metadata)
+    _into_place(partial, path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_bytes(content)
+    _into_place(partial, path)
+
+
+def _into_place(partial: Path, path: Path) -> None:
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)

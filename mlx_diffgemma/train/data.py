@@ -1,0 +1,149 @@
+"""train.jsonl, valid.jsonl, test.jsonl -> examples as token ids. Every complaint names file and
+line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError, PromptError
+from ..prompt import encode_prompt, encode_text, special_tokens
+
+SPLITS = ("train", "valid", "test")
+_END_OF_TURN = "<turn|>"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """A prompt and what is to be answered, up to the end of the turn."""
+
+    prompt: np.ndarray  # int32 [P], P >= 1
+    answer: np.ndarray  # int32 [A], A >= 2: at least one token of text, then the end of the turn
+
+    def canvases(self, canvas_length: int) -> int:
+        return -(-len(self.answer) // canvas_length)
+
+    def tokens(self, canvas_length: int) -> int:
+        """Its length in training: the last canvas counts as a whole."""
+        return len(self.prompt) + self.canvases(canvas_length) * canvas_length
+
+
+def read_split(
+    folder: str | Path,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    canvas_length: int,
+    max_seq_length: int,
+) -> list[Example]:
+    """The examples of `folder/split.jsonl`, in the file's order.
+
+    A line is an object with `messages`, the last of them the assistant's, or with `prompt` and
+    `completion`. Only the last answer is learned; messages before it are its prompt.
+
+    Raises:
+      DataError: one line that names the file and the line.
+    """
+    path = Path(folder) / f"{split}.jsonl"
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder} is not a folder; --data names one with train.jsonl in it")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    end = _end_of_turn(tokenizer, path)
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            example = _example(_record(line, where), tokenizer, end, where)
+        except PromptError as error:
+            raise DataError(f"{where}: {error}") from error
+        _check(example, where, vocab_size, canvas_length, max_seq_length)
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{path} has no examples")
+    return examples
+
+
+def _record(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: an example must be an object, got {type(record).__name__}")
+    return record
+
+
+def _example(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, end: int, where: str
+) -> Example:
+    if "messages" in record:
+        messages = record["messages"]
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise DataError(f"{where}: messages must be a list of a question and its answer")
+        *before, last = messages
+        if not isinstance(last, Mapping) or last.get("role") not in ("assistant", "model"):
+            raise DataError(f"{where}: the last message must be the assistant's")
+        prompt, answer = before, last.get("content")
+    elif "prompt" in record and "completion" in record:
+        prompt, answer = record["prompt"], record["completion"]
+        if not isinstance(prompt, str):
+            raise DataError(f"{where}: prompt must be text, got {type(prompt).__name__}")
+    elif "text" in record:
+        raise DataError(
+            f"{where}: plain text has no prompt and no answer, and a canvas answers something; "
+            "give messages, or prompt and completion"
+        )
+    else:
+        raise DataError(
+            f"{where}: needs messages, or prompt and completion; it has "
+            f"{', '.join(map(repr, record)) or 'nothing'}"
+        )
+    if not isinstance(answer, str):
+        raise DataError(f"{where}: the answer must be text, got {type(answer).__name__}")
+    if not answer.strip():
+        raise DataError(f"{where}: the answer is empty")
+    ids = [*encode_text(tokenizer, answer), end]
+    return Example(np.array(encode_prompt(tokenizer, prompt), np.int32), np.array(ids, np.int32))
+
+
+def _check(
+    example: Example, where: str, vocab_size: int, canvas_length: int, max_seq_length: int
+) -> None:
+    highest = int(max(example.prompt.max(), example.answer.max()))
+    if highest >= vocab_size:
+        raise DataError(
+            f"{where}: the tokenizer gives token {highest}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}; do they belong together?"
+        )
+    if (tokens := example.tokens(canvas_length)) > max_seq_length:
+        raise DataError(
+            f"{where}: {tokens} tokens with its canvases, more than max_seq_length of "
+            f"{max_seq_length}"
+        )
+
+
+def fill_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills a canvas behind the end of the turn: `<eos>`."""
+    specials = special_tokens(tokenizer)
+    if "<eos>" not in specials:
+        raise DataError("this tokenizer has no <eos>, which fills a canvas behind an answer")
+    return specials["<eos>"]
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, path: Path) -> int:
+    specials = special_tokens(tokenizer)
+    if _END_OF_TURN not in specials:
+        raise DataError(f"{path}: this tokenizer has no {_END_OF_TURN}, which ends an answer")
+    return specials[_END_OF_TURN]

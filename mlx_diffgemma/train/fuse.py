@@ -1,0 +1,299 @@
+"""A checkpoint and its adapters -> a checkpoint: shard by shard, under the source's names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..adapters import WEIGHTS, lora_of, read_adapter_config
+from ..config import ModelConfig, Quantization, read_json
+from ..errors import SourceError
+from ..files import SIDE_PATTERNS, resolve
+from ..headers import INDEX, TensorInfo, read_header, read_headers
+from ..names import Ignored, translate
+
+_SHARD_BYTES = 5 << 30
+
+
+@dataclass(slots=True)
+class Fused:
+    """What was written."""
+
+    folder: Path
+    changed: int = 0  # modules
+    nbytes: int = 0
+    # What packing again lost of each fused module's weights: the root of the sum of squares, as a
+    # share of the weights'.
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """One tensor of the result."""
+
+    name: str
+    nbytes: int
+    make: Callable[[], mx.array]
+
+
+def fuse_checkpoint(
+    model: str | os.PathLike[str],
+    adapter_path: str | os.PathLike[str],
+    save_path: Path,
+    *,
+    dequantize: bool = False,
+    revision: str | None = None,
+) -> Fused:
+    """Writes a checkpoint whose weights hold what adapters added.
+
+    Args:
+      model: folder or repo id of what was trained.
+      adapter_path: folder of adapters, or of weights trained in full.
+      save_path: folder of the result, which must not be there yet.
+      dequantize: unpack everything; the result is in the official layout then.
+      revision: of a repository.
+
+    Returns:
+      What was written. Packed modules that have an adapter are unpacked, fused and packed again,
+      which loses a little; `errors` says how much.
+
+    Raises:
+      SourceError: if the adapters do not fit the checkpoint, or the result cannot be written.
+    """
+    source = resolve(model, revision)
+    if save_path.exists():
+        raise SourceError(f"{save_path} is there already; name another folder")
+    config, raw = ModelConfig.from_folder(source), read_json(source / "config.json")
+    fused = Fused(save_path)
+    outputs = list(_outputs(source, config, Path(adapter_path), fused, dequantize=dequantize))
+    folder = save_path.with_name(f"{save_path.name}.partial")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _write(outputs, folder)
+        for pattern in SIDE_PATTERNS:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+        if dequantize:
+            raw = {k: v for k, v in raw.items() if not k.startswith("quantization")}
+        (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
+        os.replace(folder, save_path)
+    except (OSError, RuntimeError) as error:
+        raise SourceError(f"{save_path} cannot be written: {error}") from error
+    fused.nbytes = sum(output.nbytes for output in outputs)
+    return fused
+
+
+def _outputs(
+    source: Path, config: ModelConfig, adapters: Path, fused: Fused, *, dequantize: bool
+) -> Iterator[_Output]:
+    """Every tensor of the result, not yet computed."""
+    tensors = read_headers(source)
+    modules: dict[str, dict[str, str]] = {}  # path -> leaf -> name in the source
+    for name in sorted(tensors):
+        target = translate(name)
+        path, _, leaf = (name if isinstance(target, Ignored) else target).rpartition(".")
+        modules.setdefault(path, {})[leaf] = name
+    shapes = {
+        f"{path}.{leaf}": tensors[name]
+        for path, names in modules.items()
+        for leaf, name in names.items()
+    }
+    changes = _changes(adapters, shapes, config)
+    lazy: dict[str, mx.array] = {}
+    for file in sorted({info.file for info in tensors.values()}):
+        lazy |= cast(dict[str, mx.array], mx.load(str(file)))
+    for path, names in modules.items():
+        packing = None
+        if "scales" in names and config.quantization is not None:
+            packing = config.quantization.for_module(path)
+        change = changes.pop(f"{path}.weight", None)
+        fused.changed += change is not None
+        if packing is None:
+            for leaf, name in names.items():
+                own = change if leaf == "weight" else changes.pop(f"{path}.{leaf}", None)
+                make = partial(_plain, lazy[name], own)
+                yield _Output(_official(name) if dequantize else name, tensors[name].nbytes, make)
+        elif dequantize:
+            info = tensors[names["weight"]]
+            make = partial(_unpacked, lazy, names, packing, change)
+            nbytes = 2 * (info.elements * 32 // packing.bits)
+            yield _Output(_official(names["weight"]), nbytes, make)
+        elif change is None:
+            for name in names.values():
+                yield _Output(name, tensors[name].nbytes, partial(_plain, lazy[name], None))
+        else:
+            again = _Repacked(lazy, names, packing, change, path, fused)
+            for leaf, name in names.items():
+                yield _Output(name, tensors[name].nbytes, partial(again.take, leaf))
+    assert not changes, sorted(changes)
+
+
+# float32 weights -> what they become.
+_Change = Callable[[mx.array], mx.array]
+
+
+def _changes(
+    adapters: Path, shapes: Mapping[str, TensorInfo], config: ModelConfig
+) -> dict[str, _Change]:
+    """By our name of a weight, what the adapters do to it.
+
+    Raises:
+      SourceError: if they do not fit.
+    """
+    settings, path = read_adapter_config(adapters), adapters / WEIGHTS
+    if not path.is_file():
+        raise SourceError(f"{path} is missing")
+    found = read_header(path)
+    arrays = cast(dict[str, mx.array], mx.load(str(path)))
+    if settings.get("fine_tune_type", "lora") == "full":
+        for name, info in found.items():
+            if name not in shapes or shapes[name].shape != info.shape:
+                raise SourceError(
+                    f"{path}: {name} with shape {list(info.shape)} is not the model's"
+                )
+        return {name: partial(_replaced, arrays[name]) for name in found}
+    lora = lora_of(settings, adapters)
+    changes: dict[str, _Change] = {}
+    for name in sorted(found):
+        module, _, leaf = name.rpartition(".")
+        if leaf == "lora_b" and f"{module}.lora_a" in found:
+            continue
+        if leaf != "lora_a" or f"{module}.lora_b" not in found:
+            raise SourceError(f"{path}: {name} has no other half, or is no adapter")
+        a, b = arrays[name], arrays[f"{module}.lora_b"]
+        weight = shapes.get(f"{module}.weight")
+        delta = (*b.shape[:-1], a.shape[-1]) if a.ndim == 3 else (b.shape[-1], a.shape[0])
+        rank = b.shape[-1] == a.shape[-2] if a.ndim == 3 else a.shape[-1] == b.shape[0]
+        if weight is None or not rank or _unpacked_shape(module, weight, config) != delta:
+            raise SourceError(
+                f"{path}: {name} does not fit the model's {module}; was it made for another one?"
+            )
+        changes[f"{module}.weight"] = partial(_added, a, b, lora.scale)
+    return changes
+
+
+def _unpacked_shape(module: str, info: TensorInfo, config: ModelConfig) -> tuple[int, ...]:
+    if info.dtype != "U32" or config.quantization is None:
+        return info.shape
+    packing = config.quantization.for_module(module)
+    assert packing is not None
+    return (*info.shape[:-1], info.shape[-1] * 32 // packing.bits)
+
+
+def _replaced(array: mx.array, _: mx.array) -> mx.array:
+    return array.astype(mx.float32)
+
+
+def _added(a: mx.array, b: mx.array, scale: float, weight: mx.array) -> mx.array:
+    """The adapter's product added: modules [inputs, r] and [r, outputs], experts [E, r, inputs] and
+    [E, outputs, r]."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return weight + ((scale * b) @ a if a.ndim == 3 else (scale * b.T) @ a.T)
+
+
+def _plain(array: mx.array, change: _Change | None) -> mx.array:
+    return array if change is None else change(array.astype(mx.float32)).astype(array.dtype)
+
+
+def _unpacked(
+    lazy: Mapping[str, mx.array],
+    names: Mapping[str, str],
+    packing: Quantization,
+    change: _Change | None,
+    dtype: mx.Dtype | None = mx.bfloat16,
+) -> mx.array:
+    """The weights of a packed module, changed, in float32 and then in `dtype`."""
+    scales, biases = lazy[names["scales"]], None
+    if packing.mode == "affine":  # bfloat16 would round what is unpacked
+        scales, biases = scales.astype(mx.float32), lazy[names["biases"]].astype(mx.float32)
+    weight = mx.dequantize(
+        lazy[names["weight"]],
+        scales,
+        biases,
+        group_size=packing.group_size,
+        bits=packing.bits,
+        mode=packing.mode,
+        dtype=mx.float32,
+    )
+    weight = weight if change is None else change(weight)
+    return weight if dtype is None else weight.astype(dtype)
+
+
+class _Repacked:
+    """A packed module, changed and packed again. Its parts are made together."""
+
+    def __init__(
+        self,
+        lazy: Mapping[str, mx.array],
+        names: Mapping[str, str],
+        packing: Quantization,
+        change: _Change,
+        path: str,
+        fused: Fused,
+    ):
+        self._arguments = lazy, names, packing, change
+        self._path, self._fused = path, fused
+        self._parts: dict[str, mx.array] = {}
+
+    def take(self, leaf: str) -> mx.array:
+        if not self._parts:
+            self._make()
+        return self._parts.pop(leaf)
+
+    def _make(self) -> None:
+        lazy, names, packing, change = self._arguments
+        weight = _unpacked(lazy, names, packing, change, None)
+        dtype = lazy[names["scales"]].dtype if packing.mode == "affine" else mx.bfloat16
+        how: dict[str, Any] = {
+            "group_size": packing.group_size,
+            "bits": packing.bits,
+            "mode": packing.mode,
+        }
+        packed = mx.quantize(weight.astype(dtype), **how)
+        back = mx.dequantize(*packed, **how, dtype=mx.float32)
+        lost, whole = mx.square(back - weight).sum(), mx.square(weight).sum()
+        mx.eval(packed, lost, whole)
+        self._fused.errors[self._path] = cast(
+            float, mx.sqrt(lost / mx.maximum(whole, 1e-30)).item()
+        )
+        self._parts = dict(zip(("weight", "scales", "biases"), packed, strict=False))
+
+
+def _official(name: str) -> str:
+    """The official name: experts are bare arrays there."""
+    return name.removesuffix(".weight") if ".experts." in name else name
+
+
+def _write(outputs: list[_Output], folder: Path) -> None:
+    """One file, or shards and an index."""
+    shards: list[list[_Output]] = [[]]
+    held = 0
+    for output in outputs:
+        if shards[-1] and held + output.nbytes > _SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(output)
+        held += output.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = "model.safetensors"
+        arrays = {output.name: output.make() for output in shard}
+        mx.save_safetensors(str(folder / file), arrays, {"format": "mlx"})
+        weight_map |= {output.name: file for output in shard}
+        del arrays
+        mx.clear_cache()
+    if len(shards) > 1:
+        total = sum(output.nbytes for output in outputs)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")

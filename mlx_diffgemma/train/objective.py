@@ -1,0 +1,193 @@
+"""The objective: denoise one canvas with everything before it in sight, and predict every next
+token of the clean text.
+
+Source: MODEL 5.1; google-deepmind/gemma, hackable_diffusion_adapter/hd/sft_model.py @050b1a7. Where
+there is no self-conditioning its signal is zeros, as in transformers, and not the mean embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..model import DiffusionGemma
+from ..model.backend import training
+from ..model.context import Context, LayerContext
+from ..model.layers import softcap
+from ..model.products import head
+from ..recipe import TrainSettings
+
+# Of float32 logits that exist at a time; more of them are made in slices, and twice.
+_LOGITS_BYTES = 128 << 20
+
+
+def losses(
+    model: DiffusionGemma, batch: Mapping[str, mx.array], settings: TrainSettings
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The objective on a batch, with its gradients.
+
+    Args:
+      model: under adapters or not; not fused where weights are trained.
+      batch: the arrays of a `Batch`, by name.
+      settings: the weights of the two losses, and whether gradients pass through the context.
+
+    Returns:
+      The weighted sum, the mean cross-entropy over the canvases, and that of the causal pass, the
+      mean over examples of their means; float32, nats.
+    """
+    with training():
+        start = Context((), 0, batch["context"].shape[0], batch["padding"])
+        states, context = model.encode(batch["context"], start)
+        causal = mx.zeros(())
+        if "rest" in batch:
+            more, _ = model.encode(batch["rest"], context)
+            places = mx.concatenate([states, more], axis=1)
+            causal = _cross_entropy(model, places, batch["targets"], batch["weights"])
+        if not settings.gradients_through_context:
+            context = _detached(context)
+        soft = _thought(model, batch, context) if "rows" in batch else None
+        opened = model.open(context, batch["noisy"].shape[1])
+        states, _ = model.canvas_states(batch["noisy"], opened, self_conditioning=soft)
+        clean = batch["clean"]
+        canvas = _cross_entropy(model, states, clean, mx.full(clean.shape, 1 / clean.size))
+        return canvas + settings.causal_weight * causal, canvas, causal
+
+
+@contextmanager
+def layers_twice(model: DiffusionGemma) -> Iterator[None]:
+    """Gradient checkpointing: what layers computed on the way is not kept, but computed again."""
+    before = model.run_layer
+    model.run_layer = _run_twice
+    try:
+        yield
+    finally:
+        model.run_layer = before
+
+
+def _thought(model: DiffusionGemma, batch: Mapping[str, mx.array], context: Context) -> mx.array:
+    """The soft embedding [B, C, M] of a first look at the canvas, without gradients; zeros for
+    rows that are not conditioned."""
+    rows, place = batch["rows"], batch["place"]
+    seen = replace(
+        _detached(context),
+        layers=tuple(
+            LayerContext(mx.stop_gradient(x.keys[rows]), mx.stop_gradient(x.values[rows]))
+            for x in context.layers
+        ),
+        batch=rows.shape[0],
+        padding=None if context.padding is None else context.padding[rows],
+    )
+    noisy = batch["noisy"][rows]
+    states, _ = model.canvas_states(noisy, model.open(seen, noisy.shape[1]))
+    states = mx.stop_gradient(states)
+
+    def embedded(piece: mx.array, _: slice) -> mx.array:
+        # Only the product with the table is trained, since the table is the second look's.
+        return model.soft_embedding(mx.stop_gradient(_logits(model, piece)))
+
+    pieces = _in_slices(model, embedded, states)
+    soft = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+    return mx.where((place >= 0)[:, None, None], soft[mx.maximum(place, 0)], 0).astype(soft.dtype)
+
+
+def _detached(context: Context) -> Context:
+    return replace(
+        context,
+        layers=tuple(
+            LayerContext(mx.stop_gradient(x.keys), mx.stop_gradient(x.values))
+            for x in context.layers
+        ),
+    )
+
+
+def _logits(model: DiffusionGemma, states: mx.array) -> mx.array:
+    decoder = model.model.decoder
+    return softcap(
+        head(decoder.embed_tokens, decoder.norm(states)), model.config.text.final_logit_softcapping
+    )
+
+
+def _cross_entropy(
+    model: DiffusionGemma, states: mx.array, targets: mx.array, weights: mx.array
+) -> mx.array:
+    """states [B, S, M], targets int32 and weights float32 [B, S] -> the weighted sum."""
+
+    def summed(states: mx.array, places: slice) -> mx.array:
+        each = nn.losses.cross_entropy(_logits(model, states), targets[:, places])
+        return (each * weights[:, places]).sum()
+
+    return sum(_in_slices(model, summed, states), start=mx.zeros(()))
+
+
+def _in_slices(
+    model: DiffusionGemma, function: Callable[[mx.array, slice], mx.array], states: mx.array
+) -> list[mx.array]:
+    """`function` on slices of states [B, S, M], each computed again for its gradients if there is
+    more than one."""
+    B, S = states.shape[:2]
+    step = max(1, _LOGITS_BYTES // (4 * B * model.config.text.vocab_size))
+    if step >= S:
+        return [function(states, slice(None))]
+    decoder, out = model.model.decoder, []
+    for start in range(0, S, step):
+        places = slice(start, min(start + step, S))
+        # Integers are no arguments: a gradient would be asked for them.
+        again = computed_twice((decoder.embed_tokens, decoder.norm), partial(_at, function, places))
+        out.append(again(states[:, places]))
+    return out
+
+
+def _at(
+    function: Callable[[mx.array, slice], mx.array], places: slice, states: mx.array
+) -> mx.array:
+    return function(states, places)
+
+
+def _run_twice(layer: nn.Module, *arguments: Any) -> tuple[mx.array, LayerContext]:
+    x, past, place, mask, position, scalar = arguments
+
+    def run(x: mx.array, scalar: mx.array, *past: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        before = LayerContext(*past) if past else None
+        out, kept = layer(x, before, place, mask, position, scalar)
+        return out, kept.keys, kept.values
+
+    arrays = () if past is None else (past.keys, past.values)
+    out, keys, values = computed_twice((layer,), run)(x, scalar, *arrays)
+    return out, LayerContext(keys, values)
+
+
+def computed_twice(
+    modules: tuple[nn.Module, ...], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`mx.checkpoint` for a function of arrays that also uses the weights of modules.
+
+    Weights must be arguments, or their gradients would be lost; and the modules get their own back,
+    since one set of weights is used in several passes.
+    """
+
+    def with_weights(weights: list[Any], *arrays: mx.array) -> Any:
+        before = [module.trainable_parameters() for module in modules]
+        for module, given in zip(modules, weights, strict=True):
+            module.update(given)
+        try:
+            with training():  # the second time is when gradients are taken, long after `losses`
+                return function(*arrays)
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                module.update(own)
+
+    again = mx.checkpoint(with_weights)
+
+    def call(*arrays: mx.array) -> Any:
+        # Copies of the tree: what is updated must not change under the trace.
+        weights = [tree_map(lambda a: a, module.trainable_parameters()) for module in modules]
+        return again(weights, *arrays)
+
+    return call

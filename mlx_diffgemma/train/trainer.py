@@ -1,0 +1,331 @@
+"""The training loop. Yields what happens; writes checkpoints; knows no terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.utils import dequantize_model
+
+from ..adapters import add_adapters
+from ..errors import ConfigError, DataError, LossError, SourceError
+from ..model import DiffusionGemma
+from ..model.backend import is_cpu
+from ..recipe import TrainSettings
+from .batches import Batch, Draw, Order, draw, make_batch
+from .checkpoint import STATE, State, restore, save, trained_weights
+from .data import Example
+from .objective import layers_twice, losses
+from .optimizer import make_optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Means over the batches since the last report."""
+
+    iteration: int
+    loss: float  # nats: canvas + weight * causal
+    canvas_loss: float
+    causal_loss: float
+    learning_rate: float
+    iterations_per_second: float
+    tokens_per_second: float  # read, padding left out
+    trained_tokens: int  # over the whole of this run
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """The losses on held-out examples, under the same noise every time."""
+
+    iteration: int
+    loss: float
+    canvas_loss: float
+    causal_loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint is on the disk."""
+
+    iteration: int
+    path: Path
+
+
+Event = Trained | Validated | Saved
+
+
+def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
+    """Makes a model ready to be trained: adapters on, or weights free, all else frozen.
+
+    On the CPU backend, whose packed products are slow and have no gradients worth the name, packed
+    weights are unpacked to float32 for the run; they say the same.
+
+    Args:
+      model: as loaded, not fused.
+      settings: what to train.
+
+    Raises:
+      ConfigError: if the model cannot be trained so.
+    """
+    count = len(model.layers)
+    if settings.num_layers > count:
+        raise ConfigError(f"num_layers is {settings.num_layers}, but the model has {count} layers")
+    names = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    packed = [name for name in names if name.endswith(".scales")]
+    if settings.fine_tune_type == "full":
+        if packed:
+            raise ConfigError(
+                "packed weights cannot be trained, only adapters on them; "
+                "give the model unpacked (mlx_diffgemma.convert --dequantize)"
+            )
+        model.freeze()
+        if settings.num_layers == -1:
+            model.unfreeze()
+        else:
+            for layer in model.layers[-settings.num_layers :]:
+                layer.unfreeze()
+    else:
+        if packed and is_cpu():
+            dequantize_model(model)
+            model.set_dtype(mx.float32)
+            mx.eval(model.parameters())
+        # Where adapters begin is drawn; what follows draws by its own seeds.
+        mx.random.seed(settings.seed)
+        add_adapters(model, num_layers=settings.num_layers, lora=settings.lora_parameters)
+    model.train()
+
+
+class Trainer:
+    """A run: a prepared model, its data, and where it stands."""
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        train: Sequence[Example],
+        valid: Sequence[Example],
+        settings: TrainSettings,
+        folder: Path,
+        *,
+        eos_token_id: int,
+        facts: dict[str, Any] | None = None,
+    ):
+        """
+        Args:
+          model: from `prepare`.
+          train: at least a batch of them; none where nothing is trained.
+          valid: held-out examples; may be none.
+          settings: of the run.
+          folder: where checkpoints go.
+          eos_token_id: what fills a canvas behind an answer.
+          facts: of model and data; a run that is taken up must have the same ones.
+
+        Raises:
+          DataError: if there are fewer examples than a batch has.
+        """
+        if 0 < len(train) < settings.batch_size:
+            raise DataError(
+                f"{len(train)} training examples are fewer than batch_size of {settings.batch_size}"
+            )
+        self.model, self.settings, self.folder = model, settings, folder
+        self.train_set, self.valid_set, self.eos_token_id = train, valid, eos_token_id
+        self.facts = (facts or {}) | {"train_examples": len(train)}
+        self.canvas_length = settings.canvas_length or model.config.canvas_length
+        lengths = [example.tokens(self.canvas_length) for example in train]
+        self._order = Order(lengths, settings.batch_size, settings.seed)
+        # The processes of a distributed run (`mlx.launch`), each with its share of every batch; one
+        # where it is none.
+        self._world = mx.distributed.init()
+        if settings.batch_size % self._world.size():
+            raise ConfigError(
+                f"batch_size of {settings.batch_size} cannot be shared by {self._world.size()} "
+                "processes"
+            )
+        self.iteration = 0
+        self.optimizer = make_optimizer(settings)
+        self.optimizer.init(model.trainable_parameters())
+        self._accumulated: dict[str, Any] | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self._world.rank() == 0
+
+    def resume(self) -> None:
+        """Goes on where the folder's last checkpoint stands, to the bit.
+
+        Raises:
+          SourceError: if there is none that fits.
+        """
+        state = restore(self.folder, self.settings, self.facts)
+        own = trained_weights(self.model)
+        if {n: a.shape for n, a in own.items()} != {n: a.shape for n, a in state.weights.items()}:
+            raise SourceError(f"{self.folder}: the checkpoint has other weights than this model")
+        self.model.load_weights(list(state.weights.items()), strict=False)
+        self.optimizer.state = state.optimizer
+        self._accumulated = (
+            tree_unflatten(list(state.accumulated.items())) if state.accumulated else None
+        )
+        self.iteration = state.iteration
+        mx.eval(self.model.parameters(), self.optimizer.state)
+
+    def save(self, *, numbered: bool = False) -> Saved:
+        """Writes a checkpoint of where the run stands."""
+        accumulated = dict(tree_flatten(self._accumulated)) if self._accumulated else {}
+        state = State(
+            self.iteration, trained_weights(self.model), self.optimizer.state, accumulated
+        )
+        if not self.is_first:
+            return Saved(self.iteration, self.folder / STATE)
+        path = save(self.folder, state, self.settings, self.facts, numbered=numbered)
+        return Saved(self.iteration, path)
+
+    def run(self) -> Iterator[Event]:
+        """Trains to `settings.iters`, and saves at the end. Closed or interrupted between two
+        batches, it stands where the last one ended, and `save` still works.
+
+        Raises:
+          LossError: if the loss is not finite; the last checkpoint is kept.
+        """
+        settings, s = self.settings, _Sums()
+        if self.valid_set and self.iteration == 0:
+            yield self.validate()
+        while self.iteration < settings.iters:
+            started = time.perf_counter()
+            examples = [self.train_set[i] for i in self._order[self.iteration]]
+            drawn = self._draw(examples, self.iteration)
+            processes = self._world.size()
+            share = settings.batch_size // processes
+            first = share * self._world.rank()
+            batch = self._batch(examples[first : first + share], drawn.rows(first, first + share))
+            values = self._train_on(batch)
+            self.iteration += 1
+            s.add(values, batch.tokens * processes, time.perf_counter() - started)
+            is_last = self.iteration == settings.iters
+            if self.iteration % settings.steps_per_report == 0 or is_last:
+                yield s.report(self.iteration, float(self.optimizer.learning_rate))
+            if self.valid_set and (self.iteration % settings.steps_per_eval == 0 or is_last):
+                yield self.validate()
+            if self.iteration % settings.save_every == 0 or is_last:
+                yield self.save(numbered=True)
+
+    def validate(self) -> Validated:
+        """The losses on the held-out examples."""
+        started = time.perf_counter()
+        found = self.losses_on(self.valid_set, self.settings.val_batches)
+        return Validated(self.iteration, *found, time.perf_counter() - started)
+
+    def losses_on(self, examples: Sequence[Example], batches: int) -> tuple[float, float, float]:
+        """Mean losses over the first batches of examples, -1 for all: sum, canvas, causal."""
+        settings, size = self.settings, self.settings.batch_size
+        starts = range(0, len(examples), size)
+        if batches != -1:
+            starts = starts[:batches]
+        self.model.eval()
+        total = mx.zeros((4,))
+        numbered = list(enumerate(starts))
+        for number, start in numbered[self._world.rank() :: self._world.size()]:
+            part = examples[start : start + size]
+            batch = self._batch(part, self._draw(part, number, validation=True))
+            found = mx.stack([*losses(self.model, batch.arrays(), settings), mx.array(1.0)])
+            total = total + found * len(part)
+            mx.eval(total)
+        self.model.train()
+        loss, canvas, causal, count = cast(list[float], mx.distributed.all_sum(total).tolist())
+        return loss / count, canvas / count, causal / count
+
+    def _draw(self, examples: Sequence[Example], number: int, *, validation: bool = False) -> Draw:
+        return draw(
+            examples,
+            self.settings,
+            self.canvas_length,
+            self.model.config.text.vocab_size,
+            number,
+            validation=validation,
+        )
+
+    def _batch(self, examples: Sequence[Example], drawn: Draw) -> Batch:
+        return make_batch(
+            examples,
+            drawn,
+            self.settings,
+            self.canvas_length,
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self.model.config.pad_token_id,
+        )
+
+    def _train_on(self, batch: Batch) -> list[float]:
+        """One batch, or this process's share of it, and an update where it completes one; the
+        losses.
+
+        Not compiled: every length of batch would be traced anew, which takes minutes on the CPU
+        backend and then saves nothing.
+        """
+        settings, model = self.settings, self.model
+        mx.random.seed(settings.seed * 1_000_003 + self.iteration)  # of dropout
+        is_update = (self.iteration + 1) % settings.grad_accumulation_steps == 0
+        value_and_grad = nn.value_and_grad(model, lambda arrays: losses(model, arrays, settings))
+        with layers_twice(model) if settings.grad_checkpoint else nullcontext():
+            values, grads = value_and_grad(batch.arrays())
+        values = mx.distributed.all_sum(mx.stack(values)) / self._world.size()
+        grads = average_gradients(grads)
+        if self._accumulated is not None:
+            grads = tree_map(lambda a, b: a + b, grads, self._accumulated)
+        self._accumulated = None if is_update else grads
+        if is_update:
+            if settings.grad_accumulation_steps > 1:
+                grads = tree_map(lambda g: g / settings.grad_accumulation_steps, grads)
+            if settings.max_grad_norm:
+                grads, _ = optim.clip_grad_norm(grads, settings.max_grad_norm)
+            self.optimizer.update(model, grads)
+        mx.eval(values, self._accumulated, model.trainable_parameters(), self.optimizer.state)
+        found = cast(list[float], values.tolist())
+        if not math.isfinite(found[0]):
+            raise LossError(
+                f"the loss is {found[0]} at iteration {self.iteration + 1}; the last checkpoint in "
+                f"{self.folder} is from before; a smaller learning rate may help"
+            )
+        return found
+
+
+class _Sums:
+    """What a report tells, since the last one."""
+
+    def __init__(self) -> None:
+        self.trained_tokens = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.values, self.count, self.tokens, self.seconds = [0.0, 0.0, 0.0], 0, 0, 0.0
+
+    def add(self, values: Sequence[float], tokens: int, seconds: float) -> None:
+        self.values = [a + b for a, b in zip(self.values, values, strict=True)]
+        self.count, self.tokens = self.count + 1, self.tokens + tokens
+        self.seconds, self.trained_tokens = self.seconds + seconds, self.trained_tokens + tokens
+
+    def report(self, iteration: int, learning_rate: float) -> Trained:
+        means = [value / self.count for value in self.values]
+        event = Trained(
+            iteration,
+            means[0],
+            means[1],
+            means[2],
+            learning_rate,
+            self.count / self.seconds,
+            self.tokens / self.seconds,
+            self.trained_tokens,
+            mx.get_peak_memory(),
+        )
+        self._clear()
+        return event

@@ -1,0 +1,238 @@
+"""A checkpoint to train from nothing, in the official layout: config, tokenizer, random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+VOCAB_SIZE, CANVAS, HIDDEN, LAYERS = 384, 64, 128, 8
+SLIDING, FULL = "sliding_attention", "full_attention"
+# The official special tokens, in the official order; ids are this vocabulary's own.
+SPECIALS = (
+    "<pad> <eos> <bos> <unk> <mask> <|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> "
+    '<tool_response|> <|"|> <|think|> <|channel> <channel|> <|turn> <turn|> <|image> <|image|> '
+    "<image|> <|audio> <|audio|> <audio|> <|video|>"
+).split()
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if enable_thinking is defined and enable_thinking %}"
+    "{{ '<|turn>system\\n<|think|>\\n<turn|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' "
+    "+ (message.content | trim) + '<turn|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"
+)
+ROPE = {
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+}
+VISION = {  # a tower of one layer that is never trained: the layout has one
+    "model_type": "gemma4_vision",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "pooling_kernel_size": 3,
+    "position_embedding_size": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "standardize": False,
+    "use_clipped_linears": False,
+}
+
+
+def config(dtype: str) -> dict[str, Any]:
+    """config.json."""
+    special = {name: i for i, name in enumerate(SPECIALS)}
+    text = {
+        "model_type": "diffusion_gemma_text",
+        "dtype": dtype,
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 64,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "num_hidden_layers": LAYERS,
+        "layer_types": ([SLIDING] * 3 + [FULL]) * (LAYERS // 4),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 64,
+        "sliding_window": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": ROPE,
+        "use_bidirectional_attention": "vision",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "pad_token_id": special["<pad>"],
+        "eos_token_id": special["<eos>"],
+        "bos_token_id": special["<bos>"],
+    }
+    return {
+        "architectures": ["DiffusionGemmaForBlockDiffusion"],
+        "model_type": "diffusion_gemma",
+        "dtype": dtype,
+        "canvas_length": CANVAS,
+        "boi_token_id": special["<|image>"],
+        "image_token_id": special["<|image|>"],
+        "eoi_token_id": special["<image|>"],
+        "eos_token_id": [special["<eos>"], special["<turn|>"]],
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "text_config": text,
+        "vision_config": VISION,
+        "transformers_version": "5.8.0.dev0",
+    }
+
+
+def generation_config() -> dict[str, Any]:
+    """The released policy."""
+    ends = [SPECIALS.index(name) for name in ("<eos>", "<turn|>", "<|tool_response>")]
+    return {
+        "max_new_tokens": 256,
+        "max_denoising_steps": 48,
+        "t_max": 0.8,
+        "t_min": 0.4,
+        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
+        "stability_threshold": 1,
+        "confidence_threshold": 0.005,
+        "eos_token_id": ends,
+        "pad_token_id": 0,
+    }
+
+
+def tokenizer() -> Tokenizer:
+    """The official pipeline over single characters: spaces as blocks, then BPE with a byte for
+    what it does not know, and nothing merged."""
+    tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁"]
+    tokens += [chr(code) for code in range(33, 127)]
+    tokens += [f"<unused{i}>" for i in range(len(tokens), VOCAB_SIZE)]
+    built = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    built.normalizer = normalizers.Replace(" ", "▁")
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    built.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIALS]
+    )
+    return built
+
+
+def tensors(text: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random weights under the official names: products that keep the size of what goes in, norms
+    that let every block add half of it."""
+    M, D, F = HIDDEN, text["intermediate_size"], text["moe_intermediate_size"]
+    E, N = text["num_experts"], text["num_attention_heads"]
+    out: dict[str, np.ndarray] = {}
+
+    def product(name: str, *shape: int) -> None:
+        out[name] = rng.normal(0, shape[-1] ** -0.5, shape)
+
+    def fill(name: str, value: float, *shape: int) -> None:
+        out[name] = np.full(shape, value)
+
+    decoder = "model.decoder."
+    product(decoder + "embed_tokens.weight", VOCAB_SIZE, M)
+    fill(decoder + "norm.weight", 1, M)
+    fill(decoder + "self_conditioning.pre_norm.weight", 1, M)
+    for part in ("gate", "up"):
+        product(f"{decoder}self_conditioning.{part}_proj.weight", D, M)
+    product(decoder + "self_conditioning.down_proj.weight", M, D)
+    for i, kind in enumerate(text["layer_types"]):
+        is_full = kind == FULL
+        H = text["global_head_dim" if is_full else "head_dim"]
+        K = text["num_global_key_value_heads" if is_full else "num_key_value_heads"]
+        layer = f"{decoder}layers.{i}."
+        fill(layer + "layer_scalar", 1, 1)
+        fill(f"model.encoder.language_model.layers.{i}.layer_scalar", 1, 1)
+        for norm in ("input_layernorm", "pre_feedforward_layernorm", "pre_feedforward_layernorm_2"):
+            fill(f"{layer}{norm}.weight", 1, M)
+        for norm in ("_1", "_2"):
+            fill(f"{layer}post_feedforward_layernorm{norm}.weight", 1, M)
+        for norm in ("post_attention_layernorm", "post_feedforward_layernorm"):
+            fill(f"{layer}{norm}.weight", 0.5, M)
+        product(layer + "self_attn.q_proj.weight", N * H, M)
+        product(layer + "self_attn.k_proj.weight", K * H, M)
+        if not is_full:
+            product(layer + "self_attn.v_proj.weight", K * H, M)
+        product(layer + "self_attn.o_proj.weight", M, N * H)
+        fill(layer + "self_attn.q_norm.weight", 1, H)
+        fill(layer + "self_attn.k_norm.weight", 1, H)
+        for part in ("gate", "up"):
+            product(f"{layer}mlp.{part}_proj.weight", D, M)
+        product(layer + "mlp.down_proj.weight", M, D)
+        product(layer + "router.proj.weight", E, M)
+        fill(layer + "router.scale", 1, M)
+        fill(layer + "router.per_expert_scale", 1, E)
+        product(layer + "experts.gate_up_proj", E, 2 * F, M)
+        product(layer + "experts.down_proj", E, M, F)
+    return out
+
+
+def vision(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The tower's tensors, by the converter's list of them."""
+    from mlx_diffgemma.convert.plan import vision_shapes
+
+    shapes = vision_shapes({"vision_config": VISION}, HIDDEN)
+    return {
+        name: np.ones(shape) if name.endswith("norm.weight") else rng.normal(0, 0.02, shape)
+        for name, shape in shapes.items()
+    }
+
+
+def write(folder: Path, seed: int) -> None:
+    """Writes everything, float32, into a new folder."""
+    folder.mkdir(parents=True)
+    raw, rng = config("float32"), np.random.default_rng(seed)
+    weights = tensors(raw["text_config"], rng) | vision(rng)
+    arrays = {name: array.astype(np.float32) for name, array in sorted(weights.items())}
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for name, value in (
+        ("config.json", raw),
+        ("generation_config.json", generation_config()),
+        ("tokenizer_config.json", TOKENIZER_CONFIG),
+    ):
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+    "padding_side": "left",
+    "add_bos_token": False,
+    "clean_up_tokenization_spaces": False,
+    "extra_special_tokens": {},
+}
