@@ -279,7 +279,8 @@ class Trainer:
         with layers_twice(model) if settings.grad_checkpoint else nullcontext():
             values, grads = value_and_grad(batch.arrays())
         values = mx.distributed.all_sum(mx.stack(values)) / self._world.size()
-        grads = average_gradients(grads)
+        # In one order of memory, as a checkpoint has them: sums are rounded in that order.
+        grads = average_gradients(tree_map(mx.contiguous, grads))
         if self._accumulated is not None:
             grads = tree_map(lambda a, b: a + b, grads, self._accumulated)
         self._accumulated = None if is_update else grads

@@ -1,0 +1,392 @@
+"""Data, batches, the loop and its checkpoints. The objective itself is tests/parity's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma.errors import ConfigError, DataError, LossError, SourceError
+from mlx_diffgemma.load import load_model, load_tokenizer
+from mlx_diffgemma.recipe import EXPERTS, LoraParameters, TrainSettings
+from mlx_diffgemma.train.batches import Draw, Order, draw, make_batch
+from mlx_diffgemma.train.checkpoint import STATE, trained_weights
+from mlx_diffgemma.train.curves import METRICS, PICTURE, Metrics, read
+from mlx_diffgemma.train.data import Example, fill_token, read_split
+from mlx_diffgemma.train.session import Session
+from mlx_diffgemma.train.trainer import Saved, Trained, Trainer, Validated, prepare
+from tests.train_cases import LINES, small_model, write_lines
+
+ROOT = Path(__file__).parent.parent
+TURN_END = 16  # <turn|> of the bundled tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    return load_tokenizer(model_folder)
+
+
+def split_of(folder: Path, tokenizer, **changes) -> list[Example]:
+    limits = {"vocab_size": 384, "canvas_length": 8, "max_seq_length": 256} | changes
+    return read_split(folder, "train", tokenizer, **limits)
+
+
+# --- data ---
+
+
+def test_prompts_pass_the_chat_template_and_answers_end_their_turn(tmp_path, tokenizer):
+    chat = [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "1 1"}]
+    rows = [{"prompt": "Say 1.", "completion": "1 1"}, {"messages": chat}]
+    first, second = split_of(write_lines(tmp_path, lines=rows), tokenizer)
+    assert tokenizer.decode(first.prompt) == "<bos><|turn>user\nSay 1.<turn|>\n<|turn>model\n"
+    assert tokenizer.decode(first.answer[:-1]) == "1 1" and first.answer[-1] == TURN_END
+    assert (first.prompt == second.prompt).all() and (first.answer == second.answer).all()
+
+
+def test_control_tokens_spelled_in_an_answer_are_text(tmp_path, tokenizer):
+    rows = [{"prompt": "x", "completion": "a<turn|>b"}]
+    (example,) = split_of(write_lines(tmp_path, lines=rows), tokenizer)
+    assert list(example.answer).count(TURN_END) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": ', "line 3: not JSON"),
+        ("[1]", "line 3: an example must be an object, got list"),
+        ({"text": "once upon a time"}, "line 3: plain text has no prompt"),
+        ({"prompt": "a", "completion": ""}, "line 3: the answer is empty"),
+        ({"prompt": "a", "completion": " \n"}, "line 3: the answer is empty"),
+        ({"prompt": "a", "completion": 3}, "line 3: the answer must be text, got int"),
+        ({"prompt": ["a"], "completion": "b"}, "line 3: prompt must be text, got list"),
+        ({"prompt": "", "completion": "b"}, "line 3: the prompt is empty"),
+        ({"prompt": "a"}, "line 3: needs messages, or prompt and completion; it has 'prompt'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "line 3: messages must be a list of"),
+        (
+            {"messages": [{"role": "user", "content": "a"}] * 2},
+            "line 3: the last message must be the assistant's",
+        ),
+        ({"prompt": "a", "completion": "b" * 300}, "line 3: 3.. tokens with its canvases, more"),
+        ({"prompt": "a\ud800", "completion": "b"}, "line 3: the prompt is not Unicode"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file(tmp_path, tokenizer, line, says):
+    rows = [LINES[0], "", line]
+    with pytest.raises(DataError, match=f"train.jsonl, {says}"):
+        split_of(write_lines(tmp_path, lines=rows), tokenizer)
+
+
+def test_a_token_outside_of_the_vocabulary_is_named(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"line 1: the tokenizer gives token .* ends at 299"):
+        split_of(write_lines(tmp_path), tokenizer, vocab_size=300)
+
+
+def test_a_file_that_is_not_there_or_empty_is_named(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"train\.jsonl cannot be read: No such file"):
+        split_of(tmp_path, tokenizer)
+    (tmp_path / "train.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="has no examples"):
+        split_of(tmp_path, tokenizer)
+    with pytest.raises(DataError, match="is not a folder"):
+        split_of(tmp_path / "none", tokenizer)
+
+
+# --- batches ---
+
+
+def example(prompt: int, answer: int) -> Example:
+    return Example(
+        np.arange(10, 10 + prompt, dtype=np.int32), np.arange(40, 40 + answer, dtype=np.int32)
+    )
+
+
+def drawn(canvas: list[int], width: int, conditioned: list[bool]) -> Draw:
+    B = len(canvas)
+    replaced = np.zeros((B, width), bool)
+    replaced[:, 1] = True
+    return Draw(
+        np.array(canvas), np.full(B, 0.5), replaced, np.full((B, width), 99), np.array(conditioned)
+    )
+
+
+def test_rows_end_their_contexts_together_and_answers_are_filled_to_the_canvas():
+    examples = [example(3, 2), example(2, 6)]
+    settings = TrainSettings(batch_size=2)
+    batch = make_batch(
+        examples, drawn([0, 1], 4, [True, False]), settings, 4, eos_token_id=1, pad_token_id=0
+    )
+    assert batch.context.tolist() == [[0, 0, 0, 0, 0, 10, 11, 12], [0, 0, 10, 11, 40, 41, 42, 43]]
+    assert batch.padding.tolist() == [5, 2]
+    assert batch.clean.tolist() == [[40, 41, 1, 1], [44, 45, 1, 1]]
+    assert batch.noisy.tolist() == [[40, 99, 1, 1], [44, 99, 1, 1]]
+    assert batch.rest.tolist() == batch.clean.tolist()
+    weights = np.array(batch.weights)
+    # Each row's mean over the places whose next token is known, and the mean over rows.
+    assert weights.sum() == pytest.approx(1)
+    assert np.unique(weights[0]).tolist() == pytest.approx([0, 1 / 12])
+    assert weights[0].nonzero()[0].tolist() == [5, 6, 7, 8, 9, 10]
+    targets = np.array(batch.targets)
+    assert targets[0, 5:11].tolist() == [11, 12, 40, 41, 1, 1]
+    assert batch.rows.tolist() == [0] and batch.place.tolist() == [0, -1]
+
+
+def test_a_masked_prompt_is_left_out_of_the_causal_loss():
+    settings = TrainSettings(batch_size=1, mask_prompt=True)
+    batch = make_batch(
+        [example(3, 2)], drawn([0], 4, [False]), settings, 4, eos_token_id=1, pad_token_id=0
+    )
+    places = np.array(batch.weights)[0].nonzero()[0]
+    assert np.array(batch.targets)[0, places].tolist() == [40, 41, 1, 1]
+    assert batch.rows is None
+
+
+def test_an_epoch_has_every_example_once_and_neighbours_by_length():
+    lengths = np.random.default_rng(0).integers(1, 100, 256)
+    order = Order(lengths, 8, seed=3)
+    epochs = [[order[e * 32 + i] for i in range(32)] for e in (0, 1)]
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(256))
+        assert np.mean([np.ptp(lengths[batch]) for batch in epoch]) < 10
+    assert epochs[0] != epochs[1]
+    assert Order(lengths, 8, seed=3)[40] == epochs[1][8], "any batch can be asked for first"
+
+
+def test_noise_is_uniform_at_a_uniform_level():
+    examples, settings = [example(2, 60)] * 4000, TrainSettings(seed=1)
+    found = draw(examples, settings, 16, 50, 0)
+    assert abs(found.level.mean() - 0.5) < 0.02 and 0.05 < np.var(found.level) < 0.12
+    share = found.replaced.mean(axis=1)
+    assert np.corrcoef(share, found.level)[0, 1] > 0.9
+    assert set(found.canvas.tolist()) == {0, 1, 2, 3} and set(found.noise.flat) == set(range(50))
+    assert abs(found.conditioned.mean() - 0.5) < 0.03
+    again = draw(examples, settings, 16, 50, 0)
+    assert (again.noise == found.noise).all()
+    assert (draw(examples, settings, 16, 50, 1).noise != found.noise).any()
+
+
+# --- the loop ---
+
+
+def trainer_of(model_folder, tokenizer, folder: Path, data: Path, **changes) -> Trainer:
+    settings = TrainSettings(
+        **{"batch_size": 4, "learning_rate": 1e-2, "iters": 12, "steps_per_report": 4} | changes
+    )
+    model = load_model(model_folder, fused=False)
+    prepare(model, settings)
+    examples = split_of(data, tokenizer)
+    return Trainer(
+        model, examples, examples[:8], settings, folder, eos_token_id=fill_token(tokenizer)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora_parameters": LoraParameters(rank=2, keys=EXPERTS, dropout=0.1)},
+        {"fine_tune_type": "full", "learning_rate": 3e-3},
+        {
+            "fine_tune_type": "full",
+            "learning_rate": 3e-3,
+            "num_layers": 1,
+            "optimizer": "adafactor",
+        },
+        {"grad_accumulation_steps": 2, "grad_checkpoint": True, "causal_weight": 0.0},
+    ],
+    ids=["lora", "experts", "full", "last layer", "accumulated"],
+)
+def test_it_learns(model_folder, tokenizer, tmp_path, changes):
+    data = write_lines(tmp_path / "data")
+    trainer = trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=40, **changes)
+    validated = [e.loss for e in trainer.run() if isinstance(e, Validated)]
+    assert len(validated) == 2 and validated[1] < 0.9 * validated[0]
+
+
+def test_only_what_is_asked_for_is_trained(model_folder, tokenizer, tmp_path):
+    data = write_lines(tmp_path / "data")
+    trainer = trainer_of(model_folder, tokenizer, tmp_path / "run", data)
+    names = set(trained_weights(trainer.model))
+    assert {name.rpartition(".")[2] for name in names} == {"lora_a", "lora_b"}
+    assert not any("router" in name or "experts" in name for name in names)
+    assert any("self_conditioning" in name for name in names)
+    last = trainer_of(model_folder, tokenizer, tmp_path / "b", data, num_layers=1)
+    names = set(trained_weights(last.model))
+    assert all(name.startswith("model.decoder.layers.1.") for name in names)
+
+
+def test_more_layers_than_there_are_is_refused(model_folder):
+    with pytest.raises(ConfigError, match="num_layers is 3, but the model has 2 layers"):
+        prepare(load_model(model_folder, fused=False), TrainSettings(num_layers=3))
+
+
+def state_of(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in mx.load(str(folder / STATE)).items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_parameters": {"rank": 2, "scale": 4.0, "dropout": 0.1}},
+        {"fine_tune_type": "full", "optimizer": "adamw", "grad_accumulation_steps": 2},
+    ],
+    ids=["adapters with dropout", "all weights, in the middle of an update"],
+)
+def test_fifty_batches_equal_twenty_five_a_kill_and_twenty_five(model_folder, tmp_path, changes):
+    data = write_lines(tmp_path / "data")
+    write_lines(data, "valid", LINES[:8])
+    recipe = tmp_path / "recipe.yaml"
+    schedule = {"name": "cosine_decay", "arguments": [1e-2, 50, 1e-4], "warmup": 5}
+    settings = {"batch_size": 4, "lr_schedule": schedule, "steps_per_report": 10} | changes
+    recipe.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(recipe)]
+    command += ["--model", str(model_folder), "--data", str(data), "--save-every", "25"]
+    command += ["--iters", "50", "--adapter-path"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, cwd=ROOT, capture_output=True)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, str(killed)], cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (killed / STATE).exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode in (-signal.SIGKILL, 0)
+    subprocess.run([*command, str(killed), "--resume"], check=True, cwd=ROOT, capture_output=True)
+    whole, resumed = state_of(tmp_path / "whole"), state_of(killed)
+    assert whole.keys() == resumed.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, resumed[name], err_msg=name)
+    both = [read(folder / METRICS) for folder in (tmp_path / "whole", killed)]
+    kept = [[(r["kind"], r["iteration"], r["loss"]) for r in rows] for rows in both]
+    assert [r for r in kept[0] if r[1] in (0, 10, 20, 50)] == [
+        r for r in kept[1] if r[1] in (0, 10, 20, 50)
+    ]
+
+
+def test_a_run_goes_on_with_its_own_settings_only(model_folder, tokenizer, tmp_path):
+    data = write_lines(tmp_path / "data")
+    list(trainer_of(model_folder, tokenizer, tmp_path / "run", data).run())
+    other = trainer_of(model_folder, tokenizer, tmp_path / "run", data, learning_rate=1e-3)
+    with pytest.raises(SourceError, match=r"made with learning_rate 0\.01, and now it is 0\.001"):
+        other.resume()
+    longer = trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=16, save_every=2)
+    longer.resume()
+    assert longer.iteration == 12
+    assert [e.iteration for e in longer.run() if isinstance(e, Saved)] == [14, 16]
+    with pytest.raises(SourceError, match="to go on from"):
+        trainer_of(model_folder, tokenizer, tmp_path / "none", data).resume()
+    write_lines(data, lines=LINES[:20])
+    with pytest.raises(SourceError, match="made with train_examples 24, and now it is 20"):
+        trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=16).resume()
+    (tmp_path / "run" / STATE).write_bytes(b"\x00" * 40)
+    with pytest.raises(SourceError, match="cannot be read"):
+        trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=16).resume()
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
+    model_folder, tokenizer, tmp_path
+):
+    data = write_lines(tmp_path / "data")
+    run = trainer_of(
+        model_folder, tokenizer, tmp_path / "run", data, iters=60, save_every=1,
+        fine_tune_type="full", optimizer="sgd", learning_rate=1e30, max_grad_norm=0.0,
+    )  # fmt: skip
+    with pytest.raises(LossError, match=r"the last checkpoint in .* is from before"):
+        list(run.run())
+    state = state_of(tmp_path / "run")
+    first = {k: v for k, v in state.items() if k.startswith("weights.")}
+    assert first and run.iteration >= 1
+
+
+def test_too_few_examples_for_a_batch_is_one_line(model_folder, tokenizer, tmp_path):
+    data = write_lines(tmp_path / "data", lines=LINES[:3])
+    with pytest.raises(DataError, match="3 training examples are fewer than batch_size of 4"):
+        trainer_of(model_folder, tokenizer, tmp_path / "run", data)
+
+
+def test_validation_is_the_same_every_time_and_moves_nothing(model_folder, tokenizer, tmp_path):
+    data = write_lines(tmp_path / "data")
+    run = trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=4)
+    before = run.validate()
+    again = run.validate()
+    assert (before.loss, before.canvas_loss) == (again.loss, again.canvas_loss)
+    with_looks = [e.loss for e in run.run() if isinstance(e, Trained)]
+    without = trainer_of(model_folder, tokenizer, tmp_path / "b", data, iters=4)
+    without.valid_set = []
+    assert [e.loss for e in without.run() if isinstance(e, Trained)] == with_looks
+
+
+def test_processes_share_a_batch_and_learn_the_same(model_folder, tokenizer, tmp_path):
+    data = write_lines(tmp_path / "data")
+    write_lines(data, "valid", LINES[:8])
+    command = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "--iters", "6"]
+    command += ["--model", str(model_folder), "--data", str(data), "--batch-size", "4"]
+    command += ["--learning-rate", "1e-3", "--optimizer", "sgd", "--steps-per-report", "1"]
+    command += ["--adapter-path"]
+    subprocess.run([*command, str(tmp_path / "one")], check=True, cwd=ROOT, capture_output=True)
+    hosts = tmp_path / "hosts.json"
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    running = [
+        subprocess.Popen(
+            [*command, str(tmp_path / "two")],
+            cwd=ROOT,
+            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert said[0] and not said[1], "one of them speaks"
+    losses = [[r["loss"] for r in read(tmp_path / n / METRICS)] for n in ("one", "two")]
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# --- records ---
+
+
+def test_metrics_behind_the_checkpoint_are_dropped_and_a_cut_line_ignored(tmp_path):
+    metrics = Metrics(tmp_path, iteration=0)
+    for iteration in (10, 20, 30):
+        metrics.add(Validated(iteration, 1.0, 1.0, 0.0, 0.1))
+    metrics.path.write_text(metrics.path.read_text() + '{"kind": "tr')
+    assert [row["iteration"] for row in read(metrics.path)] == [10, 20, 30]
+    Metrics(tmp_path, iteration=20)
+    assert [row["iteration"] for row in read(metrics.path)] == [10, 20]
+    Metrics(tmp_path, iteration=0)
+    assert read(metrics.path) == []
+
+
+def test_a_session_draws_its_curves_and_tests(model_folder, tmp_path):
+    data = write_lines(tmp_path / "data")
+    write_lines(data, "valid", LINES[:8])
+    write_lines(data, "test", LINES[8:16])
+    settings = TrainSettings(iters=6, batch_size=4, steps_per_report=2)
+    run = tmp_path / "run"
+    session = Session.open(str(model_folder), str(data), run, settings, tests=True)
+    kinds = [type(event) for event in session.train()]
+    assert kinds == [Validated, Trained, Trained, Trained, Validated, Saved]
+    assert session.draw() == run / PICTURE
+    assert (run / PICTURE).read_bytes().startswith(b"\x89PNG")
+    after = session.test()
+    tested = Session.open(str(model_folder), str(data), run, settings, trains=False, tests=True)
+    assert tested.test() == pytest.approx(after, rel=1e-5)
+    with pytest.raises(SourceError, match="has a run in it; go on with --resume"):
+        Session.open(str(model_folder), str(data), run, settings)
