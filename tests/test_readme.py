@@ -14,12 +14,22 @@ from typer.testing import CliRunner
 from mlx_diffgemma.cli.convert import convert
 from mlx_diffgemma.cli.edit import edit
 from mlx_diffgemma.cli.fill import fill
+from mlx_diffgemma.cli.fuse import fuse
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.info import info
+from mlx_diffgemma.cli.train import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"convert": convert, "edit": edit, "fill": fill, "generate": generate, "info": info}
+COMMANDS = {
+    "convert": convert,
+    "edit": edit,
+    "fill": fill,
+    "fuse": fuse,
+    "generate": generate,
+    "info": info,
+    "train": train,
+}
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = [
     line
@@ -74,7 +84,7 @@ def test_what_fill_and_edit_print_is_what_it_shows(tmp_path, monkeypatch):
 
 
 def test_the_files_it_names_exist():
-    for name in re.findall(r"`((?:bench|tests)/[\w/]+(?:\.py|/))`", README):
+    for name in re.findall(r"`?((?:bench|tests|recipes)/[\w/]+(?:\.py|\.yaml|/))`?", README):
         assert (ROOT / name).exists(), name
 
 
