@@ -10,7 +10,7 @@ else
 TEST_EXTRAS := [test]
 endif
 
-.PHONY: demo test bench lint types unit wheel clean
+.PHONY: demo demo-model test bench lint types unit wheel clean
 
 demo: $(VENV)/.demo
 	@for prompt in 'Sudoku:\n..13\n.3.4\n413.\n3241' 'Sort: 5 2 4 1' 'Count from 12 to 30.'; do \
@@ -32,6 +32,10 @@ bench: $(VENV)/.bench
 	done
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
 	$(BIN)/python bench/table.py --write
+
+# Makes a bundled model from nothing, up to five hours on two cores; run again, it goes on.
+demo-model: $(VENV)/.test
+	$(BIN)/python recipes/bundled/make.py --folder build/bundled
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ transformers in batches of equal prompt length, since it does not correct positi
 Both float32, and with the checkpoint's own settings.
 
     python bench/accuracy.py
+    python bench/accuracy.py --model build/bundled/model
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -45,12 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", type=Path, help="folder with prompts.json; the bundled one")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--limit", type=int, help="only the first prompts; says nothing then")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="append to bench/results/")
     options = parser.parse_args()
-    entries = json.loads((bundled_model() / "prompts.json").read_text(encoding="utf-8"))
+    folder = options.model or bundled_model()
+    entries = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     entries = entries[: options.limit]
     print(
         f"bound: pooled rates over {len(entries):,} prompts at most {BOUND:g} standard errors apart"
@@ -58,7 +62,7 @@ def main() -> None:
     answers, seconds = {}, {}
     for name, run in (("ours", ours), ("transformers", transformers)):
         started = time.perf_counter()
-        answers[name] = run(entries, options.batch, options.seed)
+        answers[name] = run(folder, entries, options.batch, options.seed)
         seconds[name] = round(time.perf_counter() - started, 1)
         print(f"{name}: {len(answers[name])} answers in {seconds[name]:.0f} s", flush=True)
     table = {}
@@ -82,6 +86,7 @@ def main() -> None:
     line = record(
         "accuracy",
         what="exact answers on the bundled model's prompts, ours and transformers'",
+        model="bundled" if options.model is None else folder.name,
         shape={"prompts": n, "batch": options.batch},
         dtype="float32",
         units={
@@ -102,10 +107,10 @@ def main() -> None:
     sys.exit(0 if passed else 1)
 
 
-def ours(entries: list[dict[str, str]], batch: int, seed: int) -> list[Answer]:
+def ours(folder: Path, entries: list[dict[str, str]], batch: int, seed: int) -> list[Answer]:
     """By task and length of answer, since a batch takes as long as its slowest row; prompts still
     differ in length. Seeds of batches do not overlap."""
-    model, tokenizer = load(bundled_model())
+    model, tokenizer = load(folder)
     model.set_dtype(mx.float32)
     answers: dict[int, Answer] = {}
     order = sorted(
@@ -124,14 +129,15 @@ def ours(entries: list[dict[str, str]], batch: int, seed: int) -> list[Answer]:
     return [answers[i] for i in range(len(entries))]
 
 
-def transformers(entries: list[dict[str, str]], batch: int, seed: int) -> list[Answer]:
+def transformers(
+    folder: Path, entries: list[dict[str, str]], batch: int, seed: int
+) -> list[Answer]:
     """The reference, batched by prompt length so that no row is padded."""
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # threads of so small a model mostly wait for each other
-    folder = bundled_model()
     config = ModelConfig.from_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=torch.float32).eval()

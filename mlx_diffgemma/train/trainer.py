@@ -218,7 +218,8 @@ class Trainer:
             if self.valid_set and (self.iteration % settings.steps_per_eval == 0 or is_last):
                 yield self.validate()
             if self.iteration % settings.save_every == 0 or is_last:
-                yield self.save(numbered=True)
+                # Of all weights one copy is enough.
+                yield self.save(numbered=settings.fine_tune_type == "lora")
 
     def validate(self) -> Validated:
         """The losses on the held-out examples."""

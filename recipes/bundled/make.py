@@ -99,11 +99,37 @@ def train(folder: Path, until: int | None, deadline: float) -> bool:
     return codes == [0] * processes
 
 
+def export(folder: Path) -> Path:
+    """The run's weights as a checkpoint in the official layout, bfloat16, with what it is asked in
+    tests beside it."""
+    import mlx.core as mx
+
+    from mlx_diffgemma.train.fuse import fuse_checkpoint
+
+    for name in ("float32", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    whole = fuse_checkpoint(folder / "start", folder / "run", folder / "float32").folder
+    model = folder / "model"
+    shutil.copytree(whole, model)
+    arrays = mx.load(str(whole / "model.safetensors"))
+    rounded = {name: array.astype(mx.bfloat16) for name, array in arrays.items()}
+    mx.save_safetensors(str(model / "model.safetensors"), rounded, {"format": "pt"})
+    (model / "config.json").write_text(json.dumps(start.config("bfloat16"), indent=1) + "\n")
+    asked = [
+        {"task": made.task, "prompt": made.prompt, "answer": made.answer}
+        for name in tasks.TASKS
+        for made in tasks.make(name, TEST_COUNT, TEST_SEED)
+    ]
+    random.Random(1).shuffle(asked)
+    (model / "prompts.json").write_text(json.dumps(asked, indent=0) + "\n")
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/bundled"))
     parser.add_argument("--until", type=int, help="train only up to this iteration")
-    parser.add_argument("--stages", type=int, default=5, help="of an hour each, at most")
+    parser.add_argument("--stages", type=int, default=5, help="of an hour each; 0 only exports")
     options = parser.parse_args()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +142,7 @@ def main() -> None:
     for _ in range(options.stages):
         if train(folder, options.until, time.monotonic() + 60 * STAGE_MINUTES):
             break
+    print(f"{export(folder)}: bench/accuracy.py --model asks it, and transformers with it")
 
 
 if __name__ == "__main__":
