@@ -23,6 +23,7 @@ LOOP, TRAJECTORY = "tests/test_loop.py", "tests/parity/test_trajectory.py"
 SAMPLER, PARITY_SAMPLER = "tests/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/test_schedule.py", "tests/test_stopping.py"
 NOISE, FILL = "tests/test_noise.py", "tests/test_fill.py"
+OBJECTIVE, TRAIN = "tests/parity/test_objective.py", "tests/test_train.py"
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ FAULTS = (
     Fault(
         "canvas position: one too late",
         "model/diffusion_gemma.py",
-        "masks[kept], text.position, layer.layer_scalar)",
-        "masks[kept], text.position + 1, layer.layer_scalar)",
+        "                text.position,",
+        "                text.position + 1,",
         (LOGITS,),
     ),
     Fault(
@@ -330,6 +331,69 @@ FAULTS = (
         "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
         "tokens[row, at:] = FREE",
         (FILL,),
+    ),
+    Fault(
+        "training: the first look has gradients",
+        "train/objective.py",
+        "return model.soft_embedding(mx.stop_gradient(_logits(model, piece)))",
+        "return model.soft_embedding(_logits(model, piece))",
+        (OBJECTIVE,),
+    ),
+    Fault(
+        "training: the table has no gradient through the soft embedding",
+        "train/objective.py",
+        "return model.soft_embedding(mx.stop_gradient(_logits(model, piece)))",
+        "return mx.stop_gradient(model.soft_embedding(_logits(model, piece)))",
+        (OBJECTIVE,),
+    ),
+    Fault(
+        "training: rows that are not conditioned see a thought too",
+        "train/objective.py",
+        "(place >= 0)[:, None, None]",
+        "(place >= -1)[:, None, None]",
+        (OBJECTIVE,),
+    ),
+    Fault(
+        "training: checkpointed layers keep the weights of the inner trace",
+        "train/objective.py",
+        "                module.update(own)",
+        "                pass",
+        (OBJECTIVE,),
+    ),
+    Fault(
+        "training: the gated activation's slope without the inner one",
+        "model/layers.py",
+        "0.5 * x * (1 - curve * curve) * inner",
+        "0.5 * x * (1 - curve * curve) * root",
+        (OBJECTIVE,),
+    ),
+    Fault(
+        "training: a canvas is filled with padding",
+        "train/batches.py",
+        "np.full(fill, eos_token_id, np.int32)",
+        "np.full(fill, pad_token_id, np.int32)",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: the causal loss is a mean over tokens, not over examples",
+        "train/batches.py",
+        "weights /= B * weights.sum(axis=1, keepdims=True)",
+        "weights /= weights.sum()",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: a run that is taken up forgets a half-made update",
+        "train/trainer.py",
+        "tree_unflatten(list(state.accumulated.items())) if state.accumulated else None",
+        "None",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: every batch has the same noise",
+        "train/batches.py",
+        "_VALIDATION if validation else _NOISE, iteration]",
+        "_VALIDATION if validation else _NOISE, 0]",
+        (TRAIN,),
     ),
 )
 
