@@ -15,13 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from .errors import ConfigError, SourceError
 from .headers import read_header
 from .model import DiffusionGemma
-from .recipe import LoraParameters
+from .recipe import DEFAULT_KEYS, LoraParameters
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _ADAPTABLE = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -40,28 +38,36 @@ def add_adapters(model: DiffusionGemma, *, num_layers: int, lora: LoraParameters
     Raises:
       SourceError: if a key names no module of this model, or one that takes no adapter.
     """
-    modules = dict(model.named_modules())
+    from mlx_lm.tuner.utils import linear_to_lora_layers  # brings mlx-lm's trainer with it
+
+    count = len(model.layers) if num_layers == -1 else num_layers
+    within = {name for layer in model.layers[-count:] for name, _ in layer.named_modules()}
+    everywhere = dict(model.named_modules())
+    everywhere |= {name: m for layer in model.layers for name, m in layer.named_modules()}
+    keys = set()
     for key in lora.keys:
-        found = [m for name, m in modules.items() if name == key or name.endswith(f".{key}")]
-        if not found:
-            raise SourceError(f"adapters: no module of this model is called {key!r}")
-        if not all(isinstance(module, _ADAPTABLE) for module in found):
+        if key not in everywhere:
+            raise SourceError(
+                f"adapters: no module of this model is called {key!r}; names are like "
+                f"{DEFAULT_KEYS[0]!r} within layers, and like {DEFAULT_KEYS[-1]!r} elsewhere"
+            )
+        if not isinstance(everywhere[key], _ADAPTABLE):
             raise SourceError(f"adapters: {key!r} is not a module that takes an adapter")
-    keys = set(lora.keys)
-    if num_layers != -1:
-        keys = {key for key in keys if not key.startswith("model.")}
+        if key in within or num_layers == -1:  # outside of layers nothing, where some are chosen
+            keys.add(key)
+    if not keys:
+        raise SourceError("adapters: none of the keys names a module of these layers")
     model.freeze()
     linear_to_lora_layers(
         model,
-        len(model.layers) if num_layers == -1 else num_layers,
+        count,
         {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys},
     )
 
 
-def adapted_modules(model: nn.Module) -> dict[str, LoRALinear | LoRASwitchLinear]:
+def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module, of all that have an adapter."""
-    kinds = (LoRALinear, LoRASwitchLinear)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    return {name: m for name, m in model.named_modules() if "lora_a" in m}
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

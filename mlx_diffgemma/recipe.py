@@ -29,8 +29,9 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "report_to": (None,),
     "project_name": (None,),
     "trust_remote_code": (None, False),
-    "clear_cache_threshold": (None, 0),
 }
+# And one that is right whatever it says: the cache of freed memory is bounded anyway.
+_IGNORED = frozenset({"clear_cache_threshold"})
 
 
 def _require(holds: bool, name: str, value: Any, range_: str) -> None:
@@ -101,7 +102,7 @@ class TrainSettings:
 
     fine_tune_type: FineTuneType = _setting("Train adapters, or all weights.", "lora")
     num_layers: int = _setting(
-        "Train only the last N layers, and nothing outside of layers; -1 trains everything.", -1
+        "Train only the last N layers, and nothing outside of layers; -1 for everything.", -1
     )
     lora_parameters: LoraParameters = _setting(
         "Rank, scale, dropout and keys of adapters.", LoraParameters()
@@ -148,8 +149,11 @@ class TrainSettings:
             if name == "canvas_length" and value is None:
                 continue
             _require(_is_whole(value) and value >= least, name, value, f">= {least}")
-        if self.num_layers == 0:
-            raise ConfigError("num_layers must be at least 1, or -1 for all of them, got 0")
+        for name in ("num_layers", "val_batches", "test_batches"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"{name} must be at least 1, or -1 for all of them, got 0")
+        if self.seed > _LARGEST_SEED:
+            raise ConfigError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             text = f"from {low:g} to {high:g}" if high < float("inf") else f">= {low:g}"
@@ -199,6 +203,7 @@ _LEAST_WHOLE = {
     "save_every": 1,
     "seed": 0,
 }
+_LARGEST_SEED = 2**31 - 1
 _INFINITE = float("inf")
 _RANGES = {
     "learning_rate": (0.0, _INFINITE),
@@ -212,6 +217,9 @@ _RANGES = {
 COMMAND_KEYS = (
     "model train test data adapter_path resume_adapter_file resume revision config".split()
 )
+
+
+_PATHS = frozenset("model data adapter_path resume_adapter_file revision".split())
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -232,7 +240,7 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold keys and values, got {type(raw).__name__}")
     known = {f.name for f in fields(TrainSettings)} | set(COMMAND_KEYS)
     for key, value in raw.items():
-        if key in _INERT and value in _INERT[key]:
+        if key in _IGNORED or (key in _INERT and value in _INERT[key]):
             continue
         if key in _INERT:
             raise ConfigError(f"{path}: {key} is not supported, got {value!r}")
@@ -240,7 +248,9 @@ def read_recipe(path: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{path}: unknown key {key!r}; known keys are {', '.join(sorted(known))}"
             )
-    return {key: value for key, value in raw.items() if key not in _INERT}
+        if key in _PATHS and not isinstance(value, str | None):
+            raise ConfigError(f"{path}: {key} must be text, got {value!r}")
+    return {k: v for k, v in raw.items() if k not in _INERT and k not in _IGNORED}
 
 
 def help_of(name: str) -> str:
@@ -292,6 +302,8 @@ def _check_schedule(schedule: Any) -> None:
     for key in ("warmup", "warmup_init"):
         if key in schedule and not (_is_number(schedule[key]) and schedule[key] >= 0):
             raise ConfigError(f"lr_schedule: {key} must be >= 0, got {schedule[key]!r}")
+    if not _is_whole(schedule.get("warmup", 0)):
+        raise ConfigError(f"lr_schedule: warmup must be a whole number, got {schedule['warmup']!r}")
 
 
 # Of `mlx.optimizers.schedulers`: fewest and most arguments.

@@ -384,8 +384,8 @@ FAULTS = (
     Fault(
         "training: a run that is taken up forgets a half-made update",
         "train/trainer.py",
-        "tree_unflatten(list(state.accumulated.items())) if state.accumulated else None",
-        "None",
+        "self._accumulated = state.accumulated",
+        "self._accumulated = {}",
         (TRAIN,),
     ),
     Fault(

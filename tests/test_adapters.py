@@ -130,6 +130,19 @@ def test_big_results_are_written_in_shards(plain, tmp_path, monkeypatch):
     assert all(mx.array_equal(one[name], many[name]) for name in one) and one.keys() == many.keys()
 
 
+def test_fusing_holds_a_shard_at_a_time(tmp_path, monkeypatch):
+    source = small_model(tmp_path / "source", hidden_size=256, intermediate_size=1024)
+    adapters = with_adapters(source, tmp_path / "adapters", keys=("mlp.up_proj",))
+    shard = 1 << 20
+    monkeypatch.setattr("mlx_diffgemma.train.fuse._SHARD_BYTES", shard)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    fused = fuse_checkpoint(source, adapters, tmp_path / "fused")
+    assert fused.nbytes > 6 * shard
+    assert mx.get_peak_memory() - before < 5 * shard
+
+
 def test_a_result_that_is_there_is_left_alone(plain, tmp_path):
     adapters = with_adapters(plain, tmp_path / "adapters")
     (tmp_path / "there").mkdir()
@@ -209,6 +222,24 @@ def test_layers_of_experts_take_adapters_in_every_way_of_computing_them(plain, t
         )
     finally:
         experts._PRODUCT_PER_EXPERT_FROM = before
+
+
+@pytest.mark.parametrize("key", ["q_proj", "self_attn.side_proj", "layers.0.mlp.up_proj"])
+def test_a_key_that_names_no_module_is_refused(plain, key):
+    with pytest.raises(SourceError, match=f"no module of this model is called '{key}'; names are"):
+        add_adapters(
+            load_model(plain, fused=False),
+            num_layers=-1,
+            lora=LoraParameters(keys=("mlp.up_proj", key)),
+        )
+
+
+def test_keys_outside_of_the_chosen_layers_leave_something_or_are_refused(plain):
+    model = load_model(plain, fused=False)
+    with pytest.raises(SourceError, match="none of the keys names a module of these layers"):
+        add_adapters(model, num_layers=1, lora=LoraParameters(keys=("self_attn.v_proj",)))
+    add_adapters(model, num_layers=1, lora=LoraParameters())
+    assert adapted_modules(model)
 
 
 def test_new_adapters_change_nothing(plain):

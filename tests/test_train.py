@@ -57,6 +57,20 @@ def test_prompts_pass_the_chat_template_and_answers_end_their_turn(tmp_path, tok
     assert (first.prompt == second.prompt).all() and (first.answer == second.answer).all()
 
 
+def test_tools_reach_the_chat_template(tmp_path, tokenizer):
+    row = {"prompt": "x", "completion": " y \n"}
+    before = tokenizer.chat_template
+    tokenizer.chat_template = "{{ tools[0].name if tools else 'none' }}" + before
+    try:
+        rows = [row, row | {"tools": [{"name": "clock"}]}]
+        first, second = split_of(write_lines(tmp_path, lines=rows), tokenizer)
+    finally:
+        tokenizer.chat_template = before
+    assert tokenizer.decode(first.prompt).startswith("none")
+    assert tokenizer.decode(second.prompt).startswith("clock")
+    assert tokenizer.decode(first.answer[:-1]) == "y", "trimmed, as templates do"
+
+
 def test_control_tokens_spelled_in_an_answer_are_text(tmp_path, tokenizer):
     rows = [{"prompt": "x", "completion": "a<turn|>b"}]
     (example,) = split_of(write_lines(tmp_path, lines=rows), tokenizer)
@@ -82,6 +96,14 @@ def test_control_tokens_spelled_in_an_answer_are_text(tmp_path, tokenizer):
         ),
         ({"prompt": "a", "completion": "b" * 300}, "line 3: 3.. tokens with its canvases, more"),
         ({"prompt": "a\ud800", "completion": "b"}, "line 3: the prompt is not Unicode"),
+        (
+            {"messages": [5, 7, {"role": "assistant", "content": "a"}]},
+            "line 3: a message must be an object, got 5",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "model", "tool_calls": [1]}]},
+            "line 3: tool_calls in an answer cannot be learned yet",
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_its_file(tmp_path, tokenizer, line, says):
@@ -240,10 +262,11 @@ def state_of(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora_parameters": {"rank": 2, "scale": 4.0, "dropout": 0.1}},
+        {"lora_parameters": {"rank": 2, "scale": 4.0, "dropout": 0.1}, "grad_checkpoint": True},
+        {"lora_parameters": {"rank": 2}, "num_layers": 1, "grad_accumulation_steps": 2},
         {"fine_tune_type": "full", "optimizer": "adamw", "grad_accumulation_steps": 2},
     ],
-    ids=["adapters with dropout", "all weights, in the middle of an update"],
+    ids=["dropout", "one layer, in the middle of an update", "all, in the middle of an update"],
 )
 def test_fifty_batches_equal_twenty_five_a_kill_and_twenty_five(model_folder, tmp_path, changes):
     data = write_lines(tmp_path / "data")
@@ -288,12 +311,11 @@ def test_a_run_goes_on_with_its_own_settings_only(model_folder, tokenizer, tmp_p
     assert [e.iteration for e in longer.run() if isinstance(e, Saved)] == [14, 16]
     with pytest.raises(SourceError, match="to go on from"):
         trainer_of(model_folder, tokenizer, tmp_path / "none", data).resume()
-    write_lines(data, lines=LINES[:20])
-    with pytest.raises(SourceError, match="made with train_examples 24, and now it is 20"):
+    with pytest.raises(ConfigError, match="stands at iteration 16 already"):
         trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=16).resume()
     (tmp_path / "run" / STATE).write_bytes(b"\x00" * 40)
     with pytest.raises(SourceError, match="cannot be read"):
-        trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=16).resume()
+        trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=20).resume()
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
@@ -304,11 +326,107 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
         model_folder, tokenizer, tmp_path / "run", data, iters=60, save_every=1,
         fine_tune_type="full", optimizer="sgd", learning_rate=1e30, max_grad_norm=0.0,
     )  # fmt: skip
-    with pytest.raises(LossError, match=r"the last checkpoint in .* is from before"):
+    with pytest.raises(
+        LossError, match=r"at iteration \d+; the last checkpoint in .* is from before"
+    ):
         list(run.run())
-    state = state_of(tmp_path / "run")
-    first = {k: v for k, v in state.items() if k.startswith("weights.")}
-    assert first and run.iteration >= 1
+    assert not (tmp_path / "run" / STATE).exists(), "the first update broke it"
+    good = trainer_of(model_folder, tokenizer, tmp_path / "run", data, save_every=2, iters=20)
+    look, breaks_at = good._look, 7
+
+    def broken():
+        values, grads, tokens = look()
+        if good.iteration == breaks_at:
+            good.model.load_weights(
+                [(n, a + mx.inf) for n, a in trained_weights(good.model).items()], strict=False
+            )
+            return look()
+        return values, grads, tokens
+
+    good._look = broken
+    with pytest.raises(LossError):
+        list(good.run())
+    kept = {k: v for k, v in state_of(tmp_path / "run").items() if k.startswith("weights.")}
+    assert kept and all(np.isfinite(array).all() for array in kept.values())
+
+
+@pytest.mark.parametrize("at", [3, 4], ids=["complete update", "in the middle of one"])
+def test_an_interrupt_inside_a_batch_is_heeded_behind_it_and_loses_nothing(
+    model_folder, tokenizer, tmp_path, at
+):
+    data = write_lines(tmp_path / "data")
+    changes = {"iters": 8, "grad_accumulation_steps": 2, "save_every": 100}
+    whole = trainer_of(model_folder, tokenizer, tmp_path / "whole", data, **changes)
+    list(whole.run())
+    run = trainer_of(model_folder, tokenizer, tmp_path / "run", data, **changes)
+    apply = run._apply
+
+    def interrupted(grads):
+        if run.iteration == at:
+            run.stop()
+            assert run.is_whole
+        apply(grads)
+
+    run._apply = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run())
+    assert run.iteration == at + 1 and run.is_whole
+    run.save()
+    again = trainer_of(model_folder, tokenizer, tmp_path / "run", data, **changes)
+    again.resume()
+    list(again.run())
+    for name, array in state_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(array, state_of(tmp_path / "run")[name], err_msg=name)
+
+
+def test_a_session_knows_another_model_and_other_data(model_folder, tmp_path):
+    data, run = write_lines(tmp_path / "data"), tmp_path / "run"
+    settings = TrainSettings(iters=2, batch_size=4)
+    list(Session.open(str(model_folder), str(data), run, settings).train())
+    longer = TrainSettings(iters=3, batch_size=4)
+    moved = tmp_path / "moved"
+    moved.symlink_to(model_folder)
+    Session.open(str(moved), str(data), run, longer, resumes=True)
+    write_lines(data, lines=[*LINES[1:], LINES[0]])
+    with pytest.raises(SourceError, match="made with train_data"):
+        Session.open(str(model_folder), str(data), run, longer, resumes=True)
+    write_lines(data)
+    other = small_model(tmp_path / "other", seed=6)
+    with pytest.raises(SourceError, match="made with checkpoint"):
+        Session.open(str(other), str(data), run, longer, resumes=True)
+
+
+def test_testing_needs_adapters_or_to_be_told_that_there_are_none(model_folder, tmp_path):
+    data = write_lines(tmp_path / "data")
+    write_lines(data, "test", LINES[:8])
+    settings, folder = TrainSettings(batch_size=4), tmp_path / "typo"
+    only = {"trains": False, "tests": True}
+    with pytest.raises(SourceError, match="is not a folder of adapters"):
+        Session.open(str(model_folder), str(data), folder, settings, **only)
+    base = Session.open(
+        str(model_folder), str(data), folder, settings, tests_adapters=False, **only
+    )
+    assert base.test()[0] > 0
+
+
+def test_training_on_packed_weights_sees_what_generating_sees(tmp_path):
+    from mlx_diffgemma.convert.write import convert
+
+    widths = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    plain = small_model(tmp_path / "plain", **widths)
+    packed = convert(plain, tmp_path / "packed", quantize=True, q_group_size=32).folder
+    used, trained = load_model(packed, fused=False), load_model(packed, fused=False)
+    prepare(trained, TrainSettings())
+    trained.eval()
+    tokens, canvas = mx.array([[2, 15, 90, 91]]), mx.array([[7, 300, 301, 302, 20, 21, 22, 23]])
+    ours, theirs = (m.denoise(canvas, m.prefill(tokens)) for m in (trained, used))
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-4)
+
+
+def test_all_examples_are_met_where_batches_do_not_come_out_even():
+    order = Order(list(range(100)), 8, seed=0)
+    met = {i for number in range(12 * 20) for i in order[number]}
+    assert met == set(range(100))
 
 
 def test_too_few_examples_for_a_batch_is_one_line(model_folder, tokenizer, tmp_path):

@@ -50,13 +50,18 @@ class TrainView:
             case Saved():
                 self._say(f"iteration {event.iteration:,}: saved {event.path}")
 
-    def interrupted(self, saved: Saved) -> None:
+    def interrupted(self, saved: Saved | None) -> None:
+        if saved is None:
+            self._say("stopped in the middle of an update: the last checkpoint stays")
+            return
         self._say(
             f"interrupted at iteration {saved.iteration:,}: saved {saved.path}; --resume goes on"
         )
 
     def picture(self, path: Path | None) -> None:
-        if path is not None:
+        if path is None:
+            self._say("no curves drawn: that takes matplotlib (pip install matplotlib)")
+        else:
             self._say(f"curves in {path}")
 
     def tested(self, losses: tuple[float, float, float]) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from ..errors import ConfigError
 from ..recipe import FineTuneType, Optimizer, TrainSettings, default_of, help_of, read_recipe
+from .interrupt import stopping
 from .options import REVISION_HELP, friendly_errors, run
 
 
@@ -91,7 +92,8 @@ def train(
                 raise ConfigError(f"--{name} is missing")
         if given.get("resume") and given.get("resume_adapter_file"):
             raise ConfigError("--resume has its own weights; drop --resume-adapter-file")
-        folder = Path(given.get("adapter_path") or "adapters")
+        given.setdefault("adapter_path", "adapters")
+        folder = Path(given["adapter_path"])
         from ..train.session import Session
         from .render_train import TrainView
 
@@ -106,12 +108,14 @@ def train(
             tests=bool(given.get("test")),
             resumes=bool(given.get("resume")),
             start_file=given.get("resume_adapter_file"),
+            tests_adapters=given["adapter_path"] != "",
         )
         view.start(session)
         if given.get("train"):
             try:
-                for event in session.train():
-                    view.show(event)
+                with stopping(session.trainer.stop):
+                    for event in session.train():
+                        view.show(event)
             except KeyboardInterrupt:
                 view.interrupted(session.interrupted())
                 raise

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .backend import is_cpu
 
@@ -23,7 +22,7 @@ def linear(module: nn.Module, x: mx.array) -> mx.array:
     """x @ W.T for a linear module: [..., inputs] -> [..., outputs]."""
     if is_cpu() and isinstance(module, nn.QuantizedLinear):
         return _times_rows(x, module)
-    if isinstance(module, LoRALinear):
+    if "lora_a" in module:  # mlx-lm's LoRALinear, around a module that may be packed
         z = (module.dropout(x) @ module.lora_a) @ module.lora_b
         return linear(module.linear, x) + (module.scale * z).astype(x.dtype)
     return module(x)
@@ -61,12 +60,27 @@ def weighted_rows(table: nn.Module, weights: mx.array) -> mx.array:
 
 def expert_matrix(module: nn.Module, expert: int) -> mx.array:
     """The weights of one expert, [outputs, inputs], unpacked to float32 where they are packed."""
-    if isinstance(module, LoRASwitchLinear):
+    if "lora_a" in module:
         delta = (module.scale * module.lora_b[expert]) @ module.lora_a[expert]
         return expert_matrix(module.linear, expert) + delta
     if not isinstance(module, QuantizedSwitchLinear):
         return module.weight[expert]
     return _unpack(module, slice(expert, expert + 1))[0]
+
+
+def unpacked(module: nn.Module) -> nn.Module:
+    """A plain module with the weights of a packed linear one in float32, as they are multiplied
+    here."""
+    weight = _unpack(module, slice(None))
+    plain: nn.Module
+    if isinstance(module, QuantizedSwitchLinear):
+        experts, outputs, inputs = weight.shape
+        plain = SwitchLinear(inputs, outputs, experts, bias=False)
+    else:
+        outputs, inputs = weight.shape
+        plain = nn.Linear(inputs, outputs, bias=False)
+    plain.weight = weight
+    return plain
 
 
 def _times_rows(x: mx.array, module: Packed) -> mx.array:

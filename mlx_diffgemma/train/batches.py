@@ -74,13 +74,12 @@ class Order:
 
     def _of(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self._seed, _ORDER, epoch])
-        shuffled = rng.permutation(len(self._lengths))
+        count = len(self._lengths) // self._batch_size
+        shuffled = rng.permutation(len(self._lengths))[: count * self._batch_size]
         pool = _POOL_BATCHES * self._batch_size
         parts = (shuffled[i : i + pool] for i in range(0, len(shuffled), pool))
         by_length = [part[np.argsort(self._lengths[part], kind="stable")] for part in parts]
-        count = len(shuffled) // self._batch_size
-        used = np.concatenate(by_length)[: count * self._batch_size]
-        return rng.permutation(used.reshape(count, self._batch_size))
+        return rng.permutation(np.concatenate(by_length).reshape(count, self._batch_size))
 
 
 def draw(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ _FORMAT = "1"
 # Settings that a run may change when it is taken up.
 _FREE = frozenset(
     "iters val_batches test_batches steps_per_report steps_per_eval save_every "
-    "grad_checkpoint".split()
+    "grad_checkpoint model".split()
 )
 
 
@@ -103,7 +103,7 @@ def restore(folder: Path, settings: TrainSettings, facts: Mapping[str, Any]) -> 
         raise SourceError(f"{path} cannot be read: {error}") from error
     now = json.loads(json.dumps(settings.as_dict()))
     changed = [name for name in now if name not in _FREE and before.get(name) != now[name]]
-    changed += [name for name in facts if known.get(name) != facts[name]]
+    changed += [name for name in facts if name not in _FREE and known.get(name) != facts[name]]
     if changed:
         name = changed[0]
         was, is_ = (both.get(name) for both in ((before | known), (now | dict(facts))))
@@ -122,19 +122,20 @@ def trained_weights(model: nn.Module) -> dict[str, mx.array]:
 
 
 def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}")
-    # MLX puts the ending on names that have none.
-    mx.save_safetensors(str(partial), arrays, metadata)
-    _into_place(partial, path)
+    _put(path, lambda partial: mx.save_safetensors(str(partial), arrays, metadata))
 
 
 def _replace(path: Path, content: bytes) -> None:
+    _put(path, lambda partial: partial.write_bytes(content))
+
+
+def _put(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside the place and renames; what could not be written whole is taken away."""
     partial = path.with_name(f".{path.name}")
-    partial.write_bytes(content)
-    _into_place(partial, path)
-
-
-def _into_place(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

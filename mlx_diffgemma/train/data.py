@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, PromptError
-from ..prompt import encode_prompt, encode_text, special_tokens
+from ..prompt import PromptOptions, encode_prompt, encode_text, special_tokens
 
 SPLITS = ("train", "valid", "test")
 _END_OF_TURN = "<turn|>"
@@ -46,7 +46,8 @@ def read_split(
     """The examples of `folder/split.jsonl`, in the file's order.
 
     A line is an object with `messages`, the last of them the assistant's, or with `prompt` and
-    `completion`. Only the last answer is learned; messages before it are its prompt.
+    `completion`, and may have `tools` for the chat template. Only the last answer is learned, as
+    text, without spaces and line breaks around it; messages before it are its prompt.
 
     Raises:
       DataError: one line that names the file and the line.
@@ -92,9 +93,15 @@ def _example(
         messages = record["messages"]
         if not isinstance(messages, list) or len(messages) < 2:
             raise DataError(f"{where}: messages must be a list of a question and its answer")
+        for message in messages:
+            if not isinstance(message, Mapping):
+                raise DataError(f"{where}: a message must be an object, got {message!r}")
         *before, last = messages
-        if not isinstance(last, Mapping) or last.get("role") not in ("assistant", "model"):
+        if last.get("role") not in ("assistant", "model"):
             raise DataError(f"{where}: the last message must be the assistant's")
+        for key in ("tool_calls", "reasoning", "reasoning_content", "thinking"):
+            if last.get(key):
+                raise DataError(f"{where}: {key} in an answer cannot be learned yet, only content")
         prompt, answer = before, last.get("content")
     elif "prompt" in record and "completion" in record:
         prompt, answer = record["prompt"], record["completion"]
@@ -114,8 +121,13 @@ def _example(
         raise DataError(f"{where}: the answer must be text, got {type(answer).__name__}")
     if not answer.strip():
         raise DataError(f"{where}: the answer is empty")
-    ids = [*encode_text(tokenizer, answer), end]
-    return Example(np.array(encode_prompt(tokenizer, prompt), np.int32), np.array(ids, np.int32))
+    # Trimmed, as chat templates do with answers of earlier turns.
+    ids = [*encode_text(tokenizer, answer.strip()), end]
+    options = PromptOptions()
+    if record.get("tools") is not None:
+        options = PromptOptions(chat_template_config={"tools": record["tools"]})
+    asked = encode_prompt(tokenizer, prompt, options)
+    return Example(np.array(asked, np.int32), np.array(ids, np.int32))
 
 
 def _check(

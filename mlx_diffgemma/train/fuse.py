@@ -108,9 +108,7 @@ def _outputs(
         for leaf, name in names.items()
     }
     changes = _changes(adapters, shapes, config)
-    lazy: dict[str, mx.array] = {}
-    for file in sorted({info.file for info in tensors.values()}):
-        lazy |= cast(dict[str, mx.array], mx.load(str(file)))
+    read = partial(_read, tensors)
     for path, names in modules.items():
         packing = None
         if "scales" in names and config.quantization is not None:
@@ -120,18 +118,18 @@ def _outputs(
         if packing is None:
             for leaf, name in names.items():
                 own = change if leaf == "weight" else changes.pop(f"{path}.{leaf}", None)
-                make = partial(_plain, lazy[name], own)
+                make = partial(_plain, read, name, own)
                 yield _Output(_official(name) if dequantize else name, tensors[name].nbytes, make)
         elif dequantize:
             info = tensors[names["weight"]]
-            make = partial(_unpacked, lazy, names, packing, change)
+            make = partial(_unpacked, read, names, packing, change)
             nbytes = 2 * (info.elements * 32 // packing.bits)
             yield _Output(_official(names["weight"]), nbytes, make)
         elif change is None:
             for name in names.values():
-                yield _Output(name, tensors[name].nbytes, partial(_plain, lazy[name], None))
+                yield _Output(name, tensors[name].nbytes, partial(_plain, read, name, None))
         else:
-            again = _Repacked(lazy, names, packing, change, path, fused)
+            again = _Repacked(read, names, packing, change, path, fused)
             for leaf, name in names.items():
                 yield _Output(name, tensors[name].nbytes, partial(again.take, leaf))
     assert not changes, sorted(changes)
@@ -200,23 +198,33 @@ def _added(a: mx.array, b: mx.array, scale: float, weight: mx.array) -> mx.array
     return weight + ((scale * b) @ a if a.ndim == 3 else (scale * b.T) @ a.T)
 
 
-def _plain(array: mx.array, change: _Change | None) -> mx.array:
+# A tensor of the source, by its name there.
+_Read = Callable[[str], mx.array]
+
+
+def _read(tensors: Mapping[str, TensorInfo], name: str) -> mx.array:
+    """One tensor; the file's others stay unread, and this one is held by its taker alone."""
+    return cast(dict[str, mx.array], mx.load(str(tensors[name].file)))[name]
+
+
+def _plain(read: _Read, name: str, change: _Change | None) -> mx.array:
+    array = read(name)
     return array if change is None else change(array.astype(mx.float32)).astype(array.dtype)
 
 
 def _unpacked(
-    lazy: Mapping[str, mx.array],
+    read: _Read,
     names: Mapping[str, str],
     packing: Quantization,
     change: _Change | None,
     dtype: mx.Dtype | None = mx.bfloat16,
 ) -> mx.array:
     """The weights of a packed module, changed, in float32 and then in `dtype`."""
-    scales, biases = lazy[names["scales"]], None
+    scales, biases = read(names["scales"]), None
     if packing.mode == "affine":  # bfloat16 would round what is unpacked
-        scales, biases = scales.astype(mx.float32), lazy[names["biases"]].astype(mx.float32)
+        scales, biases = scales.astype(mx.float32), read(names["biases"]).astype(mx.float32)
     weight = mx.dequantize(
-        lazy[names["weight"]],
+        read(names["weight"]),
         scales,
         biases,
         group_size=packing.group_size,
@@ -233,14 +241,14 @@ class _Repacked:
 
     def __init__(
         self,
-        lazy: Mapping[str, mx.array],
+        read: _Read,
         names: Mapping[str, str],
         packing: Quantization,
         change: _Change,
         path: str,
         fused: Fused,
     ):
-        self._arguments = lazy, names, packing, change
+        self._arguments = read, names, packing, change
         self._path, self._fused = path, fused
         self._parts: dict[str, mx.array] = {}
 
@@ -250,9 +258,9 @@ class _Repacked:
         return self._parts.pop(leaf)
 
     def _make(self) -> None:
-        lazy, names, packing, change = self._arguments
-        weight = _unpacked(lazy, names, packing, change, None)
-        dtype = lazy[names["scales"]].dtype if packing.mode == "affine" else mx.bfloat16
+        read, names, packing, change = self._arguments
+        weight = _unpacked(read, names, packing, change, None)
+        dtype = read(names["scales"]).dtype if packing.mode == "affine" else mx.bfloat16
         how: dict[str, Any] = {
             "group_size": packing.group_size,
             "bits": packing.bits,

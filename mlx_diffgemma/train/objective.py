@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -61,10 +62,11 @@ def losses(
 
 
 @contextmanager
-def layers_twice(model: DiffusionGemma) -> Iterator[None]:
-    """Gradient checkpointing: what layers computed on the way is not kept, but computed again."""
-    before = model.run_layer
-    model.run_layer = _run_twice
+def layers_twice(model: DiffusionGemma, *, seed: int = 0) -> Iterator[None]:
+    """Gradient checkpointing: what layers computed on the way is not kept, but computed again.
+    Every layer's dropout is drawn from a seed of its own, so that it is the same both times."""
+    before, seeds = model.run_layer, count(seed)
+    model.run_layer = lambda *arguments: _run_twice(next(seeds), *arguments)
     try:
         yield
     finally:
@@ -150,10 +152,11 @@ def _at(
     return function(states, places)
 
 
-def _run_twice(layer: nn.Module, *arguments: Any) -> tuple[mx.array, LayerContext]:
+def _run_twice(seed: int, layer: nn.Module, *arguments: Any) -> tuple[mx.array, LayerContext]:
     x, past, place, mask, position, scalar = arguments
 
     def run(x: mx.array, scalar: mx.array, *past: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        mx.random.seed(seed)
         before = LayerContext(*past) if past else None
         out, kept = layer(x, before, place, mask, position, scalar)
         return out, kept.keys, kept.values

@@ -28,10 +28,13 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     """
     rate: float | Callable[[mx.array], mx.array] = settings.learning_rate
     if settings.lr_schedule is not None:
-        rate = build_schedule(dict(settings.lr_schedule))
+        try:
+            rate = build_schedule(dict(settings.lr_schedule))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"lr_schedule: {error}") from error
     config: Any = settings.optimizer_config or {}
     arguments = config.get(settings.optimizer) or {}
     try:
         return _KINDS[settings.optimizer](learning_rate=rate, **arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer_config: {settings.optimizer}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,14 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-from transformers import PreTrainedTokenizerBase
 
-from ..adapters import WEIGHTS, load_adapters
+from ..adapters import load_adapters
 from ..config import ModelConfig
 from ..errors import SourceError
 from ..files import resolve
-from ..headers import read_header
+from ..headers import read_header, read_headers
 from ..load import load_model, load_tokenizer
 from ..model import DiffusionGemma
 from ..recipe import TrainSettings
@@ -49,6 +48,7 @@ class Session:
         tests: bool = False,
         resumes: bool = False,
         start_file: str | None = None,
+        tests_adapters: bool = True,
     ) -> Session:
         """Loads everything, the quick and the likely to fail first.
 
@@ -58,10 +58,11 @@ class Session:
           folder: of the run.
           settings: of the run.
           revision: of a repository.
-          trains: whether to train; else the adapters in `folder`, if there are any, are tested.
+          trains: whether to train; else the adapters in `folder` are tested.
           tests: whether test.jsonl is needed.
           resumes: go on where `folder` stands.
           start_file: weights to begin with.
+          tests_adapters: False tests the model alone.
 
         Raises:
           DiffGemmaError: one line that says what is wrong with model, data or folder.
@@ -96,7 +97,7 @@ class Session:
             prepare(loaded, settings)
             if start_file is not None:
                 _start_from(loaded, Path(start_file))
-        elif (folder / WEIGHTS).exists():
+        elif tests_adapters:
             load_adapters(loaded, folder)
         trainer = Trainer(
             loaded,
@@ -105,7 +106,7 @@ class Session:
             settings,
             folder,
             eos_token_id=fill_token(tokenizer),
-            facts=_facts(source, loaded, tokenizer),
+            facts=_facts(source, train_set),
         )
         metrics = None
         if trains and resumes:
@@ -121,12 +122,19 @@ class Session:
         """The events of the run, each recorded."""
         for event in self.trainer.run():
             if self.metrics is not None:
-                self.metrics.add(event)
+                try:
+                    self.metrics.add(event)
+                except OSError as error:
+                    self.trainer.save()
+                    raise SourceError(
+                        f"{self.metrics.path} cannot be written to: {error.strerror}"
+                    ) from error
             yield event
 
-    def interrupted(self) -> Saved:
-        """Saves where an interrupted run stands."""
-        return self.trainer.save()
+    def interrupted(self) -> Saved | None:
+        """Saves where an interrupted run stands; None where it was in the middle of an update, and
+        the last checkpoint stays."""
+        return self.trainer.save() if self.trainer.is_whole else None
 
     def draw(self) -> Path | None:
         """The picture of the run so far."""
@@ -146,28 +154,40 @@ class Session:
 
     @property
     def parameters(self) -> int:
-        flat = cast(list[tuple[str, mx.array]], tree_flatten(self.model.parameters()))
-        return sum(array.size for _, array in flat)
+        """All weights, packed ones counted one by one."""
+        total = 0
+        for _, module in self.model.named_modules():
+            own = {name: a for name, a in module.items() if isinstance(a, mx.array)}
+            if "scales" in own:
+                total += own["weight"].size * 32 // module.bits
+                own = {n: a for n, a in own.items() if n not in ("weight", "scales", "biases")}
+            total += sum(array.size for array in own.values())
+        return total
 
 
-def _facts(
-    source: Path, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """What a run that is taken up must share."""
+def _facts(source: Path, examples: list[Example]) -> dict[str, Any]:
+    """What a run that is taken up must share: the checkpoint's config and headers, and the data."""
+    headers = sorted((n, i.dtype, i.shape) for n, i in read_headers(source).items())
+    checkpoint = hashlib.sha256((source / "config.json").read_bytes() + repr(headers).encode())
+    data = hashlib.sha256()
+    for example in examples:
+        data.update(example.prompt.tobytes() + b"|" + example.answer.tobytes())
     return {
         "model": str(source),
-        "layers": len(model.layers),
-        "vocab_size": model.config.text.vocab_size,
-        "tokenizer_size": len(tokenizer),
+        "checkpoint": checkpoint.hexdigest()[:16],
+        "train_data": data.hexdigest()[:16],
     }
 
 
 def _start_from(model: DiffusionGemma, path: Path) -> None:
     if not path.is_file():
         raise SourceError(f"--resume-adapter-file: {path} is not there")
-    own = trained_weights(model)
-    for name, info in read_header(path).items():
+    own, found = trained_weights(model), read_header(path)
+    for name, info in found.items():
         if name not in own or info.shape != tuple(own[name].shape):
             raise SourceError(f"{path}: {name} with shape {list(info.shape)} is not trained here")
-    model.load_weights(str(path), strict=False)
+    if missing := sorted(set(own) - set(found)):
+        raise SourceError(f"{path}: {missing[0]} is missing, which is trained here")
+    weights = cast(dict[str, mx.array], mx.load(str(path)))
+    model.load_weights([(n, a.astype(own[n].dtype)) for n, a in weights.items()], strict=False)
     mx.eval(model.parameters())

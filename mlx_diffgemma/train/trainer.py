@@ -14,13 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.utils import dequantize_model
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ..adapters import add_adapters
 from ..errors import ConfigError, DataError, LossError, SourceError
+from ..memory import generation_limits
 from ..model import DiffusionGemma
 from ..model.backend import is_cpu
+from ..model.products import unpacked
 from ..recipe import TrainSettings
 from .batches import Batch, Draw, Order, draw, make_batch
 from .checkpoint import STATE, State, restore, save, trained_weights
@@ -40,7 +41,7 @@ class Trained:
     learning_rate: float
     iterations_per_second: float
     tokens_per_second: float  # read, padding left out
-    trained_tokens: int  # over the whole of this run
+    trained_tokens: int  # since this process began
     peak_bytes: int
 
 
@@ -70,7 +71,7 @@ def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
     """Makes a model ready to be trained: adapters on, or weights free, all else frozen.
 
     On the CPU backend, whose packed products are slow and have no gradients worth the name, packed
-    weights are unpacked to float32 for the run; they say the same.
+    weights are unpacked to float32 for the run, as they are for generating.
 
     Args:
       model: as loaded, not fused.
@@ -82,8 +83,7 @@ def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
     count = len(model.layers)
     if settings.num_layers > count:
         raise ConfigError(f"num_layers is {settings.num_layers}, but the model has {count} layers")
-    names = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
-    packed = [name for name in names if name.endswith(".scales")]
+    packed = [name for name in _flat(model.parameters()) if name.endswith(".scales")]
     if settings.fine_tune_type == "full":
         if packed:
             raise ConfigError(
@@ -94,17 +94,25 @@ def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
         if settings.num_layers == -1:
             model.unfreeze()
         else:
-            for layer in model.layers[-settings.num_layers :]:
+            causal = model.model.encoder.language_model.layers
+            for layer in (*model.layers[-settings.num_layers :], *causal[-settings.num_layers :]):
                 layer.unfreeze()
     else:
         if packed and is_cpu():
-            dequantize_model(model)
-            model.set_dtype(mx.float32)
-            mx.eval(model.parameters())
+            _unpack_all(model)
         # Where adapters begin is drawn; what follows draws by its own seeds.
         mx.random.seed(settings.seed)
         add_adapters(model, num_layers=settings.num_layers, lora=settings.lora_parameters)
     model.train()
+
+
+def _unpack_all(model: DiffusionGemma) -> None:
+    """Replaces packed modules, one by one, but for the embeddings, whose rows are read rounded."""
+    for path, module in model.named_modules():
+        if "scales" in module and not isinstance(module, nn.QuantizedEmbedding):
+            plain = unpacked(module)
+            mx.eval(plain.parameters())
+            model.update_modules(tree_unflatten([(path, plain)]))
 
 
 class Trainer:
@@ -140,7 +148,7 @@ class Trainer:
             )
         self.model, self.settings, self.folder = model, settings, folder
         self.train_set, self.valid_set, self.eos_token_id = train, valid, eos_token_id
-        self.facts = (facts or {}) | {"train_examples": len(train)}
+        self.facts = facts or {}
         self.canvas_length = settings.canvas_length or model.config.canvas_length
         lengths = [example.tokens(self.canvas_length) for example in train]
         self._order = Order(lengths, settings.batch_size, settings.seed)
@@ -155,7 +163,8 @@ class Trainer:
         self.iteration = 0
         self.optimizer = make_optimizer(settings)
         self.optimizer.init(model.trainable_parameters())
-        self._accumulated: dict[str, Any] | None = None
+        self._accumulated: dict[str, mx.array] = {}  # by name, of an update that is not complete
+        self._is_asked_to_stop = self._is_changing = False
 
     @property
     def is_first(self) -> bool:
@@ -174,17 +183,29 @@ class Trainer:
             raise SourceError(f"{self.folder}: the checkpoint has other weights than this model")
         self.model.load_weights(list(state.weights.items()), strict=False)
         self.optimizer.state = state.optimizer
-        self._accumulated = (
-            tree_unflatten(list(state.accumulated.items())) if state.accumulated else None
-        )
+        self._accumulated = state.accumulated
         self.iteration = state.iteration
-        mx.eval(self.model.parameters(), self.optimizer.state)
+        if self.iteration >= self.settings.iters:
+            raise ConfigError(
+                f"the run in {self.folder} stands at iteration {self.iteration} already; "
+                f"iters of {self.settings.iters} leaves nothing to do"
+            )
+        mx.eval(self.model.parameters(), self.optimizer.state, self._accumulated)
+
+    def stop(self) -> None:
+        """Makes `run` end, as by an interrupt, before the next batch; for signal handlers."""
+        self._is_asked_to_stop = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether weights, optimizer and the count of batches belong together, so that they can
+        be saved; they do not in the middle of an update."""
+        return not self._is_changing
 
     def save(self, *, numbered: bool = False) -> Saved:
         """Writes a checkpoint of where the run stands."""
-        accumulated = dict(tree_flatten(self._accumulated)) if self._accumulated else {}
         state = State(
-            self.iteration, trained_weights(self.model), self.optimizer.state, accumulated
+            self.iteration, trained_weights(self.model), self.optimizer.state, self._accumulated
         )
         if not self.is_first:
             return Saved(self.iteration, self.folder / STATE)
@@ -192,40 +213,49 @@ class Trainer:
         return Saved(self.iteration, path)
 
     def run(self) -> Iterator[Event]:
-        """Trains to `settings.iters`, and saves at the end. Closed or interrupted between two
-        batches, it stands where the last one ended, and `save` still works.
+        """Trains to `settings.iters`, and saves at the end.
+
+        A checkpoint that is due is written when the next batch's loss and gradients are known to be
+        finite: one whose last update broke the model is never written.
 
         Raises:
-          LossError: if the loss is not finite; the last checkpoint is kept.
+          LossError: if loss or gradients are not finite; the last checkpoint is kept.
+          KeyboardInterrupt: after `stop`; the run stands where the last batch ended.
         """
-        settings, s = self.settings, _Sums()
-        if self.valid_set and self.iteration == 0:
-            yield self.validate()
-        while self.iteration < settings.iters:
-            started = time.perf_counter()
-            examples = [self.train_set[i] for i in self._order[self.iteration]]
-            drawn = self._draw(examples, self.iteration)
-            processes = self._world.size()
-            share = settings.batch_size // processes
-            first = share * self._world.rank()
-            batch = self._batch(examples[first : first + share], drawn.rows(first, first + share))
-            values = self._train_on(batch)
-            self.iteration += 1
-            s.add(values, batch.tokens * processes, time.perf_counter() - started)
-            is_last = self.iteration == settings.iters
-            if self.iteration % settings.steps_per_report == 0 or is_last:
-                yield s.report(self.iteration, float(self.optimizer.learning_rate))
-            if self.valid_set and (self.iteration % settings.steps_per_eval == 0 or is_last):
-                yield self.validate()
-            if self.iteration % settings.save_every == 0 or is_last:
-                # Of all weights one copy is enough.
-                yield self.save(numbered=settings.fine_tune_type == "lora")
+        settings, s, is_due = self.settings, _Sums(), False
+        # Of all weights one copy is enough.
+        is_numbered = settings.fine_tune_type == "lora"
+        with generation_limits():
+            if self.valid_set and self.iteration == 0:
+                yield self._validated()
+            while self.iteration < settings.iters:
+                self._heed()
+                started = time.perf_counter()
+                values, grads, tokens = self._look()
+                if is_due:
+                    yield self.save(numbered=is_numbered)
+                self._apply(grads)
+                s.add(values, tokens, time.perf_counter() - started)
+                is_last = self.iteration == settings.iters
+                if self.iteration % settings.steps_per_report == 0 or is_last:
+                    yield s.report(self.iteration, float(self.optimizer.learning_rate))
+                if self.valid_set and (self.iteration % settings.steps_per_eval == 0 or is_last):
+                    yield self._validated()
+                is_due = self.iteration % settings.save_every == 0
+            self._check_finite(trained_weights(self.model), "weights are")
+            yield self.save(numbered=is_numbered)
 
     def validate(self) -> Validated:
         """The losses on the held-out examples."""
         started = time.perf_counter()
         found = self.losses_on(self.valid_set, self.settings.val_batches)
         return Validated(self.iteration, *found, time.perf_counter() - started)
+
+    def _validated(self) -> Validated:
+        event = self.validate()
+        if not math.isfinite(event.loss):
+            raise self._broken(f"the validation loss is {event.loss}")
+        return event
 
     def losses_on(self, examples: Sequence[Example], batches: int) -> tuple[float, float, float]:
         """Mean losses over the first batches of examples, -1 for all: sum, canvas, causal."""
@@ -237,6 +267,7 @@ class Trainer:
         total = mx.zeros((4,))
         numbered = list(enumerate(starts))
         for number, start in numbered[self._world.rank() :: self._world.size()]:
+            self._heed()
             part = examples[start : start + size]
             batch = self._batch(part, self._draw(part, number, validation=True))
             found = mx.stack([*losses(self.model, batch.arrays(), settings), mx.array(1.0)])
@@ -266,39 +297,68 @@ class Trainer:
             pad_token_id=self.model.config.pad_token_id,
         )
 
-    def _train_on(self, batch: Batch) -> list[float]:
-        """One batch, or this process's share of it, and an update where it completes one; the
-        losses.
+    def _heed(self) -> None:
+        if self._is_asked_to_stop:
+            raise KeyboardInterrupt
+
+    def _look(self) -> tuple[list[float], Any, int]:
+        """Losses and gradients of the next batch, and the tokens read; nothing is changed.
 
         Not compiled: every length of batch would be traced anew, which takes minutes on the CPU
         backend and then saves nothing.
         """
-        settings, model = self.settings, self.model
-        mx.random.seed(settings.seed * 1_000_003 + self.iteration)  # of dropout
-        is_update = (self.iteration + 1) % settings.grad_accumulation_steps == 0
+        settings, model, processes = self.settings, self.model, self._world.size()
+        examples = [self.train_set[i] for i in self._order[self.iteration]]
+        drawn = self._draw(examples, self.iteration)
+        share = settings.batch_size // processes
+        first = share * self._world.rank()
+        batch = self._batch(examples[first : first + share], drawn.rows(first, first + share))
+        seed = ((settings.seed + 1) * 1_000_003 + self.iteration) * 1_009  # of dropout
+        mx.random.seed(seed)
         value_and_grad = nn.value_and_grad(model, lambda arrays: losses(model, arrays, settings))
-        with layers_twice(model) if settings.grad_checkpoint else nullcontext():
+        with layers_twice(model, seed=seed) if settings.grad_checkpoint else nullcontext():
             values, grads = value_and_grad(batch.arrays())
-        values = mx.distributed.all_sum(mx.stack(values)) / self._world.size()
+        values = mx.distributed.all_sum(mx.stack(values)) / processes
         # In one order of memory, as a checkpoint has them: sums are rounded in that order.
         grads = average_gradients(tree_map(mx.contiguous, grads))
-        if self._accumulated is not None:
-            grads = tree_map(lambda a, b: a + b, grads, self._accumulated)
-        self._accumulated = None if is_update else grads
+        mx.eval(values, grads)
+        found = cast(list[float], values.tolist())
+        if not math.isfinite(found[0]):
+            raise self._broken(f"the loss is {found[0]}")
+        self._check_finite(_flat(grads), "gradients are")
+        return found, grads, batch.tokens * processes
+
+    def _apply(self, grads: Any) -> None:
+        """Counts the batch, and updates the weights where it completes an update."""
+        settings = self.settings
+        is_update = (self.iteration + 1) % settings.grad_accumulation_steps == 0
+        self._is_changing = True
+        if self._accumulated:
+            grads = tree_map_with_path(lambda name, g: g + self._accumulated[name], grads)
         if is_update:
             if settings.grad_accumulation_steps > 1:
                 grads = tree_map(lambda g: g / settings.grad_accumulation_steps, grads)
             if settings.max_grad_norm:
                 grads, _ = optim.clip_grad_norm(grads, settings.max_grad_norm)
-            self.optimizer.update(model, grads)
-        mx.eval(values, self._accumulated, model.trainable_parameters(), self.optimizer.state)
-        found = cast(list[float], values.tolist())
-        if not math.isfinite(found[0]):
-            raise LossError(
-                f"the loss is {found[0]} at iteration {self.iteration + 1}; the last checkpoint in "
-                f"{self.folder} is from before; a smaller learning rate may help"
-            )
-        return found
+            self.optimizer.update(self.model, grads)
+        self._accumulated = {} if is_update else _flat(grads)
+        mx.eval(self._accumulated, self.model.trainable_parameters(), self.optimizer.state)
+        self.iteration += 1
+        self._is_changing = False
+
+    def _check_finite(self, arrays: dict[str, mx.array], what: str) -> None:
+        if not mx.stack([mx.isfinite(array).all() for array in arrays.values()]).all().item():
+            raise self._broken(f"{what} not finite")
+
+    def _broken(self, what: str) -> LossError:
+        return LossError(
+            f"{what} at iteration {self.iteration + 1}; the last checkpoint in {self.folder} is "
+            "from before; a smaller learning rate may help"
+        )
+
+
+def _flat(tree: Any) -> dict[str, mx.array]:
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(tree)))
 
 
 class _Sums:

@@ -3,6 +3,7 @@ transformers' model in float64: random weights from the same files, replayed dra
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import DynamicCache  # noqa: E402
 
 from mlx_diffgemma.adapters import add_adapters  # noqa: E402
 from mlx_diffgemma.load import load_model  # noqa: E402
+from mlx_diffgemma.model.backend import as_on_gpu  # noqa: E402
 from mlx_diffgemma.names import translate  # noqa: E402
 from mlx_diffgemma.recipe import (  # noqa: E402
     DEFAULT_KEYS,
@@ -209,6 +211,10 @@ def test_loss_and_every_gradient_equal_those_of_torch(seed):
     scalars = [worst.pop(name) for name in list(worst) if name.endswith("layer_scalar")]
     assert max(worst.values()) <= TOLERANCE, max(worst.items(), key=lambda item: item[1])
     assert max(scalars) <= SCALAR_TOLERANCE
+    with as_on_gpu():
+        _, as_gpus_get_it = our_gradients(model, examples, drawn, settings, width)
+    apart = differences(as_gpus_get_it, ours, constant)
+    assert max(d for n, d in apart.items() if not n.endswith("layer_scalar")) <= TOLERANCE
     with layers_twice(model):
         again, checkpointed = our_gradients(model, examples, drawn, settings, width)
     assert again == pytest.approx(value, rel=1e-6)
@@ -272,6 +278,28 @@ class Caller(torch.nn.Module):
 
     def forward(self):
         return their_loss(self.reference, *self.arguments)
+
+
+def test_dropout_draws_the_same_when_layers_are_computed_again():
+    config, width, settings, examples, drawn = cases(4)
+    with tempfile.TemporaryDirectory() as parent:
+        model = load_model(write_checkpoint(Path(parent) / "checkpoint", config, 4), fused=False)
+    mx.random.seed(0)
+    add_adapters(model, num_layers=-1, lora=LoraParameters(rank=2, scale=3.0, dropout=0.4))
+    model.train()
+    seeds = itertools.count(9)
+
+    def seeded(layer, *arguments):
+        mx.random.seed(next(seeds))
+        return layer(*arguments)
+
+    before, model.run_layer = model.run_layer, seeded
+    value, once = our_gradients(model, examples, drawn, settings, width)
+    model.run_layer = before
+    with layers_twice(model, seed=9):
+        again, twice = our_gradients(model, examples, drawn, settings, width)
+    assert again == pytest.approx(value, rel=1e-6)
+    assert max(differences(twice, once).values()) <= TOLERANCE
 
 
 def test_big_vocabularies_are_taken_in_slices_with_the_same_gradients(monkeypatch):
