@@ -47,8 +47,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
-def _setting(help: str, default: Any = None, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help}, **more)
+def _setting(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,20 +77,18 @@ def _thought(model: DiffusionGemma, batch: Mapping[str, mx.array], context: Cont
     """The soft embedding [B, C, M] of a first look at the canvas, without gradients; zeros for
     rows that are not conditioned."""
     rows, place = batch["rows"], batch["place"]
+    known = _detached(context)
     seen = replace(
-        _detached(context),
-        layers=tuple(
-            LayerContext(mx.stop_gradient(x.keys[rows]), mx.stop_gradient(x.values[rows]))
-            for x in context.layers
-        ),
+        known,
+        layers=tuple(LayerContext(x.keys[rows], x.values[rows]) for x in known.layers),
         batch=rows.shape[0],
-        padding=None if context.padding is None else context.padding[rows],
+        padding=None if known.padding is None else known.padding[rows],
     )
     noisy = batch["noisy"][rows]
     states, _ = model.canvas_states(noisy, model.open(seen, noisy.shape[1]))
     states = mx.stop_gradient(states)
 
-    def embedded(piece: mx.array, _: slice) -> mx.array:
+    def embedded(piece: mx.array, places: slice) -> mx.array:
         # Only the product with the table is trained, since the table is the second look's.
         return model.soft_embedding(mx.stop_gradient(_logits(model, piece)))
 
@@ -129,27 +127,23 @@ def _cross_entropy(
 
 
 def _in_slices(
-    model: DiffusionGemma, function: Callable[[mx.array, slice], mx.array], states: mx.array
+    model: DiffusionGemma, function: Callable[..., mx.array], states: mx.array
 ) -> list[mx.array]:
-    """`function` on slices of states [B, S, M], each computed again for its gradients if there is
-    more than one."""
+    """`function(states, places)` on slices of states [B, S, M], each computed again for its
+    gradients if there is more than one."""
     B, S = states.shape[:2]
     step = max(1, _LOGITS_BYTES // (4 * B * model.config.text.vocab_size))
     if step >= S:
-        return [function(states, slice(None))]
+        return [function(states, places=slice(None))]
     decoder, out = model.model.decoder, []
     for start in range(0, S, step):
         places = slice(start, min(start + step, S))
         # Integers are no arguments: a gradient would be asked for them.
-        again = computed_twice((decoder.embed_tokens, decoder.norm), partial(_at, function, places))
+        again = computed_twice(
+            (decoder.embed_tokens, decoder.norm), partial(function, places=places)
+        )
         out.append(again(states[:, places]))
     return out
-
-
-def _at(
-    function: Callable[[mx.array, slice], mx.array], places: slice, states: mx.array
-) -> mx.array:
-    return function(states, places)
 
 
 def _run_twice(seed: int, layer: nn.Module, *arguments: Any) -> tuple[mx.array, LayerContext]:
