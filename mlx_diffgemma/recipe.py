@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 
 FineTuneType = Literal["lora", "full"]
-Optimizer = Literal["adam", "adamw", "sgd", "adafactor"]
+Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 DENSE = tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
@@ -114,7 +114,7 @@ class TrainSettings:
     lr_schedule: Mapping[str, Any] | None = _setting(
         "name, arguments, warmup and warmup_init, as in mlx-lm."
     )
-    optimizer: Optimizer = _setting("adam, adamw, sgd or adafactor.", "adam")
+    optimizer: Optimizer = _setting("adam, adamw, muon, sgd or adafactor.", "adam")
     optimizer_config: Mapping[str, Any] | None = _setting("More arguments, by optimizer.")
     max_grad_norm: float = _setting("Longest gradient; a longer one is shortened. 0: any.", 1.0)
     max_seq_length: int = _setting("Most tokens of an example, its canvases included.", 2048)

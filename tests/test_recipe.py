@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
         ({"noise_max": 1.5}, "noise_max must be from 0 to 1"),
         ({"self_conditioning_probability": -0.1}, "self_conditioning_probability must be"),
         ({"fine_tune_type": "dora"}, "fine_tune_type must be one of lora, full"),
-        ({"optimizer": "muon"}, "optimizer must be one of"),
+        ({"optimizer": "lion"}, "optimizer must be one of"),
         ({"mask_prompt": True, "causal_weight": 0.0}, "mask_prompt has no effect"),
         ({"mask_prompt": 1}, "mask_prompt must be true or false"),
         ({"lr_schedule": {"name": "sawtooth", "arguments": [1]}}, "name must be one of"),

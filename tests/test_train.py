@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -228,14 +229,41 @@ def trainer_of(model_folder, tokenizer, folder: Path, data: Path, **changes) -> 
             "optimizer": "adafactor",
         },
         {"grad_accumulation_steps": 2, "grad_checkpoint": True, "causal_weight": 0.0},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", "lora_parameters": LoraParameters(rank=2, keys=EXPERTS)},
     ],
-    ids=["lora", "experts", "full", "last layer", "accumulated"],
+    ids=["lora", "experts", "full", "last layer", "accumulated", "muon", "muon, experts"],
 )
 def test_it_learns(model_folder, tokenizer, tmp_path, changes):
     data = write_lines(tmp_path / "data")
     trainer = trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=40, **changes)
     validated = [e.loss for e in trainer.run() if isinstance(e, Validated)]
     assert len(validated) == 2 and validated[1] < 0.9 * validated[0]
+
+
+def test_muon_gets_the_matrices_and_adamw_the_rest(model_folder, tokenizer, tmp_path):
+    data = write_lines(tmp_path / "data")
+    config = {"muon": {"momentum": 0.9}, "adamw": {"learning_rate_scale": 0.5, "weight_decay": 0}}
+    trainer = trainer_of(
+        model_folder, tokenizer, tmp_path / "run", data,
+        fine_tune_type="full", optimizer="muon", optimizer_config=config, learning_rate=1e-2,
+    )  # fmt: skip
+    before = {name: np.array(a) for name, a in trained_weights(trainer.model).items()}
+    trainer.settings = replace(trainer.settings, iters=1)
+    list(trainer.run())
+    after = trained_weights(trainer.model)
+    moved = {name: np.array(a) - before[name] for name, a in after.items()}
+    others = []
+    for name, by in moved.items():
+        if by.ndim == 2 and "embed_tokens" not in name and "router" not in name:
+            # Five steps of Newton and Schulz leave singular values of about 1.
+            values = np.linalg.svd(by, compute_uv=False) / 1e-2
+            values /= max(1, by.shape[0] / by.shape[1]) ** 0.5
+            assert 0.3 < np.median(values) < 1.5 and values.max() < 1.6, name
+        else:
+            others += [np.median(np.abs(by[by != 0]))]
+    # The first step of AdamW, of which momentum is 0.1 g and the scale the root of 0.001 g².
+    assert np.median(others) == pytest.approx(0.5e-2 * 0.1 / 0.001**0.5, rel=0.01)
 
 
 def test_only_what_is_asked_for_is_trained(model_folder, tokenizer, tmp_path):
@@ -265,8 +293,14 @@ def state_of(folder: Path) -> dict[str, np.ndarray]:
         {"lora_parameters": {"rank": 2, "scale": 4.0, "dropout": 0.1}, "grad_checkpoint": True},
         {"lora_parameters": {"rank": 2}, "num_layers": 1, "grad_accumulation_steps": 2},
         {"fine_tune_type": "full", "optimizer": "adamw", "grad_accumulation_steps": 2},
+        {"fine_tune_type": "full", "optimizer": "muon", "num_layers": 1},
     ],
-    ids=["dropout", "one layer, in the middle of an update", "all, in the middle of an update"],
+    ids=[
+        "dropout",
+        "one layer, in the middle of an update",
+        "all, in the middle of an update",
+        "muon",
+    ],
 )
 def test_fifty_batches_equal_twenty_five_a_kill_and_twenty_five(model_folder, tmp_path, changes):
     data = write_lines(tmp_path / "data")

@@ -12,29 +12,60 @@ from mlx_lm.tuner.utils import build_schedule
 from ..errors import ConfigError
 from ..recipe import TrainSettings
 
+Rate = float | Callable[[mx.array], mx.array]
+
 _KINDS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": optim.Adam,
     "adamw": optim.AdamW,
+    "muon": optim.Muon,
     "sgd": optim.SGD,
     "adafactor": optim.Adafactor,
 }
+# Of the learning rate, for what Muon is not for.
+_REST_SCALE = 0.1
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     """The optimizer of a run.
 
+    Muon makes the update of a matrix orthogonal, which says nothing for vectors, tables and stacks
+    of experts: these get AdamW, with the arguments of `adamw` and `learning_rate_scale` (0.1) of
+    the learning rate.
+
     Raises:
       ConfigError: if it does not take what `optimizer_config` gives it.
     """
-    rate: float | Callable[[mx.array], mx.array] = settings.learning_rate
+    rate: Rate = settings.learning_rate
     if settings.lr_schedule is not None:
         try:
             rate = build_schedule(dict(settings.lr_schedule))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"lr_schedule: {error}") from error
+    chosen = _made(settings, settings.optimizer, rate)
+    if settings.optimizer != "muon":
+        return chosen
+    return optim.MultiOptimizer([chosen, _made(settings, "adamw", rate, _REST_SCALE)], [_is_matrix])
+
+
+def _made(
+    settings: TrainSettings, kind: str, rate: Rate, scale: float | None = None
+) -> optim.Optimizer:
+    """An optimizer with its own arguments, at a rate that they may scale where `scale` is given."""
     config: Any = settings.optimizer_config or {}
-    arguments = config.get(settings.optimizer) or {}
+    arguments = dict(config.get(kind) or {})
     try:
-        return _KINDS[settings.optimizer](learning_rate=rate, **arguments)
+        if scale is not None:
+            rate = _scaled(rate, float(arguments.pop("learning_rate_scale", scale)))
+        return _KINDS[kind](learning_rate=rate, **arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer_config: {settings.optimizer}: {error}") from error
+        raise ConfigError(f"optimizer_config: {kind}: {error}") from error
+
+
+def _scaled(rate: Rate, scale: float) -> Rate:
+    return (lambda step: scale * rate(step)) if callable(rate) else scale * rate
+
+
+def _is_matrix(name: str, weight: mx.array) -> bool:
+    """Whether what comes out of a weight depends on it as a product: not so for tables, and a
+    router's few rows are scores."""
+    return weight.ndim == 2 and "embed_tokens" not in name and "router" not in name
