@@ -108,6 +108,10 @@ class TrainSettings:
         "Rank, scale, dropout and keys of adapters.", LoraParameters()
     )
     batch_size: int = _setting("Examples per batch.", 4)
+    pool_batches: int = _setting(
+        "Batches cut from one pool of examples, sorted by length; 1: any lengths together.",
+        32,
+    )
     iters: int = _setting("Batches to train on.", 1000)
     grad_accumulation_steps: int = _setting("Batches per update of the weights.", 1)
     learning_rate: float = _setting("Learning rate, where no schedule is given.", 1e-5)
@@ -192,6 +196,7 @@ class TrainSettings:
 _LEAST_WHOLE = {
     "num_layers": -1,
     "batch_size": 1,
+    "pool_batches": 1,
     "iters": 1,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,

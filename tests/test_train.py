@@ -179,13 +179,23 @@ def test_a_masked_prompt_is_left_out_of_the_causal_loss():
 
 def test_an_epoch_has_every_example_once_and_neighbours_by_length():
     lengths = np.random.default_rng(0).integers(1, 100, 256)
-    order = Order(lengths, 8, seed=3)
+    order = Order(lengths, 8, seed=3, pool=32)
     epochs = [[order[e * 32 + i] for i in range(32)] for e in (0, 1)]
     for epoch in epochs:
         assert sorted(i for batch in epoch for i in batch) == list(range(256))
         assert np.mean([np.ptp(lengths[batch]) for batch in epoch]) < 10
     assert epochs[0] != epochs[1]
-    assert Order(lengths, 8, seed=3)[40] == epochs[1][8], "any batch can be asked for first"
+    assert Order(lengths, 8, seed=3, pool=32)[40] == epochs[1][8], (
+        "any batch can be asked for first"
+    )
+
+
+def test_a_pool_of_one_batch_mixes_lengths():
+    lengths = np.repeat([10, 50, 90], 80)
+    order = Order(lengths, 8, seed=3, pool=1)
+    batches = [order[i] for i in range(30)]
+    assert sorted(i for batch in batches for i in batch) == list(range(240))
+    assert np.mean([len(set(lengths[batch])) for batch in batches]) > 2.5
 
 
 def test_noise_is_uniform_at_a_uniform_level():
@@ -458,7 +468,7 @@ def test_training_on_packed_weights_sees_what_generating_sees(tmp_path):
 
 
 def test_all_examples_are_met_where_batches_do_not_come_out_even():
-    order = Order(list(range(100)), 8, seed=0)
+    order = Order(list(range(100)), 8, seed=0, pool=32)
     met = {i for number in range(12 * 20) for i in order[number]}
     assert met == set(range(100))
 

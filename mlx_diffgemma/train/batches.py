@@ -15,8 +15,6 @@ from .data import Example
 # Contexts are padded to multiples of this, and conditioned rows to a power of two: every new shape
 # of a batch costs a trace.
 _PLACES = 8
-# Batches are made of neighbours by length among this many batches' worth of examples.
-_POOL_BATCHES = 32
 # What a generator is seeded with beside the seed.
 _ORDER, _NOISE, _VALIDATION = 1, 2, 3
 
@@ -60,10 +58,12 @@ class Batch:
 
 class Order:
     """Which examples each batch has, by its number from 0: all of them once per epoch, neighbours
-    by length, but for the last few that fill no batch, which are other ones in every epoch."""
+    by length among the examples of a pool of batches, but for the last few that fill no batch,
+    which are other ones in every epoch."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, pool: int):
         self._lengths, self._batch_size, self._seed = np.asarray(lengths), batch_size, seed
+        self._pool = pool * batch_size
         self._epoch, self._batches = -1, np.empty((0, batch_size), np.int64)
 
     def __getitem__(self, number: int) -> list[int]:
@@ -76,8 +76,8 @@ class Order:
         rng = np.random.default_rng([self._seed, _ORDER, epoch])
         count = len(self._lengths) // self._batch_size
         shuffled = rng.permutation(len(self._lengths))[: count * self._batch_size]
-        pool = _POOL_BATCHES * self._batch_size
-        parts = (shuffled[i : i + pool] for i in range(0, len(shuffled), pool))
+        starts = range(0, len(shuffled), self._pool)
+        parts = (shuffled[start : start + self._pool] for start in starts)
         by_length = [part[np.argsort(self._lengths[part], kind="stable")] for part in parts]
         return rng.permutation(np.concatenate(by_length).reshape(count, self._batch_size))
 

@@ -151,7 +151,7 @@ class Trainer:
         self.facts = facts or {}
         self.canvas_length = settings.canvas_length or model.config.canvas_length
         lengths = [example.tokens(self.canvas_length) for example in train]
-        self._order = Order(lengths, settings.batch_size, settings.seed)
+        self._order = Order(lengths, settings.batch_size, settings.seed, pool=settings.pool_batches)
         # The processes of a distributed run (`mlx.launch`), each with its share of every batch; one
         # where it is none.
         self._world = mx.distributed.init()

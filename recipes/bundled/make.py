@@ -28,13 +28,13 @@ RECIPE = HERE / "train.yaml"
 STAGE_MINUTES = 60
 # Examples of each task; small tasks need no more, and repeat.
 COUNTS = {
-    "sudoku4": 30000,
-    "sudoku6": 40000,
-    "count": 30000,
-    "sort": 25000,
-    "reverse": 25000,
+    "sudoku4": 18000,
+    "sudoku6": 30000,
+    "count": 24000,
+    "sort": 22000,
+    "reverse": 20000,
     "table": 8000,
-    "words": 8000,
+    "words": 12000,
     "code": 15000,
 }
 # Their prompts are so many that a test has others than training; of the rest there are few.

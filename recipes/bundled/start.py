@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-VOCAB_SIZE, CANVAS, HIDDEN, LAYERS = 384, 64, 128, 8
+VOCAB_SIZE, CANVAS, HIDDEN, LAYERS = 384, 64, 128, 6
 SLIDING, FULL = "sliding_attention", "full_attention"
 # The official special tokens, in the official order; ids are this vocabulary's own.
 SPECIALS = (
@@ -67,7 +67,7 @@ def config(dtype: str) -> dict[str, Any]:
         "num_experts": 4,
         "top_k_experts": 2,
         "num_hidden_layers": LAYERS,
-        "layer_types": ([SLIDING] * 3 + [FULL]) * (LAYERS // 4),
+        "layer_types": ([SLIDING] * 2 + [FULL]) * (LAYERS // 3),
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
