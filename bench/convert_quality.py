@@ -1,10 +1,10 @@
 """Which packing of the bundled model answers best, and in how few denoise steps?
 
 Six packings of the bundled model: bf16, 8-bit, mixed 4-bit (experts 4-bit, the rest 8-bit), uniform
-4-bit, and mxfp4 and nvfp4 experts with the rest at 8-bit. For each, over the 1,000 prompts: answers
-that are exactly right, denoise steps per canvas, and the relative error of the weights by part. All
-in float32 outside the packed weights, batched alike, with the same seeds, which fix the first
-canvas and every draw, so that a difference comes from the weights.
+4-bit, and mxfp4 and nvfp4 experts with the rest at 8-bit. For each, over the 1,000 prompts and by
+task: answers that are exactly right, denoise steps per canvas, and the relative error of the
+weights by part. All in float32 outside the packed weights, batched alike, with the same seeds,
+which fix the first canvas and every draw, so that a difference comes from the weights.
 
 The winner has the least steps per canvas x relative error of all weights (root of summed squares
 over root of summed squares); bf16, whose error is 0 by definition, stands outside, and so does
@@ -77,6 +77,7 @@ def main() -> None:
             row = summarise(entries, answers)
             rows[name] = {
                 **row,
+                "tasks": by_task(entries, answers),
                 "exact_standard_error": round(
                     math.sqrt(row["exact_rate"] * (1 - row["exact_rate"]) / len(entries)), 4
                 ),
@@ -85,9 +86,10 @@ def main() -> None:
                 "steps_x_error": round(row["steps_per_canvas"] * errors["all"], 4),
                 "seconds": round(time.perf_counter() - started, 1),
             }
-            print(name, rows[name], file=sys.stderr, flush=True)
+            print(name, row, file=sys.stderr, flush=True)
     winner = min(RIVALS, key=lambda name: rows[name]["steps_x_error"])
     print_table(rows)
+    print_tasks(rows)
     print(f"least steps x error: {winner}")
     line = record(
         "convert_quality",
@@ -132,6 +134,16 @@ def answer(folder: Path, entries: list[dict[str, str]], batch: int, seed: int) -
     return [answers[i] for i in range(len(entries))]
 
 
+def by_task(entries: list[dict[str, str]], answers: list[Answer]) -> dict[str, dict[str, Any]]:
+    parts: dict[str, list[int]] = {}
+    for i, entry in enumerate(entries):
+        parts.setdefault(entry["task"], []).append(i)
+    return {
+        task: summarise([entries[i] for i in part], [answers[i] for i in part])
+        for task, part in sorted(parts.items())
+    }
+
+
 def unpacked(packed: DiffusionGemma) -> DiffusionGemma:
     """The same model with plain float32 weights."""
     model = load_model(bundled_model())
@@ -173,6 +185,16 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
             f"{name:14}{row['tensor_bytes']:>11,}{exact:>12}{row['steps_per_canvas']:>14.2f}"
             f"{row['error']['all']:>9.5f}{row['steps_x_error']:>9.4f}{errors}"
         )
+
+
+def print_tasks(rows: dict[str, dict[str, Any]]) -> None:
+    """Exact answers and steps per canvas, by task and packing."""
+    print(f"\n{'task':10}" + "".join(f"{name:>16}" for name in rows))
+    for task in next(iter(rows.values()))["tasks"]:
+        found = [row["tasks"][task] for row in rows.values()]
+        cells = (f"{f['exact_rate']:.1%} / {f['steps_per_canvas']:.1f}" for f in found)
+        print(f"{task:10}" + "".join(f"{cell:>16}" for cell in cells))
+    print()
 
 
 if __name__ == "__main__":
