@@ -44,8 +44,9 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
+# A few processes, one core each.
 unit: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Built, installed in another environment with the runtime dependencies only, and run from another folder.
 wheel: $(VENV)/.test
