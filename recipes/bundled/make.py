@@ -28,14 +28,14 @@ RECIPE = HERE / "train.yaml"
 STAGE_MINUTES = 60
 # Examples of each task; small tasks need no more, and repeat.
 COUNTS = {
-    "sudoku4": 18000,
-    "sudoku6": 30000,
-    "count": 24000,
-    "sort": 22000,
-    "reverse": 20000,
-    "table": 8000,
-    "words": 12000,
-    "code": 15000,
+    "sudoku4": 20000,
+    "sudoku6": 22000,
+    "count": 30000,
+    "sort": 14000,
+    "reverse": 9000,
+    "table": 12000,
+    "words": 9000,
+    "code": 11000,
 }
 # Their prompts are so many that a test has others than training; of the rest there are few.
 HELD_OUT = ("sudoku4", "sudoku6", "sort", "reverse")

@@ -94,8 +94,8 @@ def sudoku6(rng: Draw) -> tuple[str, str]:
 
 
 def count(rng: Draw) -> tuple[str, str]:
-    first = int(rng.integers(0, 70))
-    last = first + int(rng.integers(2, 30))
+    first = int(rng.integers(10, 75))
+    last = first + int(rng.integers(2, 26))
     return f"Count from {first} to {last}.", " ".join(map(str, range(first, last + 1)))
 
 
@@ -125,33 +125,31 @@ SERIES = (
 
 
 def words(rng: Draw) -> tuple[str, str]:
-    """A stretch of a series with words missing in its middle: what is on both sides decides."""
+    """Three or four words of a series, some in the middle missing: what is on both sides decides."""
     series = SERIES[rng.integers(len(SERIES))]
-    length = int(rng.integers(3, 6))
+    length = int(rng.integers(3, 5))
     start = int(rng.integers(0, len(series) - length + 1))
     answer = series[start : start + length]
     if rng.integers(2):
         answer = answer[::-1]
     shown = list(answer)
-    for place in rng.permutation(length - 1)[: rng.integers(1, length - 1)] + 1:
+    for place in rng.permutation(length - 2)[: rng.integers(1, length - 1)] + 1:
         shown[place] = "_"
     return f"Fill: {' '.join(shown)}", " ".join(answer)
 
 
+OPERATIONS = (("add", "+"), ("subtract", "-"), ("multiply", "*"))
+
+
 def code(rng: Draw) -> tuple[str, str]:
-    """A line of code with a gap that the result behind it decides."""
-    a, b = int(rng.integers(1, 10)), int(rng.integers(1, 10))
-    sign = "+-*"[rng.integers(3)]
-    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    name = "abcxyz"[rng.integers(6)]
-    lines = [f"{name} = {a}", f"print({name} {sign} {b})  # {result}"]
-    gap = rng.integers(3)
-    shown = [
-        [f"{name} = _", lines[1]],
-        [lines[0], f"print({name} {sign} _)  # {result}"],
-        [lines[0], f"print({name} {sign} {b})  # _"],
-    ][gap]
-    return "Fill:\n" + "\n".join(shown), "\n".join(lines)
+    """A function with a gap that the rest of it decides."""
+    name, sign = OPERATIONS[rng.integers(len(OPERATIONS))]
+    a, b = (chr(97 + i) for i in rng.permutation(26)[:2])
+    parts = [name, a, b, a, sign, b]
+    shown = list(parts)
+    shown[rng.integers(len(parts))] = "_"
+    form = "def {}({}, {}):\n    return {} {} {}"
+    return "Fill:\n" + form.format(*shown), form.format(*parts)
 
 
 TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {
