@@ -18,38 +18,74 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import start
 import tasks
 
 HERE = Path(__file__).parent
-RECIPE = HERE / "train.yaml"
 STAGE_MINUTES = 60
-# Examples of each task; small tasks need no more, and repeat.
-COUNTS = {
-    "sudoku4": 20000,
-    "sudoku6": 22000,
-    "count": 30000,
-    "sort": 14000,
-    "reverse": 9000,
-    "table": 12000,
-    "words": 9000,
-    "code": 11000,
-}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A run of the trainer: how, and with how many examples of each task."""
+
+    name: str
+    seed: int  # of its examples
+    counts: dict[str, int]
+
+    @property
+    def recipe(self) -> Path:
+        return HERE / f"{self.name}.yaml"
+
+
+# The second goes on with the weights of the first: with more of what is not known by then, and
+# hardly any of a canvas given, as generation begins.
+PHASES = (
+    Phase(
+        "first",
+        0,
+        {
+            "sudoku4": 20000,
+            "sudoku6": 22000,
+            "count": 30000,
+            "sort": 14000,
+            "reverse": 9000,
+            "table": 12000,
+            "words": 9000,
+            "code": 11000,
+        },
+    ),
+    Phase(
+        "second",
+        2,
+        {
+            "sudoku4": 11000,
+            "sudoku6": 16000,
+            "count": 26000,
+            "sort": 9000,
+            "reverse": 3000,
+            "table": 10000,
+            "words": 12000,
+            "code": 3000,
+        },
+    ),
+)
 # Their prompts are so many that a test has others than training; of the rest there are few.
 HELD_OUT = ("sudoku4", "sudoku6", "sort", "reverse")
 TEST_SEED, TEST_COUNT = 1, 200
 PORT = 52100
 
 
-def write_data(folder: Path) -> None:
+def write_data(phase: Phase, folder: Path) -> None:
     """train.jsonl and, of the test's prompts, valid.jsonl."""
     tests = {name: tasks.make(name, TEST_COUNT, TEST_SEED) for name in tasks.TASKS}
     rows = []
-    for name, count in COUNTS.items():
+    for name, count in phase.counts.items():
         asked = {made.prompt for made in tests[name]} if name in HELD_OUT else set()
-        rows += [made for made in tasks.make(name, count, 0) if made.prompt not in asked]
+        rows += [made for made in tasks.make(name, count, phase.seed) if made.prompt not in asked]
     valid = [made for some in tests.values() for made in some]
     random.Random(0).shuffle(valid)
     partial = folder.with_name("data.partial")
@@ -61,16 +97,20 @@ def write_data(folder: Path) -> None:
     partial.rename(folder)
 
 
-def train(folder: Path, until: int | None, deadline: float) -> bool:
-    """One stage, one process per core; whether training is complete."""
-    run, processes = folder / "run", max(1, min(os.cpu_count() or 1, 2))
+def train(folder: Path, phase: Phase, until: int | None, deadline: float) -> bool:
+    """A stage of a phase, one process per core; whether the phase is complete."""
+    run, processes = folder / phase.name / "run", max(1, min(os.cpu_count() or 1, 2))
+    before = PHASES[: PHASES.index(phase)]
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{PORT + i}"] for i in range(processes)]))
-    command = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(RECIPE)]
-    command += ["--model", str(folder / "start"), "--data", str(folder / "data")]
+    command = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
+    command += ["--model", str(folder / "start"), "--data", str(folder / phase.name / "data")]
     command += ["--adapter-path", str(run)]
     if (run / "training_state.safetensors").exists():
         command.append("--resume")
+    elif before:
+        weights = folder / before[-1].name / "run" / "adapters.safetensors"
+        command += ["--resume-adapter-file", str(weights)]
     if until is not None:
         command += ["--iters", str(until)]
     environment = dict(os.environ)
@@ -100,15 +140,16 @@ def train(folder: Path, until: int | None, deadline: float) -> bool:
 
 
 def export(folder: Path) -> Path:
-    """The run's weights as a checkpoint in the official layout, bfloat16, with what it is asked in
-    tests beside it."""
+    """The last run's weights as a checkpoint in the official layout, bfloat16, with what it is
+    asked in tests beside it."""
     import mlx.core as mx
 
     from mlx_diffgemma.train.fuse import fuse_checkpoint
 
     for name in ("float32", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    whole = fuse_checkpoint(folder / "start", folder / "run", folder / "float32").folder
+    run = folder / PHASES[-1].name / "run"
+    whole = fuse_checkpoint(folder / "start", run, folder / "float32").folder
     model = folder / "model"
     shutil.copytree(whole, model)
     arrays = mx.load(str(whole / "model.safetensors"))
@@ -128,20 +169,26 @@ def export(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/bundled"))
-    parser.add_argument("--until", type=int, help="train only up to this iteration")
-    parser.add_argument("--stages", type=int, default=5, help="of an hour each; 0 only exports")
+    parser.add_argument("--until", type=int, help="train only so many batches of each phase")
+    parser.add_argument("--stages", type=int, default=5, help="of an hour each, at most")
     options = parser.parse_args()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "data").exists():
-        write_data(folder / "data")
     if not (folder / "start").exists():
         shutil.rmtree(folder / "start.partial", ignore_errors=True)
         start.write(folder / "start.partial", seed=0)
         (folder / "start.partial").rename(folder / "start")
-    for _ in range(options.stages):
-        if train(folder, options.until, time.monotonic() + 60 * STAGE_MINUTES):
-            break
+    stages = options.stages
+    for phase in PHASES:
+        if not (folder / phase.name / "data").exists():
+            write_data(phase, folder / phase.name / "data")
+        complete = folder / phase.name / "complete"
+        while not complete.exists():
+            if not stages:
+                raise SystemExit(f"phase {phase.name} is not complete; run this again to go on")
+            if train(folder, phase, options.until, time.monotonic() + 60 * STAGE_MINUTES):
+                complete.touch()
+            stages -= 1
     print(f"{export(folder)}: bench/accuracy.py --model asks it, and transformers with it")
 
 

@@ -125,7 +125,7 @@ SERIES = (
 
 
 def words(rng: Draw) -> tuple[str, str]:
-    """Three or four words of a series, some in the middle missing: what is on both sides decides."""
+    """Three or four words of a series, some in the middle missing, a dash for each letter."""
     series = SERIES[rng.integers(len(SERIES))]
     length = int(rng.integers(3, 5))
     start = int(rng.integers(0, len(series) - length + 1))
@@ -134,7 +134,7 @@ def words(rng: Draw) -> tuple[str, str]:
         answer = answer[::-1]
     shown = list(answer)
     for place in rng.permutation(length - 2)[: rng.integers(1, length - 1)] + 1:
-        shown[place] = "_"
+        shown[place] = "_" * len(shown[place])
     return f"Fill: {' '.join(shown)}", " ".join(answer)
 
 
