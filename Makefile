@@ -13,11 +13,11 @@ endif
 .PHONY: demo demo-model test bench lint types unit wheel clean
 
 demo: $(VENV)/.demo
-	@for prompt in 'Sudoku:\n..13\n.3.4\n413.\n3241' 'Sort: 5 2 4 1' 'Count from 12 to 30.'; do \
+	@for prompt in 'Sudoku:\n2..563\n536214\n654.3.\n.23645\n4..3.1\n..5.26' 'Sort: 5 2 4 1' 'Count from 12 to 30.'; do \
 		echo; printf "> $$prompt\n"; \
 		printf "$$prompt" | $(BIN)/mlx_diffgemma.generate --prompt - --seed 7 || exit 1; \
 	done
-	@echo; echo 'It is small and counts past the end; mlx_diffgemma/demo/README.md says how well it does.'
+	@echo; echo 'It is small: mlx_diffgemma/demo/README.md says what it knows, and how well.'
 
 test: lint types unit wheel
 
@@ -33,7 +33,7 @@ bench: $(VENV)/.bench
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
 	$(BIN)/python bench/table.py --write
 
-# Makes a bundled model from nothing, up to five hours on two cores; run again, it goes on.
+# Makes the bundled model from nothing, about two hours on two cores; run again, it goes on.
 demo-model: $(VENV)/.test
 	$(BIN)/python recipes/bundled/make.py --folder build/bundled
 

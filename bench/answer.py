@@ -1,6 +1,6 @@
 """What does an answer cost, and is it as often right?
 
-Over the bundled model's 1,000 prompts (five tasks), one at a time as a user runs them, float32, at
+Over the bundled model's 1,600 prompts (eight tasks), one at a time as a user runs them, float32, at
 most 256 new tokens: ours under each policy, mlx-vlm as it comes (confidence threshold 0.9, greedy,
 freezing) and in its entropy-bound mode (full canvas, temperature 1), and transformers on torch with
 one thread, which is the fastest at this size. Each runs its own loop. They take turns prompt by
@@ -47,7 +47,7 @@ from mlx_diffgemma.events import Finished, Text
 from mlx_diffgemma.prompt import encode_prompt
 
 MAX_NEW_TOKENS = 256
-ENOUGH = 300  # prompts, 60 a task; fewer say nothing
+ENOUGH = 300  # prompts, of all tasks; fewer say nothing
 POLICIES: dict[str, dict[str, Any]] = {
     "reference": {"policy": "reference"},
     "fast": {"policy": "fast"},

@@ -1,19 +1,18 @@
 """How well does the bundled model fill gaps, their length being known or not?
 
-1. Sudoku, 200 grids of 4 x 4 (the one size that the bundled model knows): asked by prompt, as a
-   left-to-right model must be asked, and filled, the givens pinned in the canvas. Solved means a
-   valid grid that holds the givens; some grids have several solutions. An altered given is a cell
-   that was given and stands otherwise in the answer.
-2. Counting, sorting, tables, 200 answers each: a random span of 1 to 8 tokens is taken out of the
-   right answer and filled, its length unknown (any that fits the canvas) and known. Exact means
-   that the very same text came back.
+1. Sudoku, 200 grids each of 4 x 4 and 6 x 6: asked by prompt, as a left-to-right model must be
+   asked, and filled, the givens pinned in the canvas. Solved means a valid grid that holds the
+   givens. An altered given is a cell that was given and stands otherwise in the answer.
+2. Counting, sorting, tables, series of words and code, 200 answers each: a random span of 1 to 8
+   tokens is taken out of the right answer and filled, its length unknown (any that fits the canvas)
+   and known. Exact means that the very same text came back.
 
 Float32, seeds by prompt, 95% Wilson intervals; work in rows x steps (canvas positions denoised, the
 looks that score lengths included).
 
 Bounds: no given is ever altered by filling, and nothing outside of the gaps; filling solves at
 least as many grids as asking; of unknown lengths, at least 0.8 of what a known length restores.
-Floor of the work: one look at the gap's canvas, 32 rows x steps.
+Floor of the work: one look at the gap's canvas, 64 rows x steps.
 
     LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libopenblas.so.0 python bench/infill.py
 """
@@ -36,7 +35,9 @@ from mlx_diffgemma.events import Finished, Text
 from mlx_diffgemma.fill import Filled, fill
 from mlx_diffgemma.template import Slot, Template
 
-TASKS = ("count", "sort", "table")
+GRIDS = ("sudoku4", "sudoku6")
+TASKS = ("count", "sort", "table", "words", "code")
+BOXES = {4: (2, 2), 6: (2, 3)}  # rows and columns of a box, by size of the grid
 LONGEST_SPAN = 8
 UNKNOWN_AT_LEAST = 0.8
 
@@ -57,8 +58,10 @@ def main() -> None:
     entries: dict[str, list[dict[str, str]]] = {}
     for entry in choose(options.limit):
         entries.setdefault(entry["task"], []).append(entry)
-    sudoku = grids(run, entries["sudoku4"])
-    print(f"sudoku4: {sudoku}", flush=True)
+    sudoku = {}
+    for task in GRIDS:
+        sudoku[task] = grids(run, entries[task])
+        print(f"{task}: {sudoku[task]}", flush=True)
     restored = {}
     for task in TASKS:
         restored[task] = restoration(run, entries[task])
@@ -74,8 +77,8 @@ def main() -> None:
     print(f"pooled: {pooled}", flush=True)
     unknown, known = pooled["unknown"]["exact"], pooled["known"]["exact"]
     passed = (
-        sudoku["filled"]["altered_givens"] == 0
-        and sudoku["filled"]["solved"] >= sudoku["asked"]["solved"]
+        all(found["filled"]["altered_givens"] == 0 for found in sudoku.values())
+        and all(found["filled"]["solved"] >= found["asked"]["solved"] for found in sudoku.values())
         and unknown >= UNKNOWN_AT_LEAST * known
         and all(row["literals_altered"] == 0 for row in restored.values())
     )
@@ -84,7 +87,11 @@ def main() -> None:
         record(
             "infill",
             what="gaps filled by the bundled model, against asking and against known lengths",
-            shape={"prompts_per_task": options.limit, "canvas": 32, "batch": 1},
+            shape={
+                "prompts_per_task": options.limit,
+                "canvas": model.config.canvas_length,
+                "batch": 1,
+            },
             dtype="float32",
             units={
                 "solved, exact": "prompts",
@@ -95,7 +102,7 @@ def main() -> None:
                 "seconds": "mean, on a shared machine",
             },
             policy=options.policy,
-            sudoku4=sudoku,
+            **sudoku,
             restored=restored,
             pooled=pooled,
             passed=passed,
@@ -173,15 +180,15 @@ def is_solved(text: str) -> bool:
     """Whether it is a grid with every digit once in each row, column and box."""
     rows = text.split("\n")
     size = len(rows)
-    side = round(size**0.5)
-    if side * side != size or any(len(row) != size for row in rows):
+    if size not in BOXES or any(len(row) != size for row in rows):
         return False
+    height, width = BOXES[size]
     digits = set("123456789"[:size])
     columns = ["".join(row[i] for row in rows) for i in range(size)]
     boxes = [
-        "".join(rows[r + i][c : c + side] for i in range(side))
-        for r in range(0, size, side)
-        for c in range(0, size, side)
+        "".join(rows[r + i][c : c + width] for i in range(height))
+        for r in range(0, size, height)
+        for c in range(0, size, width)
     ]
     return all(set(unit) == digits for unit in [*rows, *columns, *boxes])
 

@@ -76,7 +76,7 @@ def main() -> None:
     line = record(
         "mlx_vlm_logits",
         what="largest absolute difference between mlx-vlm's softcapped logits and ours",
-        shape={"prompts": options.prompts, "batch": 1, "vocabulary": 384, "canvas": 32},
+        shape={"prompts": options.prompts, "batch": 1, "vocabulary": 384, "canvas": 64},
         dtype="float32 outside the packed weights",
         units="logits within -30 .. 30",
         bound=BOUND,

@@ -134,7 +134,7 @@ def checkpoint(
       folder: where to write.
       shape: a key of `SHAPES`.
       weights: "dense" is bfloat16 on disk, "mixed" the published 4-bit packing.
-      canvas: its length; by default 32 for the bundled model and 256 for the others.
+      canvas: its length; by default 64 for the bundled model and 256 for the others.
       text: keys of text_config that differ from the shape's; not for the bundled model.
     """
     if shape == "bundled":

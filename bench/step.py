@@ -75,8 +75,8 @@ class Plan:
 
 # On the CPU backend a step of mlx-vlm's with packed weights takes from seconds to a minute.
 PLANS = {
-    ("bundled", "dense"): Plan(32, 17, 9),
-    ("bundled", "mixed"): Plan(32, 9, 7),
+    ("bundled", "dense"): Plan(64, 17, 9),
+    ("bundled", "mixed"): Plan(64, 9, 7),
     ("scaled", "dense"): Plan(256, 5, 5),
     ("scaled", "mixed"): Plan(256, 3, 3),
     ("real", "dense"): Plan(256, 3, 3),
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--only", choices=RUNTIMES, action="append", help="repeatable; all")
     parser.add_argument("--rounds", type=int, help="by default from 3 to 9, by case")
     parser.add_argument("--steps", type=int, help="k, at least 2; by default from 2 to 17, by case")
-    parser.add_argument("--canvas", type=int, help="32 for bundled and real mixed, else 256")
+    parser.add_argument("--canvas", type=int, help="64 for bundled, 32 for real mixed, else 256")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--scratch", type=Path, help="where checkpoints are written, up to 5 GB")
     parser.add_argument("--save", action="store_true", help="append to bench/results/")

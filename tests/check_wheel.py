@@ -32,7 +32,7 @@ template = pathlib.Path(mlx_diffgemma.__file__).parent / "trace.html"
 assert template.read_text(encoding="utf-8").count("@@RUN@@") == 1
 model, tokenizer = mlx_diffgemma.load(folder)
 settings = mlx_diffgemma.GenerationSettings(seed=1)
-text = mlx_diffgemma.generate(model, tokenizer, "Squares from 2 to 03.", settings=settings)
+text = mlx_diffgemma.generate(model, tokenizer, "Squares from 2 to 3.", settings=settings)
 assert text.startswith("|n|n*n|"), text
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
         run(str(bin_ / "python"), "-c", INSIDE, cwd=scratch)
         for command in (["mlx_diffgemma.info"], ["mlx_diffgemma.generate", "--help"]):
             run(str(bin_ / command[0]), *command[1:], cwd=scratch)
-        prompt = ("--prompt", "Squares from 2 to 03.", "--seed", "1")
+        prompt = ("--prompt", "Squares from 2 to 3.", "--seed", "1")
         for command in (
             ["mlx_diffgemma.generate", *prompt],
             ["python", "-m", "mlx_diffgemma", "generate", *prompt],

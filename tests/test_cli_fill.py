@@ -35,7 +35,7 @@ def test_json_has_slots_lengths_and_work():
     assert found["text"] == "12 13 14 15 16 17 18" and found["seed"] == 1
     slot = found["slots"]["n"]
     assert slot["text"] == "14 15 16" and set(slot["lengths"]) == set("23456789")
-    assert found["positions"] > 8 * 32
+    assert found["positions"] > 8 * 64
 
 
 def test_a_template_from_a_file_or_from_stdin_keeps_its_bytes(tmp_path):
@@ -63,10 +63,10 @@ def test_a_template_that_is_typed_has_line_breaks():
         (["{{gap}}", "--file", "x"], "one of the two"),
         (["--file", "missing.md"], "missing.md cannot be read"),
         (["{{gap}}", "--gap-tokens", "0..3"], "--gap-tokens must be M..N with 1 <= M <= N"),
-        (["{{gap:99}}"], "there is nothing for it of 99 to 32 tokens"),
+        (["{{gap:99}}"], "there is nothing for it of 99 to 64 tokens"),
         (["{{match: a^b}}"], "no text of this checkpoint's tokens matches it"),
         (["{{gap}}", "--prompt", ""], "the prompt is empty"),
-        (["{{gap}}", "--canvas-length", "64"], "canvas_length 64 is longer"),
+        (["{{gap}}", "--canvas-length", "65"], "canvas_length 65 is longer"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message):

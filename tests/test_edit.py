@@ -110,8 +110,8 @@ def test_what_cannot_be_edited(selection, instruction, message):
 
 
 def test_a_selection_longer_than_a_canvas():
-    with pytest.raises(TemplateError, match="has 40 tokens, more than a canvas of 32 holds"):
-        edit(*bundled(), "x" * 40, Selection(0, 40), "Do.")
+    with pytest.raises(TemplateError, match="has 70 tokens, more than a canvas of 64 holds"):
+        edit(*bundled(), "x" * 70, Selection(0, 70), "Do.")
 
 
 # The command
@@ -147,7 +147,7 @@ def test_stdout_is_the_document_and_diff_a_diff(file):
     options = ("--select", "1:6-1:11", "--prompt", "Count.", "--seed", "1")
     plain, diff = run(file, *options), run(file, *options, "--diff")
     assert plain.stdout.startswith("é 12 ".encode()) and plain.stdout.endswith(b" 15\r\nend")
-    assert diff.stdout.startswith(b"--- a/notes.md\n+++ b/notes.md\n@@ -1,2 +1,2 @@\n-")
+    assert diff.stdout.startswith(b"--- a/notes.md\n+++ b/notes.md\n@@ -1,2 +1,")
     assert file.read_bytes() == before
 
 

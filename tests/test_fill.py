@@ -246,9 +246,11 @@ def test_the_length_of_a_gap_is_found(policy):
 
 
 def test_a_template_longer_than_a_canvas_is_written_in_several_and_says_so():
-    text = "12 13 14 {{gap:2}} 16 17 18 19 20 21 22 23 24 25 26 {{gap:2}} 28 29 30"
-    filled = fill_bundled(text, "Count from 12 to 30.")
-    assert re.fullmatch(re.escape(text).replace(r"\{\{gap:2\}\}", ".."), filled.text)
+    given = " ".join(map(str, range(13, 35)))
+    text = f"{{{{gap:2}}}} {given} {{{{gap:2}}}} 36"
+    filled = fill_bundled(text, "Count from 12 to 36.")
+    form = re.escape(text).replace(r"\{\{gap:2\}\}", "..")
+    assert re.fullmatch(form, filled.text, re.DOTALL)
     assert filled.canvases == 2
     assert "longer than a canvas" in filled.notes[0]
 
@@ -261,8 +263,8 @@ def test_the_same_seed_fills_the_same():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{{gap:40}}", "there is nothing for it of 40 to 32 tokens; a canvas holds 32"),
-        ("{{match: [0-9]{33,40}}}", "there is nothing for it of 1 to 32 tokens"),
+        ("{{gap:70}}", "there is nothing for it of 70 to 64 tokens; a canvas holds 64"),
+        ("{{match: [0-9]{65,70}}}", "there is nothing for it of 1 to 64 tokens"),
         ("{{match: (}}", "cannot be used"),
         ("{{one of: a▁b | c}}", "cannot spell 'a▁b'"),
         ("x" * 2048 + "{{gap}}", "they do not fit into 2048 positions"),
@@ -277,10 +279,10 @@ def test_a_template_that_cannot_be_placed_is_refused(text, message):
 def test_nothing_pinned_is_plain_generation(policy):
     model, tokenizer = bundled()
     tokens = mx.array([encode_text(tokenizer, "Sort: 3 1 2")])
-    nothing = Pinned(np.full((1, 40), FREE, np.int32))
+    nothing = Pinned(np.full((1, 80), FREE, np.int32))
 
     def ids(pinned):
-        chosen = GenerationSettings(seed=4, policy=policy, max_new_tokens=48)
+        chosen = GenerationSettings(seed=4, policy=policy, max_new_tokens=96)
         events = denoise_tokens(model, tokens, chosen, pinned=pinned)
         return [event.tokens.tolist() for event in events if isinstance(event, CanvasCommitted)]
 
@@ -362,10 +364,10 @@ def test_rows_pinned_must_be_those_of_the_context():
 
 def test_a_span_across_two_canvases_is_refused():
     model, _ = bundled()
-    span = Span(0, 30, 3, Automaton.of_options([[50, 51, 52]]))
-    pinned = Pinned(np.full((1, 40), FREE, np.int32), spans=[span])
-    chosen = GenerationSettings(max_new_tokens=64)
-    with pytest.raises(TemplateError, match="crosses the border of two canvases, at position 32"):
+    span = Span(0, 62, 3, Automaton.of_options([[50, 51, 52]]))
+    pinned = Pinned(np.full((1, 80), FREE, np.int32), spans=[span])
+    chosen = GenerationSettings(max_new_tokens=128)
+    with pytest.raises(TemplateError, match="crosses the border of two canvases, at position 64"):
         list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))
 
 
@@ -386,7 +388,7 @@ def test_an_end_token_that_is_text_ends_nothing():
 
 
 def test_less_than_was_asked_for_is_said():
-    filled = fill_bundled("{{gap:20..30}} 13 14 15 16 17 18 19 20", "Count from 11 to 20.")
+    filled = fill_bundled("{{gap:30..50}} 13 14 15 16 17 18 19 20", "Count from 11 to 20.")
     assert any("tokens were tried" in note for note in filled.notes)
-    with pytest.raises(TemplateError, match="has 40 tokens, more than a canvas of 32 holds"):
-        fill_bundled("{{one of: ab | " + "z" * 40 + "}}", "Go.")
+    with pytest.raises(TemplateError, match="has 70 tokens, more than a canvas of 64 holds"):
+        fill_bundled("{{one of: ab | " + "z" * 70 + "}}", "Go.")

@@ -10,7 +10,7 @@ from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone, Text
 from mlx_diffgemma.report import Stopwatch, as_object
 
-TABLE = "Squares from 2 to 03."
+TABLE = "Squares from 2 to 3."
 SUDOKU = "Sudoku:\n..13\n.3.4\n413.\n3241"
 
 
@@ -43,7 +43,7 @@ def test_a_string_messages_and_ids_are_three_spellings_of_one_prompt(loaded):
 def test_text_follows_its_canvas_and_the_end_comes_last(loaded):
     events = list(
         mlx_diffgemma.stream_generate(
-            *loaded, "Count from 12 to 30.", settings=GenerationSettings(seed=2)
+            *loaded, "Count from 12 to 36.", settings=GenerationSettings(seed=2)
         )
     )
     kinds = [type(event) for event in events]
@@ -84,8 +84,8 @@ def test_an_image_token_is_refused(loaded):
 
 
 def test_a_prompt_longer_than_the_positions_allow_is_refused_with_the_room_there_is(loaded):
-    with pytest.raises(PromptError, match="at most 2016 of the 2048 positions"):
-        mlx_diffgemma.generate(*loaded, [65] * 2017)
+    with pytest.raises(PromptError, match="at most 1984 of the 2048 positions"):
+        mlx_diffgemma.generate(*loaded, [65] * 1985)
 
 
 def test_a_batch_answers_every_prompt_as_if_it_were_alone(loaded):

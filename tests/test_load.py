@@ -127,7 +127,7 @@ def test_a_model_larger_than_memory_is_warned_of_and_still_loaded(monkeypatch, a
     messages = [str(w.message) for w in caught if "GB" in str(w.message)]
     assert len(messages) == warns
     assert all(f"more than {WARN_ABOVE:.0%}" in m for m in messages)
-    assert model.config.canvas_length == 32
+    assert model.config.canvas_length == 64
 
 
 # --- tokenizer.json ---

@@ -59,7 +59,7 @@ def test_its_commands_have_only_flags_that_exist(line):
 def test_its_commands_on_the_bundled_model_run(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line.replace("python -m mlx_diffgemma ", "mlx_diffgemma."), comments=True)
-    stdin = "Squares from 2 to 03." if "<" in words else None
+    stdin = "Squares from 2 to 3." if "<" in words else None
     words = words[: words.index("<")] if "<" in words else words
     app = typer.Typer()
     app.command()(generate)

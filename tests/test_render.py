@@ -39,7 +39,7 @@ def run_in_terminal(*arguments: str, stdout_too: bool) -> tuple[bytes, bytes]:
 
 
 def test_a_terminal_sees_the_canvas_settle_then_the_answer_and_one_line_of_numbers():
-    seen, _ = run_in_terminal("--prompt", "Squares from 2 to 03.", "--seed", "1", stdout_too=True)
+    seen, _ = run_in_terminal("--prompt", "Squares from 2 to 3.", "--seed", "1", stdout_too=True)
     plain = ESCAPE.sub(b"", seen).replace(b"\r", b"")
     assert b"canvas 1, step 1" in plain
     assert b"|n|n*n|\n|-|-|\n|2|4|\n|3|9|\n" in plain
@@ -58,7 +58,7 @@ def test_a_terminal_sees_the_canvas_settle_then_the_answer_and_one_line_of_numbe
 
 def test_a_pipe_gets_the_bytes_of_the_answer_while_the_terminal_shows_the_canvas():
     seen, piped = run_in_terminal(
-        "--prompt", "Squares from 2 to 03.", "--seed", "1", stdout_too=False
+        "--prompt", "Squares from 2 to 3.", "--seed", "1", stdout_too=False
     )
     assert piped == b"|n|n*n|\n|-|-|\n|2|4|\n|3|9|\n"
     assert b"canvas 1, step 1" in ESCAPE.sub(b"", seen)

@@ -125,7 +125,7 @@ def test_the_defaults_are_the_references():
         stability_threshold=1,
         confidence_threshold=0.005,
         temperature=1.0,
-        canvas_length=32,
+        canvas_length=64,
         empty_rerolls=0,
         top_candidates=0,
         prefill_step_size=2048,
@@ -165,7 +165,7 @@ def test_further_end_tokens_join_the_checkpoints():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"canvas_length": 33}, "canvas_length 33 is longer than the checkpoint's 32"),
+        ({"canvas_length": 65}, "canvas_length 65 is longer than the checkpoint's 64"),
         ({"t_min": 0.9}, "t_min 0.9 is above t_max 0.8"),
         ({"t_max": 0.3}, "t_min 0.4 is above t_max 0.3"),
         ({"top_candidates": 385}, "top_candidates 385 is more than the 384 tokens"),

@@ -113,7 +113,7 @@ def assert_shows(page: WebDriver, steps: list[dict], index: int) -> None:
     assert place(page) == index
     now = by_id(page, "now").text
     assert now.startswith(f"canvas {step['canvas'] + 1}, step {step['step'] + 1} of ")
-    assert f"{step['accepted_tokens']} of 32 accepted" in now
+    assert f"{step['accepted_tokens']} of 64 accepted" in now
     assert f"mean entropy {step['mean_entropy']:.3f} nats" in now
     spans = page.execute_script(
         "return [...document.querySelectorAll('#tokens .token:not([hidden])')]"
@@ -231,7 +231,7 @@ def test_hovering_a_token_shows_its_candidates(page, steps):
 def test_tokens_are_reached_by_keys_and_their_tip_follows_the_steps(page, steps):
     tip = by_id(page, "tip")
     by_id(page, "slider").send_keys(Keys.TAB)
-    for key, position in ((None, 0), (Keys.RIGHT, 1), (Keys.END, 31), (Keys.LEFT, 30)):
+    for key, position in ((None, 0), (Keys.RIGHT, 1), (Keys.END, 63), (Keys.LEFT, 62)):
         press(page, *([key] if key else []))
         assert tip.is_displayed() and tip.text.startswith(f"position {position + 1}:")
         focused = page.switch_to.active_element
@@ -240,8 +240,8 @@ def test_tokens_are_reached_by_keys_and_their_tip_follows_the_steps(page, steps)
         assert page.execute_script("return arguments[0].matches(':focus-visible')", focused)
     press(page, Keys.DOWN)
     assert_shows(page, steps, 1)
-    assert f"entropy {steps[1]['entropy'][30]:.3f} nats" in tip.text
-    assert page.switch_to.active_element == tokens(page)[30]
+    assert f"entropy {steps[1]['entropy'][62]:.3f} nats" in tip.text
+    assert page.switch_to.active_element == tokens(page)[62]
     press(page, Keys.ESCAPE)
     assert not tip.is_displayed()
 

@@ -23,6 +23,7 @@ from mlx_diffgemma.train.batches import Draw, Order, draw, make_batch
 from mlx_diffgemma.train.checkpoint import STATE, trained_weights
 from mlx_diffgemma.train.curves import METRICS, PICTURE, Metrics, read
 from mlx_diffgemma.train.data import Example, fill_token, read_split
+from mlx_diffgemma.train.optimizer import make_optimizer
 from mlx_diffgemma.train.session import Session
 from mlx_diffgemma.train.trainer import Saved, Trained, Trainer, Validated, prepare
 from tests.train_cases import LINES, small_model, write_lines
@@ -240,15 +241,37 @@ def trainer_of(model_folder, tokenizer, folder: Path, data: Path, **changes) -> 
         },
         {"grad_accumulation_steps": 2, "grad_checkpoint": True, "causal_weight": 0.0},
         {"optimizer": "muon"},
-        {"optimizer": "muon", "lora_parameters": LoraParameters(rank=2, keys=EXPERTS)},
     ],
-    ids=["lora", "experts", "full", "last layer", "accumulated", "muon", "muon, experts"],
+    ids=["lora", "experts", "full", "last layer", "accumulated", "muon"],
 )
 def test_it_learns(model_folder, tokenizer, tmp_path, changes):
     data = write_lines(tmp_path / "data")
     trainer = trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=40, **changes)
     validated = [e.loss for e in trainer.run() if isinstance(e, Validated)]
     assert len(validated) == 2 and validated[1] < 0.9 * validated[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_parameters": LoraParameters(rank=2, keys=EXPERTS)}, "no matrices"),
+        ({"optimizer_config": {"muon": 5}}, "optimizer_config: muon"),
+        ({"optimizer_config": {"muon": {"speed": 5}}}, "optimizer_config: muon"),
+        ({"optimizer_config": {"adamw": {"learning_rate_scale": -1}}}, "at least 0, got -1"),
+    ],
+)
+def test_muon_that_cannot_be_made_is_refused(model_folder, tokenizer, tmp_path, changes, message):
+    data = write_lines(tmp_path / "data")
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(model_folder, tokenizer, tmp_path, data, optimizer="muon", **changes)
+
+
+def test_muon_leaves_a_matrix_without_a_gradient_alone():
+    weights = {"a": mx.random.normal((8, 16))}
+    optimizer = make_optimizer(TrainSettings(optimizer="muon", learning_rate=0.1))
+    optimizer.init(weights)
+    moved = optimizer.apply_gradients({"a": mx.zeros((8, 16))}, weights)["a"]
+    assert mx.array_equal(moved, weights["a"])
 
 
 def test_muon_gets_the_matrices_and_adamw_the_rest(model_folder, tokenizer, tmp_path):

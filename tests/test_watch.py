@@ -166,7 +166,7 @@ def test_without_a_terminal_each_step_is_one_line_on_stderr():
     result = invoke(generate, *TABLE, "--watch")
     assert (result.exit_code, result.stdout) == (0, TABLE_ANSWER)
     _, *lines = result.stderr.splitlines()
-    form = r"canvas 1, step (\d+): \d+ of 32 accepted, mean entropy \d+\.\d{3} nats, draft: .*"
+    form = r"canvas 1, step (\d+): \d+ of 64 accepted, mean entropy \d+\.\d{3} nats, draft: .*"
     found = [re.fullmatch(form, line) for line in lines]
     assert all(found), lines
     assert [int(match[1]) for match in found] == list(range(1, len(lines) + 1))
@@ -209,7 +209,7 @@ def test_the_picture_follows_the_terminal_when_its_size_changes():
     resize(16, 60)
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_STEPS, "--prompt", "Count from 12 to 40.", "--seed", "1"],
+        [sys.executable, "-c", SLOW_STEPS, "--prompt", "Count from 12 to 36.", "--seed", "1"],
         stdin=subprocess.DEVNULL,
         stdout=slave,
         stderr=slave,

@@ -73,10 +73,11 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         config = settings.as_dict() | {"iteration": state.iteration, **facts}
         _replace(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
-        _save(folder / STATE, arrays, metadata)
-        _save(folder / WEIGHTS, state.weights, {"format": "mlx"})
         if numbered:
             _save(folder / f"{state.iteration:07d}_{WEIGHTS}", state.weights, {"format": "mlx"})
+        # The state last: where it stands at the end of a run, the weights do too.
+        _save(folder / WEIGHTS, state.weights, {"format": "mlx"})
+        _save(folder / STATE, arrays, metadata)
     except (OSError, RuntimeError) as error:
         raise SourceError(f"{folder} cannot be written to: {error}") from error
     return folder / STATE
@@ -97,7 +98,8 @@ def restore(folder: Path, settings: TrainSettings, facts: Mapping[str, Any]) -> 
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}")
         iteration = int(metadata["iteration"])
-        before = json.loads(metadata["settings"])
+        # A setting that there was not yet stood at its default.
+        before = TrainSettings().as_dict() | json.loads(metadata["settings"])
         known = json.loads(metadata["facts"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from error

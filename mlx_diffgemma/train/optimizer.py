@@ -28,9 +28,11 @@ _REST_SCALE = 0.1
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     """The optimizer of a run.
 
-    Muon makes the update of a matrix orthogonal, which says nothing for vectors, tables and stacks
-    of experts: these get AdamW, with the arguments of `adamw` and `learning_rate_scale` (0.1) of
-    the learning rate.
+    Muon makes the update of a matrix orthogonal, which says nothing for vectors, tables, routers
+    and stacks of experts: these get AdamW, with the arguments of `adamw` and
+    `learning_rate_scale` (0.1) of the learning rate. MLX's Muon adds its weight decay to the
+    gradient before that, so that where a gradient is small it would be all of the update: it is 0
+    here where `muon` does not say otherwise.
 
     Raises:
       ConfigError: if it does not take what `optimizer_config` gives it.
@@ -44,7 +46,7 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     chosen = _made(settings, settings.optimizer, rate)
     if settings.optimizer != "muon":
         return chosen
-    return optim.MultiOptimizer([chosen, _made(settings, "adamw", rate, _REST_SCALE)], [_is_matrix])
+    return optim.MultiOptimizer([chosen, _made(settings, "adamw", rate, _REST_SCALE)], [is_matrix])
 
 
 def _made(
@@ -52,10 +54,15 @@ def _made(
 ) -> optim.Optimizer:
     """An optimizer with its own arguments, at a rate that they may scale where `scale` is given."""
     config: Any = settings.optimizer_config or {}
-    arguments = dict(config.get(kind) or {})
     try:
+        arguments = dict(config.get(kind) or {})
         if scale is not None:
-            rate = _scaled(rate, float(arguments.pop("learning_rate_scale", scale)))
+            scale = float(arguments.pop("learning_rate_scale", scale))
+            if not scale >= 0:
+                raise ValueError(f"learning_rate_scale must be at least 0, got {scale}")
+            rate = _scaled(rate, scale)
+        if kind == "muon":
+            arguments.setdefault("weight_decay", 0.0)
         return _KINDS[kind](learning_rate=rate, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer_config: {kind}: {error}") from error
@@ -65,7 +72,7 @@ def _scaled(rate: Rate, scale: float) -> Rate:
     return (lambda step: scale * rate(step)) if callable(rate) else scale * rate
 
 
-def _is_matrix(name: str, weight: mx.array) -> bool:
+def is_matrix(name: str, weight: mx.array) -> bool:
     """Whether what comes out of a weight depends on it as a product: not so for tables, and a
     router's few rows are scores."""
     return weight.ndim == 2 and "embed_tokens" not in name and "router" not in name

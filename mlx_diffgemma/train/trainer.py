@@ -27,7 +27,7 @@ from .batches import Batch, Draw, Order, draw, make_batch
 from .checkpoint import STATE, State, restore, save, trained_weights
 from .data import Example
 from .objective import layers_twice, losses
-from .optimizer import make_optimizer
+from .optimizer import is_matrix, make_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +161,10 @@ class Trainer:
                 "processes"
             )
         self.iteration = 0
+        if settings.optimizer == "muon":
+            trained = trained_weights(model).items()
+            if not any(is_matrix(name, weight) for name, weight in trained):
+                raise ConfigError("muon has no matrices to train here; choose adamw")
         self.optimizer = make_optimizer(settings)
         self.optimizer.init(model.trainable_parameters())
         self._accumulated: dict[str, mx.array] = {}  # by name, of an update that is not complete
@@ -318,15 +322,17 @@ class Trainer:
         value_and_grad = nn.value_and_grad(model, lambda arrays: losses(model, arrays, settings))
         with layers_twice(model, seed=seed) if settings.grad_checkpoint else nullcontext():
             values, grads = value_and_grad(batch.arrays())
-        values = mx.distributed.all_sum(mx.stack(values)) / processes
+        # Of the tokens too: each process has rows of other lengths.
+        sums = mx.distributed.all_sum(mx.stack([*values, mx.array(float(batch.tokens))]))
         # In one order of memory, as a checkpoint has them: sums are rounded in that order.
         grads = average_gradients(tree_map(mx.contiguous, grads))
-        mx.eval(values, grads)
-        found = cast(list[float], values.tolist())
+        mx.eval(sums, grads)
+        *totals, tokens = cast(list[float], sums.tolist())
+        found = [total / processes for total in totals]
         if not math.isfinite(found[0]):
             raise self._broken(f"the loss is {found[0]}")
         self._check_finite(_flat(grads), "gradients are")
-        return found, grads, batch.tokens * processes
+        return found, grads, int(tokens)
 
     def _apply(self, grads: Any) -> None:
         """Counts the batch, and updates the weights where it completes an update."""

@@ -125,7 +125,7 @@ SERIES = (
 
 
 def words(rng: Draw) -> tuple[str, str]:
-    """Three or four words of a series, some in the middle missing, a dash for each letter."""
+    """Three or four words of a series, some in the middle missing, their letters underscores."""
     series = SERIES[rng.integers(len(SERIES))]
     length = int(rng.integers(3, 5))
     start = int(rng.integers(0, len(series) - length + 1))

@@ -1,0 +1,117 @@
+"""The recipe of the bundled model: its tasks, and its making on a very small scale."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import yaml
+
+from mlx_diffgemma.load import load_model
+
+NAME = "model.decoder.layers.0.mlp.up_proj.weight"
+RECIPES = Path(__file__).parent.parent / "recipes" / "bundled"
+sys.path.insert(0, str(RECIPES))
+
+import make  # noqa: E402
+import tasks  # noqa: E402
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_task_is_drawn_by_its_seed(task):
+    some, more = tasks.make(task, 20, 5), tasks.make(task, 30, 5)
+    assert some == more[:20] and some != tasks.make(task, 20, 6)
+    assert len({made.prompt for made in some}) > 5
+
+
+@pytest.mark.parametrize(("task", "size", "box"), [("sudoku4", 4, (2, 2)), ("sudoku6", 6, (2, 3))])
+def test_a_sudoku_has_one_solution_and_it_is_the_answer(task, size, box):
+    for made in tasks.make(task, 20, 0):
+        given = made.prompt.partition("\n")[2].replace("\n", "")
+        answer = [int(c) for c in made.answer.replace("\n", "")]
+        grid = [0 if c == "." else int(c) for c in given]
+        assert all(cell in (0, right) for cell, right in zip(grid, answer, strict=True))
+        assert 0 in grid and tasks._solutions(grid, size, box, 2) == [answer]
+
+
+def test_answers_are_right():
+    def of(task: str) -> list[tuple[str, str]]:
+        return [(made.prompt, made.answer) for made in tasks.make(task, 30, 0)]
+
+    for prompt, answer in of("count"):
+        first, last = (int(n) for n in prompt.removesuffix(".").split()[2::2])
+        assert [int(n) for n in answer.split()] == list(range(first, last + 1))
+    for prompt, answer in of("sort"):
+        assert answer.split() == sorted(prompt.removeprefix("Sort: ").split())
+    for prompt, answer in of("reverse"):
+        assert answer == prompt.removeprefix("Reverse: ")[::-1]
+    for prompt, answer in of("table"):
+        first, last = (int(n) for n in prompt.removesuffix(".").split()[2::2])
+        rows = answer.split("\n")[2:]
+        assert rows == [f"|{n}|{n * n}|" for n in range(first, last + 1)]
+    for prompt, answer in of("words"):
+        shown = prompt.removeprefix("Fill: ")
+        assert len(shown) == len(answer) and "_" in shown
+        assert all(a in ("_", b) for a, b in zip(shown, answer, strict=True))
+    for prompt, answer in of("code"):
+        before, _, behind = prompt.removeprefix("Fill:\n").partition("_")
+        assert answer.startswith(before) and answer.endswith(behind)
+        found: dict[str, object] = {}
+        exec(answer, found)
+        name, function = next((n, f) for n, f in found.items() if callable(f))
+        assert function(7, 3) == {"add": 10, "subtract": 4, "multiply": 21}[name]
+
+
+def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """A first phase of two batches, then of three, and a second one of two."""
+    first, second = few = [
+        make.Phase(p.name, p.seed, dict.fromkeys(p.counts, 4)) for p in make.PHASES[:2]
+    ]
+    original = {phase.name: yaml.safe_load(phase.recipe.read_text()) for phase in few}
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    monkeypatch.setattr(make, "TEST_COUNT", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one process
+    folder = tmp_path / "made"
+    monkeypatch.setattr(sys, "argv", ["make.py", "--folder", str(folder)])
+
+    def run(phase: make.Phase, iters: int, rate: float) -> None:
+        changed = {"iters": iters, "lr_schedule": None, "learning_rate": rate}
+        small = {"batch_size": 4, "val_batches": 1, "save_every": 1}
+        phase.recipe.write_text(yaml.safe_dump(original[phase.name] | small | changed))
+        monkeypatch.setattr(make, "PHASES", few[: few.index(phase) + 1])
+        make.main()
+        assert make.stands_at(folder / phase.name / "run") == iters
+
+    def weights(phase: make.Phase) -> mx.array:
+        return mx.load(str(folder / phase.name / "run" / "adapters.safetensors"))[NAME]
+
+    run(first, 2, 1e-2)
+    begun = weights(first)
+    run(first, 3, 1e-2)
+    assert not mx.array_equal(weights(first), begun)
+    run(second, 2, 1e-9)  # which hardly moves, so that it is seen where it began
+    assert mx.allclose(weights(second), weights(first), atol=1e-6)
+
+    assert load_model(folder / "model").config.canvas_length == 64
+    written = mx.load(str(folder / "model" / "model.safetensors"))[NAME]
+    assert written.dtype == mx.bfloat16
+    assert mx.array_equal(written, weights(second).astype(mx.bfloat16))
+    asked = json.loads((folder / "model" / "prompts.json").read_text())
+    assert len(asked) == 2 * len(tasks.TASKS)
+    trained = (folder / "first" / "data" / "train.jsonl").read_text()
+    assert all(
+        json.dumps(entry["prompt"]) not in trained
+        for entry in asked
+        if entry["task"] in make.HELD_OUT
+    )
+
+
+def test_what_is_not_complete_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "PHASES", [make.Phase("first", 0, {"reverse": 16})])
+    monkeypatch.setattr(sys, "argv", ["make.py", "--folder", str(tmp_path), "--minutes", "0"])
+    with pytest.raises(SystemExit, match="phase first is not complete"):
+        make.main()
