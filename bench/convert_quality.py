@@ -8,7 +8,7 @@ which fix the first canvas and every draw, so that a difference comes from the w
 
 The winner has the least steps per canvas x relative error of all weights (root of summed squares
 over root of summed squares); bf16, whose error is 0 by definition, stands outside, and so does
-8-bit, which is a third larger than the others here, and two thirds in the 26B model.
+8-bit, which is a fifth larger than mixed 4-bit here, and two thirds in the 26B model.
 
 Packed weights are unpacked to float32 before the run: the same numbers, which MLX's CPU backend
 multiplies far faster, with LD_PRELOAD of an OpenBLAS faster still.
@@ -51,7 +51,7 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "mxfp4": {"quantize": True, "q_mode": "mxfp4"},
     "nvfp4": {"quantize": True, "q_mode": "nvfp4"},
 }
-RIVALS = ("mixed 4-bit", "uniform 4-bit", "mxfp4", "nvfp4")  # of about the same size
+RIVALS = ("mixed 4-bit", "uniform 4-bit", "mxfp4", "nvfp4")  # all but bf16 and 8-bit
 PARTS = ("experts", "attention", "dense MLP", "embedding", "router", "self-conditioning")
 
 
