@@ -54,12 +54,12 @@ VISION = {  # a tower of one layer that is never trained: the layout has one
 }
 
 
-def config(dtype: str) -> dict[str, Any]:
+def config() -> dict[str, Any]:
     """config.json."""
     special = {name: i for i, name in enumerate(SPECIALS)}
     text = {
         "model_type": "diffusion_gemma_text",
-        "dtype": dtype,
+        "dtype": "float32",
         "vocab_size": VOCAB_SIZE,
         "hidden_size": HIDDEN,
         "intermediate_size": 256,
@@ -90,7 +90,7 @@ def config(dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["DiffusionGemmaForBlockDiffusion"],
         "model_type": "diffusion_gemma",
-        "dtype": dtype,
+        "dtype": "float32",
         "canvas_length": CANVAS,
         "boi_token_id": special["<|image>"],
         "image_token_id": special["<|image|>"],
@@ -210,7 +210,7 @@ def vision(rng: np.random.Generator) -> dict[str, np.ndarray]:
 def write(folder: Path, seed: int) -> None:
     """Writes everything, float32, into a new folder."""
     folder.mkdir(parents=True)
-    raw, rng = config("float32"), np.random.default_rng(seed)
+    raw, rng = config(), np.random.default_rng(seed)
     weights = tensors(raw["text_config"], rng) | vision(rng)
     arrays = {name: array.astype(np.float32) for name, array in sorted(weights.items())}
     save_file(arrays, folder / "model.safetensors", {"format": "pt"})
