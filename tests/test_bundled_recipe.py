@@ -110,6 +110,21 @@ def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     )
 
 
+def test_the_first_phase_tells_no_letters_of_missing_words(tmp_path):
+    prompts = {}
+    for short in (True, False):
+        phase = make.Phase("first", 0, {"words": 30}, short_gaps=short)
+        make.write_data(phase, tmp_path / phase.name / str(short))
+        lines = (tmp_path / phase.name / str(short) / "train.jsonl").read_text().splitlines()
+        prompts[short] = [json.loads(line)["prompt"] for line in lines]
+    assert make.PHASES[0].short_gaps and not any(phase.short_gaps for phase in make.PHASES[1:])
+    expected = [
+        " ".join("_" if "_" in word else word for word in prompt.split(" "))
+        for prompt in prompts[False]
+    ]
+    assert prompts[True] == expected != prompts[False]
+
+
 def test_what_is_not_complete_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "PHASES", [make.Phase("first", 0, {"reverse": 16})])
     monkeypatch.setattr(sys, "argv", ["make.py", "--folder", str(tmp_path), "--minutes", "0"])
