@@ -118,6 +118,20 @@ PHASES = (
             "code": 1000,
         },
     ),
+    Phase(
+        "fifth",
+        5,
+        {
+            "sudoku4": 4000,
+            "sudoku6": 16000,
+            "count": 1200,
+            "sort": 1200,
+            "reverse": 700,
+            "table": 700,
+            "words": 1200,
+            "code": 700,
+        },
+    ),
 )
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
 # them, of three tasks all, are in both.
