@@ -33,7 +33,7 @@ bench: $(VENV)/.bench
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
 	$(BIN)/python bench/table.py --write
 
-# Makes the bundled model from nothing, about two and a half hours on two cores; run again, it goes on.
+# Makes the bundled model from nothing, about three hours on two cores; run again, it goes on.
 demo-model: $(VENV)/.test
 	$(BIN)/python recipes/bundled/make.py --folder build/bundled
 

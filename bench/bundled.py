@@ -1,15 +1,21 @@
-"""How long did the bundled model train, and does its recipe give the same again?
+"""How long did the bundled model train, does its recipe give the same again, and does it solve what
+it has never seen?
 
 Reads what `recipes/bundled/make.py` leaves in a folder: of each phase its batches, their minutes
-(by the rates that the trainer reports; validation and saving are left out), its last loss, and the
-SHA-256 of its weights. With `--against`, a second folder of the same recipe, complete or not: of
-the losses that both report, every 50 batches, how many are the same numbers.
+(by the rates that the trainer reports; validation is left out), its last loss, and the SHA-256 of
+its weights. With `--against`, a second folder of the same recipe, complete or not: of the losses
+that both report, every 50 batches, how many are the same numbers, and where both are complete,
+whether their weights are.
+
+Where the model was exported it is asked, for each task that the recipe holds out, new prompts that
+are in no phase's examples: float32, the checkpoint's own settings. The prompts of bench/accuracy.py
+were seen by whoever chose the phases; these were not.
 
 Bound, with `--against`: all of them, to the last bit. On one kind of machine the recipe is exact.
 Elsewhere sums round otherwise and the runs part ways; bench/accuracy.py then says how far apart
 their models are.
 
-    python bench/bundled.py --folder build/bundled
+    LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libopenblas.so.0 python bench/bundled.py
     python bench/bundled.py --folder build/bundled --against build/again
 """
 
@@ -22,13 +28,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from common import finish, record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "bundled"))
 
-from make import PHASES
+import tasks
+from make import HELD_OUT, PHASES, Phase, stands_at
 
+from mlx_diffgemma import GenerationSettings, batch_generate, load
 from mlx_diffgemma.adapters import WEIGHTS
+from mlx_diffgemma.train.curves import METRICS, read
+
+UNSEEN_SEED, BATCH = 99, 16
 
 
 def main() -> None:
@@ -37,33 +49,44 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("build/bundled"))
     parser.add_argument("--against", type=Path, help="of a second run")
+    parser.add_argument("--unseen", type=int, default=400, help="new prompts per held-out task")
     parser.add_argument("--save", action="store_true", help="append to bench/results/")
     options = parser.parse_args()
+    for folder in (options.folder, options.against):
+        if folder and not read(folder / PHASES[0].name / "run" / METRICS):
+            parser.error(f"{folder} has no run of the recipe")
     phases: dict[str, dict[str, Any]] = {}
     for phase in PHASES:
         run = options.folder / phase.name / "run"
         phases[phase.name] = row = summary(run)
         if options.against:
-            row["again"] = compare(run, options.against / phase.name / "run")
+            row["again"] = compare(phase, run, options.against / phase.name / "run")
         print(f"{phase.name}: {row}", flush=True)
     again = [row["again"] for row in phases.values() if "again" in row]
     passed = not options.against or (
-        any(found["equal"] for found in again) and not any(found["differ"] for found in again)
+        any(found["batches"] for found in again)
+        and not any(found["differ"] or found["weights_equal"] is False for found in again)
     )
     batches = sum(row["batches"] for row in phases.values())
     minutes = round(sum(row["minutes"] for row in phases.values()), 1)
     print(f"{batches:,} batches, {minutes} minutes")
+    unseen = {}
+    if options.unseen and (options.folder / "model").exists():
+        unseen = ask(options.folder, options.unseen)
+        print(unseen)
     finish(
         record(
             "bundled",
-            what="training of the bundled model by its recipe, and again",
+            what="training of the bundled model by its recipe, and again; prompts it never saw",
             units={
-                "minutes": "of batches, by the trainer's reports",
-                "again": "reports of both runs whose losses are equal or differ",
+                "minutes": "of batches and saving, by the trainer's reports",
+                "again": "losses that both runs report; up to which batch",
+                "unseen": "prompts, and of these exact answers",
             },
             phases=phases,
             batches=batches,
             minutes=minutes,
+            unseen=unseen,
             **({"passed": passed} if options.against else {}),
         ),
         save=options.save,
@@ -71,16 +94,9 @@ def main() -> None:
     sys.exit(not passed)
 
 
-def reports(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def summary(run: Path) -> dict[str, Any]:
     batches, seconds, loss = 0, 0.0, None
-    for row in reports(run):
+    for row in read(run / METRICS):
         if row["kind"] == "train":
             seconds += (row["iteration"] - batches) / row["iterations_per_second"]
             batches, loss = row["iteration"], row["loss"]
@@ -97,23 +113,49 @@ def sha256(run: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
-def compare(run: Path, other: Path) -> dict[str, Any]:
-    """Reports that both have, of losses in training and validation."""
+def ask(folder: Path, count: int) -> dict[str, dict[str, int]]:
+    """Exact answers to prompts of held-out tasks that no phase trained on."""
+    trained = {
+        json.loads(line)["prompt"]
+        for phase in PHASES
+        for line in (folder / phase.name / "data" / "train.jsonl").open(encoding="utf-8")
+    }
+    model, tokenizer = load(folder / "model")
+    model.set_dtype(mx.float32)
+    found = {}
+    for task in HELD_OUT:
+        drawn = tasks.make(task, 4 * count, UNSEEN_SEED)
+        made = [one for one in drawn if one.prompt not in trained][:count]
+        exact = 0
+        for i in range(0, len(made), BATCH):
+            batch = made[i : i + BATCH]
+            result = batch_generate(
+                model,
+                tokenizer,
+                [one.prompt for one in batch],
+                settings=GenerationSettings(seed=i),
+            )
+            exact += sum(a == one.answer for a, one in zip(result.texts, batch, strict=True))
+        found[task] = {"prompts": len(made), "exact": exact}
+    return found
+
+
+def compare(phase: Phase, run: Path, other: Path) -> dict[str, Any]:
+    """The losses that both report, in training and validation, and the weights of complete runs."""
 
     def losses(of: Path) -> dict[tuple[str, int], float]:
-        return {(row["kind"], row["iteration"]): row["loss"] for row in reports(of)}
+        return {(row["kind"], row["iteration"]): row["loss"] for row in read(of / METRICS)}
 
     ours, theirs = losses(run), losses(other)
     both = sorted(ours.keys() & theirs.keys(), key=lambda key: key[1])
-    differ = [
-        iteration for kind, iteration in both if ours[kind, iteration] != theirs[kind, iteration]
-    ]
+    differ = [key[1] for key in both if ours[key] != theirs[key]]
+    complete = stands_at(run) == stands_at(other) == phase.iters
     return {
         "batches": max((iteration for _, iteration in both), default=0),
         "equal": len(both) - len(differ),
         "differ": len(differ),
         **({"first_differs_at": differ[0]} if differ else {}),
-        "weights_equal": sha256(run) == sha256(other),
+        "weights_equal": sha256(run) == sha256(other) if complete else None,
     }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -74,6 +77,7 @@ def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     original = {phase.name: yaml.safe_load(phase.recipe.read_text()) for phase in few}
     monkeypatch.setattr(make, "HERE", tmp_path)
     monkeypatch.setattr(make, "TEST_COUNT", 2)
+    monkeypatch.setattr(make, "claim", lambda folder: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one process
     folder = tmp_path / "made"
     monkeypatch.setattr(sys, "argv", ["make.py", "--folder", str(folder)])
@@ -102,12 +106,61 @@ def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     assert mx.array_equal(written, weights(second).astype(mx.bfloat16))
     asked = json.loads((folder / "model" / "prompts.json").read_text())
     assert len(asked) == 2 * len(tasks.TASKS)
-    trained = (folder / "first" / "data" / "train.jsonl").read_text()
-    assert all(
-        json.dumps(entry["prompt"]) not in trained
-        for entry in asked
-        if entry["task"] in make.HELD_OUT
-    )
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    """Of examples by the test's own seed the first are the test's."""
+    tasks_held, tasks_shown = ("sort", "sudoku4"), ("count", "words")
+    counts = dict.fromkeys((*tasks_held, *tasks_shown), 10)
+    make.write_data(make.Phase("first", make.TEST_SEED, counts), tmp_path / "data")
+    trained = [json.loads(row)["prompt"] for row in (tmp_path / "data" / "train.jsonl").open()]
+    assert trained == [m.prompt for name in tasks_shown for m in tasks.make(name, 10, 1)]
+    assert {*tasks_held} <= {*make.HELD_OUT} and not {*tasks_shown} & {*make.HELD_OUT}
+
+
+def test_a_folder_is_of_one_recipe(tmp_path, monkeypatch):
+    make.claim(tmp_path / "made")
+    make.claim(tmp_path / "made")
+    (tmp_path / "other").mkdir()
+    make.claim(tmp_path / "other")
+    (tmp_path / "made" / "recipe.json").rename(tmp_path / "recipe.json")
+    (tmp_path / "made" / "start").mkdir()
+    with pytest.raises(SystemExit, match=r"made was not made by this recipe \(tasks.py, start.py"):
+        make.claim(tmp_path / "made")
+    changed = (*make.PHASES[:-1], replace(make.PHASES[-1], seed=77))
+    monkeypatch.setattr(make, "PHASES", changed)
+    with pytest.raises(SystemExit, match=r"other was not made by this recipe \(phase fifth\)"):
+        make.claim(tmp_path / "other")
+
+
+RANK = """
+import json, os, pathlib, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["MLX_RANK"]
+hosts = json.load(open(os.environ["MLX_HOSTFILE"]))
+(folder / rank).write_text(str(len({host for [host] in hosts})))
+while not all((folder / other).exists() for other in "01"):
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "failed"),
+    [
+        ("", None),
+        ("time.sleep(60)", None),  # until the deadline
+        ("sys.exit(2) if rank == '1' else time.sleep(60)", "ended with 2"),
+        ("os.kill(os.getpid(), 9) if rank == '0' else time.sleep(60)", "ended with -9"),
+    ],
+)
+def test_a_stage_is_two_processes_to_a_time(then, failed, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    script = [sys.executable, "-c", RANK + then, str(tmp_path)]
+    monkeypatch.setattr(make, "command", lambda folder, phase: script)
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match=failed) if failed else contextlib.nullcontext():
+        make.train(tmp_path, make.PHASES[0], started + 5)
+    assert time.monotonic() - started < 30
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
 
 def test_the_first_phase_tells_no_letters_of_missing_words(tmp_path):
@@ -128,5 +181,5 @@ def test_the_first_phase_tells_no_letters_of_missing_words(tmp_path):
 def test_what_is_not_complete_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "PHASES", [make.Phase("first", 0, {"reverse": 16})])
     monkeypatch.setattr(sys, "argv", ["make.py", "--folder", str(tmp_path), "--minutes", "0"])
-    with pytest.raises(SystemExit, match="phase first is not complete"):
+    with pytest.raises(SystemExit, match="phase first stands at 0 of 4,750 batches"):
         make.main()

@@ -1,9 +1,10 @@
 """Makes the bundled model from nothing: data, random weights, training in stages, the checkpoint.
 
-Training takes about two and a half hours on two CPU cores, in stages of at most an hour. Run again,
-it goes on where it stopped. On Linux OpenBLAS is put in front of MLX's own BLAS where Debian's
-libopenblas0-pthread is installed, and each core has a process of its own. A folder is of one
-recipe: what lies there already is not made anew.
+It takes about three hours on two CPU cores, in stages of at most an hour; a Mac was not tried. On
+Linux OpenBLAS is put in front of MLX's own BLAS where Debian's libopenblas0-pthread is installed,
+without which it takes many times as long. Of two cores or more, two have a process each; with one
+process sums are rounded otherwise. Stopped and run again, it goes on from the last checkpoint, at
+most 50 batches back.
 
     python recipes/bundled/make.py --folder build/bundled
     python recipes/bundled/make.py --folder build/bundled --minutes 60
@@ -12,16 +13,21 @@ recipe: what lies there already is not made anew.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import start
@@ -29,6 +35,7 @@ import tasks
 import yaml
 from safetensors import safe_open
 
+from mlx_diffgemma.adapters import WEIGHTS
 from mlx_diffgemma.train.checkpoint import STATE
 from mlx_diffgemma.train.fuse import fuse_checkpoint
 
@@ -53,8 +60,12 @@ class Phase:
         return HERE / f"{self.name}.yaml"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        return dict(yaml.safe_load(self.recipe.read_text()))
+
+    @property
     def iters(self) -> int:
-        return int(yaml.safe_load(self.recipe.read_text())["iters"])
+        return int(self.settings["iters"])
 
 
 # Each goes on with the weights of the one before: with more of what is not known by then, and from
@@ -137,7 +148,29 @@ PHASES = (
 # them, of three tasks all, are in both.
 HELD_OUT = ("sudoku4", "sudoku6", "sort", "reverse")
 TEST_SEED, TEST_COUNT = 1, 200
-PORT = 52100
+
+
+def claim(folder: Path) -> None:
+    """Marks a new folder as this recipe's; stops where it is another's.
+
+    Raises:
+        SystemExit: another recipe, or another version of this one, began it.
+    """
+    recipe: dict[str, Any] = {
+        name: hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()
+        for name in ("tasks.py", "start.py")
+    }
+    recipe |= {f"phase {p.name}": asdict(p) | {"settings": p.settings} for p in PHASES}
+    path = folder / "recipe.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        path.write_text(json.dumps(recipe, indent=1) + "\n")
+    found = json.loads(path.read_text()) if path.exists() else {}
+    differ = [name for name in recipe | found if recipe.get(name) != found.get(name)]
+    if differ:
+        raise SystemExit(
+            f"{folder} was not made by this recipe ({', '.join(differ)}); give another --folder"
+        )
 
 
 def write_data(phase: Phase, folder: Path) -> None:
@@ -170,43 +203,65 @@ def stands_at(run: Path) -> int:
         return int(file.metadata()["iteration"])
 
 
-def train(folder: Path, phase: Phase, deadline: float) -> None:
-    """A stage of a phase, one process per core: to its end, or to a time."""
-    run, processes = folder / phase.name / "run", max(1, min(os.cpu_count() or 1, 2))
-    before = PHASES[: PHASES.index(phase)]
-    hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{PORT + i}"] for i in range(processes)]))
+def command(folder: Path, phase: Phase) -> list[str]:
+    """The trainer's, which goes on where the phase stands."""
+    run, before = folder / phase.name / "run", PHASES[: PHASES.index(phase)]
     command = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
     command += ["--model", str(folder / "start"), "--data", str(folder / phase.name / "data")]
     command += ["--adapter-path", str(run)]
     if stands_at(run):
         command.append("--resume")
     elif before:
-        weights = folder / before[-1].name / "run" / "adapters.safetensors"
+        weights = folder / before[-1].name / "run" / WEIGHTS
         command += ["--resume-adapter-file", str(weights)]
+    return command
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def train(folder: Path, phase: Phase, deadline: float) -> None:
+    """A stage of a phase: to its end, or to a time.
+
+    Raises:
+        SystemExit: a process failed.
+    """
+    processes = max(1, min(os.cpu_count() or 1, 2))
     environment = dict(os.environ)
-    blas = next(Path("/usr/lib").glob("*/libopenblas.so.0"), None)
-    if blas is not None:
+    if blas := openblas():
         environment |= {"LD_PRELOAD": str(blas), "OPENBLAS_NUM_THREADS": "1"}
     if processes > 1:
+        hosts = folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(processes)]))
         environment["MLX_HOSTFILE"] = str(hosts)
     running = [
-        subprocess.Popen(command, env=environment | {"MLX_RANK": str(rank)})
+        subprocess.Popen(command(folder, phase), env=environment | {"MLX_RANK": str(rank)})
         for rank in range(processes)
     ]
+    failed: list[int] = []
     try:
         while any(process.poll() is None for process in running):
-            failed = [p.returncode for p in running if p.poll()]
-            if failed or time.monotonic() > deadline:
+            if any(process.poll() for process in running) or time.monotonic() > deadline:
                 break
-            time.sleep(1)
+            time.sleep(0.5)
+        failed = [process.returncode for process in running if process.poll()]
     finally:
         for process in running:
             if process.poll() is None:
                 process.terminate()
-        codes = [process.wait() for process in running]
-    if any(code > 0 for code in codes):
-        raise SystemExit(max(codes))
+        for process in running:
+            process.wait()
+    if failed:
+        raise SystemExit(f"phase {phase.name}: a process ended with {failed[0]}")
+
+
+def openblas() -> Path | None:
+    return next(Path("/usr/lib").glob("*/libopenblas.so.0"), None)
 
 
 def export(folder: Path) -> Path:
@@ -234,26 +289,57 @@ def export(folder: Path) -> Path:
     return model.rename(folder / "model")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/bundled"))
-    parser.add_argument("--minutes", type=float, default=300, help="of training, at most")
-    options = parser.parse_args()
-    folder: Path = options.folder
-    folder.mkdir(parents=True, exist_ok=True)
+def make(folder: Path, minutes: float) -> Path:
+    """The exported model's folder.
+
+    Raises:
+        SystemExit: it is not complete after these minutes, or cannot be.
+    """
+    claim(folder)
     if not (folder / "start").exists():
         shutil.rmtree(folder / "start.partial", ignore_errors=True)
         start.write(folder / "start.partial", seed=0)
         (folder / "start.partial").rename(folder / "start")
-    end = time.monotonic() + 60 * options.minutes
+    end = time.monotonic() + 60 * minutes
     for phase in PHASES:
-        if not (folder / phase.name / "data").exists():
-            write_data(phase, folder / phase.name / "data")
-        while stands_at(folder / phase.name / "run") < phase.iters:
+        run, data = folder / phase.name / "run", folder / phase.name / "data"
+        if not data.exists():
+            print(f"phase {phase.name}: {sum(phase.counts.values()):,} examples", flush=True)
+            write_data(phase, data)
+        while (stands := stands_at(run)) < phase.iters:
             if time.monotonic() >= end:
-                raise SystemExit(f"phase {phase.name} is not complete; run this again to go on")
+                raise SystemExit(
+                    f"phase {phase.name} stands at {stands:,} of {phase.iters:,} batches; "
+                    "run this again to go on"
+                )
             train(folder, phase, min(end, time.monotonic() + 60 * STAGE_MINUTES))
-    print(f"{export(folder)}: bench/accuracy.py --model asks it, and transformers with it")
+            if stands_at(run) == stands and time.monotonic() < end:
+                raise SystemExit(
+                    f"phase {phase.name} came to no checkpoint in {STAGE_MINUTES} minutes; "
+                    "this machine is too slow for it"
+                )
+    return export(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("build/bundled"))
+    parser.add_argument("--minutes", type=float, default=300, help="at most")
+    options = parser.parse_args()
+    if sys.platform == "linux" and openblas() is None:
+        print(
+            "libopenblas0-pthread is not installed: this takes many times as long", file=sys.stderr
+        )
+    # So that nothing goes on training behind a make.py that was ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        model = make(options.folder, options.minutes)
+    except KeyboardInterrupt:
+        print("interrupted; run this again to go on", file=sys.stderr)
+        sys.exit(130)
+    print(f"{model}\nasked, by transformers too: python bench/accuracy.py --model {model}")
 
 
 if __name__ == "__main__":
