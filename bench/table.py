@@ -43,17 +43,25 @@ def main() -> None:
 
 
 def read(results: Path) -> dict[str, Record]:
-    """The last record of each benchmark that has one, with the last of each of its cases."""
+    """The last record of each benchmark that has one, with the last of each of its cases and the
+    commits of those."""
     records = {}
     for name in BENCHES:
         path = results / f"{name}.jsonl"
         if path.is_file() and (lines := path.read_text(encoding="utf-8").split("\n")[:-1]):
             records[name] = json.loads(lines[-1])
             if "cases" in records[name]:  # a run may measure some shapes only
-                cases = [case for line in lines for case in json.loads(line)["cases"]]
-                latest = {(case["shape"], case["weights"]): case for case in cases}
-                passed = all(case["passed"] for case in latest.values())
-                records[name] |= {"cases": list(latest.values()), "passed": passed}
+                latest = {
+                    (case["shape"], case["weights"]): (case, record["commit"])
+                    for record in map(json.loads, lines)
+                    for case in record["cases"]
+                }
+                cases, commits = zip(*latest.values(), strict=True)
+                records[name] |= {
+                    "cases": cases,
+                    "passed": all(case["passed"] for case in cases),
+                    "commit": ", ".join(dict.fromkeys(commits)),
+                }
     return records
 
 
