@@ -395,6 +395,34 @@ FAULTS = (
         "_VALIDATION if validation else _NOISE, 0]",
         (TRAIN,),
     ),
+    Fault(
+        "training: Muon decays weights through their gradient",
+        "train/optimizer.py",
+        'arguments.setdefault("weight_decay", 0.0)',
+        "pass",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: Muon takes tables and routers",
+        "train/optimizer.py",
+        'weight.ndim == 2 and "embed_tokens" not in name and "router" not in name',
+        "weight.ndim == 2",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: what Muon leaves moves at Muon's rate",
+        "train/optimizer.py",
+        '_made(settings, "adamw", rate, _REST_SCALE)',
+        '_made(settings, "adamw", rate)',
+        (TRAIN,),
+    ),
+    Fault(
+        "training: batches are cut from one pool of all",
+        "train/batches.py",
+        "self._pool = pool * batch_size",
+        "self._pool = len(lengths)",
+        (TRAIN,),
+    ),
 )
 
 

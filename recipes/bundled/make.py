@@ -206,15 +206,15 @@ def stands_at(run: Path) -> int:
 def command(folder: Path, phase: Phase) -> list[str]:
     """The trainer's, which goes on where the phase stands."""
     run, before = folder / phase.name / "run", PHASES[: PHASES.index(phase)]
-    command = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
-    command += ["--model", str(folder / "start"), "--data", str(folder / phase.name / "data")]
-    command += ["--adapter-path", str(run)]
+    arguments = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
+    arguments += ["--model", str(folder / "start"), "--data", str(folder / phase.name / "data")]
+    arguments += ["--adapter-path", str(run)]
     if stands_at(run):
-        command.append("--resume")
+        arguments.append("--resume")
     elif before:
         weights = folder / before[-1].name / "run" / WEIGHTS
-        command += ["--resume-adapter-file", str(weights)]
-    return command
+        arguments += ["--resume-adapter-file", str(weights)]
+    return arguments
 
 
 def free_ports(count: int) -> list[int]:
@@ -239,8 +239,9 @@ def train(folder: Path, phase: Phase, deadline: float) -> None:
         hosts = folder / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(processes)]))
         environment["MLX_HOSTFILE"] = str(hosts)
+    arguments = command(folder, phase)
     running = [
-        subprocess.Popen(command(folder, phase), env=environment | {"MLX_RANK": str(rank)})
+        subprocess.Popen(arguments, env=environment | {"MLX_RANK": str(rank)})
         for rank in range(processes)
     ]
     failed: list[int] = []
