@@ -166,7 +166,8 @@ def computed_twice(
     """`mx.checkpoint` for a function of arrays that also uses the weights of modules.
 
     Weights must be arguments, or their gradients would be lost; and the modules get their own back,
-    since one set of weights is used in several passes.
+    since one set of weights is used in several passes. (MLX 0.32 hands a checkpoint's arguments on
+    as they are, so that there it makes no difference.)
     """
 
     def with_weights(weights: list[Any], *arrays: mx.array) -> Any:
