@@ -286,7 +286,7 @@ def test_muon_gets_the_matrices_and_adamw_the_rest(model_folder, tokenizer, tmp_
     list(trainer.run())
     after = trained_weights(trainer.model)
     moved = {name: np.array(a) - before[name] for name, a in after.items()}
-    others = []
+    others = {}
     for name, by in moved.items():
         if by.ndim == 2 and "embed_tokens" not in name and "router" not in name:
             # Five steps of Newton and Schulz leave singular values of about 1.
@@ -294,9 +294,12 @@ def test_muon_gets_the_matrices_and_adamw_the_rest(model_folder, tokenizer, tmp_
             values /= max(1, by.shape[0] / by.shape[1]) ** 0.5
             assert 0.3 < np.median(values) < 1.5 and values.max() < 1.6, name
         else:
-            others += [np.median(np.abs(by[by != 0]))]
+            others[name] = np.median(np.abs(by[by != 0]))
     # The first step of AdamW, of which momentum is 0.1 g and the scale the root of 0.001 g².
-    assert np.median(others) == pytest.approx(0.5e-2 * 0.1 / 0.001**0.5, rel=0.01)
+    step = pytest.approx(0.5e-2 * 0.1 / 0.001**0.5, rel=0.01)
+    assert np.median(list(others.values())) == step
+    tables = [by for name, by in others.items() if "embed_tokens" in name or "router.proj" in name]
+    assert len(tables) == 3 and all(by == step for by in tables)
 
 
 def test_only_what_is_asked_for_is_trained(model_folder, tokenizer, tmp_path):
