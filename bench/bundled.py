@@ -4,8 +4,8 @@ it has never seen?
 Reads what `recipes/bundled/make.py` leaves in a folder: of each phase its batches, their minutes
 (by the rates that the trainer reports; validation is left out), its last loss, and the SHA-256 of
 its weights. With `--against`, a second folder of the same recipe, complete or not: of the losses
-that both report, every 50 batches, how many are the same numbers, and where both are complete,
-whether their weights are.
+that both report, every 50 batches, how many are the same numbers; where both are complete, whether
+their weights are; and where both were exported, whether every file of the model is.
 
 Where the model was exported it is asked, for each task that the recipe holds out, new prompts that
 are in no phase's examples: float32, the checkpoint's own settings. The prompts of bench/accuracy.py
@@ -22,6 +22,7 @@ their models are.
 from __future__ import annotations
 
 import argparse
+import filecmp
 import hashlib
 import json
 import sys
@@ -67,6 +68,11 @@ def main() -> None:
         any(found["batches"] for found in again)
         and not any(found["differ"] or found["weights_equal"] is False for found in again)
     )
+    if options.against:
+        files = compare_models(options.folder / "model", options.against / "model")
+        equal, differ = (sum(found[key] for found in again) for key in ("equal", "differ"))
+        print(f"{equal} losses equal, {differ} not; of the exported model's files: {files}")
+        passed = passed and not files["differ"]
     batches = sum(row["batches"] for row in phases.values())
     minutes = round(sum(row["minutes"] for row in phases.values()), 1)
     print(f"{batches:,} batches, {minutes} minutes")
@@ -81,13 +87,14 @@ def main() -> None:
             units={
                 "minutes": "of batches and saving, by the trainer's reports",
                 "again": "losses that both runs report; up to which batch",
+                "model_files": "by name, of both exported models; none where one was not exported",
                 "unseen": "prompts, and of these exact answers",
             },
             phases=phases,
             batches=batches,
             minutes=minutes,
             unseen=unseen,
-            **({"passed": passed} if options.against else {}),
+            **({"model_files": files, "passed": passed} if options.against else {}),
         ),
         save=options.save,
     )
@@ -157,6 +164,15 @@ def compare(phase: Phase, run: Path, other: Path) -> dict[str, Any]:
         **({"first_differs_at": differ[0]} if differ else {}),
         "weights_equal": sha256(run) == sha256(other) if complete else None,
     }
+
+
+def compare_models(ours: Path, theirs: Path) -> dict[str, list[str]]:
+    """Names of files that both have, byte for byte, and of the others."""
+    if not (ours.exists() and theirs.exists()):
+        return {"equal": [], "differ": []}
+    names = sorted({path.name for folder in (ours, theirs) for path in folder.iterdir()})
+    equal, differ, missing = filecmp.cmpfiles(ours, theirs, names, shallow=False)
+    return {"equal": equal, "differ": [*differ, *missing]}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ LOOP, TRAJECTORY = "tests/test_loop.py", "tests/parity/test_trajectory.py"
 SAMPLER, PARITY_SAMPLER = "tests/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/test_schedule.py", "tests/test_stopping.py"
 NOISE, FILL = "tests/test_noise.py", "tests/test_fill.py"
-OBJECTIVE, TRAIN = "tests/parity/test_objective.py", "tests/test_train.py"
+OBJECTIVE = "tests/parity/test_objective.py"
+TRAIN, TRAIN_DATA = "tests/test_train.py", "tests/test_train_data.py"
 
 
 @dataclass(frozen=True)
@@ -372,14 +373,14 @@ FAULTS = (
         "train/batches.py",
         "np.full(fill, eos_token_id, np.int32)",
         "np.full(fill, pad_token_id, np.int32)",
-        (TRAIN,),
+        (TRAIN_DATA,),
     ),
     Fault(
         "training: the causal loss is a mean over tokens, not over examples",
         "train/batches.py",
         "weights /= B * weights.sum(axis=1, keepdims=True)",
         "weights /= weights.sum()",
-        (TRAIN,),
+        (TRAIN_DATA,),
     ),
     Fault(
         "training: a run that is taken up forgets a half-made update",
@@ -393,7 +394,7 @@ FAULTS = (
         "train/batches.py",
         "_VALIDATION if validation else _NOISE, iteration]",
         "_VALIDATION if validation else _NOISE, 0]",
-        (TRAIN,),
+        (TRAIN_DATA,),
     ),
     Fault(
         "training: Muon decays weights through their gradient",
@@ -421,7 +422,7 @@ FAULTS = (
         "train/batches.py",
         "self._pool = pool * batch_size",
         "self._pool = len(lengths)",
-        (TRAIN,),
+        (TRAIN_DATA,),
     ),
 )
 

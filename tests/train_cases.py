@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma.train.data import Example, read_split
 from tests.checkpoints import draw_config, write_checkpoint
 
 TEXT = {
@@ -45,3 +46,9 @@ def write_lines(folder: Path, split: str = "train", lines: list[Any] | None = No
     rows = [line if isinstance(line, str) else json.dumps(line) for line in (lines or LINES)]
     (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def split_of(folder: Path, tokenizer: Any, **changes: int) -> list[Example]:
+    """The training examples of a data folder, for the model above."""
+    limits = {"vocab_size": 384, "canvas_length": 8, "max_seq_length": 256} | changes
+    return read_split(folder, "train", tokenizer, **limits)
