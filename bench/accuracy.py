@@ -30,8 +30,8 @@ import mlx.core as mx
 from common import finish, record
 
 from mlx_diffgemma import GenerationSettings, batch_generate, bundled_model, load
-from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.prompt import encode_prompt
+from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.language.prompt import encode_prompt
 
 BOUND = 2.0  # standard errors
 

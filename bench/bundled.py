@@ -38,7 +38,7 @@ import tasks
 from make import HELD_OUT, PHASES, Phase, stands_at
 
 from mlx_diffgemma import GenerationSettings, batch_generate, load
-from mlx_diffgemma.adapters import WEIGHTS
+from mlx_diffgemma.checkpoint.adapters import WEIGHTS
 from mlx_diffgemma.train.curves import METRICS, read
 
 UNSEEN_SEED, BATCH = 99, 16

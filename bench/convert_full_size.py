@@ -27,9 +27,9 @@ import mlx.core as mx
 import numpy as np
 from common import finish, record
 from make_checkpoint import write_checkpoint
-from mlx_diffgemma.convert.sources import open_checkpoint
 
-from mlx_diffgemma.headers import TensorInfo, read_headers
+from mlx_diffgemma.checkpoint.headers import TensorInfo, read_headers
+from mlx_diffgemma.convert.sources import open_checkpoint
 
 EXPECTED_BYTES = 16_556_429_016
 PEAK_BOUND = 4 * 2**30

@@ -23,12 +23,12 @@ from typing import Any
 
 import mlx.core as mx
 from common import finish, record
-from mlx_diffgemma.convert import convert as convert_here
 from mlx_vlm.convert import convert as convert_there
 from mlx_vlm_logits import BOUND, STEPS, compare
 
 from mlx_diffgemma import bundled_model
-from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.convert import convert as convert_here
 
 OURS: dict[str, dict[str, Any]] = {
     "mixed 4-bit": {"quantize": True},

@@ -34,14 +34,14 @@ import mlx.core as mx
 import numpy as np
 from accuracy import Answer, summarise
 from common import finish, record
+
+from mlx_diffgemma import GenerationSettings, batch_generate, bundled_model, load
+from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.checkpoint.names import part_of
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert.sources import open_checkpoint
 from mlx_diffgemma.convert.write import squared_error
-
-from mlx_diffgemma import GenerationSettings, batch_generate, bundled_model, load
-from mlx_diffgemma.load import load_model
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.names import part_of
 
 PACKINGS: dict[str, dict[str, Any]] = {
     "bf16": {},

@@ -53,16 +53,16 @@ from mlx_vlm.utils import load_model as load_theirs
 
 from mlx_diffgemma import GenerationSettings, bundled_model, load
 from mlx_diffgemma import loop as our_loop
-from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.config.generation import POLICIES
+from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.denoise.loop import denoise_tokens
+from mlx_diffgemma.denoise.noise import SeededNoise
 from mlx_diffgemma.events import StepDone
-from mlx_diffgemma.loop import denoise_tokens
+from mlx_diffgemma.language.prompt import encode_prompt
 from mlx_diffgemma.model import DiffusionGemma, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.model.context import Context, LayerContext
 from mlx_diffgemma.model.fused import fuse
-from mlx_diffgemma.noise import SeededNoise
-from mlx_diffgemma.prompt import encode_prompt
-from mlx_diffgemma.settings import POLICIES
 
 HOST_READS = 1
 # What a step is asked for: the settings, and the most passes over the logits.

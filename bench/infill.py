@@ -32,8 +32,8 @@ from common import finish, record
 
 from mlx_diffgemma import GenerationSettings, bundled_model, load, stream_generate
 from mlx_diffgemma.events import Finished, Text
-from mlx_diffgemma.fill import Filled, fill
-from mlx_diffgemma.template import Slot, Template
+from mlx_diffgemma.language.template import Slot, Template
+from mlx_diffgemma.write.fill import Filled, fill
 
 GRIDS = ("sudoku4", "sudoku6")
 TASKS = ("count", "sort", "table", "words", "code")

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from common import current_rss_bytes, finish, record
 
-from mlx_diffgemma.automaton import Automaton
+from mlx_diffgemma.constraint.automaton import Automaton
 
 VOCABULARY, LENGTH, SPECIAL, STEPS = 262_144, 16, 24, 5
 BOUND_MS = 100.0

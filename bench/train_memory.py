@@ -33,9 +33,9 @@ from common import finish, peak_rss_bytes, record
 from make_checkpoint import config_26b, official_tensors, packed_tensors
 from runtimes import checkpoint, read_config
 
-from mlx_diffgemma.config import LayerConfig, ModelConfig, TextConfig
-from mlx_diffgemma.load import load_model
-from mlx_diffgemma.recipe import LoraParameters, TrainSettings
+from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.config.model import LayerConfig, ModelConfig, TextConfig
+from mlx_diffgemma.config.training import LoraParameters, TrainSettings
 from mlx_diffgemma.train.checkpoint import trained_weights
 from mlx_diffgemma.train.data import Example
 from mlx_diffgemma.train.objective import _LOGITS_BYTES

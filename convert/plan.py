@@ -13,11 +13,11 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma.config import ModelConfig, Quantization, read_json
+from mlx_diffgemma.checkpoint.headers import TYPES
+from mlx_diffgemma.checkpoint.names import part_of
+from mlx_diffgemma.config.model import ModelConfig, Quantization, read_json
 from mlx_diffgemma.errors import ConfigError, WeightsError
-from mlx_diffgemma.headers import TYPES
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.names import part_of
 
 from .recipe import Recipe
 from .sources import Checkpoint, Source

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.config import Quantization, QuantizationConfig, read_json
+from mlx_diffgemma.checkpoint.headers import FLOATS, TensorInfo, read_headers
+from mlx_diffgemma.checkpoint.names import Ignored, keep_as
+from mlx_diffgemma.config.model import Quantization, QuantizationConfig, read_json
 from mlx_diffgemma.errors import ConfigError, WeightsError
-from mlx_diffgemma.headers import FLOATS, TensorInfo, read_headers
-from mlx_diffgemma.names import Ignored, keep_as
 
 _EXPERT = re.compile(
     r"(model\.decoder\.layers\.\d+\.experts)\.([0-9]{1,6})\.(gate|up|down)_proj"

@@ -15,15 +15,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.checkpoint.files import cached
+from mlx_diffgemma.checkpoint.headers import HEADER_LIMIT, TensorInfo, read_headers
+from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.checkpoint.memory import needed_bytes, recommended_bytes
+from mlx_diffgemma.checkpoint.names import part_of
+from mlx_diffgemma.checkpoint.weights import fit_weights
+from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.errors import DiffGemmaError, SourceError, WeightsError
-from mlx_diffgemma.files import cached
-from mlx_diffgemma.headers import HEADER_LIMIT, TensorInfo, read_headers
-from mlx_diffgemma.load import load_model, load_tokenizer
-from mlx_diffgemma.memory import needed_bytes, recommended_bytes
+from mlx_diffgemma.language.tokenizer import load_tokenizer
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.names import part_of
-from mlx_diffgemma.weights import fit_weights
 
 from .sources import open_checkpoint
 from .write import PROVENANCE, digest_of, squared_error

@@ -27,9 +27,9 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.checkpoint.files import SIDE_PATTERNS, resolve
+from mlx_diffgemma.checkpoint.headers import INDEX
 from mlx_diffgemma.errors import ConfigError, SourceError, WeightsError
-from mlx_diffgemma.files import SIDE_PATTERNS, resolve
-from mlx_diffgemma.headers import INDEX
 
 from .card import model_card
 from .plan import Move, Output, Plan, make_plan, versions

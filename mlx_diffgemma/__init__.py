@@ -12,40 +12,55 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .edit import edit as edit
+    from .checkpoint.files import bundled_model as bundled_model
+    from .checkpoint.load import load as load
+    from .checkpoint.load import load_model as load_model
+    from .config.generation import GenerationSettings as GenerationSettings
+    from .denoise.loop import denoise_tokens as denoise_tokens
+    from .denoise.noise import SeededNoise as SeededNoise
     from .errors import DiffGemmaError as DiffGemmaError
-    from .files import bundled_model as bundled_model
-    from .fill import fill as fill
-    from .generate import batch_generate as batch_generate
-    from .generate import generate as generate
-    from .generate import stream_generate as stream_generate
-    from .load import load as load
-    from .prompt import PromptOptions as PromptOptions
-    from .settings import GenerationSettings as GenerationSettings
-    from .template import Template as Template
+    from .language.prompt import PromptOptions as PromptOptions
+    from .language.prompt import encode_prompt as encode_prompt
+    from .language.template import Template as Template
+    from .language.tokenizer import load_tokenizer as load_tokenizer
+    from .write.edit import edit as edit
+    from .write.fill import fill as fill
+    from .write.generate import batch_generate as batch_generate
+    from .write.generate import generate as generate
+    from .write.generate import stream_generate as stream_generate
 
+# Public name -> the file that it lives in.
 _HOME = {
     "DiffGemmaError": "errors",
-    "GenerationSettings": "settings",
-    "Template": "template",
-    "PromptOptions": "prompt",
-    "batch_generate": "generate",
-    "edit": "edit",
-    "fill": "fill",
-    "bundled_model": "files",
-    "generate": "generate",
-    "load": "load",
-    "stream_generate": "generate",
+    "GenerationSettings": "config.generation",
+    "PromptOptions": "language.prompt",
+    "SeededNoise": "denoise.noise",
+    "Template": "language.template",
+    "batch_generate": "write.generate",
+    "bundled_model": "checkpoint.files",
+    "denoise_tokens": "denoise.loop",
+    "edit": "write.edit",
+    "encode_prompt": "language.prompt",
+    "fill": "write.fill",
+    "generate": "write.generate",
+    "load": "checkpoint.load",
+    "load_model": "checkpoint.load",
+    "load_tokenizer": "language.tokenizer",
+    "stream_generate": "write.generate",
 }
 __all__ = sorted(_HOME)
 
 
+# `python -m mlx_diffgemma.generate` and its kin find their files here.
+__path__.append(f"{__path__[0]}/cli/as_module")
+
+
 class _Package(ModuleType):
-    """`generate`, `fill` and others are functions here, although files bear the same names."""
+    """`generate`, `fill` and `edit` are functions here, although `python -m` finds modules of the
+    same names."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the file `generate.py` binds it as `mlx_diffgemma.generate`, before or over the
-        # function.
+        # Importing a module binds it in its package, before or over the function.
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

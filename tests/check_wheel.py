@@ -28,7 +28,7 @@ names = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 for name in names:
     assert (folder / name).read_bytes(), name
 assert (pathlib.Path(mlx_diffgemma.__file__).parent / "py.typed").is_file()
-template = pathlib.Path(mlx_diffgemma.__file__).parent / "trace.html"
+template = pathlib.Path(mlx_diffgemma.__file__).parent / "view/trace.html"
 assert template.read_text(encoding="utf-8").count("@@RUN@@") == 1
 model, tokenizer = mlx_diffgemma.load(folder)
 settings = mlx_diffgemma.GenerationSettings(seed=1)

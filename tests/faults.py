@@ -18,13 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL, LOGITS = "tests/test_model.py", "tests/parity/test_logits.py"
-LOOP, TRAJECTORY = "tests/test_loop.py", "tests/parity/test_trajectory.py"
-SAMPLER, PARITY_SAMPLER = "tests/test_sampler.py", "tests/parity/test_sampler.py"
-SCHEDULE, STOPPING = "tests/test_schedule.py", "tests/test_stopping.py"
-NOISE, FILL = "tests/test_noise.py", "tests/test_fill.py"
+MODEL, LOGITS = "tests/model/test_model.py", "tests/parity/test_logits.py"
+LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.py"
+SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
+SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
+NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
 OBJECTIVE = "tests/parity/test_objective.py"
-TRAIN, TRAIN_DATA = "tests/test_train.py", "tests/test_train_data.py"
+TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
 
 
 @dataclass(frozen=True)
@@ -104,35 +104,35 @@ FAULTS = (
     ),
     Fault(
         "self-conditioning: never comes back",
-        "loop.py",
+        "denoise/loop.py",
         "soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)",
         "soft = None",
         (LOOP,),
     ),
     Fault(
         "acceptance rule: counts a position's own entropy",
-        "sampler.py",
+        "denoise/sampler.py",
         "mx.cumsum(ascending, axis=-1) - ascending",
         "mx.cumsum(ascending, axis=-1)",
         (SAMPLER,),
     ),
     Fault(
         "acceptance rule: ranks by order instead of its inverse",
-        "sampler.py",
+        "denoise/sampler.py",
         "rank, axis=-1)\n    return Decision",
         "order, axis=-1)\n    return Decision",
         (SAMPLER,),
     ),
     Fault(
         "acceptance rule: accepted positions are frozen",
-        "loop.py",
+        "denoise/loop.py",
         "next_canvas = mx.where(frozen, canvas, next_canvas)",
         "next_canvas = mx.where(frozen, canvas, mx.where(accepted, proposal, canvas))",
         (LOOP,),
     ),
     Fault(
         "commit: forgotten",
-        "loop.py",
+        "denoise/loop.py",
         "context = model.commit(mx.array(committed), opened.pop().closed())",
         "context = opened.pop().closed()",
         (LOOP,),
@@ -146,7 +146,7 @@ FAULTS = (
     ),
     Fault(
         "commit: the proposal instead of the draft",
-        "loop.py",
+        "denoise/loop.py",
         "rows.take(last.draft, last.row_steps)",
         "rows.take(last.canvas, last.row_steps)",
         (LOOP,),
@@ -202,42 +202,42 @@ FAULTS = (
     ),
     Fault(
         "temperature: one step too cold",
-        "schedule.py",
+        "denoise/schedule.py",
         "return (steps - step) / steps",
         "return (steps - step - 1) / steps",
         (SCHEDULE,),
     ),
     Fault(
         "stop rule: stable is enough",
-        "stopping.py",
+        "denoise/stopping.py",
         "settled = entropy.mean(axis=-1) < confidence_threshold",
         "settled = entropy.mean(axis=-1) < 1e9",
         (STOPPING,),
     ),
     Fault(
         "stop rule: most positions are enough",
-        "stopping.py",
+        "denoise/stopping.py",
         "(holds if matters is None else holds | ~matters).all(axis=-1)",
         "(holds if matters is None else holds | ~matters).any(axis=-1)",
         (STOPPING,),
     ),
     Fault(
         "rows: a settled one moves on",
-        "loop.py",
+        "denoise/loop.py",
         "settings.pad_token_id), seen.draft)",
         "settings.pad_token_id) * 0 + seen.draft, seen.draft)",
         (LOOP,),
     ),
     Fault(
         "rows: all draw from one key",
-        "noise.py",
+        "denoise/noise.py",
         "[self.seed + row, self.attempt, *draw]",
         "[self.seed, self.attempt, *draw]",
         (NOISE,),
     ),
     Fault(
         "softcap: left out of the statistics",
-        "sampler.py",
+        "denoise/sampler.py",
         "(outputs.astype(mx.float32) if cap == NO_CAP else softcap(outputs, cap)) / heat",
         "outputs.astype(mx.float32) / heat",
         (SAMPLER,),
@@ -258,77 +258,77 @@ FAULTS = (
     ),
     Fault(
         "held tokens: frozen",
-        "sampler.py",
+        "denoise/sampler.py",
         "held = mx.where(held == draft, held, -1)",
         "held = held",
         (SAMPLER,),
     ),
     Fault(
         "narrow canvas: the answer's end is cut off",
-        "stopping.py",
+        "denoise/stopping.py",
         "first, draft.shape[1]).astype(mx.int32) + 1",
         "first, draft.shape[1]).astype(mx.int32)",
         (STOPPING,),
     ),
     Fault(
         "narrow canvas: a lost end keeps it narrow",
-        "loop.py",
+        "denoise/loop.py",
         "has_end = (length <= W) & mx.take",
         "has_end = mx.take",
         (LOOP,),
     ),
     Fault(
         "end token: what follows it stays",
-        "rows.py",
+        "denoise/rows.py",
         "tokens = np.where(keep, tokens, self.settings.pad_token_id).astype(np.int32)",
         "tokens = tokens.astype(np.int32)",
         (LOOP,),
     ),
     Fault(
         "pinned: conditioned on what the model thought there",
-        "loop.py",
+        "denoise/loop.py",
         "mx.where(free[..., None], soft, run.model.embed(pinned.tokens[:, :W]))",
         "soft",
         (FILL,),
     ),
     Fault(
         "pinned: noised with the rest",
-        "loop.py",
+        "denoise/loop.py",
         "        accepted, next_canvas = accepted | ~free, pinned.over(next_canvas)\n",
         "        accepted = accepted | ~free\n",
         (FILL,),
     ),
     Fault(
         "pinned: counted in the entropy",
-        "loop.py",
+        "denoise/loop.py",
         "entropy=mx.where(free, thought.entropy, 0.0)",
         "entropy=thought.entropy",
         (FILL,),
     ),
     Fault(
         "sets: left out of the noise",
-        "pinned.py",
+        "denoise/pinned.py",
         "tokens = mx.where(self._has_set, limited, tokens)",
         "tokens = mx.where(self._has_set, tokens, tokens)",
         (FILL,),
     ),
     Fault(
         "sets: excluded tokens keep their mass",
-        "sampler.py",
+        "denoise/sampler.py",
         "ratios, products = _only(allowed, ratios), _only(allowed, products)",
         "ratios, products = ratios, products",
         (FILL,),
     ),
     Fault(
         "automaton: the best token of each place, whatever the string",
-        "loop.py",
+        "denoise/loop.py",
         "        draft = pinned.choose(thought)\n",
         "        draft = thought.draft\n",
         (FILL,),
     ),
     Fault(
         "fill: nothing ends the turn behind the template",
-        "writer.py",
+        "write/writer.py",
         "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
         "tokens[row, at:] = FREE",
         (FILL,),

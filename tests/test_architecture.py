@@ -18,57 +18,44 @@ import mlx_diffgemma
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mlx_diffgemma"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# The reading order. A file imports only what stands before it.
-FLOW = (
-    "errors settings recipe config events files prompt names headers memory info model adapters "
-    "weights load schedule sampler automaton pinned noise stopping rows loop writer template fill "
-    "edit text generate report trace train convert cli __main__ demo"
-).split()
-PARTS = {
-    "model": (
-        "backend elementary products layers rope masks context attention experts self_conditioning "
-        "diffusion_gemma fused"
-    ).split(),
-    "cli": (
-        "interrupt options render render_convert render_train render_watch convert generate fill "
-        "edit info train fuse"
-    ).split(),
-    "train": "data batches objective optimizer checkpoint trainer curves session fuse".split(),
-    "demo": [],
+# The reading order. A file imports only wings that stand before its own, and files of its own
+# wing that stand before it.
+WINGS = {
+    "errors": "",
+    "events": "",
+    "config": "generation model training",
+    "language": "tokenizer prompt template text",
+    "constraint": "automaton",
+    "model": "backend elementary products layers rope masks context attention experts "
+    "self_conditioning diffusion_gemma fused",
+    "checkpoint": "files headers names memory adapters weights load info",
+    "denoise": "schedule sampler pinned noise stopping rows loop",
+    "write": "writer generate fill edit",
+    "train": "data batches objective optimizer checkpoint trainer curves session fuse",
+    "view": "report trace",
+    "convert": "recipe sources plan card write verify",
+    "cli": "interrupt options render render_convert render_train render_watch convert generate "
+    "fill edit info train fuse",
+    "__main__": "",
+    "demo": "",
 }
-# `mlx_diffgemma.convert` lives in a folder of its own, which only an installation maps.
-MAP_FOLDERS = f"""
-import importlib.util, sys
-import mlx_diffgemma
-for name, folder in {PROJECT["tool"]["setuptools"].get("package-dir", {})!r}.items():
-    if importlib.util.find_spec(name) is None:
-        path = {str(ROOT)!r} + "/" + folder
-        spec = importlib.util.spec_from_file_location(
-            name, path + "/__init__.py", submodule_search_locations=[path]
-        )
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-"""
-
-
-@cache
-def packages() -> dict[str, Path]:
-    """Package name -> folder, as pyproject.toml has them."""
-    setuptools = PROJECT["tool"]["setuptools"]
-    folders = setuptools.get("package-dir", {})
-    return {
-        name: ROOT / folders.get(name, name.replace(".", "/")) for name in setuptools["packages"]
-    }
+ORDER = list(WINGS)
+# These call a command and are called by nobody.
+ENTRIES = {"__main__", "as_module"}
 
 
 @cache
 def modules() -> dict[str, Path]:
     """Module name -> file, of all packages; a package's own file ends in `.__init__`."""
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "convert").glob("*.py")]  # rglob passes links by
     return {
-        f"{package}.{path.stem}": path
-        for package, folder in packages().items()
-        for path in sorted(folder.glob("*.py"))
+        ".".join(("mlx_diffgemma", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in sorted(set(files))
     }
+
+
+def is_entry(name: str) -> bool:
+    return bool(set(name.split(".")[2:]) & ENTRIES)
 
 
 def imports(name: str) -> Iterator[str]:
@@ -92,12 +79,11 @@ def imports(name: str) -> Iterator[str]:
             yield from inner or [".".join(target)]
 
 
-def rank(name: str) -> tuple[str, int, int]:
-    """(top-level name, its place in FLOW, place within that part; its __init__ comes last)."""
-    _, top, *rest = name.split(".")
-    parts = PARTS.get(top, [])
-    inner = parts.index(rest[0]) if rest and rest[0] in parts else len(parts)
-    return top, FLOW.index(top), inner
+def place(name: str) -> tuple[int, int]:
+    """(place of a module's wing, its place in the wing; the wing's own `__init__` comes last)."""
+    _, wing, *rest = name.split(".")
+    files = WINGS[wing].split()
+    return ORDER.index(wing), files.index(rest[0]) if rest and rest[0] in files else len(files)
 
 
 def run(program: str) -> str:
@@ -108,26 +94,22 @@ def run(program: str) -> str:
     return finished.stdout
 
 
-def test_every_file_is_listed_in_the_flow():
-    tops = {name.split(".")[1] for name in modules()} - {"__init__"}
-    assert tops == set(FLOW) & tops, "list the new file in FLOW"
-    assert set(FLOW) - tops <= {"convert"}, "FLOW lists a file that is not there"
-    for part, files in PARTS.items():
-        found = {path.stem for path in packages()[f"mlx_diffgemma.{part}"].glob("*.py")}
-        assert found - {"__init__"} == set(files), f"list the new file in PARTS[{part!r}]"
+def test_every_file_is_listed_in_its_wing():
+    found: dict[str, set[str]] = {}
+    for name in modules():
+        _, wing, *rest = name.split(".")
+        if wing != "__init__" and not is_entry(name):
+            found.setdefault(wing, set()).update(set(rest) - {"__init__"})
+    assert found == {wing: set(files.split()) for wing, files in WINGS.items()}
 
 
 def test_imports_point_upstream():
     for name in modules():
-        if name == "mlx_diffgemma.__init__":  # resolves the public names on first use
+        if name == "mlx_diffgemma.__init__" or is_entry(name):  # resolves names on first use
             continue
         for target in imports(name):
-            if target.split(".")[0] != "mlx_diffgemma" or target == "mlx_diffgemma":
-                continue
-            (top, place, inner), (other, other_place, other_inner) = rank(name), rank(target)
-            is_upstream = other_inner < inner if top == other else other_place < place
-            is_free = top == other and top not in PARTS
-            assert is_upstream or is_free, f"{name} imports {target}, which is downstream"
+            if target.split(".")[0] == "mlx_diffgemma" and target != "mlx_diffgemma":
+                assert place(target) < place(name), f"{name} imports {target}, which is downstream"
 
 
 def test_only_commands_import_the_converter():
@@ -143,21 +125,30 @@ def test_the_package_imports_neither_tests_nor_benchmarks():
 
 def test_packages_of_the_project_are_those_on_disk():
     on_disk = {
-        ".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")
-    }
-    mapped = set(PROJECT["tool"]["setuptools"].get("package-dir", {}))
-    assert set(packages()) == on_disk | mapped
-    assert all((folder / "__init__.py").is_file() for folder in packages().values())
+        name.removesuffix(".__init__") for name in modules() if name.endswith(".__init__")
+    } | {"mlx_diffgemma.cli.as_module"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == on_disk
 
 
 def test_every_module_imports():
     names = [name.removesuffix(".__init__") for name in modules()]
-    run(f"{MAP_FOLDERS}\nfor name in {names!r}:\n    importlib.import_module(name)")
+    run(f"import importlib\nfor name in {names!r}:\n    importlib.import_module(name)")
+
+
+def test_python_m_runs_every_command():
+    for command in PROJECT["project"]["scripts"]:
+        helped = subprocess.run(
+            [sys.executable, "-m", command, "--help"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert helped.returncode == 0, helped.stderr
+        assert "Usage" in helped.stdout, command
 
 
 def test_importing_the_package_and_its_commands_loads_nothing_heavy():
     heavy = "mlx", "transformers", "torch", "tokenizers", "huggingface_hub", "jinja2", "numpy"
-    commands = [f"mlx_diffgemma.cli.{name}" for name in PARTS["cli"] if "render" not in name]
+    commands = [
+        f"mlx_diffgemma.cli.{name}" for name in WINGS["cli"].split() if "render" not in name
+    ]
     loaded = run(
         f"import importlib, sys\nimport mlx_diffgemma, mlx_diffgemma.__main__\n"
         f"for name in {commands!r}: importlib.import_module(name)\n"
@@ -168,8 +159,8 @@ def test_importing_the_package_and_its_commands_loads_nothing_heavy():
 
 def test_config_headers_and_info_read_a_checkpoint_without_mlx():
     loaded = run(
-        "import sys\nfrom mlx_diffgemma.info import describe\n"
-        "from mlx_diffgemma.files import bundled_model\ndescribe(bundled_model())\n"
+        "import sys\nfrom mlx_diffgemma.checkpoint.info import describe\n"
+        "from mlx_diffgemma import bundled_model\ndescribe(bundled_model())\n"
         "print([name for name in ('mlx', 'transformers', 'torch') if name in sys.modules])"
     )
     assert loaded.strip() == "[]"
@@ -184,10 +175,10 @@ def test_public_names_resolve_and_others_do_not():
 
 FIRST_IMPORTS = [
     "import mlx_diffgemma",
-    "import mlx_diffgemma.generate, mlx_diffgemma.load",
-    "import mlx_diffgemma.load as name",
-    "from mlx_diffgemma.generate import BatchResponse",
-    "from mlx_diffgemma.load import load_tokenizer",
+    "import mlx_diffgemma.generate",
+    "import mlx_diffgemma.write.generate, mlx_diffgemma.checkpoint.load",
+    "import mlx_diffgemma.checkpoint.load as name",
+    "from mlx_diffgemma.write.generate import BatchResponse",
     "from mlx_diffgemma import load, generate",
     "from mlx_diffgemma import generate; import mlx_diffgemma.generate",
     "import mlx_diffgemma.cli.generate",
@@ -207,7 +198,7 @@ def test_generate_and_load_stay_functions_whatever_is_imported_first():
         "        import mlx_diffgemma\n"
         "        assert isinstance(mlx_diffgemma.generate, types.FunctionType), statement\n"
         "        assert isinstance(mlx_diffgemma.load, types.FunctionType), statement\n"
-        "        import mlx_diffgemma.generate, mlx_diffgemma.load\n"
+        "        import mlx_diffgemma.generate, mlx_diffgemma.checkpoint.load\n"
     )
 
 
@@ -223,7 +214,7 @@ def test_only_one_file_reaches_the_network():
     network = {"huggingface_hub", "httpx2", "httpx", "requests", "urllib", "socket", "http"}
     for name in modules():
         reaches = {target.split(".")[0] for target in imports(name)} & network
-        assert not reaches or name == "mlx_diffgemma.files", (name, reaches)
+        assert not reaches or name == "mlx_diffgemma.checkpoint.files", (name, reaches)
 
 
 def test_nothing_is_unpickled():
@@ -233,7 +224,7 @@ def test_nothing_is_unpickled():
 
 
 # The tokenizers library raises a bare Exception for a damaged file, so nothing narrower catches it.
-ALLOWED_BROAD_EXCEPTS = {"mlx_diffgemma.load": 1}
+ALLOWED_BROAD_EXCEPTS = {"mlx_diffgemma.language.tokenizer": 1}
 
 
 def test_no_error_is_caught_without_naming_its_kind():

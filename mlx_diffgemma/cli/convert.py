@@ -61,7 +61,7 @@ def convert(
         from mlx_diffgemma.convert.verify import verify as check
         from mlx_diffgemma.convert.write import carry_out, origin, prepare
 
-        from ..files import upload
+        from ..checkpoint.files import upload
         from .render_convert import Progress, show_plan, show_summary, show_verified
 
         settings = (quantize, q_bits, q_group_size, q_mode, dtype, dequantize, revision, force)

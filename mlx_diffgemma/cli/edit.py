@@ -81,8 +81,8 @@ def edit(
                 raise TemplateError("say what to rewrite, with --select or with --match")
             content = read_file(file)
             document = decoded(file, content)
-            from ..edit import Selection
-            from ..edit import edit as rewrite
+            from ..write.edit import Selection
+            from ..write.edit import edit as rewrite
 
             bounds = gap_bounds(gap_tokens)
             if match is not None:
@@ -90,9 +90,9 @@ def edit(
             else:
                 assert select is not None
                 selection = Selection.of_places(document, select)
-            from ..files import bundled_model, write_whole
-            from ..load import load
-            from ..prompt import PromptOptions
+            from ..checkpoint.files import bundled_model, write_whole
+            from ..checkpoint.load import load
+            from ..language.prompt import PromptOptions
 
             loaded, tokenizer = load(
                 bundled_model() if model is None else model,

@@ -78,15 +78,15 @@ def fill(
                 canvas_length=canvas_length,
                 policy=policy,
             )
-            from ..template import Template
+            from ..language.template import Template
 
             bounds = gap_bounds(gap_tokens)
             parsed = Template.parse(_template_text(template, file))
-            from ..files import bundled_model
-            from ..fill import Filled, stream_fill
-            from ..load import load
-            from ..prompt import PromptOptions
-            from ..report import filled_object
+            from ..checkpoint.files import bundled_model
+            from ..checkpoint.load import load
+            from ..language.prompt import PromptOptions
+            from ..view.report import filled_object
+            from ..write.fill import Filled, stream_fill
 
             loaded, tokenizer = load(
                 bundled_model() if model is None else model,

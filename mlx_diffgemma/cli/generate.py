@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
-from ..settings import (
+from ..config.generation import (
     COMMAND_MAX_TOKENS,
     Acceptance,
     CanvasWidth,
@@ -19,6 +18,7 @@ from ..settings import (
     SelfConditioning,
     StopOn,
 )
+from ..errors import ConfigError
 from .options import (
     AdapterOption,
     CanvasLengthOption,
@@ -153,9 +153,11 @@ def generate(
             )
             variables = _json_object(chat_template_config)
             text = read_stdin() if prompt == "-" else unescape(prompt)
-            from ..files import bundled_model  # heavy imports wait until the arguments are valid
-            from ..load import load
-            from ..prompt import PromptOptions, single_tokens
+            from ..checkpoint.files import (
+                bundled_model,  # heavy imports wait until the arguments are valid
+            )
+            from ..checkpoint.load import load
+            from ..language.prompt import PromptOptions, single_tokens
 
             source = bundled_model() if model is None else model
             loaded, tokenizer = load(source, revision=revision, adapter_path=adapter_path)
@@ -166,7 +168,7 @@ def generate(
             settings = replace(settings, extra_eos_token_ids=extra)
             listener = None
             if page is not None:
-                from ..trace import CANDIDATES, Trace
+                from ..view.trace import CANDIDATES, Trace
 
                 listener = Trace(tokenizer, model=str(source), prompt=text, settings=settings)
                 top = min(CANDIDATES, loaded.config.text.vocab_size)
@@ -220,9 +222,9 @@ def _answer(
 ) -> None:
     """Runs one prompt and shows its events; what was shown stays, whatever ends the run."""
     from ..events import StepDone, Text
-    from ..generate import stream_generate
-    from ..report import Stopwatch, as_object
-    from ..text import Spellings
+    from ..language.text import Spellings
+    from ..view.report import Stopwatch, as_object
+    from ..write.generate import stream_generate
 
     stopwatch, resolved = Stopwatch(), settings.resolve(model.config)
     spellings = Spellings(tokenizer)
@@ -258,8 +260,8 @@ def _answer(
 def _show_step(
     view: Any, tokenizer: Any, spellings: Any, event: Any, settings: ResolvedSettings
 ) -> None:
-    from ..report import as_object
-    from ..text import canvas_tokens, draft_pieces
+    from ..language.text import canvas_tokens, draft_pieces
+    from ..view.report import as_object
     from .render_watch import StepNumbers, WatchView
 
     ends = settings.eos_token_ids

@@ -15,8 +15,8 @@ def info(
 ) -> None:
     """Tell a checkpoint's size, layout and memory needs, without reading its tensors."""
     with friendly_errors():
-        from ..files import bundled_model, resolve
-        from ..info import as_object, describe
+        from ..checkpoint.files import bundled_model, resolve
+        from ..checkpoint.info import as_object, describe
         from .render import show_info
 
         found = describe(resolve(bundled_model() if model is None else model, revision))

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config.generation import GenerationSettings, Policy, default_of, help_of, source_of
 from ..errors import ConfigError, DiffGemmaError, PromptError, SourceError, TemplateError
-from ..settings import GenerationSettings, Policy, default_of, help_of, source_of
 from .interrupt import leave
 
 MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text as Styled
 
+from ..checkpoint.info import Info
 from ..errors import SourceError
 from ..events import StepDone
-from ..info import Info
 
 if TYPE_CHECKING:
     from ..events import Event
-    from ..fill import Filled
+    from ..write.fill import Filled
 
 
 class View:
@@ -99,7 +99,7 @@ class View:
 
     def about(self, filled: Filled) -> None:
         """Notes and certainties of a filled template, to stderr."""
-        from ..report import filled_lines  # imports mlx
+        from ..view.report import filled_lines  # imports mlx
 
         for line in filled_lines(filled):
             self.note(line)

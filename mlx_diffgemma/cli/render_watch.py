@@ -13,7 +13,7 @@ from rich.text import Text as Styled
 from .render import View, _printable
 
 if TYPE_CHECKING:
-    from ..text import CanvasToken
+    from ..language.text import CanvasToken
 
 # By certainty, from unsure to sure. The terminal's own colours, so that they suit its background.
 BAND_STYLES = ("red", "magenta", "yellow", "cyan", "green")
@@ -132,7 +132,7 @@ def canvas_text(tokens: Sequence[CanvasToken]) -> Styled:
 
 def legend() -> Styled:
     """What the colours and signs mean."""
-    from ..text import CERTAINTY_BANDS  # imports mlx
+    from ..language.text import CERTAINTY_BANDS  # imports mlx
 
     line, low = Styled("certainty "), 0.0
     for style, high in zip(BAND_STYLES, (*CERTAINTY_BANDS, 1.0), strict=True):

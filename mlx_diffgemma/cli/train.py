@@ -6,8 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config.training import (
+    FineTuneType,
+    Optimizer,
+    TrainSettings,
+    default_of,
+    help_of,
+    read_recipe,
+)
 from ..errors import ConfigError
-from ..recipe import FineTuneType, Optimizer, TrainSettings, default_of, help_of, read_recipe
 from .interrupt import stopping
 from .options import REVISION_HELP, friendly_errors, run
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import LayerConfig, TextConfig
+from ..config.model import LayerConfig, TextConfig
 from .backend import is_cpu
 from .context import LayerContext
 from .elementary import exp_below_zero

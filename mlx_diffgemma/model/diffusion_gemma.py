@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..config import LayerConfig, ModelConfig, TextConfig
-from ..settings import default_of
+from ..config.generation import default_of
+from ..config.model import LayerConfig, ModelConfig, TextConfig
 from .attention import Attention, Place
 from .backend import begin, compiled
 from .context import Context, LayerContext, OpenContext

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from ..config import TextConfig
+from ..config.model import TextConfig
 from .backend import compiled_per_shape, is_cpu, is_training
 from .layers import geglu, geglu_gradients, unit_rms
 from .products import expert_matrix, linear

@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 import mlx.core as mx
 import numpy as np
 
-from ..config import RopeConfig
+from ..config.model import RopeConfig
 from .backend import compiled, is_cpu
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..config import TextConfig
+from ..config.model import TextConfig
 from .layers import MLP, RMSNorm, unit_rms
 
 

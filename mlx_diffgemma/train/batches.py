@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import mlx.core as mx
 import numpy as np
 
-from ..recipe import TrainSettings
+from ..config.training import TrainSettings
 from .data import Example
 
 # Contexts are padded to multiples of this, and conditioned rows to a power of two: every new shape

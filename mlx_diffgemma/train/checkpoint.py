@@ -16,9 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..adapters import CONFIG, WEIGHTS
+from ..checkpoint.adapters import CONFIG, WEIGHTS
+from ..config.training import TrainSettings
 from ..errors import SourceError
-from ..recipe import TrainSettings
 
 STATE = "training_state.safetensors"
 _FORMAT = "1"

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, PromptError
-from ..prompt import PromptOptions, encode_prompt, encode_text, special_tokens
+from ..language.prompt import PromptOptions, encode_prompt, encode_text, special_tokens
 
 SPLITS = ("train", "valid", "test")
 _END_OF_TURN = "<turn|>"

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..adapters import WEIGHTS, lora_of, read_adapter_config
-from ..config import ModelConfig, Quantization, read_json
+from ..checkpoint.adapters import WEIGHTS, lora_of, read_adapter_config
+from ..checkpoint.files import SIDE_PATTERNS, resolve
+from ..checkpoint.headers import INDEX, TensorInfo, read_header, read_headers
+from ..checkpoint.names import Ignored, translate
+from ..config.model import ModelConfig, Quantization, read_json
 from ..errors import SourceError
-from ..files import SIDE_PATTERNS, resolve
-from ..headers import INDEX, TensorInfo, read_header, read_headers
-from ..names import Ignored, translate
 
 _SHARD_BYTES = 5 << 30
 

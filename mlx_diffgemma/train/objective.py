@@ -18,12 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from ..config.training import TrainSettings
 from ..model import DiffusionGemma
 from ..model.backend import training
 from ..model.context import Context, LayerContext
 from ..model.layers import softcap
 from ..model.products import head
-from ..recipe import TrainSettings
 
 # Of float32 logits that exist at a time; more of them are made in slices, and twice.
 _LOGITS_BYTES = 128 << 20

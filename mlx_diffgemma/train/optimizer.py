@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
+from ..config.training import TrainSettings
 from ..errors import ConfigError
-from ..recipe import TrainSettings
 
 Rate = float | Callable[[mx.array], mx.array]
 

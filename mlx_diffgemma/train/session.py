@@ -11,14 +11,15 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..adapters import load_adapters
-from ..config import ModelConfig
+from ..checkpoint.adapters import load_adapters
+from ..checkpoint.files import resolve
+from ..checkpoint.headers import read_header, read_headers
+from ..checkpoint.load import load_model
+from ..config.model import ModelConfig
+from ..config.training import TrainSettings
 from ..errors import SourceError
-from ..files import resolve
-from ..headers import read_header, read_headers
-from ..load import load_model, load_tokenizer
+from ..language.tokenizer import load_tokenizer
 from ..model import DiffusionGemma
-from ..recipe import TrainSettings
 from .checkpoint import STATE, trained_weights
 from .curves import Metrics, draw
 from .data import Example, fill_token, read_split

@@ -16,13 +16,13 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-from ..adapters import add_adapters
+from ..checkpoint.adapters import add_adapters
+from ..checkpoint.memory import generation_limits
+from ..config.training import TrainSettings
 from ..errors import ConfigError, DataError, LossError, SourceError
-from ..memory import generation_limits
 from ..model import DiffusionGemma
 from ..model.backend import is_cpu
 from ..model.products import unpacked
-from ..recipe import TrainSettings
 from .batches import Batch, Draw, Order, draw, make_batch
 from .checkpoint import STATE, State, restore, save, trained_weights
 from .data import Example

@@ -35,7 +35,7 @@ import tasks
 import yaml
 from safetensors import safe_open
 
-from mlx_diffgemma.adapters import WEIGHTS
+from mlx_diffgemma.checkpoint.adapters import WEIGHTS
 from mlx_diffgemma.train.checkpoint import STATE
 from mlx_diffgemma.train.fuse import fuse_checkpoint
 

@@ -21,9 +21,9 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (  # no
     DiffusionGemmaTextRouter,
 )
 
-from mlx_diffgemma.load import load_model  # noqa: E402
-from mlx_diffgemma.schedule import temperature  # noqa: E402
-from mlx_diffgemma.settings import GenerationSettings  # noqa: E402
+from mlx_diffgemma.checkpoint.load import load_model  # noqa: E402
+from mlx_diffgemma.config.generation import GenerationSettings  # noqa: E402
+from mlx_diffgemma.denoise.schedule import temperature  # noqa: E402
 from tests.checkpoints import draw_config, write_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.parity

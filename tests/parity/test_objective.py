@@ -19,16 +19,16 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from transformers import DynamicCache  # noqa: E402
 
-from mlx_diffgemma.adapters import add_adapters  # noqa: E402
-from mlx_diffgemma.load import load_model  # noqa: E402
-from mlx_diffgemma.model.backend import as_on_gpu  # noqa: E402
-from mlx_diffgemma.names import translate  # noqa: E402
-from mlx_diffgemma.recipe import (  # noqa: E402
+from mlx_diffgemma.checkpoint.adapters import add_adapters  # noqa: E402
+from mlx_diffgemma.checkpoint.load import load_model  # noqa: E402
+from mlx_diffgemma.checkpoint.names import translate  # noqa: E402
+from mlx_diffgemma.config.training import (  # noqa: E402
     DEFAULT_KEYS,
     EXPERTS,
     LoraParameters,
     TrainSettings,
 )
+from mlx_diffgemma.model.backend import as_on_gpu  # noqa: E402
 from mlx_diffgemma.train.batches import Draw, draw, make_batch  # noqa: E402
 from mlx_diffgemma.train.data import Example  # noqa: E402
 from mlx_diffgemma.train.objective import layers_twice, losses  # noqa: E402

@@ -19,11 +19,11 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (  # 
     StableAndConfidentStoppingCriteria,
 )
 
-from mlx_diffgemma.config import ModelConfig  # noqa: E402
-from mlx_diffgemma.sampler import decide, statistics  # noqa: E402
-from mlx_diffgemma.schedule import temperature  # noqa: E402
-from mlx_diffgemma.settings import GenerationSettings, default_of  # noqa: E402
-from mlx_diffgemma.stopping import is_settled  # noqa: E402
+from mlx_diffgemma.config.generation import GenerationSettings, default_of  # noqa: E402
+from mlx_diffgemma.config.model import ModelConfig  # noqa: E402
+from mlx_diffgemma.denoise.sampler import decide, statistics  # noqa: E402
+from mlx_diffgemma.denoise.schedule import temperature  # noqa: E402
+from mlx_diffgemma.denoise.stopping import is_settled  # noqa: E402
 from tests.checkpoints import draw_config  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -23,10 +23,10 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (  # no
 )
 
 from mlx_diffgemma import PromptOptions, bundled_model, load  # noqa: E402
+from mlx_diffgemma.config.generation import GenerationSettings  # noqa: E402
+from mlx_diffgemma.denoise.loop import denoise_tokens  # noqa: E402
 from mlx_diffgemma.events import CanvasCommitted, StepDone  # noqa: E402
-from mlx_diffgemma.loop import denoise_tokens  # noqa: E402
-from mlx_diffgemma.prompt import encode_prompt  # noqa: E402
-from mlx_diffgemma.settings import GenerationSettings  # noqa: E402
+from mlx_diffgemma.language.prompt import encode_prompt  # noqa: E402
 
 pytestmark = pytest.mark.parity
 torch.set_num_threads(1)  # models this small only wait for one another's threads

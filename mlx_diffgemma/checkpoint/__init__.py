@@ -1,0 +1,1 @@
+"""Folder or Hub repository -> model."""

@@ -1,0 +1,250 @@
+"""Repo id or folder -> local folder. The only file that touches the network."""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from ..errors import SourceError
+
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_TEXT = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_IMAGES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+# What a text runtime needs of a repository; no pickle files, no code.
+PATTERNS = ("config.json", *_TEXT, *_WEIGHTS)
+# What a converted checkpoint takes along from its source as it is.
+SIDE_PATTERNS = (*_TEXT, *_IMAGES)
+
+
+def bundled_model() -> Path:
+    """Folder of the small trained model that comes with the package."""
+    return Path(str(resources.files("mlx_diffgemma.demo")))
+
+
+def resolve(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    for_conversion: bool = False,
+    headers_only: bool = False,
+) -> Path:
+    """A folder as it is, or the local copy of a Hub repository, downloaded where needed.
+
+    Downloads resume, show their progress on stderr, and bring only the files that are needed.
+    `HF_HUB_OFFLINE=1` uses what is cached.
+
+    Args:
+      source: a folder, or a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`.
+      revision: branch, tag or commit of a repository.
+      for_conversion: bring what a copy of the checkpoint has, image processing included.
+      headers_only: bring the headers of weight files that are not cached, in a temporary folder
+        with files of the right length and nothing else in them.
+
+    Raises:
+      SourceError: if there is no such folder or repository, or it cannot be reached.
+    """
+    text = os.fspath(source)
+    try:
+        folder = Path(text).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # forbidden, too long, nobody's home
+        raise SourceError(f"{text} cannot be looked up as a folder: {error}") from error
+    if not text:
+        raise SourceError("the name of the model is empty; give a folder or a Hub repo id")
+    if is_folder:
+        if revision is not None:
+            raise SourceError(
+                f"{text} is a folder, and a revision ({revision!r}) belongs to a Hub repository"
+            )
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise SourceError(f"{text} cannot be read: permission denied")
+        return folder
+    if is_there:
+        raise SourceError(f"{text} is a file; a checkpoint folder or a Hub repo id is expected")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith((".", "~", "/")):
+        raise SourceError(
+            f"no folder {text}, and it is not a Hub repo id (owner/name){_similar(folder)}"
+        )
+    patterns = (*PATTERNS, *_IMAGES) if for_conversion else PATTERNS
+    return _download(text, revision, folder, patterns, headers_only=headers_only)
+
+
+def _download(
+    repo: str,
+    revision: str | None,
+    folder: Path,
+    patterns: tuple[str, ...],
+    *,
+    headers_only: bool,
+) -> Path:
+    import httpx2
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        SafetensorsParsingError,
+    )
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        wanted = [p for p in patterns if not (headers_only and p.endswith(".safetensors"))]
+        local = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        if not headers_only or any(local.glob("model*.safetensors")):
+            return local
+        return _with_headers(local, repo)
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise SourceError(
+            f"{repo}{at} has no safetensors files that can be read: {error}"
+        ) from error
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{repo} asks you to accept its terms on huggingface.co and to log in (`hf auth login`)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"no folder and no Hub repository {repo}; check the name, or log in if it is private"
+            f"{_similar(folder)}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{repo} has no revision {revision}") from error
+    except HFValidationError as error:
+        raise SourceError(
+            f"no folder {repo}, and it is not a valid Hub repo id: {error}"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise SourceError(
+            f"no folder {repo}; as a Hub repository{at} it is not, or not whole, in the local "
+            f"cache, and the Hub cannot be reached"
+            f"{' (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else ''}"
+        ) from error
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{repo}{at} could not be downloaded: {reason}") from error
+
+
+def _with_headers(local: Path, repo: str) -> Path:
+    """A temporary copy of a snapshot, whose weight files have a header and a length, and no
+    more."""
+    from huggingface_hub import HfApi
+
+    folder = Path(tempfile.mkdtemp(prefix="mlx_diffgemma-headers-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in local.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
+    # The commit, not the branch: it may have moved since the small files came.
+    found = HfApi().get_safetensors_metadata(repo, revision=local.name)
+    for name, metadata in found.files_metadata.items():
+        tensors = metadata.tensors
+        header = {
+            tensor: {"dtype": i.dtype, "shape": i.shape, "data_offsets": list(i.data_offsets)}
+            for tensor, i in tensors.items()
+        }
+        raw = json.dumps(header).encode()
+        end = max((i.data_offsets[1] for i in tensors.values()), default=0)
+        with (folder / Path(name).name).open("wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            file.truncate(8 + len(raw) + end)
+    return folder
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """What the Hub's local cache has of a repository; never downloads."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Puts a folder on the Hub as `repo`, which is made where it does not exist.
+
+    Raises:
+      SourceError: if the Hub refuses or cannot be reached.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        httpx2.HTTPError,
+        OSError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{folder} could not be uploaded to {repo}: {reason}") from error
+
+
+def _similar(folder: Path) -> str:
+    try:
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(folder.name, siblings, n=1)
+    return f"; did you mean {folder.parent / close[0]}?" if close else ""
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Through a file beside it and a rename, so that it is never half written; a link stays one,
+    and so do the permissions.
+
+    Raises:
+      SourceError: if it cannot be written.
+    """
+    target, beside = file.resolve(), None
+    try:
+        number, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(number, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(beside, _mode(target))
+        os.replace(beside, target)
+    except BaseException as error:  # Ctrl-C too must leave nothing behind
+        if beside is not None:
+            Path(beside).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SourceError(f"{file} cannot be written: {error.strerror}") from error
+        raise
+
+
+def _mode(target: Path) -> int:
+    """As it was, or as for any new file."""
+    if target.exists():
+        return target.stat().st_mode & 0o7777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -1,0 +1,133 @@
+"""What a checkpoint is, from its config and the headers of its files. Reads no tensor; imports no
+mlx."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.model import ModelConfig
+from .headers import TYPES, TensorInfo, read_headers
+from .memory import needed_bytes
+from .names import VISION, Ignored, part_of, translate
+
+CONTEXTS = (4096, 32768)  # tokens for which the memory needed is told
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the model, such as all attention projections."""
+
+    name: str
+    parameters: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What `describe` finds."""
+
+    folder: Path
+    parameters: int  # everything on disk, vision included
+    active_parameters: int  # what one token meets in the text path
+    parts: tuple[Part, ...]
+    disk_bytes: int  # weight files
+    tensors: int
+    files: int
+    loaded_bytes: int  # of the tensors that a text run loads
+    needed_bytes: dict[int, int]  # context tokens -> bytes, an estimate
+    vision: str  # "absent", or why it is not loaded
+    config: ModelConfig
+
+
+def describe(folder: Path) -> Info:
+    """Counts a checkpoint in any layout that loads.
+
+    Raises:
+      DiffGemmaError: if config or weight files are missing or damaged.
+    """
+    config = ModelConfig.from_folder(folder)
+    tensors = read_headers(folder)
+    parameters: dict[str, int] = defaultdict(int)
+    nbytes: dict[str, int] = defaultdict(int)
+    loaded, has_vision = 0, False
+    for name, info in tensors.items():
+        part, target = part_of(name), translate(name)
+        parameters[part] += _parameters(name, info, tensors, config)
+        nbytes[part] += info.nbytes
+        if isinstance(target, Ignored):
+            has_vision |= target.reason == VISION
+        else:
+            loaded += info.nbytes
+    text = config.text
+    idle_experts = parameters["experts"] * (text.num_experts - text.top_k_experts)
+    files = {info.file for info in tensors.values()}
+    return Info(
+        folder=folder,
+        parameters=sum(parameters.values()),
+        active_parameters=sum(parameters.values())
+        - parameters["vision"]
+        - idle_experts // text.num_experts,
+        parts=tuple(
+            Part(name, parameters[name], nbytes[name])
+            for name in sorted(parameters, key=lambda name: -parameters[name])
+            if parameters[name]
+        ),
+        disk_bytes=sum(file.stat().st_size for file in files),
+        tensors=len(tensors),
+        files=len(files),
+        loaded_bytes=loaded,
+        needed_bytes={n: needed_bytes(text, loaded, n, config.canvas_length) for n in CONTEXTS},
+        vision=VISION if has_vision else "absent",
+        config=config,
+    )
+
+
+def _parameters(
+    name: str, info: TensorInfo, tensors: dict[str, TensorInfo], config: ModelConfig
+) -> int:
+    """Weights that a tensor stands for: packed ones as many as they unpack to, scales none."""
+    module, _, leaf = name.rpartition(".")
+    if f"{module}.scales" not in tensors:
+        return info.elements
+    setting = config.quantization.for_module(module) if config.quantization else None
+    if leaf != "weight" or setting is None:
+        return 0
+    return info.elements * TYPES[info.dtype] // setting.bits
+
+
+def as_object(info: Info) -> dict[str, Any]:
+    """For JSON."""
+    text = info.config.text
+    return {
+        "folder": str(info.folder),
+        "parameters": info.parameters,
+        "active_parameters": info.active_parameters,
+        "disk_bytes": info.disk_bytes,
+        "tensors": info.tensors,
+        "files": info.files,
+        "loaded_bytes": info.loaded_bytes,
+        "needed_bytes": {str(tokens): nbytes for tokens, nbytes in info.needed_bytes.items()},
+        "vision": info.vision,
+        "layers": text.num_hidden_layers,
+        "experts": text.num_experts,
+        "experts_per_token": text.top_k_experts,
+        "vocabulary": text.vocab_size,
+        "canvas_length": info.config.canvas_length,
+        "max_positions": text.max_position_embeddings,
+        "parts": [
+            {
+                "part": part.name,
+                "parameters": part.parameters,
+                "bytes": part.nbytes,
+                "bits_per_weight": round(part.bits_per_weight, 3),
+            }
+            for part in info.parts
+        ],
+    }

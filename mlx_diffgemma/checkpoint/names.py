@@ -1,0 +1,129 @@
+"""Source name pattern -> our name, or "ignored because". Data only, for loading and for converting.
+
+Our names are those of the mlx-community checkpoints: the official ones, with `.weight` behind the
+expert arrays.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import WeightsError
+
+_LAYER = r"model\.decoder\.layers\.\d+\."
+_VISION_LAYER = r"model\.encoder\.vision_tower\.encoder\.layers\.\d+\."
+_PACKED = r"\.(weight|scales|biases)"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Source names that match `pattern` as a whole become `target`; without a target they are left
+    out, for `reason`."""
+
+    pattern: str
+    target: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    reason: str
+
+
+VISION = "vision is not loaded yet"
+
+RULES = (
+    Rule(
+        rf"({_LAYER}experts\.(gate_up_proj|down_proj))", r"\1.weight"
+    ),  # official: bare parameters
+    Rule(rf"({_LAYER}experts\.(gate_up_proj|down_proj){_PACKED})", r"\1"),
+    Rule(rf"({_LAYER}self_attn\.[qkvo]_proj{_PACKED})", r"\1"),
+    Rule(rf"({_LAYER}self_attn\.[qk]_norm\.weight)", r"\1"),
+    Rule(rf"({_LAYER}mlp\.(gate|up|down)_proj{_PACKED})", r"\1"),
+    Rule(rf"({_LAYER}router\.(proj{_PACKED}|scale|per_expert_scale))", r"\1"),
+    Rule(
+        rf"({_LAYER}(input_layernorm|post_attention_layernorm|pre_feedforward_layernorm(_2)?"
+        r"|post_feedforward_layernorm(_1|_2)?)\.weight)",
+        r"\1",
+    ),
+    Rule(rf"({_LAYER}layer_scalar)", r"\1"),
+    Rule(r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1"),
+    Rule(rf"(model\.decoder\.embed_tokens{_PACKED})", r"\1"),
+    Rule(r"(model\.decoder\.norm\.weight)", r"\1"),
+    Rule(r"(model\.decoder\.self_conditioning\.pre_norm\.weight)", r"\1"),
+    Rule(rf"(model\.decoder\.self_conditioning\.(gate|up|down)_proj{_PACKED})", r"\1"),
+    Rule(rf"model\.encoder\.embed_vision\.embedding_projection{_PACKED}", None, VISION),
+    Rule(r"model\.encoder\.vision_tower\.std_(bias|scale)", None, VISION),
+    Rule(
+        r"model\.encoder\.vision_tower\.patch_embedder\.(input_proj\.weight|position_embedding_table)",
+        None,
+        VISION,
+    ),
+    Rule(
+        rf"{_VISION_LAYER}(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.linear{_PACKED}",
+        None,
+        VISION,
+    ),
+    Rule(
+        rf"{_VISION_LAYER}(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.(in|out)put_(min|max)",
+        None,
+        VISION,
+    ),
+    Rule(rf"{_VISION_LAYER}self_attn\.[qk]_norm\.weight", None, VISION),
+    Rule(
+        rf"{_VISION_LAYER}(input_layernorm|post_attention_layernorm|pre_feedforward_layernorm"
+        r"|post_feedforward_layernorm)\.weight",
+        None,
+        VISION,
+    ),
+    Rule(r".*rotary_emb\.(.*_)?(original_)?inv_freq", None, "computed from the config"),
+    Rule(rf"lm_head{_PACKED}", None, "tied to model.decoder.embed_tokens"),
+)
+
+_COMPILED = tuple((re.compile(rule.pattern), rule) for rule in RULES)
+
+
+def translate(name: str) -> str | Ignored:
+    """Our name of a source tensor, or why it is left out.
+
+    Raises:
+      WeightsError: if no rule knows the name.
+    """
+    for pattern, rule in _COMPILED:
+        if match := pattern.fullmatch(name):
+            return Ignored(rule.reason) if rule.target is None else match.expand(rule.target)
+    raise WeightsError(
+        f"tensor {name} is not part of DiffusionGemma; "
+        "was something else saved into this checkpoint?"
+    )
+
+
+def keep_as(name: str) -> str | Ignored:
+    """As `translate`, for a copy: what is only not loaded yet keeps its name.
+
+    Raises:
+      WeightsError: if no rule knows the name.
+    """
+    target = translate(name)
+    return name if target == Ignored(VISION) else target
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a tensor, under its source name or ours, belongs to: a row of
+    `info`'s table."""
+    if ".experts." in name:
+        return "experts"
+    if ".router." in name:
+        return "router"
+    if "vision" in name:
+        return "vision"
+    if ".self_attn." in name and "_proj" in name:
+        return "attention"
+    if ".mlp." in name:
+        return "dense MLP"
+    if ".self_conditioning." in name:
+        return "self-conditioning"
+    if "embed_tokens" in name:
+        return "embedding"
+    return "norms and scalars"

@@ -1,0 +1,214 @@
+"""safetensors -> model. Strict both ways: every tensor is used or ignored by name, every parameter
+is filled once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..config.model import ModelConfig, Quantization
+from ..errors import WeightsError
+from .headers import FLOATS, TensorInfo, read_headers
+from .names import Ignored, translate
+
+# Arrays are materialised in groups of this size: enough to keep the disk busy, little enough to
+# bound what is held twice.
+_GROUP_BYTES = 1 << 28
+
+
+def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
+    """Fills the model from a folder, and packs the modules that come with scales.
+
+    On the CPU backend everything that is not packed becomes float32, since its gathered product
+    knows nothing else.
+
+    Raises:
+      WeightsError: if a tensor is missing, unknown, or has the wrong shape or type; nothing is
+      loaded then.
+    """
+    tensors, sources, packed = fit_weights(model, config, folder)
+    expected = dict(tree_flatten(model.parameters()))
+    as_float32 = set()
+    if mx.default_device() == mx.cpu:
+        as_float32 = {name for name in tensors if name.rpartition(".")[0] not in packed}
+    for name, array in _read(tensors, sources, as_float32):
+        module, _, leaf = name.rpartition(".")
+        _owner(model, module)[leaf] = array
+        expected.pop(name)
+    assert not expected, f"not filled: {sorted(expected)}"
+    # Everything must be real before it is used: lazy slices handed to gathered products have read
+    # as zeros.
+    mx.eval(model.parameters())
+
+
+def fit_weights(
+    model: nn.Module, config: ModelConfig, folder: Path
+) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, Quantization]]:
+    """Checks a folder against the model from headers alone, and packs the modules that come packed.
+
+    Returns:
+      Tensors under our names, our name -> source name, and module path -> its packing.
+
+    Raises:
+      WeightsError: if a tensor is missing, unknown, or has the wrong shape or type.
+    """
+    tensors, sources = _used(read_headers(folder))
+    packed = _packed_modules(tensors, config)
+    if packed:
+        _check_packed(model, tensors, packed)
+        nn.quantize(
+            model,
+            class_predicate=lambda path, module: (
+                {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
+                if (q := packed.get(path))
+                else False
+            ),
+        )
+    _check_fit(tensors, dict(tree_flatten(model.parameters())), packed)
+    return tensors, sources, packed
+
+
+def _used(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors under our names, and our name -> source name."""
+    used: dict[str, TensorInfo] = {}
+    sources: dict[str, str] = {}
+    for source, info in tensors.items():
+        if isinstance(target := translate(source), Ignored):
+            continue
+        if target in used:
+            raise WeightsError(
+                f"{source} and {sources[target]} are the same tensor under two names"
+            )
+        used[target], sources[target] = info, source
+    return used, sources
+
+
+def _packed_modules(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig
+) -> dict[str, Quantization]:
+    """Module path -> its packing, for every module that comes with scales."""
+    packed = {}
+    for name in tensors:
+        module, _, leaf = name.rpartition(".")
+        if leaf != "scales":
+            continue
+        if config.quantization is None:
+            raise WeightsError(f"{name} is there, but config.json has no quantization block")
+        if (setting := config.quantization.for_module(module)) is None:
+            raise WeightsError(
+                f"{name} is there, but config.json says that {module} is not quantized"
+            )
+        packed[module] = setting
+    return packed
+
+
+def _check_packed(
+    model: nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, Quantization]
+) -> None:
+    """Compares packed shapes with the model's, before MLX is asked to build such modules."""
+    modules = dict(model.named_modules())
+    for path, setting in packed.items():
+        if path not in modules or not hasattr(modules[path], "to_quantized"):
+            raise WeightsError(
+                f"{path}.scales is there, but {path} is not a module "
+                "of this model that can be packed"
+            )
+        *rest, width = modules[path].weight.shape
+        expected = {
+            "weight": (*rest, width * setting.bits // 32),
+            "scales": (*rest, width // setting.group_size),
+            "biases": (*rest, width // setting.group_size) if setting.mode == "affine" else None,
+        }
+        if width % setting.group_size:
+            raise WeightsError(
+                f"{path}: groups of {setting.group_size} do not divide its width of {width}"
+            )
+        for leaf, shape in expected.items():
+            info = tensors.get(f"{path}.{leaf}")
+            if (shape is None) != (info is None):
+                state = "missing" if info is None else "there"
+                raise WeightsError(
+                    f"{path}.{leaf} is {state}, but its packing is {_describe(setting)}"
+                )
+            if info is not None and shape is not None and info.shape != shape:
+                raise WeightsError(
+                    f"{path}.{leaf} has shape {list(info.shape)}, expected {list(shape)} "
+                    f"for {_describe(setting)}"
+                )
+
+
+def _check_fit(
+    tensors: Mapping[str, TensorInfo],
+    expected: Mapping[str, mx.array],
+    packed: Mapping[str, Quantization],
+) -> None:
+    """Names, shapes and types, from headers alone."""
+    if missing := sorted(set(expected) - set(tensors)):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise WeightsError(
+            f"tensor {missing[0]}{more} is missing, "
+            f"expected shape {list(expected[missing[0]].shape)}"
+        )
+    if extra := sorted(set(tensors) - set(expected)):
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise WeightsError(
+            f"tensor {extra[0]}{more} is there, but the config describes a model without it"
+        )
+    for name, info in tensors.items():
+        if info.shape != tuple(expected[name].shape):
+            raise WeightsError(
+                f"{name} has shape {list(info.shape)}, expected {list(expected[name].shape)}"
+            )
+        module, _, leaf = name.rpartition(".")
+        allowed = FLOATS
+        if module in packed and leaf != "biases":
+            is_float_scale = leaf == "scales" and packed[module].mode == "affine"
+            allowed = FLOATS if is_float_scale else frozenset({"U32" if leaf == "weight" else "U8"})
+        if info.dtype not in allowed:
+            raise WeightsError(
+                f"{name} has type {info.dtype}, expected {' or '.join(sorted(allowed))}"
+            )
+
+
+def _read(
+    tensors: Mapping[str, TensorInfo], sources: Mapping[str, str], as_float32: set[str]
+) -> Iterator[tuple[str, mx.array]]:
+    """Arrays under our names, file by file, evaluated in groups; a group is freed by its taker,
+    not held here."""
+    by_file: dict[Path, list[str]] = {}
+    for name, info in tensors.items():
+        by_file.setdefault(info.file, []).append(name)
+    for file, names in by_file.items():
+        try:
+            lazy = cast(dict[str, mx.array], mx.load(str(file)))
+        except RuntimeError as error:  # such as a type unknown to MLX, in a tensor that is ignored
+            raise WeightsError(f"{file} cannot be read: {error}") from error
+        group: list[tuple[str, mx.array]] = []
+        held = 0
+        for name in sorted(names, key=lambda n: tensors[n].start):
+            array = lazy.pop(sources[name])
+            group.append((name, array.astype(mx.float32) if name in as_float32 else array))
+            del array
+            held += tensors[name].nbytes
+            if held >= _GROUP_BYTES:
+                mx.eval([array for _, array in group])
+                yield from group
+                group, held = [], 0
+        mx.eval([array for _, array in group])
+        yield from group
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    module = model
+    for part in path.split("."):
+        module = module[int(part)] if part.isdecimal() else module[part]
+    return module
+
+
+def _describe(setting: Quantization) -> str:
+    return f"{setting.bits}-bit {setting.mode} in groups of {setting.group_size}"

@@ -1,0 +1,1 @@
+"""Which strings a canvas may hold. Knows nothing of the model."""

@@ -1,0 +1,172 @@
+"""Which token strings a slot may hold: a finite automaton over tokens, from a list of options or
+a regular expression, and the likeliest string of a given length that it accepts. Knows ids, not
+text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from outlines_core import Index, Vocabulary
+
+from ..errors import TemplateError
+
+_TINIEST = 1e-38  # a probability that float32 lost still orders paths, and never forbids one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moves:
+    """The ways out of one state, sorted by where they lead."""
+
+    tokens: np.ndarray  # int64 [moves]
+    targets: np.ndarray  # int64 [groups]
+    starts: np.ndarray  # int64 [groups], where in `tokens` those to each target begin
+    counts: np.ndarray  # int64 [groups], how many they are
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Automaton:
+    """Deterministic, over token ids; states are numbers, the first is `initial`."""
+
+    initial: int
+    finals: frozenset[int]
+    moves: Mapping[int, _Moves]
+    _ends: dict[int, frozenset[int]] = field(default_factory=dict)  # see `_can_end`
+
+    @classmethod
+    def of_moves(
+        cls, initial: int, finals: Iterable[int], moves: Mapping[int, Mapping[int, int]]
+    ) -> Automaton:
+        """From state -> token -> next state."""
+        return cls(initial, frozenset(finals), {s: _sorted(ways) for s, ways in moves.items()})
+
+    @classmethod
+    def of_options(cls, options: Iterable[Sequence[int]]) -> Automaton:
+        """Accepts exactly these token strings: a trie."""
+        moves: dict[int, dict[int, int]] = {0: {}}
+        finals = set()
+        for option in options:
+            state = 0
+            for token in option:
+                state = moves[state].setdefault(token, len(moves))
+                moves.setdefault(state, {})
+            finals.add(state)
+        return cls.of_moves(0, finals, moves)
+
+    @classmethod
+    def of_regex(cls, pattern: str, spellings: Mapping[int, bytes]) -> Automaton:
+        """Accepts the token strings whose bytes match a regular expression as a whole.
+
+        Args:
+          pattern: Rust's syntax, without looking around or back.
+          spellings: the bytes of every token that may be used.
+
+        Raises:
+          TemplateError: if the pattern is invalid or nothing matches it.
+
+        Source: arXiv 2307.09702, by outlines-core.
+        """
+        tokens: dict[bytes, list[int]] = {}
+        for token, spelling in spellings.items():
+            tokens.setdefault(spelling, []).append(token)
+        end = max(spellings, default=0) + 1  # outlines-core wants one; it is no token of ours
+        try:
+            index = Index(pattern, Vocabulary(end, tokens))
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]
+            if "anchored" in reason:
+                reason = "the whole slot is matched anyway; leave out ^ and $"
+            if "incompatible" in reason:
+                reason = "no text of this checkpoint's tokens matches it"
+            raise TemplateError(f"match: {pattern!r} cannot be used: {reason}") from error
+        moves = {
+            state: {token: target for token, target in ways.items() if token != end}
+            for state, ways in index.get_transitions().items()
+        }
+        return cls.of_moves(index.get_initial_state(), index.get_final_states(), moves)
+
+    def lengths(self, most: int) -> list[int]:
+        """Lengths from 1 to `most`, in tokens, of which there is a string."""
+        return [n for n in range(1, most + 1) if self.initial in self._can_end(n)]
+
+    def allowed(self, length: int) -> list[np.ndarray]:
+        """The tokens at each place of the strings of one length: sorted ids. Every token belongs to
+        some string, but not every combination of tokens is one."""
+        sets: list[np.ndarray] = []
+        here = {self.initial}
+        size = 1 + max(int(ways.tokens.max(initial=0)) for ways in self.moves.values())
+        for i in range(length):
+            ends, found, there = self._can_end(length - i - 1), np.zeros(size, bool), set[int]()
+            for state in here:
+                ways = self.moves[state]
+                leads_on = np.array([target in ends for target in ways.targets.tolist()], bool)
+                found[ways.tokens[np.repeat(leads_on, ways.counts)]] = True
+                there.update(ways.targets[leads_on].tolist())
+            members = np.flatnonzero(found).astype(np.int32)
+            same = sets[-1] if sets and np.array_equal(sets[-1], members) else members
+            sets.append(same)  # of many places often the same ones: kept once
+            here = there
+        return sets
+
+    def best(self, probabilities: np.ndarray) -> np.ndarray:
+        """The likeliest string with one token per row, were the rows independent.
+
+        Args:
+          probabilities: float32 [n, V], or anything in proportion to them; there must be a
+            string of n tokens.
+
+        Returns:
+          int32 [n].
+        """
+        n = len(probabilities)
+        reached = [{self.initial}]  # states at each place that can still end in time
+        for i in range(n - 1):
+            ends = self._can_end(n - i - 1)
+            targets = {t for s in reached[-1] for t in self.moves[s].targets.tolist()}
+            reached.append(targets & ends)
+        values = [dict[int, float]() for _ in range(n)] + [dict.fromkeys(self.finals, 0.0)]
+        for i in reversed(range(n)):
+            for state in reached[i]:
+                totals = self._totals(state, probabilities[i], values[i + 1])
+                if totals.size and (best := totals.max()) > -np.inf:
+                    values[i][state] = float(best)
+        state, string = self.initial, np.empty(n, np.int32)
+        for i in range(n):
+            ways = self.moves[state]
+            group = int(self._totals(state, probabilities[i], values[i + 1]).argmax())
+            start = ways.starts[group]
+            tokens = ways.tokens[start : start + ways.counts[group]]
+            string[i] = tokens[probabilities[i][tokens].argmax()]
+            state = int(ways.targets[group])
+        return string
+
+    def _totals(
+        self, state: int, probabilities: np.ndarray, later: Mapping[int, float]
+    ) -> np.ndarray:
+        """For each target of a state: the best way there, and on from there to an end."""
+        ways = self.moves[state]
+        if not ways.tokens.size:
+            return np.empty(0)
+        onward = np.array([later.get(target, -np.inf) for target in ways.targets.tolist()])
+        best = np.maximum.reduceat(probabilities[ways.tokens], ways.starts)
+        return np.log(np.maximum(best, _TINIEST)) + onward
+
+    def _can_end(self, length: int) -> frozenset[int]:
+        """States from which exactly `length` more tokens lead to an end."""
+        if length == 0:
+            return self.finals
+        if length not in self._ends:
+            later = self._can_end(length - 1)
+            self._ends[length] = frozenset(
+                s for s, ways in self.moves.items() if later.intersection(ways.targets.tolist())
+            )
+        return self._ends[length]
+
+
+def _sorted(ways: Mapping[int, int]) -> _Moves:
+    tokens = np.fromiter(ways.keys(), np.int64, len(ways))
+    targets = np.fromiter(ways.values(), np.int64, len(ways))
+    order = np.lexsort((tokens, targets))
+    distinct, starts, counts = np.unique(targets[order], return_index=True, return_counts=True)
+    return _Moves(tokens[order], distinct, starts, counts)

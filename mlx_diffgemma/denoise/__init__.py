@@ -1,0 +1,1 @@
+"""Token ids -> token ids: the denoising loop and its parts. Knows no text."""

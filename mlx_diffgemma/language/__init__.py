@@ -1,0 +1,1 @@
+"""Text <-> token ids. Knows nothing of the model."""

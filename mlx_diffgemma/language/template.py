@@ -1,0 +1,143 @@
+r"""A small language for text with gaps: what stands, and what the model is to write where.
+
+    {{gap}}  {{gap:8}}  {{gap:4..12}}       free text: any length, 8 tokens, 4 to 12 tokens
+    {{one of: yes | no}}                    one of these texts; spaces around them do not count
+    {{match: [0-9]{1,3}}}                   what a regular expression (Rust's) matches as a whole
+    {{name = gap:8}}                        any of them, under a name in the result
+    \{{                                     a literal {{; before a slot, \\ is a literal \
+
+A slot ends at the first `}}` outside of its own braces; a backslash makes the next character in it
+plain, so that `\|`, `\{` and `\}` may stand in options and expressions. Everything else is literal
+text. Knows text, not tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal as OneOf
+
+from ..errors import TemplateError
+
+_NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)\s*")
+_GAP = re.compile(r"gap(?:\s*:\s*(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?)?")
+_OPENING = re.compile(r"(\\*)(\{{2,})")
+SHOWN_BLANK = "____"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What the model writes."""
+
+    name: str
+    kind: OneOf["gap", "one of", "match"]
+    low: int | None = None  # tokens of a gap; None leaves it to the caller
+    high: int | None = None
+    options: tuple[str, ...] = ()
+    pattern: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Literal texts and slots, in order; two literals never stand side by side."""
+
+    parts: tuple[str | Slot, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Template:
+        """Reads the language above. Slots without a name are called by their number, from 1.
+
+        Raises:
+          TemplateError: naming line and column of what cannot be read, or if there is no slot.
+        """
+        parts: list[str | Slot] = []
+        literal, at, number = "", 0, 0
+        while opening := _OPENING.search(text, at):
+            slashes, braces = opening.groups()
+            literal += text[at : opening.start()] + "\\" * (len(slashes) // 2)
+            if len(slashes) % 2:
+                literal, at = literal + "{{", opening.start(2) + 2
+                continue
+            literal += braces[2:]  # of several, the last two open the slot
+            end = _end_of_slot(text, opening.end())
+            number += 1
+            slot = _slot(text, opening.end(), end, number)
+            parts += [literal, slot] if literal else [slot]
+            literal, at = "", end + 2
+        if literal := literal + text[at:]:
+            parts.append(literal)
+        template = cls(tuple(parts))
+        if not template.slots:
+            raise TemplateError("the template has no slot; one is written {{gap}}")
+        names = [slot.name for slot in template.slots]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise TemplateError(f"two slots of the template are called {twice[0]!r}")
+        return template
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Slot))
+
+    def shown(self) -> str:
+        """The template as a person would read it, with blanks for slots."""
+        return "".join(part if isinstance(part, str) else SHOWN_BLANK for part in self.parts)
+
+    def filled(self, texts: dict[str, str]) -> str:
+        """The literals joined with the texts of the slots, by name."""
+        return "".join(part if isinstance(part, str) else texts[part.name] for part in self.parts)
+
+
+def _end_of_slot(text: str, start: int) -> int:
+    """Where the `}}` of a slot stands that begins behind its `{{` at `start`."""
+    depth, at = 0, start
+    while at < len(text):
+        if text[at] == "\\":
+            at += 1
+        elif text[at] == "{":
+            depth += 1
+        elif text[at] == "}":
+            if depth == 0 and text.startswith("}}", at):
+                return at
+            depth = max(0, depth - 1)
+        at += 1
+    raise TemplateError(f"{_place(text, start - 2)}: this slot has no }}}} at its end")
+
+
+def _slot(text: str, start: int, end: int, number: int) -> Slot:
+    content = text[start:end]
+    named = _NAME.match(content)
+    name, at = (named[1], named.end()) if named else (str(number), 0)
+    at += len(content[at:]) - len(content[at:].lstrip())
+    body = content[at:].strip()
+    place = _place(text, start + at)
+    if gap := _GAP.fullmatch(body):
+        low, high = (None if group is None else int(group) for group in gap.groups())
+        high = low if high is None else high
+        if low is not None and high is not None and not 1 <= low <= high:
+            raise TemplateError(f"{place}: a gap of {low} to {high} tokens is not possible")
+        return Slot(name, "gap", low, high)
+    kind, colon, value = body.partition(":")
+    if colon and kind.strip() == "one of":
+        pieces = re.findall(r"((?:\\.|[^|\\])*)(?:\||\Z)", value + "|")[:-1]
+        options = [_plain(option.strip()) for option in pieces]
+        if "" in options:
+            raise TemplateError(f"{place}: option {options.index('') + 1} is empty")
+        return Slot(name, "one of", options=tuple(dict.fromkeys(options)))
+    if colon and kind.strip() == "match":
+        if not value.strip():
+            raise TemplateError(f"{place}: there is nothing to match")
+        return Slot(name, "match", pattern=value.strip())
+    raise TemplateError(
+        f"{place}: {body!r} is not a slot; there are gap, gap:8, gap:4..12, one of: a | b, "
+        "and match: [0-9]+"
+    )
+
+
+def _plain(option: str) -> str:
+    return re.sub(r"\\([\\|{}])", r"\1", option)
+
+
+def _place(text: str, at: int) -> str:
+    line = text.count("\n", 0, at) + 1
+    column = at - (text.rfind("\n", 0, at) + 1) + 1
+    return f"template, line {line}, column {column}"

@@ -1,0 +1,145 @@
+"""What a run looks like from outside: its numbers, and its events as plain objects for JSON."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text
+from ..write.fill import Filled
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The numbers of a finished run of one prompt. One of them alone misleads."""
+
+    prompt_tokens: int
+    prompt_tokens_per_second: float
+    new_tokens: int
+    tokens_per_second: float  # new tokens over the time from prefill to the end
+    canvases: int
+    steps: int
+    steps_per_canvas: float
+    tokens_per_forward: float
+    ms_per_step: float
+    peak_bytes: int  # of MLX's allocator
+    reason: str
+
+    def line(self) -> str:
+        """All of it in one line."""
+        reason = {"stop": "end of turn", "length": "token limit"}[self.reason]
+        peak = (
+            f"{self.peak_bytes / 1e9:.2f} GB"
+            if self.peak_bytes >= 1e9
+            else f"{self.peak_bytes / 1e6:.0f} MB"
+        )
+        return (
+            f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens_per_second:.1f} tokens/s"
+            f" | {self.new_tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
+            f" | {self.canvases} canvas{'es' if self.canvases != 1 else ''}"
+            f" x {self.steps_per_canvas:.1f} steps, {self.tokens_per_forward:.1f} tokens/forward,"
+            f" {self.ms_per_step:.1f} ms/step"
+            f" | peak {peak} | {reason}"
+        )
+
+
+class Stopwatch:
+    """Listens to a run of one prompt. Times are the listener's: work between events included."""
+
+    def __init__(self) -> None:
+        mx.reset_peak_memory()
+        self._prefill: PrefillDone | None = None
+        self._started = self._last = 0.0
+
+    def observe(self, event: Event) -> Summary | None:
+        """The summary, once the run has finished."""
+        self._last = time.perf_counter()
+        if isinstance(event, PrefillDone):
+            self._prefill, self._started = event, self._last
+        if not isinstance(event, Finished):
+            return None
+        assert self._prefill is not None
+        seconds = max(self._last - self._started, 1e-9)
+        (tokens,), (steps,), (canvases,) = event.new_tokens, event.row_steps, event.row_canvases
+        return Summary(
+            prompt_tokens=self._prefill.prompt_tokens,
+            prompt_tokens_per_second=self._prefill.prompt_tokens / max(self._prefill.seconds, 1e-9),
+            new_tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            canvases=canvases,
+            steps=steps,
+            steps_per_canvas=steps / canvases,
+            tokens_per_forward=event.tokens_per_forward[0],
+            ms_per_step=1e3 * seconds / steps,
+            peak_bytes=mx.get_peak_memory(),
+            reason=event.reason[0],
+        )
+
+
+def as_object(event: Event, summary: Summary | None = None) -> dict[str, Any]:
+    """One event of a run of one prompt as a JSON object; reads its arrays."""
+    match event:
+        case PrefillDone():
+            return {
+                "event": "prefill",
+                "prompt_tokens": event.prompt_tokens,
+                "seconds": event.seconds,
+            }
+        case StepDone():
+            return {
+                "event": "step",
+                "canvas": event.canvas_index,
+                "step": event.step,
+                "accepted": int(np.array(event.accepted).sum()),
+                "mean_entropy": float(np.array(event.entropy).mean()),
+            }
+        case CanvasCommitted():
+            return {
+                "event": "canvas",
+                "canvas": event.canvas_index,
+                "steps": event.steps,
+                "tokens": np.array(event.tokens[0]).tolist(),
+            }
+        case Text():
+            return {"event": "text", "channel": event.channel, "text": event.piece}
+        case Finished():
+            return {"event": "finished", **(asdict(summary) if summary else {})}
+
+
+def filled_object(filled: Filled) -> dict[str, Any]:
+    """A filled template as a JSON object."""
+    return {
+        "text": filled.text,
+        "slots": {
+            name: {
+                "text": slot.text,
+                "tokens": len(slot.tokens),
+                "certainty": round(slot.certainty, 6),
+                "lengths": {str(n): round(score, 4) for n, score in sorted(slot.lengths.items())},
+            }
+            for name, slot in filled.slots.items()
+        },
+        "notes": list(filled.notes),
+        "prompt_tokens": filled.prompt_tokens,
+        "canvases": filled.canvases,
+        "steps": filled.steps,
+        "positions": filled.positions,
+    }
+
+
+def filled_lines(filled: Filled) -> list[str]:
+    """What is worth knowing about it, a line each: notes, then slots, then the work."""
+    lines = [*filled.notes]
+    for slot in filled.slots.values():
+        line = f"slot {slot.name}: {len(slot.tokens)} tokens, certainty {slot.certainty:.0%}"
+        others = sorted(slot.lengths.items(), key=lambda pair: -pair[1])[:4]
+        if len(others) > 1:
+            scores = ", ".join(f"{n}: {score:.2f}" for n, score in others)
+            line += f"; lengths by nats per token {scores}"
+        lines.append(line)
+    steps = f"{filled.steps} step{'s' * (filled.steps != 1)}"
+    return [*lines, f"{steps}, {filled.positions:,} rows x steps"]

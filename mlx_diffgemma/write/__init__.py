@@ -1,0 +1,1 @@
+"""The tasks: answer a prompt, fill a template, edit a text."""

@@ -1,0 +1,184 @@
+"""Rewriting a part of a document: all around it is pinned, and stays byte for byte."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config.generation import GenerationSettings
+from ..errors import TemplateError
+from ..events import Event
+from ..language.prompt import PromptOptions, encode_text
+from ..language.template import Slot, Template
+from ..model import DiffusionGemma
+from .fill import Filled, fill
+
+_NAME = "selection"
+_OPEN, _CLOSE = "[[[", "]]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A part of a text, in characters from its beginning."""
+
+    start: int
+    stop: int
+
+    @classmethod
+    def of_places(cls, text: str, places: str) -> Selection:
+        """From "line:column-line:column", both from 1; the second place is the first one behind.
+
+        Raises:
+          TemplateError: if it cannot be read, or lies outside of the text.
+        """
+        try:
+            first, last = places.split("-")
+            (line, column), (last_line, last_column) = (
+                map(int, place.split(":")) for place in (first, last)
+            )
+        except ValueError as error:
+            raise TemplateError(
+                f"the selection {places!r} is not line:column-line:column, such as 12:3-14:20"
+            ) from error
+        start, stop = (
+            _offset(text, *place, places) for place in ((line, column), (last_line, last_column))
+        )
+        if stop < start:
+            raise TemplateError(f"the selection {places} ends before it begins")
+        return cls(start, stop)
+
+    @classmethod
+    def of_match(cls, text: str, part: str) -> Selection:
+        """The only place where a text stands.
+
+        Raises:
+          TemplateError: if there is none, or more than one.
+        """
+        if not part:
+            raise TemplateError("there is nothing to look for: the text to match is empty")
+        starts = [found.start() for found in re.finditer(f"(?={re.escape(part)})", text)]
+        if (count := len(starts)) != 1:
+            found = "is not in the document" if not count else f"stands {count} times in it"
+            raise TemplateError(f"{part!r} {found}; the selection must be one place")
+        return cls(starts[0], starts[0] + len(part))
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """A document with its selection rewritten."""
+
+    text: str
+    before: str  # the document as it was
+    selection: Selection  # of the document as it was
+    filled: Filled
+
+    @property
+    def replacement(self) -> str:
+        return self.filled.slots[_NAME].text
+
+    def diff(self, name: str) -> str:
+        """What changed, as a unified diff; empty where nothing did."""
+        lines = difflib.unified_diff(
+            _lines(self.before),
+            _lines(self.text),
+            f"a/{name}",
+            f"b/{name}",
+        )
+        return "".join(
+            line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+            for line in lines
+        )
+
+
+def edit(
+    model: DiffusionGemma,
+    tokenizer: PreTrainedTokenizerBase,
+    document: str,
+    selection: Selection,
+    instruction: str,
+    *,
+    gap_tokens: tuple[int, int] | None = None,
+    settings: GenerationSettings = GenerationSettings(),
+    prompt_options: PromptOptions = PromptOptions(),
+    listener: Callable[[Event], None] | None = None,
+) -> Edited:
+    """Writes the selected part of a document anew; every other byte of it stays.
+
+    Args:
+      model: from `load`.
+      tokenizer: from `load`.
+      document: all of it.
+      selection: the part to rewrite; an empty one inserts.
+      instruction: what to do with it.
+      gap_tokens: least and most tokens of the new part; by default from half of the old one to
+        twice as much and 8 more.
+      settings: how to denoise.
+      prompt_options: how the instruction is read.
+      listener: called with the loop's events, see `stream_fill`.
+
+    Raises:
+      DiffGemmaError: if the instruction, the selection or the settings cannot be used.
+    """
+    if not 0 <= selection.start <= selection.stop <= len(document):
+        raise TemplateError(
+            f"the selection {selection.start} to {selection.stop} lies outside of the document's "
+            f"{len(document)} characters"
+        )
+    if not instruction.strip():
+        raise TemplateError("the instruction is empty: say what to do with the selection")
+    before, old, behind = (
+        document[: selection.start],
+        document[selection.start : selection.stop],
+        document[selection.stop :],
+    )
+    canvas_length = settings.resolve(model.config).canvas_length
+    tokens = len(encode_text(tokenizer, old))
+    if tokens > canvas_length:
+        raise TemplateError(
+            f"the selection has {tokens} tokens, more than a canvas of {canvas_length} holds; "
+            "select less, and edit part by part"
+        )
+    low, high = gap_tokens or (max(1, tokens // 2), min(2 * tokens + 8, canvas_length))
+    slot = Slot(_NAME, "gap", low, high)
+    filled = fill(
+        model,
+        tokenizer,
+        Template(tuple(part for part in (before, slot, behind) if part != "")),
+        prompt=_request(instruction, before, old, behind),
+        settings=settings,
+        prompt_options=prompt_options,
+        listener=listener,
+        is_shown=True,
+    )
+    return Edited(filled.text, document, selection, filled)
+
+
+def _request(instruction: str, before: str, old: str, behind: str) -> str:
+    marked = f"{before}{_OPEN}{old}{_CLOSE}{behind}"
+    return (
+        f"{instruction}\n\nThis is about the part between {_OPEN} and {_CLOSE} of the text below. "
+        f"Write the whole text again without the brackets, with only that part changed.\n\n{marked}"
+    )
+
+
+def _offset(text: str, line: int, column: int, places: str) -> int:
+    lines = text.split("\n")
+    if not 1 <= line <= len(lines):
+        raise TemplateError(
+            f"the selection {places} lies outside of the file: it has {len(lines)} lines"
+        )
+    length = len(lines[line - 1].removesuffix("\r"))
+    if not 1 <= column <= length + 1:
+        raise TemplateError(
+            f"the selection {places} lies outside of the file: line {line} has {length} characters"
+        )
+    return sum(len(earlier) + 1 for earlier in lines[: line - 1]) + column - 1
+
+
+def _lines(text: str) -> list[str]:
+    """As editors and diff count them: only line feeds end a line."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)

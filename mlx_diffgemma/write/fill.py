@@ -1,0 +1,235 @@
+"""Filling the slots of a template: the literals are pinned, lengths that are not known are tried as
+rows of one batch, and what does not fit in one canvas is written canvas by canvas."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoint.memory import generation_limits
+from ..config.generation import GenerationSettings, ResolvedSettings
+from ..constraint.automaton import Automaton
+from ..errors import TemplateError
+from ..events import Event, PrefillDone
+from ..language.prompt import (
+    Prompt,
+    PromptOptions,
+    encode_prompt,
+    encode_text,
+    special_tokens,
+    token_bytes,
+)
+from ..language.template import Slot, Template
+from ..model import DiffusionGemma
+from .writer import Choice, Piece, Writer, least_tokens, may_be_cut
+
+_END_OF_TURN = "<turn|>"
+
+
+@dataclass(frozen=True, slots=True)
+class FilledSlot:
+    """What was written into a slot."""
+
+    name: str
+    text: str
+    tokens: tuple[int, ...]
+    certainty: float  # geometric mean of its tokens' probabilities in the last step
+    # Lengths in tokens that were tried -> mean log-probability of the text around it, nats per
+    # token; empty where there was nothing to choose.
+    lengths: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A template with its slots filled."""
+
+    text: str
+    slots: dict[str, FilledSlot]
+    notes: tuple[str, ...]  # what a reader should know, a line each
+    prompt_tokens: int
+    canvases: int
+    steps: int  # denoise steps, of all batches
+    positions: int  # canvas columns looked at, summed over rows and steps: the work done
+
+
+def fill(
+    model: DiffusionGemma,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    prompt: Prompt | None = None,
+    gap_tokens: tuple[int, int] | None = None,
+    settings: GenerationSettings = GenerationSettings(),
+    prompt_options: PromptOptions = PromptOptions(),
+    listener: Callable[[Event], None] | None = None,
+    is_shown: bool = False,
+) -> Filled:
+    """Fills a template. Its literal text stands byte for byte in the result.
+
+    Args:
+      model: from `load`.
+      tokenizer: from `load`.
+      template: from `Template.parse`; it is the model's turn, and ends it.
+      prompt: the user's turn; by default a request that shows the template with blanks.
+      gap_tokens: least and most tokens of gaps and matches that do not say it themselves; by
+        default from 1 to what one canvas holds.
+      settings: how to denoise; `max_new_tokens` has no effect, the template says how long it is.
+      prompt_options: how the prompt is read.
+      listener: called with the loop's events, see `stream_fill`.
+      is_shown: whether the prompt shows the template already; otherwise it is put behind a prompt
+        that is a string, where the template may be longer than a canvas.
+
+    Raises:
+      DiffGemmaError: if the prompt, the settings or the template cannot be used.
+    """
+    filled = None
+    for event in stream_fill(
+        model,
+        tokenizer,
+        template,
+        prompt=prompt,
+        gap_tokens=gap_tokens,
+        settings=settings,
+        prompt_options=prompt_options,
+        is_shown=is_shown,
+    ):
+        if isinstance(event, Filled):
+            filled = event
+        elif listener is not None:
+            listener(event)
+    assert filled is not None
+    return filled
+
+
+def stream_fill(
+    model: DiffusionGemma,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    prompt: Prompt | None = None,
+    gap_tokens: tuple[int, int] | None = None,
+    settings: GenerationSettings = GenerationSettings(),
+    prompt_options: PromptOptions = PromptOptions(),
+    is_shown: bool = False,
+) -> Generator[Event | Filled, None, None]:
+    """As `fill`, with the loop's events on the way: PrefillDone, the steps of every batch that was
+    tried, one row per length, and at last Filled."""
+    resolved = settings.resolve(model.config)
+    vocab_size = model.config.text.vocab_size
+    spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
+    text_tokens = np.array(sorted(spellings))
+    pieces: list[Piece] = [
+        encode_text(tokenizer, part)
+        if isinstance(part, str)
+        else _choice(tokenizer, part, gap_tokens, resolved.canvas_length, spellings, text_tokens)
+        for part in template.parts
+    ]
+    prompt, notes = _told(prompt, template, may_be_cut(pieces, resolved.canvas_length), is_shown)
+    ids = encode_prompt(tokenizer, prompt, prompt_options)
+    limit = model.config.text.max_position_embeddings
+    if len(ids) + (least := least_tokens(pieces)) + resolved.canvas_length > limit:
+        raise TemplateError(
+            f"the prompt has {len(ids)} tokens and the template at least {least}; with a canvas of "
+            f"{resolved.canvas_length} they do not fit into {limit} positions"
+        )
+    with generation_limits():
+        started = time.perf_counter()
+        context = model.prefill(
+            mx.array([ids], dtype=mx.int32), step_size=resolved.prefill_step_size
+        )
+        mx.eval(context.arrays)
+        mx.clear_cache()
+        yield PrefillDone(len(ids), time.perf_counter() - started)
+        ends = _ends(tokenizer, resolved)
+        writer = Writer(model, resolved, ends, text_tokens, pieces, context)
+        yield from writer.write()
+    slots = {
+        slot.name: FilledSlot(
+            slot.name,
+            b"".join(spellings[t] for t in done.tokens).decode("utf-8", "replace"),
+            done.tokens,
+            done.certainty,
+            done.lengths,
+        )
+        for slot, done in zip(template.slots, writer.done, strict=True)
+    }
+    yield Filled(
+        template.filled({name: slot.text for name, slot in slots.items()}),
+        slots,
+        (*notes, *writer.notes),
+        len(ids),
+        writer.canvases,
+        writer.steps,
+        writer.positions,
+    )
+
+
+def _told(
+    prompt: Prompt | None, template: Template, is_long: bool, is_shown: bool
+) -> tuple[Prompt, tuple[str, ...]]:
+    """What the user's turn says, and what is to be said about it."""
+    if prompt is None:
+        prompt = f"Fill in the blanks:\n\n{template.shown()}"
+    elif is_long and isinstance(prompt, str) and not is_shown:
+        prompt = f"{prompt}\n\n{template.shown()}"
+    if not is_long:
+        return prompt, ()
+    where = (
+        "the model knows from the prompt alone, where the template was put"
+        if isinstance(prompt, str)
+        else "the model does not see unless the messages tell it"
+    )
+    return prompt, (
+        f"the template may be longer than a canvas: what stands too far behind a slot, {where}",
+    )
+
+
+def _choice(
+    tokenizer: PreTrainedTokenizerBase,
+    slot: Slot,
+    gap_tokens: tuple[int, int] | None,
+    canvas_length: int,
+    spellings: Mapping[int, bytes],
+    text_tokens: np.ndarray,
+) -> Choice:
+    low, high = gap_tokens or (1, canvas_length)
+    low, high = slot.low or low, min(slot.high or high, canvas_length)
+    asked = slot.high or (gap_tokens[1] if gap_tokens else None)
+    automaton, lengths = None, list(range(low, high + 1))
+    if slot.kind == "one of":
+        options = [encode_text(tokenizer, option) for option in slot.options]
+        for option, ids in zip(slot.options, options, strict=True):
+            if b"".join(spellings.get(t, b"") for t in ids) != option.encode():
+                raise TemplateError(
+                    f"slot {slot.name}: this checkpoint's tokens cannot spell {option!r}"
+                )
+            if len(ids) > canvas_length:
+                raise TemplateError(
+                    f"slot {slot.name}: {option!r} has {len(ids)} tokens, "
+                    f"more than a canvas of {canvas_length} holds"
+                )
+        automaton = Automaton.of_options(options)
+        lengths = automaton.lengths(canvas_length)
+        asked = lengths[-1]
+    elif slot.kind == "match":
+        automaton = Automaton.of_regex(slot.pattern, spellings)
+        lengths = [n for n in automaton.lengths(high) if n >= low]
+    if not lengths:
+        raise TemplateError(
+            f"slot {slot.name}: there is nothing for it of {low} to {high} tokens; "
+            f"a canvas holds {canvas_length}"
+        )
+    return Choice(slot.name, lengths, asked, automaton, text_tokens)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:
+    """The token that ends a turn, and the one that fills a canvas behind it, as in training."""
+    fallback = settings.eos_token_ids[0]
+    eos = tokenizer.eos_token_id
+    fill = eos if isinstance(eos, int) else fallback
+    return special_tokens(tokenizer).get(_END_OF_TURN, fallback), fill

@@ -1,0 +1,347 @@
+"""Writing slots: windows of a template's tokens, lengths that are tried as rows of one batch, and
+the score that tells them apart. Knows ids, not text."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from ..config.generation import ResolvedSettings
+from ..constraint.automaton import Automaton
+from ..denoise.loop import denoise_context
+from ..denoise.noise import SeededNoise
+from ..denoise.pinned import ANY, FREE, Pinned, Span
+from ..denoise.sampler import probability_of, statistics
+from ..events import Event, Finished, StepDone
+from ..model import Context, DiffusionGemma
+
+# Lengths are tried in batches of at most ROWS rows, fewer where their logits would be more than
+# MOST_LOGITS numbers: all that are possible, or ALL_OF that are spread over them and then those
+# beside the best. With several slots of unknown length, one slot after the other, ROUNDS times. A
+# trial takes TRIAL_STEPS denoise steps, and its score LOOKS more. The certainty of a settled text
+# says nothing, since the model agrees with whatever has settled. So half of what was written is
+# made noise again, and what counts is how probable the pinned text around it is then: around a
+# slot of the wrong length it looks out of place.
+ROWS = 8
+MOST_LOGITS = 1 << 28  # 1 GiB in float32
+ALL_OF = 24
+ROUNDS = 2
+TRIAL_STEPS = 2
+LOOKS = 2
+NOISE_LEVEL = 0.5
+_LEAST_CERTAIN = 1e-12
+_GROWTH = 8  # tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """What a slot may be, in tokens."""
+
+    name: str
+    lengths: list[int]  # ascending
+    asked: int | None  # the longest that the template or its user names
+    automaton: Automaton | None  # None for free text
+    text_tokens: np.ndarray  # ids of all tokens that are text, sorted
+    _sets: dict[int, list[np.ndarray]] = field(default_factory=dict)
+
+    def sets(self, length: int) -> list[np.ndarray]:
+        """The tokens that each place may hold."""
+        if self.automaton is None:
+            return [self.text_tokens] * length
+        if length not in self._sets:
+            self._sets[length] = self.automaton.allowed(length)
+        return self._sets[length]
+
+
+Piece = list[int] | Choice
+
+
+@dataclass(slots=True, eq=False)
+class Written:
+    """What became of a slot."""
+
+    tokens: tuple[int, ...]
+    certainty: float
+    lengths: dict[int, float]
+
+
+@dataclass(slots=True, eq=False)
+class _Trial:
+    """One row that was denoised, and what came of it."""
+
+    texts: list[np.ndarray]  # tokens of each open slot of the window
+    certainties: list[np.ndarray]
+    canvas: np.ndarray  # [L], all of it
+    written: np.ndarray  # bool [L], what of it was not given
+    judged: np.ndarray  # float64 [L], the weight that each place has in the score
+
+
+@dataclass(slots=True, eq=False)
+class Writer:
+    """Writes the pieces one window after the other. A window is what one canvas holds from the
+    first slot on that is still open, or the whole rest where that fits."""
+
+    model: DiffusionGemma
+    settings: ResolvedSettings
+    ends: tuple[int, int]  # the end of the turn, and what fills a canvas behind it
+    text_tokens: np.ndarray  # ids of all tokens that are text
+    rest: list[Piece]
+    context: Context
+    done: list[Written] = field(default_factory=list)
+    canvases: int = 0
+    steps: int = 0
+    positions: int = 0
+    batches: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def write(self) -> Generator[Event, None, None]:
+        """Fills every slot, in order."""
+        while any(isinstance(piece, Choice) for piece in self.rest):
+            self._advance()
+            inside = _fitting(self.rest, self.settings.canvas_length)
+            choices = [p for p in self.rest[:inside] if isinstance(p, Choice)]
+            best, scores = yield from self._search(choices)
+            self.canvases += 1
+            for choice, tokens, certainty, tried in zip(
+                choices, best.texts, best.certainties, scores, strict=True
+            ):
+                self.rest[self.rest.index(choice)] = tokens.tolist()
+                mean = float(np.exp(np.log(np.maximum(certainty, _LEAST_CERTAIN)).mean()))
+                self.done.append(Written(tuple(tokens.tolist()), mean, tried))
+
+    def _advance(self) -> None:
+        """Commits what stands before the next slot, unless one canvas holds the whole rest: so a
+        window sees as much as it can of what comes behind."""
+        if least_tokens(self.rest) <= self.settings.canvas_length:
+            return
+        first = next(i for i, piece in enumerate(self.rest) if isinstance(piece, Choice))
+        lead = [token for piece in self.rest[:first] for token in cast(list[int], piece)]
+        self.rest = self.rest[first:]
+        if lead:
+            self.context = self.model.prefill(
+                mx.array([lead], dtype=mx.int32),
+                self.context,
+                step_size=self.settings.prefill_step_size,
+            )
+            mx.eval(self.context.arrays)
+
+    def _search(
+        self, choices: list[Choice]
+    ) -> Generator[Event, None, tuple[_Trial, list[dict[int, float]]]]:
+        """The best lengths found for the slots of a window, and every score by slot and length."""
+        room = self._room()
+        logits = self.settings.canvas_length * self.model.config.text.vocab_size
+        most = max(1, min(ROWS, MOST_LOGITS // logits))
+        lengths = _start(choices, room)
+        scores: list[dict[int, float]] = [{} for _ in choices]
+        unknown = [i for i, choice in enumerate(choices) if len(choice.lengths) > 1]
+        for _ in range(ROUNDS if len(unknown) > 1 else 1):
+            before = lengths
+            for i in unknown:
+                others = sum(lengths) - lengths[i]
+                possible = [n for n in choices[i].lengths if n + others <= room]
+                self._note_bounds(choices[i], possible)
+                tried: dict[int, float] = {}
+                while len(possible) > 1 and (batch := _next_lengths(possible, tried, most)):
+                    rows = [(*lengths[:i], n, *lengths[i + 1 :]) for n in batch]
+                    trials = yield from self._denoise(choices, rows, TRIAL_STEPS)
+                    tried.update(zip(batch, self._scores(trials), strict=True))
+                scores[i] = tried  # beside the neighbours as they are now
+                n = max(tried, key=lambda n: tried[n]) if tried else possible[0]
+                lengths = (*lengths[:i], n, *lengths[i + 1 :])
+            if lengths == before:
+                break
+        (best,) = yield from self._denoise(choices, [lengths], self.settings.max_denoising_steps)
+        return best, scores
+
+    def _note_bounds(self, choice: Choice, possible: list[int]) -> None:
+        """Says where less is tried than was asked for."""
+        if choice.asked is not None and possible[-1] < choice.asked:
+            note = (
+                f"slot {choice.name}: at most {possible[-1]} of {choice.asked} tokens were tried, "
+                "so that the canvas shows what stands behind it"
+            )
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def _scores(self, trials: Sequence[_Trial]) -> list[float]:
+        """How probable the pinned text of each trial is, nats per token, half of the rest being
+        noise; plus how probable options and expressions are, likewise, since their length decides
+        what they say. Where there is neither, how probable the rest is."""
+        canvas = np.stack([trial.canvas for trial in trials])
+        written = np.stack([trial.written for trial in trials])
+        judged = np.stack([trial.judged for trial in trials])
+        context = self.context.repeated(len(trials))
+        noise = np.random.default_rng([self.settings.seed, self.batches])
+        truth, total = mx.array(canvas), np.zeros(len(trials))
+        for _ in range(LOOKS):
+            is_noise = written & (noise.random(canvas.shape[1]) < NOISE_LEVEL)
+            tokens = noise.choice(self.text_tokens, canvas.shape[1])
+            logits = self.model.denoise(mx.array(np.where(is_noise, tokens, canvas)), context)
+            probability = np.array(probability_of(truth, statistics(logits)), np.float64)
+            logs = np.log(np.maximum(probability, _LEAST_CERTAIN))
+            total += (logs * judged).sum(axis=1)
+        self.positions += LOOKS * canvas.size
+        return (total / LOOKS).tolist()
+
+    def _room(self) -> int:
+        """Tokens that the slots of the window may have together. What stands behind them must be
+        in sight, up to half a canvas of it: a slot that fills the window would suit any text."""
+        L = self.settings.canvas_length
+        slots = [
+            i
+            for i, piece in enumerate(self.rest[: _fitting(self.rest, L)])
+            if isinstance(piece, Choice)
+        ]
+        before = sum(len(p) for p in self.rest[: slots[-1]] if isinstance(p, list))
+        behind = least_tokens(self.rest[slots[-1] + 1 :])
+        least = sum(cast(Choice, self.rest[i]).lengths[0] for i in slots)
+        return max(least, L - before - min(behind, L // 2))
+
+    def _denoise(
+        self, choices: list[Choice], rows: list[tuple[int, ...]], steps: int
+    ) -> Generator[Event, None, list[_Trial]]:
+        """Denoises one canvas per row of lengths, all behind the same context."""
+        L = self.settings.canvas_length
+        pinned, places, needed = self._pin(choices, rows)
+        self.batches += 1
+        noise = SeededNoise(self.settings.seed, attempt=self.batches - 1)
+        settings = replace(
+            self.settings,
+            max_new_tokens=min(L, needed),
+            max_denoising_steps=min(steps, self.settings.max_denoising_steps),
+            empty_rerolls=0,
+            eos_token_ids=self.ends[:1],  # a line break in the text is no end, whoever says so
+        )
+        last: StepDone | None = None
+        for event in denoise_context(
+            self.model,
+            [self.context.repeated(len(rows))],
+            settings,
+            noise=noise,
+            pinned=pinned,
+        ):
+            if isinstance(event, StepDone):
+                last, self.steps = event, self.steps + 1
+                yield event
+            elif isinstance(event, Finished):
+                self.positions += sum(event.row_positions)
+        assert last is not None
+        draft, certainty = np.array(last.draft), np.array(last.certainty)
+        canvases = pinned.tokens.copy()
+        canvases[:, : draft.shape[1]] = draft
+        trials = []
+        for row in range(len(rows)):
+            texts = [draft[row, start:stop] for start, stop in places[row]]
+            sure = [certainty[row, start:stop] for start, stop in places[row]]
+            canvas = np.maximum(canvases[row], 0)  # columns that were not looked at are pinned
+            written = pinned.tokens[row] == FREE
+            constrained = np.zeros(L, bool)
+            for choice, (start, stop) in zip(choices, places[row], strict=True):
+                constrained[start:stop] |= choice.automaton is not None
+            parts = [part for part in (~written, constrained) if part.any()] or [written]
+            judged = sum((part / part.sum() for part in parts), np.zeros(L))
+            trials.append(_Trial(texts, sure, canvas, written, judged))
+        return trials
+
+    def _pin(
+        self, choices: list[Choice], rows: list[tuple[int, ...]]
+    ) -> tuple[Pinned, list[list[tuple[int, int]]], int]:
+        """The window of each row, where its slots stand in it, and the columns that it needs."""
+        L = self.settings.canvas_length
+        sets: list[np.ndarray] = []
+        known: dict[int, int] = {}  # id of a set -> its index
+        tokens, chosen = np.full((len(rows), L), FREE), np.full((len(rows), L), ANY)
+        places: list[list[tuple[int, int]]] = []
+        spans, needed = [], 0
+        for row, lengths in enumerate(rows):
+            at, slots, given = 0, [], dict(zip(map(id, choices), lengths, strict=True))
+            for piece in self.rest:
+                if isinstance(piece, list):
+                    stop = min(L, at + len(piece))
+                    tokens[row, at:stop] = piece[: stop - at]
+                else:
+                    length = given.get(id(piece), piece.lengths[0])
+                    stop = min(L, at + length)
+                    for place, members in zip(range(at, stop), piece.sets(length), strict=False):
+                        if id(members) not in known:
+                            known[id(members)] = len(sets)
+                            sets.append(members)
+                        chosen[row, place] = known[id(members)]
+                    if id(piece) in given:
+                        slots.append((at, stop))
+                        if piece.automaton is not None:
+                            spans.append(Span(row, at, length, piece.automaton))
+                at = stop
+                if at == L:
+                    break
+            else:
+                tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends
+                at = min(L, at + 1)
+            needed = max(needed, at)
+            places.append(slots)
+        return Pinned(tokens.astype(np.int32), sets, chosen, spans), places, needed
+
+
+def least_tokens(pieces: Sequence[Piece]) -> int:
+    """Tokens at least, with the end of the turn."""
+    return 1 + sum(len(p) if isinstance(p, list) else p.lengths[0] for p in pieces)
+
+
+def may_be_cut(pieces: Sequence[Piece], canvas_length: int) -> bool:
+    """Whether some length that may be tried pushes text out of sight."""
+    literal = sum(len(piece) for piece in pieces if isinstance(piece, list))
+    last = max(i for i, piece in enumerate(pieces) if not isinstance(piece, list))
+    is_long = least_tokens(pieces) > canvas_length
+    return is_long or (least_tokens(pieces[last + 1 :]) > canvas_length // 2 and literal > 0)
+
+
+def _fitting(pieces: Sequence[Piece], canvas_length: int) -> int:
+    """How many pieces, up to a slot and with it, one canvas holds; all of them where it holds the
+    end of the turn too. Later slots than the first get some tokens to grow into."""
+    if least_tokens(pieces) <= canvas_length:
+        return len(pieces)
+    at, inside = 0, 0
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, list):
+            at += len(piece)
+            continue
+        at += max(piece.lengths[0], min(piece.lengths[-1], _GROWTH)) if inside else piece.lengths[0]
+        if at > canvas_length:
+            break
+        inside = i + 1
+    return inside
+
+
+def _start(choices: Sequence[Choice], room: int) -> tuple[int, ...]:
+    """Lengths to begin with: each slot's share of the room, or the nearest that is possible."""
+    least = sum(choice.lengths[0] for choice in choices)
+    share = (room - least) // (2 * len(choices))
+    return tuple(
+        max(n for n in choice.lengths if n <= choice.lengths[0] + share) for choice in choices
+    )
+
+
+def _next_lengths(possible: list[int], tried: Mapping[int, float], most: int) -> list[int]:
+    """Up to `most` lengths to try next: first all that are possible, or some spread over them, each
+    step from one to the next longer than the last; then those beside the best."""
+    first = _spread(possible)
+    if left := [n for n in first if n not in tried]:
+        return left[:most]
+    best = max(tried, key=lambda n: tried[n])
+    below = max((n for n in tried if n < best), default=best)
+    above = min((n for n in tried if n > best), default=best)
+    between = [n for n in possible if below < n < above and n not in tried]
+    return between[:: -(-len(between) // most)] if between else []
+
+
+def _spread(lengths: list[int]) -> list[int]:
+    if len(lengths) <= ALL_OF:
+        return lengths
+    ratio = len(lengths) ** (1 / (ALL_OF - 1))
+    picked = {round(ratio**i) for i in range(ALL_OF)} | set(range(1, ALL_OF // 2))
+    return [lengths[i - 1] for i in sorted(picked)]

@@ -1,0 +1,150 @@
+"""The table of tensor names against all 1,047 names of the official checkpoint."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mlx_diffgemma.checkpoint.names import RULES, VISION, Ignored, part_of, translate
+from mlx_diffgemma.errors import WeightsError
+
+LAYERS, FULL_LAYERS, VISION_LAYERS = 30, (5, 11, 17, 23, 29), 27
+NORMS = (
+    "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm "
+    "pre_feedforward_layernorm_2 post_feedforward_layernorm_1 post_feedforward_layernorm_2"
+).split()
+
+
+def official_names() -> list[str]:
+    """Names of the published 26B checkpoint, from the rules that its layers follow."""
+    decoder, encoder = "model.decoder.", "model.encoder."
+    names = [decoder + "embed_tokens.weight", decoder + "norm.weight"]
+    names += [f"{decoder}self_conditioning.{n}.weight" for n in ("pre_norm", *_mlp())]
+    for i in range(LAYERS):
+        layer = f"{decoder}layers.{i}."
+        attention = "qko" if i in FULL_LAYERS else "qkvo"  # full layers have no v_proj
+        names += [layer + "layer_scalar", f"{encoder}language_model.layers.{i}.layer_scalar"]
+        names += [f"{layer}{norm}.weight" for norm in NORMS]
+        names += [f"{layer}self_attn.{x}_proj.weight" for x in attention]
+        names += [f"{layer}self_attn.{x}_norm.weight" for x in "qk"]
+        names += [f"{layer}mlp.{x}.weight" for x in _mlp()]
+        names += [f"{layer}router.{x}" for x in ("proj.weight", "scale", "per_expert_scale")]
+        names += [f"{layer}experts.{x}" for x in ("gate_up_proj", "down_proj")]
+    tower = encoder + "vision_tower."
+    names += [encoder + "embed_vision.embedding_projection.weight"]
+    names += [tower + "std_bias", tower + "std_scale"]
+    names += [f"{tower}patch_embedder.{x}" for x in _patches()]
+    for i in range(VISION_LAYERS):
+        layer = f"{tower}encoder.layers.{i}."
+        names += [f"{layer}self_attn.{x}_proj.linear.weight" for x in "qkvo"]
+        names += [f"{layer}self_attn.{x}_norm.weight" for x in "qk"]
+        names += [f"{layer}mlp.{x}.linear.weight" for x in _mlp()]
+        names += [f"{layer}{norm}.weight" for norm in NORMS[:4]]
+    return names
+
+
+def _mlp() -> tuple[str, ...]:
+    return ("gate_proj", "up_proj", "down_proj")
+
+
+def _patches() -> tuple[str, ...]:
+    return ("input_proj.weight", "position_embedding_table")
+
+
+def test_all_1047_official_names_are_used_or_ignored_because_of_vision():
+    names = official_names()
+    assert len(names) == len(set(names)) == 1047
+    results = {name: translate(name) for name in names}
+    ignored = {name for name, result in results.items() if isinstance(result, Ignored)}
+    assert ignored == {name for name in names if "vision" in name}
+    assert {results[name].reason for name in ignored} == {VISION}
+    used = [result for result in results.values() if isinstance(result, str)]
+    assert len(set(used)) == len(used), "two tensors would become one"
+
+
+def test_only_the_bare_expert_arrays_are_renamed_and_renaming_twice_changes_nothing():
+    for name in official_names():
+        target = translate(name)
+        if isinstance(target, Ignored):
+            continue
+        assert target == name + (".weight" if ".experts." in name else "")
+        assert translate(target) == target
+
+
+@pytest.mark.parametrize("leaf", ["weight", "scales", "biases"])
+def test_every_matrix_may_come_packed(leaf):
+    for name in official_names():
+        module = translate(name)
+        if "vision_tower" in name or isinstance(module, Ignored) or not module.endswith(".weight"):
+            continue
+        if "norm" in module:
+            continue
+        packed = module.removesuffix("weight") + leaf
+        assert translate(packed) == packed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "lm_head.scales",
+        "model.encoder.embed_vision.embedding_projection.scales",
+        "model.decoder.rotary_emb.inv_freq",
+        "model.decoder.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.encoder.language_model.rotary_emb.full_attention_original_inv_freq",
+        "model.encoder.vision_tower.encoder.layers.3.mlp.up_proj.input_min",
+        "model.encoder.vision_tower.encoder.layers.3.self_attn.q_proj.output_max",
+    ],
+)
+def test_tensors_that_other_programs_add_are_ignored_with_a_reason(name):
+    result = translate(name)
+    assert isinstance(result, Ignored) and result.reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.decoder.layers.0.self_attn.q_proj.bias",
+        "model.decoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "model.decoder.layers.x.layer_scalar",
+        "model.decoder.layers.0.experts.5.gate_proj.weight",
+        "model.decoder.layers.0.experts.gate_up_proj.weight_scale",
+        "model.decoder.embed_tokens",
+        "xmodel.decoder.norm.weight",
+        "model.decoder.norm.weight\n",
+        "model_decoder_norm_weight",
+        "",
+    ],
+)
+def test_a_name_that_no_rule_knows_is_refused(name):
+    with pytest.raises(WeightsError, match="is not part of DiffusionGemma") as raised:
+        translate(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_name_matches_two_rules():
+    for name in official_names():
+        matching = [rule for rule in RULES if re.fullmatch(rule.pattern, name)]
+        assert len(matching) == 1, (name, matching)
+
+
+def test_each_rule_leads_to_a_name_or_says_why_not():
+    assert all((rule.target is None) == bool(rule.reason) for rule in RULES)
+
+
+def test_every_part_of_the_model_is_told_from_its_names():
+    counted: dict[str, int] = {}
+    for name in official_names():
+        counted[part_of(name)] = counted.get(part_of(name), 0) + 1
+    assert counted == {
+        "embedding": 1,
+        "self-conditioning": 4,
+        "attention": 25 * 4 + 5 * 3,
+        "dense MLP": 90,
+        "router": 90,
+        "experts": 60,
+        "vision": 5 + 27 * 13,
+        "norms and scalars": 1 + 30 * (2 + 7 + 2),
+    }

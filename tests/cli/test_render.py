@@ -1,0 +1,85 @@
+"""What a terminal shows: a pseudo-terminal of our own reads it back."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def run_in_terminal(*arguments: str, stdout_too: bool) -> tuple[bytes, bytes]:
+    """What the terminal received, and what a pipe on stdout did where stdout is no terminal."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+    master, slave = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_diffgemma", "generate", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=slave if stdout_too else subprocess.PIPE,
+        stderr=slave,
+        env=environment,
+    )
+    os.close(slave)
+    seen = b""
+    try:
+        while chunk := os.read(master, 65536):
+            seen += chunk
+    except OSError:  # Linux ends a closed terminal so
+        pass
+    piped = process.stdout.read() if process.stdout else b""
+    assert process.wait() == 0, seen
+    return seen, piped
+
+
+def test_a_terminal_sees_the_canvas_settle_then_the_answer_and_one_line_of_numbers():
+    seen, _ = run_in_terminal("--prompt", "Squares from 2 to 3.", "--seed", "1", stdout_too=True)
+    plain = ESCAPE.sub(b"", seen).replace(b"\r", b"")
+    assert b"canvas 1, step 1" in plain
+    assert b"|n|n*n|\n|-|-|\n|2|4|\n|3|9|\n" in plain
+    last = plain.rstrip().splitlines()[-1]
+    for fact in (
+        b"tokens/s",
+        b"canvas",
+        b"steps",
+        b"tokens/forward",
+        b"ms/step",
+        b"peak",
+        b"end of turn",
+    ):
+        assert fact in last
+
+
+def test_a_pipe_gets_the_bytes_of_the_answer_while_the_terminal_shows_the_canvas():
+    seen, piped = run_in_terminal(
+        "--prompt", "Squares from 2 to 3.", "--seed", "1", stdout_too=False
+    )
+    assert piped == b"|n|n*n|\n|-|-|\n|2|4|\n|3|9|\n"
+    assert b"canvas 1, step 1" in ESCAPE.sub(b"", seen)
+
+
+def test_control_characters_of_a_draft_do_not_reach_the_terminal():
+    from mlx_diffgemma.cli.render import _printable
+
+    assert _printable("a\x1b[2Jb\tc\nd\x9b") == "a·[2Jb·c\nd·"
+
+
+def test_thoughts_go_to_stderr_whole_and_do_not_touch_the_answer(capfdbinary):
+    from mlx_diffgemma.cli.render import View
+
+    view = View(verbose=True)
+    long = "a thought that is longer than a line of a terminal " * 3
+    for piece in ("I think that ", "this is ", "it.\n", long, "and more"):
+        view.thought(piece)
+        view.draft([("draft", True)], "canvas 1, step 1")
+    view.answer("The answer.")
+    view.close()
+    out, err = capfdbinary.readouterr()
+    assert out == b"The answer.\n"
+    assert err.decode() == f"I think that this is it.\n{long}and more\n"

@@ -1,0 +1,758 @@
+"""The loop, driven by an oracle model whose answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma import loop
+from mlx_diffgemma.config.generation import GenerationSettings
+from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.denoise.loop import denoise_tokens
+from mlx_diffgemma.denoise.noise import SeededNoise
+from mlx_diffgemma.denoise.sampler import shortlist, statistics
+from mlx_diffgemma.errors import ConfigError, PromptError
+from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone
+from mlx_diffgemma.model import Context, OpenContext
+from mlx_diffgemma.model.backend import as_on_gpu
+from tests.checkpoints import GENERATION, draw_config, load_drawn
+
+L, V = 8, 64
+PAD, EOS = 0, 5
+IMAGE = 61
+PROMPT = mx.array([[10, 11, 12]], dtype=mx.int32)
+WORDS = [20, 21, 22, 23, 24, 25, 26, 27]  # a canvas without an end
+ENDED = [30, 31, EOS, 33, 34, 35, EOS, 37]
+
+
+@pytest.fixture(autouse=True, params=[0, 1], ids=["looked at first", "built ahead"])
+def ahead(request):
+    """Steps that are built before the last one is looked at: none on the CPU backend."""
+    with as_on_gpu() if request.param else nullcontext():
+        yield request.param
+
+
+# What the oracle thinks: tokens [B, L], and whether each row is sure of them.
+Answer = tuple[Sequence[Sequence[int]], Sequence[bool]]
+
+
+def sure(*rows: Sequence[int]) -> Answer:
+    return rows, [True] * len(rows)
+
+
+def unsure(*rows: Sequence[int]) -> Answer:
+    return rows, [False] * len(rows)
+
+
+class Oracle:
+    """A model that answers from a script: canvas index and look at that canvas -> answer.
+
+    Sure answers have an entropy of 0 under any cap, unsure ones of nearly ln 64. It writes down
+    what it was asked; graphs are lazy, so a look that was built need not have been computed.
+    """
+
+    def __init__(self, script: Callable[[int, int], Answer], **text: int):
+        raw = draw_config(0, vocab_size=V, canvas_length=L, **text)
+        self.config = ModelConfig.from_dict(raw, GENERATION)
+        self.script = script
+        self.commits: list[list[list[int]]] = []
+        self.looks: list[list[tuple[mx.array, mx.array | None]]] = [[]]  # per canvas
+        self.prefills: list[int] = []
+
+    def prefill(self, tokens, context=None, *, lengths=None, step_size=2048, progress=None):
+        assert context is None
+        self.prefills.append(step_size)
+        if progress is not None:
+            progress(tokens.shape[1], tokens.shape[1])
+        return Context((), tokens.shape[1], tokens.shape[0])
+
+    def commit(self, canvas, context):
+        self.commits.append(canvas.tolist())
+        self.looks.append([])
+        return Context((), context.length + canvas.shape[1], context.batch)
+
+    def open(self, context, canvas_length):
+        return OpenContext.of(context, canvas_length)
+
+    def look(self, canvas, context, *, self_conditioning=None):
+        looks = self.looks[-1]
+        rows, is_sure = self.script(len(self.commits), len(looks))
+        looks.append((canvas, self_conditioning))
+        height = np.where(is_sure, 1e6, 0.1).astype(np.float32)
+        one_hot = np.eye(V, dtype=np.float32)[np.array(rows)]
+        return mx.array(one_hot * height[:, None, None]), context
+
+    def mean_embedding(self, weights, total):
+        return weights  # so that a test can see what came back
+
+    @property
+    def built(self) -> int:
+        return sum(map(len, self.looks))
+
+
+def run(oracle: Oracle, tokens: mx.array = PROMPT, **settings) -> list:
+    lengths, noise = settings.pop("lengths", None), settings.pop("noise", None)
+    return list(
+        denoise_tokens(
+            oracle,
+            tokens,
+            GenerationSettings(**{"seed": 1, "max_new_tokens": L} | settings),
+            lengths=lengths,
+            noise=noise,
+        )
+    )
+
+
+def committed(events: list) -> list[CanvasCommitted]:
+    return [event for event in events if isinstance(event, CanvasCommitted)]
+
+
+def steps_of(events: list) -> list[tuple[int, int]]:
+    return [(e.canvas_index, e.step) for e in events if isinstance(e, StepDone)]
+
+
+# When a canvas ends
+
+
+def test_a_canvas_that_is_sure_at_once_takes_two_steps():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)))
+    assert steps_of(events) == [(0, 0), (0, 1)]
+    (canvas,) = committed(events)
+    assert (canvas.steps, canvas.row_steps) == (2, (2,))
+    assert canvas.tokens.tolist() == [WORDS]
+
+
+def test_a_canvas_that_is_never_sure_takes_all_steps_and_its_last_draft():
+    oracle = Oracle(lambda canvas, look: unsure([40 + look] * L))
+    events = run(oracle, max_denoising_steps=6)
+    assert steps_of(events) == [(0, step) for step in range(6)]
+    assert committed(events)[0].tokens.tolist() == [[45] * L]
+    assert oracle.built == 6
+
+
+def test_a_canvas_that_is_sure_but_moves_does_not_settle():
+    tokens = [WORDS, WORDS[::-1], WORDS, WORDS]
+    events = run(Oracle(lambda canvas, look: sure(tokens[min(look, 3)])))
+    assert len(steps_of(events)) == 4
+
+
+@pytest.mark.parametrize(("stability", "steps"), [(0, 1), (1, 2), (2, 3), (4, 5)])
+def test_stability_is_the_number_of_steps_that_must_not_move(stability, steps):
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), stability_threshold=stability)
+    assert committed(events)[0].steps == steps
+
+
+def test_stability_does_not_look_back_into_the_canvas_before():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), max_new_tokens=3 * L)
+    assert [canvas.steps for canvas in committed(events)] == [2, 2, 2]
+
+
+def test_one_step_at_most_is_one_step():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), max_denoising_steps=1)
+    assert steps_of(events) == [(0, 0)]
+
+
+# Events
+
+
+def test_events_come_in_order_of_happening_and_count_their_own_canvas():
+    def script(canvas, look):
+        return sure(WORDS) if look >= 2 * canvas else unsure(WORDS)
+
+    events = run(Oracle(script), max_new_tokens=2 * L)
+    kinds = [type(event) for event in events]
+    assert kinds == [
+        PrefillDone,
+        *[StepDone] * 2,
+        CanvasCommitted,
+        *[StepDone] * 3,
+        CanvasCommitted,
+        Finished,
+    ]
+    assert steps_of(events) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert [(c.canvas_index, c.steps, c.row_steps) for c in committed(events)] == [
+        (0, 2, (2,)),
+        (1, 3, (3,)),
+    ]
+    finished = events[-1]
+    assert finished.row_steps == (5,) and finished.row_canvases == (2,)
+    assert finished.tokens_per_forward == (16 / 5,)
+
+
+def test_step_events_carry_shapes_and_kinds_that_a_listener_can_read():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), top_candidates=3)
+    step = next(event for event in events if isinstance(event, StepDone))
+    assert step.draft.tolist() == [WORDS] and step.draft.dtype == mx.int32
+    assert step.accepted.tolist() == [[True] * L]
+    assert step.entropy.dtype == mx.float32 and float(step.entropy.max()) < 1e-3
+    ids, probabilities = step.candidates
+    assert ids.shape == probabilities.shape == (1, L, 3)
+    assert ids[0, :, 0].tolist() == WORDS
+    assert float(probabilities[..., 0].min()) > 0.999
+
+
+def test_candidates_are_left_out_unless_asked_for():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)))
+    assert all(event.candidates is None for event in events if isinstance(event, StepDone))
+
+
+def test_prefill_counts_tokens_without_padding_and_reports_its_progress():
+    seen = []
+    tokens = mx.array([[9, 9, 10], [10, 11, 12]], dtype=mx.int32)
+    events = denoise_tokens(
+        Oracle(lambda canvas, look: sure(WORDS, WORDS)),
+        tokens,
+        GenerationSettings(seed=1, max_new_tokens=L),
+        lengths=mx.array([1, 3]),
+        prompt_progress_callback=lambda *places: seen.append(places),
+    )
+    first = next(events)
+    assert isinstance(first, PrefillDone) and first.prompt_tokens == 4 and first.seconds >= 0
+    assert seen == [(3, 3)]
+
+
+def test_prefill_reads_in_pieces_of_the_settings_size():
+    oracle = Oracle(lambda canvas, look: sure(WORDS))
+    run(oracle, prefill_step_size=17)
+    assert oracle.prefills == [17]
+
+
+# How long a run is
+
+
+@pytest.mark.parametrize(
+    ("limit", "widths"), [(1, [1]), (7, [7]), (8, [8]), (9, [8, 1]), (21, [8, 8, 5])]
+)
+def test_max_new_tokens_cuts_exactly(limit, widths):
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), max_new_tokens=limit)
+    assert [c.tokens.shape[1] for c in committed(events)] == widths
+    written = [token for canvas in committed(events) for token in canvas.tokens[0].tolist()]
+    assert written == (WORDS * 3)[:limit]
+    assert events[-1].reason == ("length",) and events[-1].new_tokens == (limit,)
+
+
+def test_an_end_token_ends_the_run_and_pads_what_follows_it():
+    oracle = Oracle(lambda canvas, look: sure(ENDED))
+    events = run(oracle, max_new_tokens=5 * L)
+    assert [c.tokens.tolist() for c in committed(events)] == [[[30, 31, EOS, *[PAD] * 5]]]
+    assert events[-1].reason == ("stop",) and events[-1].new_tokens == (3,)
+    assert oracle.commits == []
+
+
+@pytest.mark.parametrize(("limit", "reason"), [(2, "length"), (3, "stop")])
+def test_an_end_token_behind_the_cut_does_not_count(limit, reason):
+    events = run(Oracle(lambda canvas, look: sure(ENDED)), max_new_tokens=limit)
+    assert events[-1].reason == (reason,) and events[-1].new_tokens == (limit,)
+
+
+def test_extra_end_tokens_end_a_run_too():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), extra_eos_token_ids=(23,))
+    assert committed(events)[0].tokens.tolist() == [[20, 21, 22, 23, *[PAD] * 4]]
+    assert events[-1].reason == ("stop",)
+
+
+def test_a_pad_token_in_an_answer_is_a_token_like_any_other():
+    answer = [20, PAD, 21, PAD, PAD, 22, EOS, 9]
+    events = run(Oracle(lambda canvas, look: sure(answer)))
+    assert committed(events)[0].tokens.tolist() == [[*answer[:7], PAD]]
+    assert events[-1].new_tokens == (7,)
+
+
+def test_a_run_commits_one_canvas_fewer_than_it_writes():
+    oracle = Oracle(lambda canvas, look: sure(WORDS if canvas < 2 else ENDED))
+    events = run(oracle, max_new_tokens=9 * L)
+    assert len(committed(events)) == 3
+    assert oracle.commits == [[WORDS], [WORDS]]
+
+
+def test_a_narrower_canvas_is_as_wide_as_asked():
+    oracle = Oracle(lambda canvas, look: sure(WORDS[:3]))
+    events = run(oracle, canvas_length=3, max_new_tokens=7)
+    assert [c.tokens.shape[1] for c in committed(events)] == [3, 3, 1]
+
+
+def test_a_run_ends_where_the_positions_end():
+    oracle = Oracle(lambda canvas, look: sure(WORDS), max_position_embeddings=3 + 2 * L + 1)
+    events = run(oracle, max_new_tokens=100)
+    assert len(committed(events)) == 2
+    assert events[-1].reason == ("length",) and events[-1].new_tokens == (2 * L,)
+
+
+def test_a_closed_run_computes_no_further_step(ahead):
+    oracle = Oracle(lambda canvas, look: unsure(WORDS))
+    events = denoise_tokens(oracle, PROMPT, GenerationSettings(seed=1, max_denoising_steps=40))
+    next(events)
+    for _ in range(3):
+        assert isinstance(next(events), StepDone)
+    events.close()
+    assert oracle.built == 3 + ahead
+    assert next(events, None) is None
+
+
+# What goes into a step
+
+
+def test_the_last_processed_logits_come_back_in_the_next_step_of_the_same_canvas():
+    oracle = Oracle(lambda canvas, look: unsure([20 + look] * L))
+    run(oracle, max_denoising_steps=4, t_min=0.5, t_max=1.0, max_new_tokens=2 * L)
+    logit = 30 * np.tanh(0.1 / 30)  # under the cap
+    for looks in oracle.looks:
+        soft = [soft for _, soft in looks]
+        assert soft[0] is None
+        # temperatures 1, 0.875, 0.75 of the steps before
+        for i, heat in enumerate((1, 0.875, 0.75)):
+            weights = np.log(np.array(soft[i + 1]))  # over that of the likeliest token
+            assert weights[0, :, 20 + i] == pytest.approx(0, abs=1e-7)
+            others = np.delete(weights, 20 + i, axis=-1)
+            np.testing.assert_allclose(others, -logit / heat, rtol=1e-5)
+
+
+def test_sure_positions_keep_their_proposal_and_the_others_are_refilled():
+    class Draws:
+        def start(self, canvas_index, shape, vocab_size):
+            return mx.full(shape, 40, dtype=mx.int32)
+
+        def sample(self, canvas_index, step, logits):
+            assert logits.shape == (1, L, V)
+            return mx.full(logits.shape[:2], 41 + step, dtype=mx.int32)
+
+        def renoise(self, canvas_index, step, shape, vocab_size):
+            assert (shape, vocab_size) == ((1, L), V)
+            return mx.full(shape, 51 + step, dtype=mx.int32)
+
+    oracle = Oracle(lambda canvas, look: unsure(WORDS))
+    run(oracle, max_denoising_steps=3, noise=Draws())
+    canvases = [canvas.tolist()[0] for canvas, _ in oracle.looks[0]]
+    assert canvases[0] == [40] * L
+    # All are equally unsure: exactly one is kept.
+    for step, canvas in enumerate(canvases[1:]):
+        assert sorted(canvas) == [41 + step] + [51 + step] * (L - 1)
+
+
+def test_every_draw_of_a_run_is_asked_for_once():
+    asked = []
+
+    class Listening(SeededNoise):
+        def start(self, canvas_index, shape, vocab_size):
+            asked.append(("start", canvas_index, 0))
+            return super().start(canvas_index, shape, vocab_size)
+
+        def sample(self, canvas_index, step, logits):
+            asked.append(("sample", canvas_index, step))
+            return super().sample(canvas_index, step, logits)
+
+        def renoise(self, canvas_index, step, shape, vocab_size):
+            asked.append(("renoise", canvas_index, step))
+            return super().renoise(canvas_index, step, shape, vocab_size)
+
+    oracle = Oracle(lambda canvas, look: unsure(WORDS))
+    run(oracle, max_denoising_steps=3, max_new_tokens=2 * L, noise=Listening(4))
+    assert len(asked) == len(set(asked))
+    assert {("sample", c, s) for c in (0, 1) for s in (0, 1)} <= set(asked)
+    assert {("start", 0, 0), ("start", 1, 0)} <= set(asked)
+
+
+def test_temperature_zero_proposes_the_likeliest_tokens_and_draws_none():
+    class NoSamples(SeededNoise):
+        def sample(self, canvas_index, step, logits):
+            raise AssertionError("a proposal was drawn")
+
+    oracle = Oracle(lambda canvas, look: unsure(WORDS))
+    run(oracle, temperature=0, entropy_bound=1000, max_denoising_steps=3, noise=NoSamples(1))
+    assert [canvas.tolist() for canvas, _ in oracle.looks[0][1:]] == [[WORDS], [WORDS]]
+
+
+def test_the_same_seed_gives_the_same_canvases_and_another_seed_others():
+    def first_canvas(seed):
+        oracle = Oracle(lambda canvas, look: sure(WORDS))
+        run(oracle, seed=seed)
+        return oracle.looks[0][0][0].tolist()
+
+    assert first_canvas(3) == first_canvas(3) != first_canvas(4)
+
+
+# Several rows
+
+BOTH = mx.array([[10, 11, 12], [13, 14, 15]], dtype=mx.int32)
+
+
+def test_a_settled_row_keeps_its_draft_and_canvas_while_others_go_on():
+    def script(canvas, look):
+        first = WORDS if look < 2 else WORDS[::-1]  # settles in the second look, then would move
+        return [first, [40 + look] * L], [True, False]
+
+    oracle = Oracle(script)
+    events = run(oracle, BOTH, max_denoising_steps=5)
+    (canvas,) = committed(events)
+    assert canvas.tokens.tolist() == [WORDS, [44] * L]
+    assert (canvas.steps, canvas.row_steps) == (5, (2, 5))
+    drafts = [event.draft[0].tolist() for event in events if isinstance(event, StepDone)]
+    assert drafts == [WORDS] * 5
+    inputs = [canvas[0].tolist() for canvas, _ in oracle.looks[0]]
+    assert inputs[2] == inputs[3] == inputs[4]
+
+
+def test_a_row_that_has_ended_writes_padding_and_takes_no_more_steps():
+    def script(canvas, look):
+        return sure(ENDED if canvas == 0 else WORDS, WORDS)
+
+    oracle = Oracle(script)
+    events = run(oracle, BOTH, max_new_tokens=2 * L)
+    first, second = committed(events)
+    assert first.tokens.tolist() == [[30, 31, EOS, *[PAD] * 5], WORDS]
+    assert second.tokens.tolist() == [[PAD] * L, WORDS]
+    assert (first.row_steps, second.row_steps) == ((2, 2), (0, 2))
+    assert oracle.commits == [first.tokens.tolist()]
+    finished = events[-1]
+    assert finished.reason == ("stop", "length")
+    assert finished.new_tokens == (3, 16)
+    assert finished.row_steps == (2, 4) and finished.row_canvases == (1, 2)
+
+
+def test_a_batch_ends_when_its_last_row_does():
+    def script(canvas, look):
+        return sure(ENDED, ENDED if canvas == 1 else WORDS)
+
+    events = run(Oracle(script), BOTH, max_new_tokens=9 * L)
+    assert len(committed(events)) == 2
+    assert events[-1].reason == ("stop", "stop") and events[-1].new_tokens == (3, 11)
+
+
+def test_an_ended_row_does_not_hold_up_the_canvas():
+    def script(canvas, look):
+        return [ENDED, WORDS], [canvas == 0, True]  # ended, then never sure again
+
+    events = run(Oracle(script), BOTH, max_new_tokens=2 * L)
+    assert [canvas.steps for canvas in committed(events)] == [2, 2]
+
+
+# Empty answers
+
+EMPTY = [EOS, *WORDS[:7]]
+
+
+def test_an_empty_answer_is_drawn_again_when_asked(ahead):
+    oracle = Oracle(lambda canvas, look: sure(EMPTY if look < 2 + ahead else WORDS))
+    events = run(oracle, empty_rerolls=2)
+    (canvas,) = committed(events)
+    assert canvas.tokens.tolist() == [WORDS]
+    assert (canvas.steps, canvas.row_steps) == (4, (4,))
+    first, again = oracle.looks[0][0][0], oracle.looks[0][2 + ahead][0]
+    assert first.tolist() != again.tolist(), "the second try starts from other noise"
+    assert oracle.looks[0][2 + ahead][1] is None, "and remembers nothing of the first"
+
+
+def test_an_empty_answer_stands_when_nobody_asked_or_all_tries_are_spent():
+    for rerolls, looks in ((0, 2), (2, 6)):
+        events = run(Oracle(lambda canvas, look: sure(EMPTY)), empty_rerolls=rerolls)
+        assert committed(events)[0].tokens.tolist() == [[EOS, *[PAD] * 7]]
+        assert len(steps_of(events)) == looks
+        assert events[-1].reason == ("stop",) and events[-1].new_tokens == (1,)
+
+
+def test_only_empty_rows_are_drawn_again(ahead):
+    def script(canvas, look):
+        if look < 2 + ahead:
+            return sure(WORDS, EMPTY)
+        return sure(WORDS[::-1], WORDS)
+
+    events = run(Oracle(script), BOTH, empty_rerolls=1)
+    (canvas,) = committed(events)
+    assert canvas.tokens.tolist() == [WORDS, WORDS]
+    assert canvas.row_steps == (2, 4)
+
+
+def test_a_later_canvas_may_begin_with_an_end():
+    oracle = Oracle(lambda canvas, look: sure(WORDS if canvas == 0 else EMPTY))
+    events = run(oracle, empty_rerolls=3, max_new_tokens=4 * L)
+    assert [canvas.steps for canvas in committed(events)] == [2, 2]
+
+
+def test_a_replay_cannot_be_drawn_again():
+    class Replay:
+        pass
+
+    with pytest.raises(ConfigError, match="empty_rerolls needs seeded noise"):
+        run(Oracle(lambda canvas, look: sure(WORDS)), empty_rerolls=1, noise=Replay())
+
+
+# What a prompt may not be
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        ([[10, V]], None, f"token {V} is outside the vocabulary of {V}"),
+        ([[-1, 10]], None, f"token -1 is outside the vocabulary of {V}"),
+        ([[10, IMAGE]], None, f"image token {IMAGE}; images are not supported"),
+        ([[]], None, "the prompt is empty"),
+        ([10, 11], None, r"\[B, S\] with at least one token, got \(2,\)"),
+        ([[10, 11]], [3], r"1 numbers from 1 to 2, got \[3\]"),
+        ([[10, 11]], [0], r"1 numbers from 1 to 2, got \[0\]"),
+        ([[10, 11]], [1, 1], r"1 numbers from 1 to 2, got \[1, 1\]"),
+        ([[10] * 1017], None, "1017 tokens; with a canvas of 8, at most 1016 of the 1024"),
+    ],
+    ids=[
+        "too large",
+        "negative",
+        "image",
+        "empty",
+        "no batch",
+        "long",
+        "zero",
+        "two for one",
+        "full",
+    ],
+)
+def test_a_prompt_that_cannot_be_read_is_refused_before_any_work(tokens, lengths, message):
+    oracle = Oracle(lambda canvas, look: sure(WORDS))
+    with pytest.raises(PromptError, match=message):
+        run(
+            oracle,
+            mx.array(tokens, dtype=mx.int32),
+            lengths=None if lengths is None else mx.array(lengths),
+        )
+    assert oracle.prefills == [] and oracle.built == 0
+
+
+def test_the_longest_prompt_that_leaves_room_for_a_canvas_is_read():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), mx.array([[10] * 1016]))
+    assert events[-1].new_tokens == (L,)
+
+
+def test_padding_may_be_any_token_even_an_image():
+    tokens = mx.array([[IMAGE, 10], [11, 12]], dtype=mx.int32)
+    oracle = Oracle(lambda canvas, look: sure(WORDS, WORDS))
+    events = run(oracle, tokens, lengths=mx.array([1, 2]))
+    assert len(committed(events)) == 1
+
+
+def test_settings_that_contradict_the_checkpoint_are_refused_before_any_work():
+    oracle = Oracle(lambda canvas, look: sure(WORDS))
+    with pytest.raises(ConfigError, match="canvas_length 9 is longer than the checkpoint's 8"):
+        run(oracle, canvas_length=9)
+    assert oracle.prefills == []
+
+
+# Less work
+
+FAST = {"policy": "fast"}
+
+
+def test_a_fast_canvas_that_is_sure_at_once_takes_one_step():
+    events = run(Oracle(lambda canvas, look: sure(WORDS)), **FAST)
+    assert steps_of(events) == [(0, 0)]
+    assert committed(events)[0].tokens.tolist() == [WORDS]
+    assert events[-1].row_positions == (L,)
+
+
+def test_a_fast_canvas_that_is_never_sure_holds_one_more_position_in_every_step():
+    oracle = Oracle(lambda canvas, look: unsure(WORDS))
+    events = run(oracle, **FAST)
+    held = [int(event.accepted.sum()) for event in events if isinstance(event, StepDone)]
+    assert held == list(range(1, L + 1))
+    assert committed(events)[0].tokens.tolist() == [WORDS]
+
+
+def test_a_fast_canvas_goes_back_on_what_it_held():
+    def script(canvas, look):
+        return unsure(WORDS if look < 3 else [40, *WORDS[1:]])
+
+    events = run(Oracle(script), **FAST)
+    held = [int(event.accepted.sum()) for event in events if isinstance(event, StepDone)]
+    assert len(held) > L, "the place that moved had to be held again"
+    assert committed(events)[0].tokens.tolist() == [[40, *WORDS[1:]]]
+
+
+@pytest.mark.parametrize("rule", [{}, {"acceptance": "confidence", "temperature": 0}])
+def test_what_moves_behind_the_end_holds_up_the_canvas_but_not_the_answer(rule):
+    def script(canvas, look):
+        return sure([30, 31, EOS, 33 + look, 34 + look, 35, 36, 37 + look])
+
+    whole = run(Oracle(script), **rule, max_denoising_steps=6)
+    answer = run(Oracle(script), **rule, max_denoising_steps=6, stop_on="answer")
+    assert len(steps_of(answer)) == (1 if rule else 2)
+    assert len(steps_of(whole)) == (1 if rule else 6)
+    assert committed(answer)[0].tokens.tolist() == [[30, 31, EOS, *[PAD] * 5]]
+
+
+def widths_of(oracle, **settings):
+    events = run(oracle, canvas_width="answer", stop_on="answer", **settings)
+    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
+    return events, widths
+
+
+def test_columns_behind_an_accepted_end_are_dropped_and_the_text_is_the_same(ahead):
+    oracle = Narrow(lambda canvas, look: ([[30, 31 + look, EOS, *[33] * 5]], [look > 2]))
+    events, widths = widths_of(oracle, entropy_bound=1000, temperature=0, max_denoising_steps=4)
+    assert widths == [8, 4, 4, 4]
+    asked = [canvas.shape[1] for canvas, _ in oracle.asked]
+    assert asked == ([8, 8, 4, 4, 4] if ahead else widths)  # one was built for too many
+    assert events[-1].row_positions == (sum(widths),)
+    assert committed(events)[0].tokens[0].tolist()[:3] == [30, 34 + ahead, EOS]
+    assert events[-1].reason == ("stop",)
+
+
+def test_a_lost_end_gives_all_columns_back_with_their_own_noise(ahead):
+    def script(canvas, look):
+        rows = [30, 31, EOS, *[33] * 5] if look == 0 else [34 + look] * L
+        return [rows], [False]
+
+    oracle = Narrow(script)
+    _, widths = widths_of(oracle, entropy_bound=1000, temperature=0, max_denoising_steps=4)
+    assert widths == [8, 4, 8, 8]
+    wide = oracle.asked[4 if ahead else 2]  # two were built ahead and dropped
+    assert wide[1].shape[1] == L, "the self-conditioning is as wide as the canvas"
+    fresh = SeededNoise(1).renoise(0, 1, (1, L), V)
+    assert wide[0][0, 4:].tolist() == fresh[0, 4:].tolist()
+    assert not np.array(wide[1])[0, 4:].any(), "nothing is known of columns that were not looked at"
+
+
+def test_rows_of_a_batch_share_the_width_of_the_one_that_needs_most():
+    oracle = Narrow(lambda canvas, look: unsure(ENDED, [30, 31, 32, 33, 34, EOS, 36, 37]))
+    events = run(
+        oracle,
+        BOTH,
+        canvas_width="answer",
+        stop_on="answer",
+        entropy_bound=1000,
+        temperature=0,
+        max_denoising_steps=3,
+    )
+    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
+    assert widths == [8, 7, 7]
+    assert events[-1].row_positions == (22, 22)
+
+
+class Narrow(Oracle):
+    """Answers for as many columns as it is asked about, and keeps what it was asked."""
+
+    def __init__(self, script):
+        super().__init__(script)
+        self.asked: list[tuple[mx.array, mx.array | None]] = []
+
+    def look(self, canvas, context, *, self_conditioning=None):
+        outputs, context = super().look(canvas, context, self_conditioning=self_conditioning)
+        self.asked.append((canvas, self_conditioning))
+        return outputs[:, : canvas.shape[1]], context
+
+
+def test_draws_without_the_logits_are_those_of_the_contract():
+    class Contract(SeededNoise):  # any other class is asked for samples of the logits
+        pass
+
+    def ids(noise):
+        model = load_drawn(5)
+        settings = GenerationSettings(max_new_tokens=24, max_denoising_steps=5)
+        events = denoise_tokens(model, PROMPT, settings, noise=noise)
+        return [event.tokens.tolist() for event in events if isinstance(event, CanvasCommitted)]
+
+    assert ids(SeededNoise(3)) == ids(Contract(3)) != ids(SeededNoise(4))
+
+
+@pytest.mark.parametrize("bound", [0.0, 2.0, 100.0], ids=["all dense", "some", "none"])
+def test_sparse_self_conditioning_with_every_token_in_its_list_is_dense(bound):
+    model = load_drawn(5)
+    vocab_size = model.config.text.vocab_size
+
+    def drafts(**settings):
+        events = denoise_tokens(
+            model, PROMPT, GenerationSettings(seed=2, max_denoising_steps=4, **settings)
+        )
+        return [event.draft.tolist() for event in events if isinstance(event, StepDone)]
+
+    sparse = {"sparse_tokens": vocab_size, "sparse_entropy": bound}
+    assert drafts(self_conditioning="sparse", **sparse) == drafts()
+
+
+class PerPosition(Narrow):
+    """Sure of some positions only: the script gives a height for each."""
+
+    def look(self, canvas, context, *, self_conditioning=None):
+        looks = self.looks[-1]
+        rows, heights = self.script(len(self.commits), len(looks))
+        looks.append((canvas, self_conditioning))
+        self.asked.append((canvas, self_conditioning))
+        one_hot = np.eye(V, dtype=np.float32)[np.array(rows)]
+        outputs = one_hot * np.array(heights, np.float32)[..., None]
+        return mx.array(outputs)[:, : canvas.shape[1]], context
+
+
+def test_a_narrow_look_that_has_lost_its_end_does_not_settle(ahead):
+    # Row 0 shows an end, loses it while narrow, and is sure of all it sees then; row 1 goes on.
+    high, low = 1e6, 0.1
+    first = [30, 31, EOS, *[33] * 5]
+    lost = [30, 31, 32, 33, 34, 35, 36, EOS]
+
+    def script(canvas, look):
+        early = look < 1 + ahead
+        a = (first, [high, low, high, *[low] * 5]) if early else (lost, [high] * L)
+        b = (first, [high, low, high, *[low] * 5]) if look < 3 else (first, [high] * L)
+        return [a[0], b[0]], [a[1], b[1]]
+
+    events = run(PerPosition(script), BOTH, **FAST)
+    (canvas,) = committed(events)
+    assert canvas.tokens[0].tolist() == lost, "no padding, and all of the text"
+    assert events[-1].reason == ("stop", "stop") and events[-1].new_tokens[0] == L
+
+
+def test_a_canvas_starts_as_narrow_as_what_is_left_to_write():
+    oracle = Narrow(lambda canvas, look: sure(WORDS))
+    events = run(oracle, policy="fast", max_new_tokens=L + 2)
+    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
+    assert widths == [8, 3]  # two tokens, and an eighth to spare
+    assert [canvas.tokens.tolist() for canvas in committed(events)] == [[WORDS], [WORDS[:2]]]
+    reference = Narrow(lambda canvas, look: sure(WORDS))
+    run(reference, max_new_tokens=L + 2)
+    assert {canvas.shape[1] for canvas, _ in reference.asked} == {L}
+
+
+def test_a_row_that_lost_its_end_is_drawn_again_with_the_empty_ones():
+    def script(canvas, look):
+        if look == 0:
+            return unsure([30, 31, EOS, *[33] * 5], EMPTY)
+        if look < 3:
+            return unsure([40] * L, EMPTY)
+        return sure(WORDS, WORDS)
+
+    settings = {"canvas_width": "answer", "stop_on": "answer", "temperature": 0}
+    events = run(
+        Narrow(script),
+        BOTH,
+        **settings,
+        entropy_bound=1000,
+        max_denoising_steps=2,
+        empty_rerolls=2,
+    )
+    assert committed(events)[0].tokens.tolist() == [WORDS, WORDS]
+
+
+def test_a_width_that_follows_the_answer_needs_seeded_noise():
+    class Replay:
+        pass
+
+    with pytest.raises(ConfigError, match="canvas_width 'answer' needs seeded noise"):
+        run(Oracle(lambda canvas, look: sure(WORDS)), policy="fast", noise=Replay())
+
+
+def test_the_most_uncertain_positions_are_conditioned_densely_and_the_others_sparsely():
+    model = load_drawn(5)
+    vocab_size, settings = model.config.text.vocab_size, GenerationSettings(seed=0)
+    sparse = replace(settings, self_conditioning="sparse", sparse_tokens=2).resolve(model.config)
+    rng = np.random.default_rng(0)
+    sharp = np.array([9, 0.2, 8, 0.1])[:, None]  # positions 1 and 3 are the unsure ones
+    seen = statistics(mx.array((rng.normal(size=(1, 4, vocab_size)) * sharp).astype(np.float32)))
+    ids, p = shortlist(seen.weights, seen.total, 2)
+    belief = loop._Belief(seen.weights, seen.total, seen.entropy, (ids, p))
+    run_ = loop._Run(model, sparse, SeededNoise(0), model.mean_row())
+    mixed = np.array(loop._soft_embedding(run_, belief, loop.Plan(4, 2, 4)))[0]
+    dense = np.array(model.mean_embedding(seen.weights, seen.total))[0]
+    short = np.array(model.sparse_embedding(ids, p, model.mean_row()))[0]
+    for i, expected in enumerate((short, dense, short, dense)):
+        np.testing.assert_allclose(mixed[i], expected[i], atol=1e-5)
+    assert np.abs(short - dense)[[1, 3]].max() > 0.01

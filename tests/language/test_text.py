@@ -1,0 +1,236 @@
+"""Text from ids: nothing shown twice, late, half or under the wrong heading."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_diffgemma import bundled_model
+from mlx_diffgemma.events import StepDone, Text
+from mlx_diffgemma.language.prompt import special_tokens
+from mlx_diffgemma.language.text import TextStream, draft_pieces
+from mlx_diffgemma.language.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer(bundled_model())
+SPECIALS = special_tokens(TOKENIZER)
+BEGIN, END = SPECIALS["<|channel>"], SPECIALS["<channel|>"]
+EOS = (SPECIALS["<eos>"], SPECIALS["<turn|>"])
+SHOWN = ("<|tool_call>", "<tool_call|>", '<|"|>')
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+def byte(value: int) -> int:
+    return TOKENIZER.convert_tokens_to_ids(f"<0x{value:02X}>")
+
+
+def run(*pushes, prompt=()) -> list[Text]:
+    stream = TextStream(TOKENIZER, EOS, prompt)
+    return [piece for ids in pushes for piece in stream.push(ids)] + stream.finish()
+
+
+def joined(pieces: list[Text], channel: str) -> str:
+    return "".join(piece.piece for piece in pieces if piece.channel == channel)
+
+
+def channels(*pushes, prompt=()) -> tuple[str, str]:
+    pieces = run(*pushes, prompt=prompt)
+    assert all(piece.piece for piece in pieces), "an empty piece is no piece"
+    return joined(pieces, "thought"), joined(pieces, "answer")
+
+
+# --- pieces ---
+
+
+def test_pieces_come_as_soon_as_they_are_final_and_join_to_the_whole():
+    stream = TextStream(TOKENIZER, EOS)
+    assert stream.push(ids_of("Hello ")) == [Text("Hello ", "answer")]
+    assert stream.push(ids_of("wor")) == [Text("wor", "answer")]
+    assert stream.push([]) == []
+    assert stream.push(ids_of("ld")) == [Text("ld", "answer")]
+    assert stream.finish() == [] == stream.finish()
+
+
+@pytest.mark.parametrize("text", ["é", "日本", "🙂", "a🙂b", "👩‍👩‍👧"])
+def test_a_character_split_over_pushes_is_shown_whole(text):
+    ids = ids_of(text)
+    assert len(ids) > len(text), "the bundled tokenizer spells these as bytes"
+    for cut in range(len(ids) + 1):
+        assert channels(ids[:cut], ids[cut:]) == ("", text)
+    assert channels(*[[token] for token in ids]) == ("", text)
+
+
+def test_a_half_character_is_held_back_until_the_rest_or_the_end_comes():
+    stream = TextStream(TOKENIZER, EOS)
+    assert stream.push([*ids_of("a"), byte(0xC3)]) == [Text("a", "answer")]
+    assert stream.push([byte(0xA9), *ids_of("b")]) == [Text("éb", "answer")]
+    assert stream.push([byte(0xF0), byte(0x9F)]) == []
+    assert stream.finish() == [Text("\ufffd\ufffd", "answer")]
+
+
+@pytest.mark.parametrize(
+    "bytes_",
+    [[0xFF], [0x80], [0xC3, 0x28], [0xE2, 0x82], [0xED, 0xA0, 0x80], [0xF0, 0x9F, 0x99]],
+)
+def test_invalid_bytes_are_shown_as_a_decoder_shows_them_and_stop_nothing(bytes_):
+    ids = [*ids_of("a"), *map(byte, bytes_), *ids_of("b")]
+    expected = TOKENIZER.decode(ids)
+    assert "\ufffd" in expected and expected[0] == "a" and expected[-1] == "b"
+    assert channels(*[[token] for token in ids]) == ("", expected)
+    assert channels(ids) == ("", expected)
+
+
+# Weighted towards bytes, markers and line breaks; all ids of the model, also those that the
+# tokenizer has no text for.
+ORDINARY = st.one_of(
+    st.integers(24, 400),
+    st.integers(0, 255).map(byte),
+    st.sampled_from([byte(b) for b in "é🙂日".encode()]),
+)
+TOKENS = st.one_of(
+    ORDINARY,
+    st.sampled_from([BEGIN, END, *ids_of("\n a")]),
+    st.sampled_from([token for token in SPECIALS.values() if token not in EOS]),
+)
+SPLITS = st.lists(st.lists(TOKENS, max_size=8), max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SPLITS)
+def test_however_ids_are_split_the_same_text_comes_out(pushes):
+    whole = [token for ids in pushes for token in ids]
+    assert channels(*pushes) == channels(whole) == channels(*[[token] for token in whole])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(ORDINARY, max_size=8), max_size=6))
+def test_without_control_tokens_the_pieces_are_the_tokenizers_own_text(pushes):
+    whole = [token for ids in pushes for token in ids]
+    assert channels(*pushes) == ("", TOKENIZER.decode(whole))
+
+
+@settings(max_examples=100, deadline=None)
+@given(SPLITS)
+def test_what_was_shown_is_the_beginning_of_what_is_shown_in_the_end(pushes):
+    stream, shown = TextStream(TOKENIZER, EOS), {"answer": "", "thought": ""}
+    whole = run([token for ids in pushes for token in ids])
+    for ids in pushes:
+        for piece in stream.push(ids):
+            shown[piece.channel] += piece.piece
+    for channel, text in shown.items():
+        assert joined(whole, channel).startswith(text)
+
+
+# --- channels ---
+
+
+def test_thought_and_answer_are_told_apart_and_the_name_is_not_shown():
+    ids = [BEGIN, *ids_of("thought\nhm\nhm"), END, *ids_of("so\n")]
+    assert run(ids) == [Text("hm\nhm", "thought"), Text("so\n", "answer")]
+
+
+def test_a_name_split_over_pushes_is_not_shown():
+    assert channels([BEGIN], ids_of("tho"), ids_of("ught"), ids_of("\nhm"), [END]) == ("hm", "")
+    assert channels([BEGIN, *ids_of("thought")], ids_of("\n"), ids_of("hm")) == ("hm", "")
+
+
+@pytest.mark.parametrize("name", ["", "thought", "thought\n", "\n"])
+def test_an_empty_thought_shows_nothing(name):
+    assert channels([BEGIN, *ids_of(name), END, *ids_of("so")]) == ("", "so")
+
+
+def test_text_before_a_thought_and_several_thoughts_keep_their_order():
+    ids = [*ids_of("a"), BEGIN, *ids_of("x\nb"), END, *ids_of("c"), BEGIN, *ids_of("x\nd"), END]
+    assert [(p.piece, p.channel) for p in run(ids)] == [
+        ("a", "answer"),
+        ("b", "thought"),
+        ("c", "answer"),
+        ("d", "thought"),
+    ]
+
+
+def test_a_thought_that_never_closes_is_shown_as_a_thought():
+    assert channels([BEGIN, *ids_of("thought\nhm")]) == ("hm", "")
+
+
+def test_a_closing_marker_alone_is_not_shown():
+    assert channels([*ids_of("a"), END, *ids_of("b")]) == ("", "ab")
+
+
+def test_half_a_character_does_not_leak_into_the_next_channel():
+    thought, answer = channels([BEGIN, *ids_of("x\n"), byte(0xC3)], [END, byte(0xA9)])
+    assert (thought, answer) == ("\ufffd", "\ufffd")
+
+
+@pytest.mark.parametrize("tail", ["", "thought\n", "thought\nalready"])
+def test_a_thought_that_the_prompt_leaves_open_goes_on(tail):
+    prompt = [2, *ids_of("x\n"), BEGIN, *ids_of(tail)]
+    begins = "" if "\n" in tail else "thought\n"
+    ids = [*ids_of(begins + "hm"), END, *ids_of("so")]
+    assert channels(ids, prompt=prompt) == ("hm", "so")
+
+
+def test_a_name_that_the_prompt_breaks_off_is_finished_by_the_answer():
+    prompt = [BEGIN, *ids_of("thou")]
+    assert channels(ids_of("ght\nhm"), prompt=prompt) == ("hm", "")
+
+
+def test_a_thought_that_the_prompt_closes_is_over():
+    prompt = [BEGIN, *ids_of("thought\n"), END]
+    assert channels(ids_of("so"), prompt=prompt) == ("", "so")
+
+
+def test_the_prompts_own_text_is_not_shown():
+    assert channels(ids_of("so"), prompt=ids_of("question")) == ("", "so")
+
+
+# --- control tokens ---
+
+
+@pytest.mark.parametrize("name", [name for name, t in SPECIALS.items() if t not in EOS])
+def test_control_tokens_are_hidden_except_those_of_tool_calls(name):
+    text = TOKENIZER.decode([SPECIALS[name]])
+    _, answer = channels([*ids_of("a"), SPECIALS[name]], [END, *ids_of("b")])
+    assert answer == ("a" + text * (name in SHOWN) + "b")
+
+
+def test_a_tool_call_is_shown_with_its_markers():
+    call = '<|tool_call>call:f{a:<|"|>b<|"|>}<tool_call|>'
+    assert channels(ids_of(call)) == ("", call)
+
+
+@pytest.mark.parametrize("end", EOS)
+def test_an_end_token_ends_and_is_not_shown(end):
+    assert channels([*ids_of("a"), end, *ids_of("b")], ids_of("c")) == ("", "a")
+
+
+def test_an_end_token_lets_go_of_what_was_held_back():
+    stream = TextStream(TOKENIZER, EOS)
+    assert stream.push([byte(0xC3), EOS[0]]) == [Text("\ufffd", "answer")]
+    assert stream.push(ids_of("b")) == [] == stream.finish()
+
+
+def test_an_id_that_the_tokenizer_does_not_know_is_no_text():
+    assert channels([*ids_of("a"), 100_000, *ids_of("b")]) == ("", "ab")
+
+
+# --- drafts ---
+
+
+def test_a_draft_ends_at_its_first_end_token_and_hides_markers():
+    ids = [BEGIN, *ids_of("ab"), EOS[1], *ids_of("c")]
+    accepted = [i % 2 == 0 for i in range(len(ids))]
+    zeros = mx.zeros((1, len(ids)))
+    event = StepDone(0, 0, mx.array([ids]), mx.array([accepted]), zeros, zeros)
+    assert draft_pieces(TOKENIZER, event, EOS) == [("a", False), ("b", True)]
+
+
+def test_channels_of_successive_pieces_of_one_push_alternate():
+    pieces = run([*ids_of("a"), BEGIN, *ids_of("x\nb"), END, *ids_of("c")])
+    assert all(first.channel != second.channel for first, second in pairwise(pieces))

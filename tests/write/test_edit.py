@@ -1,0 +1,204 @@
+"""Editing: selections, what stays byte for byte, diffs and files."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import stat
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import mlx_diffgemma
+from mlx_diffgemma import GenerationSettings
+from mlx_diffgemma.cli.edit import edit as edit_command
+from mlx_diffgemma.errors import TemplateError
+from mlx_diffgemma.write.edit import Edited, Selection, edit
+
+TEXT = "one\ntwo thrée\r\nfour\n"
+
+
+@functools.cache
+def bundled():
+    return mlx_diffgemma.load(mlx_diffgemma.bundled_model())
+
+
+@pytest.mark.parametrize(
+    ("places", "part"),
+    [
+        ("1:1-1:4", "one"),
+        ("2:5-2:10", "thrée"),
+        ("1:4-2:1", "\n"),
+        ("2:1-3:3", "two thrée\r\nfo"),
+        ("4:1-4:1", ""),
+        ("1:1-4:1", TEXT),
+    ],
+)
+def test_a_selection_by_lines_and_columns(places, part):
+    selection = Selection.of_places(TEXT, places)
+    assert TEXT[selection.start : selection.stop] == part
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ("12:3", "is not line:column-line:column"),
+        ("a:1-2:2", "is not line:column-line:column"),
+        ("5:1-5:2", "outside of the file: it has 4 lines"),
+        ("0:1-1:1", "outside of the file"),
+        ("1:5-1:6", "line 1 has 3 characters"),
+        ("2:3-1:2", "ends before it begins"),
+    ],
+)
+def test_a_selection_that_is_none(places, message):
+    with pytest.raises(TemplateError, match=re.escape(message)):
+        Selection.of_places(TEXT, places)
+
+
+def test_a_selection_by_its_text():
+    assert Selection.of_match("a bc d", "bc") == Selection(2, 4)
+    for part, message in (("x", "is not in"), ("a", "stands 2 times"), ("", "is empty")):
+        with pytest.raises(TemplateError, match=message):
+            Selection.of_match("a ba", part)
+
+
+def test_everything_around_the_selection_stays():
+    document = "12 13 14 15 16 17\r\n\tend \u2028 é"
+    selection = Selection.of_match(document, "14 15")
+    done = edit(*bundled(), document, selection, "Count.", settings=GenerationSettings(seed=1))
+    assert done.text == document[: selection.start] + done.replacement + document[selection.stop :]
+    assert 2 <= len(done.filled.slots["selection"].tokens) <= 18
+
+
+def edited(before: str, after: str) -> Edited:
+    return Edited(after, before, Selection(0, 0), None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("a\nb\nc\n", "a\nx\nc\n"), ("a", "a\n"), ("", "a"), ("a\u2028b\r\nc", "a\u2028x\r\nc")],
+)
+def test_patch_makes_the_new_document_of_the_old_one(before, after, tmp_path):
+    (tmp_path / "f").write_bytes(before.encode())
+    (tmp_path / "diff").write_bytes(edited(before, after).diff("f").encode())
+    subprocess.run(["git", "apply", "diff"], cwd=tmp_path, check=True)
+    assert (tmp_path / "f").read_bytes() == after.encode()
+    assert edited(before, before).diff("f") == ""
+
+
+def test_a_diff_names_the_file_and_ends_without_a_line_break():
+    assert edited("a\nb", "a\nc").diff("f.md") == (
+        "--- a/f.md\n+++ b/f.md\n@@ -1,2 +1,2 @@\n a\n-b\n\\ No newline at end of file\n"
+        "+c\n\\ No newline at end of file\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("selection", "instruction", "message"),
+    [
+        (Selection(0, 99), "Do.", "lies outside of the document's 5 characters"),
+        (Selection(0, 2), "  ", "the instruction is empty"),
+    ],
+)
+def test_what_cannot_be_edited(selection, instruction, message):
+    with pytest.raises(TemplateError, match=message):
+        edit(*bundled(), "a b c", selection, instruction)
+
+
+def test_a_selection_longer_than_a_canvas():
+    with pytest.raises(TemplateError, match="has 70 tokens, more than a canvas of 64 holds"):
+        edit(*bundled(), "x" * 70, Selection(0, 70), "Do.")
+
+
+# The command
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "mlx_diffgemma", "edit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "notes.md"
+    path.write_bytes("é 12 13 14 15\r\nend".encode())
+    path.chmod(0o640)
+    return path
+
+
+def test_in_place_keeps_permissions_links_and_everything_else(file, tmp_path):
+    link = tmp_path / "link.md"
+    link.symlink_to(file)
+    options = ("--match", "13 14", "--prompt", "Count.", "--seed", "1", "--in-place")
+    done = run(link, *options)
+    assert (done.returncode, done.stdout) == (0, b"")
+    after = file.read_bytes()
+    assert after.startswith("é 12 ".encode()) and after.endswith(b" 15\r\nend")
+    assert link.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["link.md", "notes.md"]
+
+
+def test_stdout_is_the_document_and_diff_a_diff(file):
+    before = file.read_bytes()
+    options = ("--select", "1:6-1:11", "--prompt", "Count.", "--seed", "1")
+    plain, diff = run(file, *options), run(file, *options, "--diff")
+    assert plain.stdout.startswith("é 12 ".encode()) and plain.stdout.endswith(b" 15\r\nend")
+    assert diff.stdout.startswith(b"--- a/notes.md\n+++ b/notes.md\n@@ -1,2 +1,")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--match", "zzz"], "'zzz' is not in the document"),
+        (["--select", "9:1-9:2"], "outside of the file: it has 2 lines"),
+        ([], "say what to rewrite, with --select or with --match"),
+        (["--select", "1:1-1:2", "--match", "é"], "say what to rewrite"),
+        (["--match", "13", "--diff", "--in-place"], "choose one of the two"),
+        (["--match", "13", "--gap-tokens", "9..2"], "--gap-tokens must be M..N"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(file, arguments, message):
+    before = file.read_bytes()
+    done = CliRunner().invoke(edit_app(), [str(file), "--prompt", "Do.", *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert file.read_bytes() == before and done.stdout == ""
+
+
+def edit_app():
+    app = typer.Typer()
+    app.command()(edit_command)
+    return app
+
+
+def test_a_file_that_is_not_text_or_not_there(tmp_path):
+    for name, content, message in (
+        ("a", b"\xff\xfe", "is not UTF-8"),
+        ("b", None, "cannot be read"),
+    ):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        done = CliRunner().invoke(edit_app(), [str(path), "--prompt", "Do.", "--match", "x"])
+        assert done.exit_code == 2 and message in done.stderr, done.stderr
+
+
+def test_a_file_that_changed_meanwhile_is_left_alone(file, monkeypatch):
+    reads = []
+
+    def read(path):
+        reads.append(path)
+        if len(reads) == 2:
+            file.write_bytes(b"somebody else's")
+        return path.read_bytes()
+
+    monkeypatch.setattr("mlx_diffgemma.cli.edit.read_file", read)
+    options = ["--match", "13 14", "--prompt", "Do.", "--seed", "1", "--in-place"]
+    done = CliRunner().invoke(edit_app(), [str(file), *options])
+    assert done.exit_code == 2 and "has changed on disk since it was read" in done.stderr
+    assert file.read_bytes() == b"somebody else's"

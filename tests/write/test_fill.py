@@ -1,0 +1,394 @@
+"""Filling: what is pinned stands, what is constrained holds, and lengths are found."""
+
+from __future__ import annotations
+
+import functools
+import re
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import mlx_diffgemma
+from mlx_diffgemma import GenerationSettings, fill, writer
+from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.constraint.automaton import Automaton
+from mlx_diffgemma.denoise.loop import denoise_context, denoise_tokens
+from mlx_diffgemma.denoise.pinned import FREE, Pinned, Span
+from mlx_diffgemma.errors import DiffGemmaError, TemplateError
+from mlx_diffgemma.events import CanvasCommitted, StepDone
+from mlx_diffgemma.language.prompt import encode_text, token_bytes
+from mlx_diffgemma.language.template import Slot, Template
+from mlx_diffgemma.model import Context, OpenContext
+from mlx_diffgemma.model.backend import as_on_gpu
+from mlx_diffgemma.write.fill import Filled, stream_fill
+from tests.checkpoints import GENERATION, draw_config, load_drawn
+
+V, L = 384, 16  # the bundled tokenizer's vocabulary, and a canvas that templates do not fit in
+
+
+@functools.cache
+def bundled():
+    return mlx_diffgemma.load(mlx_diffgemma.bundled_model())
+
+
+@functools.cache
+def small_model():
+    return load_drawn(2, vocab_size=V, canvas_length=L)
+
+
+class Dice:
+    """A model without weights whose outputs are drawn anew at every look."""
+
+    def __init__(self):
+        raw = draw_config(0, vocab_size=V, canvas_length=L)
+        self.config = ModelConfig.from_dict(raw, GENERATION)
+        self.rng = np.random.default_rng(0)
+
+    def prefill(self, tokens, context=None, *, lengths=None, step_size=2048, progress=None):
+        return Context((), tokens.shape[1] + (context.length if context else 0), tokens.shape[0])
+
+    commit = prefill
+
+    def open(self, context, canvas_length):
+        return OpenContext.of(context, canvas_length)
+
+    def look(self, canvas, context, *, self_conditioning=None):
+        return self.denoise(canvas, context), context
+
+    def denoise(self, canvas, context):
+        shape = (*canvas.shape, V)
+        return mx.array(6 * self.rng.standard_normal(shape, np.float32))
+
+    def embed(self, tokens):
+        return mx.zeros((*tokens.shape, 4))
+
+    def mean_embedding(self, weights, total):
+        return mx.zeros((*weights.shape[:2], 4))
+
+
+class Watched:
+    """Any model, with every canvas that it was asked about."""
+
+    def __init__(self, model):
+        self._model, self.canvases = model, []
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def look(self, canvas, context, *, self_conditioning=None):
+        self.canvases.append(canvas)
+        return self._model.look(canvas, context, self_conditioning=self_conditioning)
+
+    def denoise(self, canvas, context, **rest):
+        self.canvases.append(canvas)
+        return self._model.denoise(canvas, context, **rest)
+
+
+TEXTS = st.text(max_size=12)
+SLOTS = st.one_of(
+    st.just(("gap", None, None)),
+    st.tuples(st.just("gap"), st.integers(1, 4), st.integers(0, 3)),
+    st.tuples(st.just("one of"), st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=3)),
+    st.tuples(st.just("match"), st.sampled_from(["[0-9]{1,3}", "a+b?", "(é|ü)x*", "[à-ž]{2}"])),
+)
+
+
+@st.composite
+def templates(draw):
+    parts = []
+    for number in range(draw(st.integers(1, 3))):
+        parts.append(draw(TEXTS))
+        kind, *rest = draw(SLOTS)
+        name = str(number)
+        if kind == "gap":
+            low, more = rest
+            high = None if low is None else low + more
+            parts.append(Slot(name, "gap", low, high))
+        elif kind == "one of":
+            parts.append(Slot(name, "one of", options=tuple(rest[0])))
+        else:
+            parts.append(Slot(name, "match", pattern=rest[0]))
+    parts.append(draw(TEXTS))
+    return Template(tuple(part for part in parts if part != ""))
+
+
+def check(model, template, policy, seed):
+    tokenizer = bundled()[1]
+    watched = Watched(model)
+    given: list[tuple[int, np.ndarray]] = []  # canvases asked about before, and what was pinned
+
+    def denoising(model, contexts, chosen, *, pinned, **more):
+        given.append((len(watched.canvases), pinned.tokens))
+        return denoise_context(model, contexts, chosen, pinned=pinned, **more)
+
+    with patch.object(writer, "denoise_context", denoising):
+        check_run(watched, tokenizer, template, policy, seed, given)
+
+
+def check_run(watched, tokenizer, template, policy, seed, given):
+    try:
+        events = list(
+            stream_fill(
+                watched,
+                tokenizer,
+                template,
+                prompt="Go.",
+                gap_tokens=(1, 5),
+                settings=GenerationSettings(seed=seed, max_denoising_steps=2, policy=policy),
+            )
+        )
+    except DiffGemmaError as error:  # an option of no tokens or too many: another is drawn instead
+        assert re.search("cannot spell|not Unicode|more than a canvas", str(error)), error
+        assume(False)
+    filled = events[-1]
+    assert isinstance(filled, Filled)
+    # The text: literals byte for byte, slots as their tokens decode.
+    spelled = token_bytes(tokenizer)
+    expected = ""
+    for part in template.parts:
+        if isinstance(part, str):
+            expected += part
+            continue
+        slot = filled.slots[part.name]
+        text = b"".join(spelled[t] for t in slot.tokens).decode("utf-8", "replace")
+        assert text == slot.text
+        expected += text
+        if part.kind == "one of":
+            assert text in part.options
+        elif part.kind == "match":
+            assert re.fullmatch(part.pattern, text)
+        else:
+            low, high = part.low or 1, part.high or 5
+            assert low <= len(slot.tokens) <= high
+    assert filled.text == expected
+    # The ids: what surrounds the free positions is the template's in every canvas and draft.
+    pieces = [
+        encode_text(tokenizer, part) if isinstance(part, str) else part for part in template.parts
+    ]
+    drafts = [np.array(event.draft) for event in events if isinstance(event, StepDone)]
+    canvases = list(map(np.array, watched.canvases))
+    for i, (first, tokens) in enumerate(given):
+        last = given[i + 1][0] if i + 1 < len(given) else len(canvases)
+        assert last > first
+        for canvas in canvases[first:last]:
+            here = tokens[:, : canvas.shape[1]]
+            np.testing.assert_array_equal(canvas[here != FREE], here[here != FREE])
+    for canvas in [*canvases, *drafts]:
+        for row in canvas.tolist():
+            assert fits(row, pieces), (row, pieces)
+
+
+def fits(row, pieces):
+    """Whether a canvas may be a window of the template: somewhere from a slot, or from the
+    beginning, on it holds the literals in order, with something of a possible length in slots."""
+    ends = {16}  # the end of the turn, behind which eos fills the canvas
+    starts = [0] + [i for i, piece in enumerate(pieces) if isinstance(piece, Slot)]
+
+    def rest_fits(at, i):
+        if at >= len(row):
+            return True
+        if i == len(pieces):
+            return row[at] in ends and all(token == 1 for token in row[at + 1 :])
+        piece = pieces[i]
+        if isinstance(piece, list):
+            part = row[at : at + len(piece)]
+            return part == piece[: len(part)] and rest_fits(at + len(piece), i + 1)
+        return any(rest_fits(at + n, i + 1) for n in range(1, 25))
+
+    return any(rest_fits(0, i) for i in starts)
+
+
+PROPERTY = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+@settings(PROPERTY, max_examples=1700)
+@given(templates(), st.sampled_from(["reference", "fast"]), st.integers(0, 9), st.booleans())
+def test_whatever_the_model_says_literals_stand_and_constraints_hold(
+    template, policy, seed, built_ahead
+):
+    with as_on_gpu() if built_ahead else nullcontext():
+        check(Dice(), template, policy, seed)
+
+
+@settings(PROPERTY, max_examples=300)
+@given(templates(), st.sampled_from(["reference", "fast"]), st.integers(0, 9))
+def test_a_random_network_is_held_to_it_too(template, policy, seed):
+    check(small_model(), template, policy, seed)
+
+
+def fill_bundled(text, prompt, **more):
+    model, tokenizer = bundled()
+    seed, policy = more.pop("seed", 1), more.pop("policy", None)
+    chosen = GenerationSettings(seed=seed, policy=policy)
+    return fill(model, tokenizer, Template.parse(text), prompt=prompt, settings=chosen, **more)
+
+
+def test_a_sudoku_is_solved_around_its_givens():
+    text = "2{{gap:1}}13\n{{gap:1}}3{{gap:1}}4\n413{{gap:1}}\n3241"
+    filled = fill_bundled(text, "Sudoku:\n2.13\n.3.4\n413.\n3241")
+    assert filled.text == "2413\n1324\n4132\n3241"
+    assert all(slot.certainty > 0.9 for slot in filled.slots.values())
+
+
+@pytest.mark.parametrize("policy", ["reference", "fast"])
+def test_the_length_of_a_gap_is_found(policy):
+    filled = fill_bundled("12 13 14 {{n = gap}} 18 19 20", "Count from 12 to 20.", policy=policy)
+    assert filled.slots["n"].text == "15 16 17"
+    lengths = filled.slots["n"].lengths
+    assert max(lengths, key=lengths.get) == 8 and len(lengths) > 8
+
+
+def test_a_template_longer_than_a_canvas_is_written_in_several_and_says_so():
+    given = " ".join(map(str, range(13, 35)))
+    text = f"{{{{gap:2}}}} {given} {{{{gap:2}}}} 36"
+    filled = fill_bundled(text, "Count from 12 to 36.")
+    form = re.escape(text).replace(r"\{\{gap:2\}\}", "..")
+    assert re.fullmatch(form, filled.text, re.DOTALL)
+    assert filled.canvases == 2
+    assert "longer than a canvas" in filled.notes[0]
+
+
+def test_the_same_seed_fills_the_same():
+    one, other = (fill_bundled("{{gap}} is {{one of: true | false}}", None) for _ in range(2))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{gap:70}}", "there is nothing for it of 70 to 64 tokens; a canvas holds 64"),
+        ("{{match: [0-9]{65,70}}}", "there is nothing for it of 1 to 64 tokens"),
+        ("{{match: (}}", "cannot be used"),
+        ("{{one of: a▁b | c}}", "cannot spell 'a▁b'"),
+        ("x" * 2048 + "{{gap}}", "they do not fit into 2048 positions"),
+    ],
+)
+def test_a_template_that_cannot_be_placed_is_refused(text, message):
+    with pytest.raises(TemplateError, match=re.escape(message)):
+        fill_bundled(text, "Go.")
+
+
+@pytest.mark.parametrize("policy", ["reference", "fast"])
+def test_nothing_pinned_is_plain_generation(policy):
+    model, tokenizer = bundled()
+    tokens = mx.array([encode_text(tokenizer, "Sort: 3 1 2")])
+    nothing = Pinned(np.full((1, 80), FREE, np.int32))
+
+    def ids(pinned):
+        chosen = GenerationSettings(seed=4, policy=policy, max_new_tokens=96)
+        events = denoise_tokens(model, tokens, chosen, pinned=pinned)
+        return [event.tokens.tolist() for event in events if isinstance(event, CanvasCommitted)]
+
+    assert ids(None) == ids(nothing)
+
+
+def test_pinned_positions_condition_themselves_and_are_not_counted():
+    class Asked(Dice):
+        def __init__(self):
+            super().__init__()
+            self.soft = []
+
+        def look(self, canvas, context, *, self_conditioning=None):
+            self.soft.append(self_conditioning)
+            return super().look(canvas, context)
+
+        def embed(self, tokens):
+            return mx.broadcast_to(tokens[..., None], (*tokens.shape, 4)).astype(mx.float32)
+
+    given = np.full((1, L), FREE, np.int32)
+    given[0, ::2] = np.arange(100, 100 + L // 2)
+    model = Asked()
+    chosen = GenerationSettings(seed=0, max_denoising_steps=3, max_new_tokens=L)
+    pinned = Pinned(given)
+    events = list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert model.soft[0] is None
+    for soft in model.soft[1:]:
+        np.testing.assert_array_equal(np.array(soft)[0, ::2, 0], given[0, ::2])
+        assert not np.array(soft)[0, 1::2].any()
+    for event in steps:
+        np.testing.assert_array_equal(np.array(event.draft)[0, ::2], given[0, ::2])
+        assert np.array(event.accepted)[0, ::2].all()
+        assert not np.array(event.entropy)[0, ::2].any()
+        assert (np.array(event.certainty)[0, ::2] == 1).all()
+
+
+def test_a_set_leaves_other_tokens_no_mass_and_no_noise():
+    class Believed(Dice):
+        def __init__(self):
+            super().__init__()
+            self.weights, self.asked = [], []
+
+        def look(self, canvas, context, *, self_conditioning=None):
+            self.asked.append(canvas)
+            return super().look(canvas, context)
+
+        def mean_embedding(self, weights, total):
+            self.weights.append(weights)
+            return super().mean_embedding(weights, total)
+
+    sets = [np.array([50, 60]), np.array([7, 8, 9, 300])]
+    choices = np.array([[0, 1] * (L // 2)], np.int32)
+    model = Believed()
+    pinned = Pinned(np.full((1, L), FREE, np.int32), sets, choices)
+    chosen = GenerationSettings(seed=0, max_denoising_steps=4, max_new_tokens=L, top_candidates=6)
+    events = list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))
+    for canvas in [*map(np.array, model.asked), *(np.array(e.draft) for e in events[1:-2])]:
+        assert np.isin(canvas[0, ::2], sets[0]).all() and np.isin(canvas[0, 1::2], sets[1]).all()
+    assert len(model.weights) == 3
+    for weights in map(np.array, model.weights):
+        outside = np.ones((2, V), bool)
+        outside[0, sets[0]] = outside[1, sets[1]] = False
+        assert not weights[0, ::2][:, outside[0]].any()
+        assert not weights[0, 1::2][:, outside[1]].any()
+    ids, probabilities = (np.array(x)[0, 0] for x in events[1].candidates)
+    assert set(ids[probabilities > 0]) == {50, 60}
+    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+    starts = np.array(model.asked[0])[0]
+    assert set(starts[::2]) == {50, 60}  # both are drawn
+
+
+def test_rows_pinned_must_be_those_of_the_context():
+    model, _ = bundled()
+    pinned = Pinned(np.full((2, 4), FREE, np.int32))
+    with pytest.raises(TemplateError, match="2 rows are pinned, the context has 1"):
+        list(denoise_tokens(model, mx.array([[5, 6]]), GenerationSettings(), pinned=pinned))
+
+
+def test_a_span_across_two_canvases_is_refused():
+    model, _ = bundled()
+    span = Span(0, 62, 3, Automaton.of_options([[50, 51, 52]]))
+    pinned = Pinned(np.full((1, 80), FREE, np.int32), spans=[span])
+    chosen = GenerationSettings(max_new_tokens=128)
+    with pytest.raises(TemplateError, match="crosses the border of two canvases, at position 64"):
+        list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))
+
+
+def test_options_of_different_lengths_are_judged_by_what_they_say():
+    for options, right in (("18 | 0000", "18"), ("18 | 7", "18")):
+        text = f"15 16 17 {{{{one of: {options}}}}}"
+        filled = fill_bundled(text, "Count from 15 to 18.", policy="fast")
+        assert filled.slots["1"].text == right
+
+
+def test_an_end_token_that_is_text_ends_nothing():
+    model, tokenizer = bundled()
+    (line_break,) = encode_text(tokenizer, "\n")
+    chosen = GenerationSettings(seed=1, policy="fast", extra_eos_token_ids=(line_break,))
+    template = Template.parse("a\n{{gap:3}} b {{one of: xy | zw}}")
+    filled = fill(model, tokenizer, template, prompt="Go.", settings=chosen)
+    assert filled.slots["2"].text in ("xy", "zw") and filled.text.startswith("a\n")
+
+
+def test_less_than_was_asked_for_is_said():
+    filled = fill_bundled("{{gap:30..50}} 13 14 15 16 17 18 19 20", "Count from 11 to 20.")
+    assert any("tokens were tried" in note for note in filled.notes)
+    with pytest.raises(TemplateError, match="has 70 tokens, more than a canvas of 64 holds"):
+        fill_bundled("{{one of: ab | " + "z" * 70 + "}}", "Go.")
