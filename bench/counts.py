@@ -52,9 +52,9 @@ from mlx_vlm.models.diffusion_gemma.language import LanguageModel
 from mlx_vlm.utils import load_model as load_theirs
 
 from mlx_diffgemma import GenerationSettings, bundled_model, load
-from mlx_diffgemma import loop as our_loop
 from mlx_diffgemma.config.generation import POLICIES
 from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.denoise import loop as our_loop
 from mlx_diffgemma.denoise.loop import denoise_tokens
 from mlx_diffgemma.denoise.noise import SeededNoise
 from mlx_diffgemma.events import StepDone
