@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.checkpoint.headers import TYPES
 from mlx_diffgemma.checkpoint.names import part_of
+from mlx_diffgemma.config.formats import without_packing
 from mlx_diffgemma.config.model import ModelConfig, Quantization, read_json
 from mlx_diffgemma.errors import ConfigError, WeightsError
 from mlx_diffgemma.model import DiffusionGemma
@@ -146,7 +147,7 @@ def make_plan(
     dtype = dtype or DEFAULT_DTYPE
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    plain = {k: v for k, v in checkpoint.config.items() if not k.startswith("quantization")}
+    plain = without_packing(checkpoint.config)
     generation = checkpoint.folder / "generation_config.json"
     config = ModelConfig.from_dict(
         plain,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config.model import ModelConfig
-from .headers import TYPES, TensorInfo, read_headers
+from .headers import TYPES, TensorInfo
 from .memory import needed_bytes
-from .names import VISION, Ignored, part_of, translate
+from .names import VISION, part_of
+from .tied import read_assigned
 
 CONTEXTS = (4096, 32768)  # tokens for which the memory needed is told
 
@@ -47,24 +48,24 @@ class Info:
 
 
 def describe(folder: Path) -> Info:
-    """Counts a checkpoint in any layout that loads.
+    """Count a checkpoint in any layout that loads.
 
     Raises:
       DiffGemmaError: if config or weight files are missing or damaged.
     """
     config = ModelConfig.from_folder(folder)
-    tensors = read_headers(folder)
+    tensors, assigned = read_assigned(folder)
+    ours = {stored: name for name, stored in assigned.sources.items()}
     parameters: dict[str, int] = defaultdict(int)
     nbytes: dict[str, int] = defaultdict(int)
-    loaded, has_vision = 0, False
     for name, info in tensors.items():
-        part, target = part_of(name), translate(name)
-        parameters[part] += _parameters(name, info, tensors, config)
+        part = part_of(name)
         nbytes[part] += info.nbytes
-        if isinstance(target, Ignored):
-            has_vision |= target.reason == VISION
-        else:
-            loaded += info.nbytes
+        # A tied weight counts once, and what scales activations is no weight.
+        if name not in assigned.copies and assigned.ignored.get(name, VISION) == VISION:
+            parameters[part] += _parameters(name, ours.get(name, name), tensors, config)
+    loaded = sum(info.nbytes for info in assigned.used.values())
+    has_vision = VISION in assigned.ignored.values()
     text = config.text
     idle_experts = parameters["experts"] * (text.num_experts - text.top_k_experts)
     files = {info.file for info in tensors.values()}
@@ -89,14 +90,15 @@ def describe(folder: Path) -> Info:
     )
 
 
-def _parameters(
-    name: str, info: TensorInfo, tensors: dict[str, TensorInfo], config: ModelConfig
-) -> int:
-    """Weights that a tensor stands for: packed ones as many as they unpack to, scales none."""
-    module, _, leaf = name.rpartition(".")
+def _parameters(stored: str, name: str, tensors: dict[str, TensorInfo], config: ModelConfig) -> int:
+    """Count the weights that a tensor stands for: packed ones as many as they unpack to, scales
+    none. `name` is ours."""
+    info = tensors[stored]
+    module, _, leaf = stored.rpartition(".")
     if f"{module}.scales" not in tensors:
         return info.elements
-    setting = config.quantization.for_module(module) if config.quantization else None
+    paths = module, name.rpartition(".")[0]
+    setting = config.quantization.for_module(*paths) if config.quantization else None
     if leaf != "weight" or setting is None:
         return 0
     return info.elements * TYPES[info.dtype] // setting.bits

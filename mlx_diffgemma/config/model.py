@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from .formats import foreign_format, mlx_block, refusal, source_of
 from .generation import GenerationSettings, warn_unknown
 
 LayerType = Literal["sliding_attention", "full_attention"]
@@ -32,12 +33,11 @@ QUANTIZATION_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 # warning.
 _INERT_TOP = frozenset(
     "architectures dtype torch_dtype initializer_range transformers_version "
-    "vision_soft_tokens_per_image audio_config audio_token_id video_token_id "
-    "generation_config quantization quantization_config vision_config model_type "
-    "_name_or_path tie_word_embeddings text_config canvas_length boi_token_id image_token_id "
-    "eoi_token_id eos_token_id pad_token_id bos_token_id is_encoder_decoder return_dict "
-    "output_attentions output_hidden_states chunk_size_feed_forward id2label label2id "
-    "problem_type use_cache".split()
+    "vision_soft_tokens_per_image audio_config audio_token_id video_token_id generation_config "
+    "quantization quantization_config compression_config vision_config model_type _name_or_path "
+    "tie_word_embeddings text_config canvas_length boi_token_id image_token_id eoi_token_id "
+    "eos_token_id pad_token_id bos_token_id is_encoder_decoder return_dict output_attentions "
+    "output_hidden_states chunk_size_feed_forward id2label label2id problem_type use_cache".split()
 )
 _INERT_TEXT = frozenset(
     "attention_dropout dtype torch_dtype initializer_range model_type bos_token_id use_cache "
@@ -185,19 +185,15 @@ class QuantizationConfig:
     default: Quantization
     overrides: Mapping[str, Quantization | None]  # None: the module is left as it is
 
-    def for_module(self, path: str) -> Quantization | None:
-        """The setting of a module whose weights come with scales."""
-        return self.overrides.get(path, self.default)
+    def for_module(self, *paths: str) -> Quantization | None:
+        """Return the setting of a module whose weights come with scales, under any of its names."""
+        named = next((path for path in paths if path in self.overrides), None)
+        return self.default if named is None else self.overrides[named]
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> QuantizationConfig:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{where}: quantization must be an object, got {raw!r}")
-        if "quant_method" in raw and "bits" not in raw:
-            raise ConfigError(
-                f"{where}: weights are packed as {raw['quant_method']!r}; "
-                "only MLX quantization loads directly"
-            )
         overrides: dict[str, Quantization | None] = {}
         for path, value in raw.items():
             if isinstance(value, Mapping):
@@ -234,6 +230,8 @@ class ModelConfig:
             )
         if not isinstance(raw.get("text_config"), Mapping):
             raise ConfigError(f"{where}: text_config is missing")
+        if found := foreign_format(raw):
+            raise ConfigError(f"{where}: {refusal(found, source_of(Path(where).parent))}")
         warn_unknown(raw, _INERT_TOP, where)
         _refuse_unless(raw, "tie_word_embeddings", (True,), where, default=True)
         text = TextConfig.from_dict(raw["text_config"], where=f"{where}, text_config")
@@ -274,7 +272,7 @@ class ModelConfig:
                 raise ConfigError(
                     f"{where}: {key} {token!r} is outside the vocabulary of {text.vocab_size}"
                 )
-        quantization = raw.get("quantization") or raw.get("quantization_config")
+        quantization = mlx_block(raw)
         return cls(
             text=text,
             canvas_length=_integer(raw, "canvas_length", where),
