@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import SourceError
 
+_HEADERS = "mlx_diffgemma-headers-"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _TEXT = (
     "generation_config.json",
@@ -217,7 +218,7 @@ def _with_headers(local: Path, repo: str) -> Path:
     more. Its path names repository and commit, as the cache's does."""
     from huggingface_hub import HfApi
 
-    temporary = Path(tempfile.mkdtemp(prefix="mlx_diffgemma-headers-"))
+    temporary = Path(tempfile.mkdtemp(prefix=_HEADERS))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     folder = temporary / f"models--{repo.replace('/', '--')}" / "snapshots" / local.name
     folder.mkdir(parents=True)
@@ -238,6 +239,11 @@ def _with_headers(local: Path, repo: str) -> Path:
             file.write(struct.pack("<Q", len(raw)) + raw)
             file.truncate(8 + len(raw) + end)
     return folder
+
+
+def is_temporary(folder: Path) -> bool:
+    """Return whether a folder has headers alone, and goes away with this process."""
+    return any(part.startswith(_HEADERS) for part in folder.parts)
 
 
 def cached(repo: str, revision: str | None) -> Path | None:

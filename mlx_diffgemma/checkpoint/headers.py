@@ -119,9 +119,9 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise WeightsError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {names}")
     if not files:
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        found = other_things(names) or next(
-            (f"{n} has another name" for n in sorted(names) if n.endswith(".safetensors")), None
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        found = other_things(there) or next(
+            (f"{name} has another name" for name in there if name.endswith(".safetensors")), None
         )
         raise WeightsError(f"{folder} has no model*.safetensors{f': {found}' if found else ''}")
     tensors: dict[str, TensorInfo] = {}

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.formats import source_of
 from ..config.model import ModelConfig
+from .files import is_temporary
 from .headers import TYPES, TensorInfo
 from .memory import needed_bytes
 from .names import VISION, part_of
@@ -34,7 +36,8 @@ class Part:
 class Info:
     """What `describe` finds."""
 
-    folder: Path
+    name: str  # folder, or repo id on the Hub
+    folder: Path | None  # None where only headers were fetched from the Hub
     parameters: int  # everything on disk, vision included
     active_parameters: int  # what one token meets in the text path
     parts: tuple[Part, ...]
@@ -70,7 +73,8 @@ def describe(folder: Path) -> Info:
     idle_experts = parameters["experts"] * (text.num_experts - text.top_k_experts)
     files = {info.file for info in tensors.values()}
     return Info(
-        folder=folder,
+        name=source_of(folder),
+        folder=None if is_temporary(folder) else folder,
         parameters=sum(parameters.values()),
         active_parameters=sum(parameters.values())
         - parameters["vision"]
@@ -108,7 +112,8 @@ def as_object(info: Info) -> dict[str, Any]:
     """For JSON."""
     text = info.config.text
     return {
-        "folder": str(info.folder),
+        "model": info.name,
+        "folder": None if info.folder is None else str(info.folder),
         "parameters": info.parameters,
         "active_parameters": info.active_parameters,
         "disk_bytes": info.disk_bytes,

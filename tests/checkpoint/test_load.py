@@ -97,7 +97,7 @@ def test_pickle_files_are_never_opened_and_code_never_run(folder, monkeypatch):
         load(folder)
     (folder / "model.safetensors").unlink()
     with pytest.warns(UserWarning, match="auto_map"):
-        assert "is a pickle file, which is never opened" in refusal(WeightsError, folder)
+        assert "is a pickle file, which is never opened" in refusal(SourceError, folder)
     assert not (folder / "exploded").exists()
 
 
