@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.checkpoint.headers import TYPES
 from mlx_diffgemma.checkpoint.names import part_of
+from mlx_diffgemma.config.formats import without_packing
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.config.quantization import Quantization
 from mlx_diffgemma.config.reading import read_json
@@ -148,7 +149,7 @@ def make_plan(
     dtype = dtype or DEFAULT_DTYPE
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    plain = {k: v for k, v in checkpoint.config.items() if not k.startswith("quantization")}
+    plain = without_packing(checkpoint.config)
     generation = checkpoint.folder / "generation_config.json"
     config = ModelConfig.from_dict(
         plain,

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_diffgemma.checkpoint.files import cached
 from mlx_diffgemma.checkpoint.headers import HEADER_LIMIT, TensorInfo, read_headers
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.checkpoint.load import build_model
 from mlx_diffgemma.checkpoint.memory import needed_bytes, recommended_bytes
 from mlx_diffgemma.checkpoint.names import part_of
 from mlx_diffgemma.checkpoint.weights import fit_weights
@@ -233,7 +233,7 @@ def _one_step(folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo])
     needed = needed_bytes(config.text, loaded, 1, canvas_length)
     if needed > _FITS * recommended_bytes():
         return f"no denoise step was tried: it needs about {needed / 1e9:.1f} GB of memory"
-    model = load_model(folder)
+    model = build_model(folder, config)
     context = model.prefill(mx.array([[0]]))
     canvas = mx.arange(canvas_length)[None] % config.text.vocab_size
     logits = np.array(model.denoise(canvas.astype(mx.int32), context))

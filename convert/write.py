@@ -140,7 +140,8 @@ def prepare(
         raise ConfigError("bits, group size, mode and recipe only have a meaning with -q")
     chosen = choose(recipe, bits=q_bits, group_size=q_group_size, mode=q_mode) if quantize else None
     checkpoint = open_checkpoint(
-        resolve(hf_path, revision, for_conversion=True, headers_only=dry_run)
+        resolve(hf_path, revision, for_conversion=True, headers_only=dry_run),
+        compare=not dry_run,
     )
     return make_plan(checkpoint, recipe=chosen, dtype=dtype, dequantize=dequantize)
 

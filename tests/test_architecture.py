@@ -23,12 +23,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading generation quantization model training",
+    "config": "entry reading formats generation quantization model training",
     "language": "tokenizer prompt template text",
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
-    "checkpoint": "files headers names memory adapters weights load info",
+    "checkpoint": "files headers names layouts tied memory adapters weights load info",
     "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",

@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..checkpoint.adapters import load_adapters
 from ..checkpoint.files import resolve
 from ..checkpoint.headers import read_header, read_headers
-from ..checkpoint.load import load_model
+from ..checkpoint.load import build_model
 from ..config.model import ModelConfig
 from ..config.training import TrainSettings
 from ..errors import SourceError
@@ -93,7 +93,7 @@ class Session:
         has_valid = trains and (Path(data) / "valid.jsonl").is_file()
         valid_set = examples("valid") if has_valid else []
         test_set = examples("test") if tests else []
-        loaded = load_model(source, fused=False)
+        loaded = build_model(source, config, fused=False)
         if trains:
             prepare(loaded, settings)
             if start_file is not None:

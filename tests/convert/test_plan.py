@@ -10,6 +10,7 @@ from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.convert import plan as plan_module
 from mlx_diffgemma.convert.write import prepare
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, WeightsError
+from tests.checkpoints import draw_tensors
 from tests.convert.cases import bf16, is_expert, load_all, official, tiny_config
 from tests.convert.test_sources import put, rewrite
 
@@ -158,11 +159,14 @@ def test_sizes_that_mlx_cannot_build_are_refused(tmp_path, change):
 def test_every_source_tensor_is_moved_once_or_left_out_by_name(tmp_path):
     config = tiny_config()
     folder = official(tmp_path / "source")
-    rewrite(folder, put("lm_head.weight", bf16(np.zeros((64, 64)))))
+    embedding = draw_tensors(config, 0)["model.decoder.embed_tokens.weight"]
+    rewrite(folder, put("lm_head.weight", bf16(embedding)))
     plan = prepare(folder, quantize=True)
     moved = [id(info) for move in plan.moves for info in move.source.infos]
     assert len(moved) == len(set(moved)) == len(plan.checkpoint.stored) - 1
-    assert plan.checkpoint.ignored == {"lm_head.weight": "tied to model.decoder.embed_tokens"}
+    assert plan.checkpoint.ignored == {
+        "lm_head.weight": "equal to model.decoder.embed_tokens.weight, to which it is tied"
+    }
     assert config["tie_word_embeddings"]
 
 
