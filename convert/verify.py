@@ -26,8 +26,9 @@ from mlx_diffgemma.errors import DiffGemmaError, SourceError, WeightsError
 from mlx_diffgemma.language.tokenizer import load_tokenizer
 from mlx_diffgemma.model import DiffusionGemma
 
+from .record import PROVENANCE, digest_of
+from .shards import squared_error
 from .sources import open_checkpoint
-from .write import PROVENANCE, digest_of, squared_error
 
 _CHUNK = 8 << 20
 _ROWS = 64  # of a tensor, compared with the source

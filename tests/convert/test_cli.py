@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_diffgemma.cli.convert import convert
+from mlx_diffgemma.convert import shards as shards_module
 from mlx_diffgemma.convert import write as write_module
 from tests.cli.test_cli import assert_one_line, invoke
 from tests.convert.cases import official, sums
@@ -99,7 +100,7 @@ def test_a_damaged_shard_is_exit_code_2_and_named(source, out):
 def test_force_moves_aside_and_the_summary_counts_what_was_resumed(source, out, monkeypatch):
     assert run("--hf-path", source, "--mlx-path", out).exit_code == 0
     assert_one_line(run("--hf-path", source, "--mlx-path", out, "-q"), "--force moves it aside")
-    carry, calls = write_module._carry, []
+    carry, calls = shards_module._carry, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -107,7 +108,7 @@ def test_force_moves_aside_and_the_summary_counts_what_was_resumed(source, out, 
             raise OSError(28, "No space left on device")
         return carry(*arguments)
 
-    monkeypatch.setattr(write_module, "_carry", failing)
+    monkeypatch.setattr(shards_module, "_carry", failing)
     command = ("--hf-path", source, "--mlx-path", out, "-q", "--force")
     assert_one_line(run(*command), "is full; free some space and run the same again")
     monkeypatch.undo()
@@ -130,7 +131,7 @@ def test_ctrl_c_is_exit_code_130_and_the_next_run_goes_on(source, tmp_path):
     assert run("--hf-path", source, "--mlx-path", plain, "-q").exit_code == 0
     # Each tensor takes a tenth of a second here, so that there is a middle to interrupt.
     slow = (
-        "import time, mlx_diffgemma.convert.write as w; carry = w._carry\n"
+        "import time, mlx_diffgemma.convert.shards as w; carry = w._carry\n"
         "w._carry = lambda *a: (time.sleep(0.1), carry(*a))[1]; w._SYNC_SECONDS = 0\n"
         "from mlx_diffgemma.cli.convert import main; main()"
     )

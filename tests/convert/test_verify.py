@@ -10,8 +10,8 @@ from mlx_diffgemma.checkpoint.headers import read_header, read_headers
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert import plan as plan_module
 from mlx_diffgemma.convert import verify as verify_module
+from mlx_diffgemma.convert.record import digest_of
 from mlx_diffgemma.convert.verify import verify
-from mlx_diffgemma.convert.write import digest_of
 from mlx_diffgemma.errors import DiffGemmaError, SourceError, WeightsError
 from tests.convert.cases import official
 
