@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_diffgemma.checkpoint.files import SIDE_PATTERNS
 from mlx_diffgemma.errors import SourceError
 
+from .origin import fingerprint
 from .plan import Move, Plan
 
 
@@ -61,7 +61,7 @@ class Journal:
         assert self._file is not None
         self._file.seek(0)
         lines = self._file.read().split(b"\n")[:-1]  # the last may be torn
-        self.source = fingerprint(self.plan)
+        self.source = fingerprint(self.plan.checkpoint)
         head = {"plan": self.plan.digest(), "source": self.source}
         whole = 0
         if lines and self._matches(lines[0], head):
@@ -69,13 +69,8 @@ class Journal:
                 if line is not lines[0]:
                     try:
                         self._recall(json.loads(line))
-                    except (
-                        ValueError,
-                        TypeError,
-                        KeyError,
-                        RecursionError,
-                    ):  # what follows damage is not believed
-                        break
+                    except (ValueError, TypeError, KeyError, RecursionError):
+                        break  # what follows damage is not believed
                 whole += len(line) + 1
             self._file.truncate(whole)
         else:
@@ -93,24 +88,29 @@ class Journal:
             difference, value = entry["error"]
             self.done[entry["move"]] = Done(dict(entry["sha256"]), (difference, value))
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._file is not None
-        self._file.close()
+        with self._file:
+            if kind is not None and not self.done:  # there is nothing to go on from
+                with suppress(OSError):
+                    shutil.rmtree(self.folder / "out", ignore_errors=True)
+                    clear(self.folder)
 
     def add(self, finished: list[tuple[Move, Done]]) -> None:
-        """The bytes of these moves are on the disk."""
+        """Record moves whose bytes are on the disk."""
         self._append(
             *({"move": m.target, "sha256": d.sha256, "error": d.error} for m, d in finished)
         )
         self.done.update((move.target, done) for move, done in finished)
 
     def forget(self, moves: tuple[Move, ...]) -> None:
-        """Their shard is gone, which the next run must know as well."""
+        """Record that the shard of these moves is gone, for the next run too."""
         lost = [move.target for move in moves if self.done.pop(move.target, None)]
         if lost:
             self._append({"forget": lost})
 
     def errors(self) -> dict[str, float]:
+        """Return the relative error of each packed part, on a sample of its rows."""
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for move in self.plan.moves:
             difference, value = self.done[move.target].error
@@ -135,36 +135,35 @@ class Journal:
         if self.force:
             return False
         if not isinstance(found, dict):
-            why = "its journal is damaged"
+            why = "whose journal is damaged"
         elif found.get("source") != head["source"]:
-            why = "the source has changed since"
+            why = "but the source is another one or has changed since"
         else:
-            why = "it was begun with other settings or versions"
+            why = "made with other settings or versions"
         raise SourceError(
-            f"{self.folder} holds an unfinished conversion, and {why}; delete it, or give --force "
-            "to start over"
+            f"{self.folder} holds an unfinished conversion, {why}; delete the folder, or start "
+            "over with --force"
         )
 
 
-def fingerprint(plan: Plan) -> list[list[Any]]:
-    """Of the source files: a file that was written to is another source."""
-    files = sorted({info.file for info in plan.checkpoint.stored.values()})
-    files += sorted(
-        path for pattern in SIDE_PATTERNS for path in plan.checkpoint.folder.glob(pattern)
-    )
-    files.append(plan.checkpoint.folder / "config.json")
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-
-
 def is_journal_of_ours(partial: Path) -> bool:
-    """Whether a folder holds what an unfinished conversion leaves, and nothing else."""
+    """Tell whether a folder holds what an unfinished conversion leaves, and nothing else."""
     return {path.name for path in partial.iterdir()} <= {"journal", "out"} and (
         partial / "journal"
     ).is_file()
 
 
+def has_work(partial: Path) -> bool:
+    """Tell whether a folder holds finished moves that the next run goes on from."""
+    try:
+        lines = (partial / "journal").read_bytes().count(b"\n")
+    except OSError:
+        return False
+    return lines > 1 and (partial / "out").is_dir()  # the first line is the head
+
+
 def clear(partial: Path) -> None:
-    """Takes away what is left of a finished conversion; nothing that is not ours."""
+    """Remove what a finished conversion leaves; keep a folder that holds anything else."""
     if partial.is_dir() and is_journal_of_ours(partial):
         (partial / "journal").unlink()
         with suppress(OSError):

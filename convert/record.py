@@ -12,15 +12,19 @@ from mlx_diffgemma.checkpoint.files import SIDE_PATTERNS
 from mlx_diffgemma.checkpoint.headers import INDEX
 
 from .card import model_card
-from .journal import Journal, fingerprint
+from .journal import Journal
+from .origin import without_paths
 from .plan import Plan, versions
 from .shards import layout
 
 PROVENANCE = "conversion.json"
 
 
-def write_side_files(plan: Plan, out: Path, journal: Journal, source: dict[str, Any]) -> None:
-    """Everything beside the weights, and the record of where it all came from."""
+def write_side_files(plan: Plan, out: Path, journal: Journal, source: dict[str, Any]) -> str:
+    """Write everything beside the weights; return the digest of the record.
+
+    All of it may be shared: it names the source, and holds no path of this machine.
+    """
     if len(plan.shards) > 1:
         weight_map = {
             output.name: name
@@ -33,8 +37,15 @@ def write_side_files(plan: Plan, out: Path, journal: Journal, source: dict[str, 
     _write(out / "config.json", _json(dict(plan.config)))
     for pattern in SIDE_PATTERNS:
         for path in sorted(plan.checkpoint.folder.glob(pattern)):
-            _write(out / path.name, path.read_bytes())
-    _write(out / "README.md", model_card(plan, source).encode())
+            _write(out / path.name, _shareable(path))
+    _write(out / "README.md", model_card(plan).encode())
+    record = _record(plan, out, journal, source)
+    _write(out / PROVENANCE, _json(record))
+    sync_folder(out)
+    return str(record["digest"])
+
+
+def _record(plan: Plan, out: Path, journal: Journal, source: dict[str, Any]) -> dict[str, Any]:
     files = sorted(p for p in out.iterdir() if p.name != PROVENANCE and p.suffix != ".safetensors")
     names = {id(info): name for name, info in plan.checkpoint.stored.items()}
     record: dict[str, Any] = {
@@ -64,35 +75,47 @@ def write_side_files(plan: Plan, out: Path, journal: Journal, source: dict[str, 
         "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
     }
     record["digest"] = digest_of(record)
-    _write(out / PROVENANCE, _json(record))
-    sync_folder(out)
+    return record
+
+
+def _shareable(path: Path) -> bytes:
+    """Return a file byte for byte, unless it is a config with a local path in it."""
+    content = path.read_bytes()
+    if not path.name.endswith("_config.json"):
+        return content
+    try:
+        value = json.loads(content)
+        shared = without_paths(value)
+    except (ValueError, RecursionError):
+        return content
+    return content if shared == value else _json(shared)
 
 
 def digest_of(record: dict[str, Any]) -> str:
-    """Of a provenance record, over everything in it but the digest itself."""
+    """Return the digest of a record, over everything in it but the digest itself."""
     rest = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished(target: Path) -> bool:
+    """Tell whether a folder is the result of a conversion."""
     return (target / PROVENANCE).is_file()
 
 
-def is_result_of(target: Path, plan: Plan, source: dict[str, Any]) -> bool:
-    """By its record; and no file of the source was written to since."""
+def difference(target: Path, plan: Plan, source: dict[str, Any]) -> str | None:
+    """Return why a finished result is not what a plan would make; None where it is."""
     try:
         record = json.loads((target / PROVENANCE).read_bytes())
     except (ValueError, RecursionError):
-        return False
+        record = None
     if not isinstance(record, dict):
-        return False
-    if (record.get("plan"), record.get("source")) != (plan.digest(), source):
-        return False
-    written = (target / PROVENANCE).stat().st_mtime_ns
-    return all(changed <= written for _, _, changed in fingerprint(plan))
+        return f"its {PROVENANCE} is damaged"
+    if record.get("source") != source:
+        return "its source is another one or has changed since"
+    return None if record.get("plan") == plan.digest() else "it has other settings or versions"
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
@@ -104,6 +127,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
+    """Put the names in a folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

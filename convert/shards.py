@@ -51,8 +51,8 @@ def write_shards(
     free = shutil.disk_usage(partial).free
     if missing > free:
         raise SourceError(
-            f"{missing:,} bytes are still to be written, "
-            f"and the disk of {partial} has {free:,} free"
+            f"{missing:,} bytes are still to be written, and the disk of {partial.parent} has "
+            f"{free:,} free; free some space, or name a folder on another disk"
         )
     cache_limit = mx.set_cache_limit(_MLX_CACHE_BYTES)
     try:

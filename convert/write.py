@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 from mlx_diffgemma.checkpoint.files import resolve
 from mlx_diffgemma.errors import ConfigError, SourceError
 
-from .journal import Journal, clear, fingerprint, is_journal_of_ours
+from .journal import Journal, clear, has_work, is_journal_of_ours
+from .origin import fingerprint, origin, remember
 from .plan import Plan, make_plan
 from .recipe import MIXED, choose
-from .record import is_finished, is_result_of, sync_folder, write_side_files
+from .record import difference, is_finished, sync_folder, write_side_files
 from .shards import write_shards
 from .sources import open_checkpoint
 
@@ -48,7 +50,7 @@ def convert(
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Summary:
-    """Converts a checkpoint; run again after any interruption, it goes on where it stopped.
+    """Convert a checkpoint; run again after any interruption, it goes on where it stopped.
 
     Args:
       hf_path: folder or Hub repo id of the source.
@@ -78,19 +80,7 @@ def convert(
         dequantize=dequantize,
         revision=revision,
     )
-    source = origin(plan, hf_path, revision)
-    return carry_out(plan, Path(mlx_path), source=source, force=force, progress=progress)
-
-
-def origin(plan: Plan, hf_path: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
-    """Where a plan's source is, for the record: a full path, or a repository at a commit."""
-    folder = plan.checkpoint.folder
-    is_cached = folder.parent.name == "snapshots"  # of the Hub: the folder is named by its commit
-    return {
-        "path": os.fspath(hf_path) if is_cached else str(folder.absolute()),
-        "revision": folder.name if is_cached else revision,
-        "layout": plan.checkpoint.layout,
-    }
+    return carry_out(plan, Path(mlx_path), force=force, progress=progress)
 
 
 def prepare(
@@ -106,13 +96,13 @@ def prepare(
     revision: str | None = None,
     dry_run: bool = False,
 ) -> Plan:
-    """The plan of `convert`, from headers alone; arguments and errors are the same.
+    """Return the plan of `convert`, from headers alone; arguments and errors are the same.
 
     A plan made for a dry run downloads no weights, and cannot be carried out.
     """
     given = (q_bits, q_group_size, q_mode)
     if not quantize and (any(value is not None for value in given) or recipe != MIXED):
-        raise ConfigError("bits, group size, mode and recipe only have a meaning with -q")
+        raise ConfigError("bits, group size, mode and recipe need -q (--quantize)")
     chosen = choose(recipe, bits=q_bits, group_size=q_group_size, mode=q_mode) if quantize else None
     checkpoint = open_checkpoint(
         resolve(hf_path, revision, for_conversion=True, headers_only=dry_run)
@@ -122,39 +112,21 @@ def prepare(
 
 def carry_out(
     plan: Plan,
-    target: Path,
+    mlx_path: Path,
     *,
-    source: dict[str, Any],
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Summary:
-    """Does what the plan says, once."""
+    """Do what a plan says, once; arguments and errors are those of `convert`."""
     started = time.perf_counter()
+    target = _place(mlx_path, plan.checkpoint.folder)
+    partial = partial_of(target)
     try:
-        target = target.expanduser().absolute()
-        if not target.name:
-            raise SourceError(f"{target} cannot be the folder of a result")
-        partial = target.with_name(target.name + ".partial")
-        is_source = plan.checkpoint.folder.resolve() in (target.resolve(), partial.resolve())
-    except RuntimeError as error:  # nobody's home, or links in a circle
-        raise SourceError(f"{target}: {error}") from error
-    if is_source:
-        raise ConfigError(f"{target} is the source itself; choose another folder for the result")
-    try:
-        if is_finished(target):
-            if not force and is_result_of(target, plan, source):
-                if not (partial / "out").exists():  # renamed, and then interrupted
-                    clear(partial)
-                return Summary(target, plan, 0.0, len(plan.moves), {}, was_there=True)
-            if not force:
-                raise SourceError(
-                    f"{target} is there already, from another source or by other settings; "
-                    "--force moves it aside"
-                )
-        elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise SourceError(
-                f"{target} is there and is no result of a conversion; it is not touched"
-            )
+        source = origin(plan.checkpoint)
+        if _is_there(target, plan, source, force=force):
+            if not (partial / "out").exists():  # renamed, and then interrupted
+                clear(partial)
+            return Summary(target, plan, 0.0, len(plan.moves), {}, was_there=True)
         if partial.is_dir() and not is_journal_of_ours(partial) and any(partial.iterdir()):
             raise SourceError(
                 f"{partial} is there and is no unfinished conversion; move it out of the way"
@@ -164,29 +136,102 @@ def carry_out(
         with Journal(partial, plan, force=force) as journal:
             resumed = len(journal.done)
             write_shards(plan, partial, journal, progress)
-            write_side_files(plan, partial / "out", journal, source)
-            if fingerprint(plan) != journal.source:
+            digest = write_side_files(plan, partial / "out", journal, source)
+            if fingerprint(plan.checkpoint) != journal.source:
                 raise SourceError(
                     f"{plan.checkpoint.folder} has changed while it was converted; "
-                    f"delete {partial} or give --force to start over"
+                    "start over with --force"
                 )
-            if is_finished(target):
-                target.rename(_free_name(target))
-            elif target.exists():
-                target.rmdir()
-            (partial / "out").rename(target)
-            sync_folder(target.parent)
+            remember(digest, plan.checkpoint)
+            _put_in_place(partial / "out", target)
             errors = journal.errors()
             clear(partial)  # while nobody else can take it up
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise SourceError(
-                f"the disk of {target.parent} is full; free some space and run the same again, "
-                f"it goes on from {partial.name}"
-            ) from error
-        place = error.filename or partial
-        raise SourceError(f"{place}: {error.strerror}; {partial.name} is kept") from error
+        raise _failure(error, target) from error
     return Summary(target, plan, time.perf_counter() - started, resumed, errors)
+
+
+def partial_of(target: Path) -> Path:
+    """Return the folder beside a result that holds unfinished work."""
+    return target.with_name(target.name + ".partial")
+
+
+def unfinished(mlx_path: Path) -> Path | None:
+    """Return the folder that holds unfinished work for a result; None where there is none."""
+    try:
+        target = Path(os.path.abspath(mlx_path.expanduser()))
+        partial = partial_of(target.resolve() if target.is_symlink() else target)
+        return partial if has_work(partial) else None
+    except (RuntimeError, OSError, ValueError):  # no place for a result
+        return None
+
+
+def _place(mlx_path: Path, source: Path) -> Path:
+    """Return the full path of a result, if one can be made there without touching the source."""
+    try:
+        target = Path(os.path.abspath(mlx_path.expanduser()))
+        target = target.resolve() if target.is_symlink() else target
+        if not target.name or target.is_mount():
+            raise SourceError(f"{target} cannot be the folder of a result; name a folder in it")
+        source = source.resolve()
+        is_source = source == partial_of(target).resolve() or source.is_relative_to(
+            target.resolve()
+        )
+    except (RuntimeError, OSError) as error:  # nobody's home, links in a circle, too long a name
+        raise SourceError(f"{mlx_path} cannot be the folder of a result: {error}") from error
+    if is_source:
+        raise ConfigError(
+            f"{mlx_path} is the source itself or holds it; choose another folder for the result"
+        )
+    return target
+
+
+def _is_there(target: Path, plan: Plan, source: dict[str, Any], *, force: bool) -> bool:
+    """Tell whether the result is finished.
+
+    Raises:
+      SourceError: if something else is in its place.
+    """
+    if is_finished(target):
+        if not force and (why := difference(target, plan, source)) is not None:
+            raise SourceError(f"{target} is there already, and {why}; --force moves it aside")
+        return not force
+    if target.exists() and not target.is_dir():
+        raise SourceError(f"{target} is a file; name a new folder for the result")
+    if target.is_dir() and any(target.iterdir()):
+        raise SourceError(
+            f"{target} is not empty and is no result of a conversion; name a new folder"
+        )
+    return False
+
+
+def _put_in_place(out: Path, target: Path) -> None:
+    if is_finished(target):
+        target.rename(_free_name(target))
+    elif target.exists():
+        target.rmdir()
+    out.rename(target)
+    sync_folder(target.parent)
+
+
+def _failure(error: OSError, target: Path) -> SourceError:
+    """Say what failed, and whether there is work to go on from."""
+    partial = partial_of(target)
+    with suppress(OSError):
+        partial.rmdir()  # only if it is empty
+    goes_on = has_work(partial)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        then = f", which goes on from {partial.name}" if goes_on else ""
+        return SourceError(
+            f"the disk of {target.parent} is full; free some space and run the same command again"
+            f"{then}"
+        )
+    then = (
+        f"{partial.name} keeps the work so far, and the same command goes on from it"
+        if goes_on
+        else "nothing was written"
+    )
+    return SourceError(f"{error.filename or partial}: {error.strerror}; {then}")
 
 
 def _free_name(target: Path) -> Path:
