@@ -40,6 +40,12 @@ def write_shards(
     journal: Journal,
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
+    """Carry out every move that the journal does not have yet.
+
+    Raises:
+      SourceError: if the disk has too little room; nothing is written then.
+      WeightsError: if a tensor cannot be read, or holds values that are not finite.
+    """
     total = sum(move.source_bytes for move in plan.moves)
     finished = sum(m.source_bytes for m in plan.moves if m.target in journal.done)
     missing = sum(
@@ -73,7 +79,7 @@ def write_shards(
 
 @dataclass
 class _Writer:
-    """Hashes, writes and records in a thread, while the next rows are read and packed.
+    """Hash, write and record in a thread, while the next rows are read and packed.
 
     Moves are recorded in groups, since a sync for each would take longer than the work.
     """
@@ -101,13 +107,13 @@ class _Writer:
                 self._sync()
 
     def write(self, place: int, raw: bytes, digest: hashlib._Hash) -> None:
-        """Bytes for a place in the file."""
+        """Write bytes at a place in the file."""
         self._do(self._write, place, raw, digest)
 
     def finish(
         self, move: Move, digests: dict[str, hashlib._Hash], sums: tuple[float, float]
     ) -> None:
-        """All of a move has been given to `write`."""
+        """Record a move, all of which was given to `write`."""
         self._do(self._finish, move, digests, sums)
 
     def _do(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -156,7 +162,7 @@ def _shard(
     journal: Journal,
     moves: tuple[Move, ...],
 ) -> Iterator[BinaryIO]:
-    """The shard at its full length with its header, made now or by an earlier run."""
+    """Open a shard at its full length with its header, made now or by an earlier run."""
     last = max((places[o.name] + o.nbytes for m in moves for o in m.outputs), default=len(header))
     if not path.is_file() or path.stat().st_size != last:
         journal.forget(moves)
@@ -170,7 +176,7 @@ def _shard(
 
 
 def layout(moves: tuple[Move, ...]) -> tuple[bytes, dict[str, int]]:
-    """The header of a shard, and where each tensor begins. Wide elements first: none lies askew."""
+    """Return the header of a shard, and where each tensor begins: wide elements first, aligned."""
     outputs = [output for move in moves for output in move.outputs]
     outputs.sort(key=lambda output: -_element_bytes(output))
     entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
@@ -193,7 +199,7 @@ def _element_bytes(output: Output) -> int:
 
 
 def _carry(move: Move, writer: _Writer, places: dict[str, int], dtype: str) -> None:
-    """Reads, packs and writes one tensor, some rows at a time; rows do not depend on each other."""
+    """Read, pack and write one tensor, some rows at a time; rows do not depend on each other."""
     hashes = {output.name: hashlib.sha256() for output in move.outputs}
     at = {output.name: places[output.name] for output in move.outputs}
     difference = value = 0.0
@@ -215,7 +221,7 @@ def _carry(move: Move, writer: _Writer, places: dict[str, int], dtype: str) -> N
 
 
 def _is_finite(plain: mx.array) -> bool:
-    """By the bits of the exponent in bfloat16: MLX's own test takes as long as packing."""
+    """Test the bits of the exponent in bfloat16: MLX's own test takes as long as packing."""
     if plain.dtype != mx.bfloat16:
         return bool(np.isfinite(np.array(plain)).all())
     bits = np.array(plain.view(mx.uint16), copy=False).reshape(-1)
@@ -230,7 +236,7 @@ def _pack(plain: mx.array, move: Move) -> list[mx.array]:
 
 
 def _sampled_error(plain: mx.array, packed: list[mx.array], move: Move) -> tuple[float, float]:
-    """Sums of squares of what packing changed and of what there was, over some of the rows."""
+    """Return the sums of squares of packing's error and of the values, over some of the rows."""
     assert move.setting is not None
     s = move.setting
     real, weight, scales, *biases = (
@@ -248,7 +254,7 @@ def _sampled_error(plain: mx.array, packed: list[mx.array], move: Move) -> tuple
 
 
 def squared_error(before: mx.array, after: mx.array) -> tuple[float, float]:
-    """Sums of squares of the difference, and of what there was before; in float32."""
+    """Return the sums of squares of the difference and of `before`, in float32."""
     before, after = before.astype(mx.float32), after.astype(mx.float32)
     sums = np.array(mx.stack([((after - before) ** 2).sum(), (before**2).sum()]))
     return float(sums[0]), float(sums[1])

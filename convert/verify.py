@@ -249,7 +249,7 @@ def _against_source(
     """Return the relative error by part on some rows of every tensor, or why there is none."""
     accounted = {name for entry in record["tensors"].values() for name in entry["from"]}
     if odd := sorted(set(before.stored) ^ (accounted | set(record["ignored"]))):
-        raise WeightsError(f"{odd[0]} of {source} is not accounted for, or not there any more")
+        raise WeightsError(f"{odd[0]} is in {source} or in {PROVENANCE}, but not in both")
     after = open_checkpoint(folder)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, tensor in after.tensors.items():

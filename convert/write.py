@@ -177,8 +177,9 @@ def _place(mlx_path: Path, source: Path) -> Path:
         is_source = source == partial_of(target).resolve() or source.is_relative_to(
             target.resolve()
         )
-    except (RuntimeError, OSError) as error:  # nobody's home, links in a circle, too long a name
-        raise SourceError(f"{mlx_path} cannot be the folder of a result: {error}") from error
+    except (RuntimeError, OSError, ValueError) as error:  # nobody's home, a circle, no name
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"{mlx_path} cannot be the folder of a result: {reason}") from error
     if is_source:
         raise ConfigError(
             f"{mlx_path} is the source itself or holds it; choose another folder for the result"

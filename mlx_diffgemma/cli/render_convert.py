@@ -38,6 +38,7 @@ class Progress:
     def __init__(self) -> None:
         console = Console(stderr=True)
         self._is_live = console.is_terminal and not console.is_dumb_terminal
+        console.width -= 2  # room for ^C: were it to wrap, a line would stay behind
         self._stage = Bar(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),

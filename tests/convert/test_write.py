@@ -617,10 +617,11 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, out):
         convert(source, out)
 
 
-def test_the_root_and_links_in_a_circle_are_no_results(source, tmp_path):
-    for mount in ("/", "/proc"):
+def test_what_cannot_be_a_folder_is_refused_before_the_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "usb")
+    for name in ("/", "/usb", "a\0b", str(tmp_path / ("n" * 300))):  # no name, or a whole disk
         with pytest.raises(SourceError, match="cannot be the folder of a result"):
-            convert(source, mount)
+            convert(source, name)
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     convert(source, tmp_path / "link")
