@@ -25,6 +25,8 @@ SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopp
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
 TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"
 OBJECTIVE = "tests/parity/test_objective.py"
+SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
+CONVERT_CLI = "tests/convert/test_cli.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
 
 
@@ -333,6 +335,48 @@ FAULTS = (
         "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
         "tokens[row, at:] = FREE",
         (FILL,),
+    ),
+    Fault(
+        "convert: the record holds the path of its source",
+        "convert/origin.py",
+        '"name": folder_name(checkpoint.folder),',
+        '"name": str(checkpoint.folder),',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: config.json keeps a path that another tool wrote",
+        "convert/plan.py",
+        "without_paths(checkpoint.config).items()",
+        "checkpoint.config.items()",
+        (SHARED,),
+    ),
+    Fault(
+        "convert: every card claims one base model",
+        "convert/card.py",
+        'named = said.get("base_model")',
+        'named = "google/diffusiongemma-26B-A4B-it"',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: another source of the same name counts as the same",
+        "convert/origin.py",
+        "hashlib.sha256(files).hexdigest(),",
+        '"",',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: promises work where there is none",
+        "convert/write.py",
+        "goes_on = has_work(partial)",
+        "goes_on = True",
+        (CONVERT,),
+    ),
+    Fault(
+        "convert: an upload that is stopped converts again",
+        "cli/convert.py",
+        "_command(without='--force')",
+        "_command()",
+        (CONVERT_CLI,),
     ),
     Fault(
         "training: the first look has gradients",

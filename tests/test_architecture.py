@@ -33,7 +33,7 @@ WINGS = {
     "write": "writer generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "report trace",
-    "convert": "recipe sources plan card write verify",
+    "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt options render render_convert render_train render_watch convert generate "
     "fill edit info train fuse",
     "__main__": "",

@@ -109,11 +109,11 @@ def test_a_pattern_that_matches_nothing_is_refused(source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"q_bits": 4}, "only have a meaning with -q"),
-        ({"q_bits": 0}, "only have a meaning with -q"),
-        ({"recipe": "uniform"}, "only have a meaning with -q"),
+        ({"q_bits": 4}, r"need -q \(--quantize\)"),
+        ({"q_bits": 0}, r"need -q \(--quantize\)"),
+        ({"recipe": "uniform"}, r"need -q \(--quantize\)"),
         ({"quantize": True, "q_bits": 0}, "at least 1"),
-        ({"quantize": True, "dequantize": True}, "exclude each other"),
+        ({"quantize": True, "dequantize": True}, "give one of them"),
         ({"dequantize": True}, "is not packed"),
         ({"dtype": "int8"}, "'int8' is not one of bfloat16, float16, float32"),
     ],
@@ -128,7 +128,7 @@ def test_requests_that_make_no_sense_are_refused(source, arguments, message):
     [
         (lambda t: t.pop("model.decoder.norm.weight"), r"norm.weight is missing .*shape \[64\]"),
         (put("model.decoder.norm.weight", bf16(np.ones(63))), r"\[63\], expected \[64\]"),
-        (put("model.decoder.layers.7.layer_scalar", bf16(np.ones(1))), "describes none such"),
+        (put("model.decoder.layers.7.layer_scalar", bf16(np.ones(1))), "describes no such tensor"),
         (put("model.decoder.norm.weight", ("F64", (64,), bytes(512))), "of type F64"),
     ],
 )
@@ -235,7 +235,11 @@ def test_a_move_larger_than_a_slice_is_cut_into_rows(source, monkeypatch):
     [
         ("model.encoder.vision_tower.encoder.layers.0.input_layernorm.weight", None, "is missing"),
         ("model.encoder.embed_vision.embedding_projection.weight", (1, 1), "has shape"),
-        ("model.encoder.vision_tower.encoder.layers.7.input_layernorm.weight", (8,), "none such"),
+        (
+            "model.encoder.vision_tower.encoder.layers.7.input_layernorm.weight",
+            (8,),
+            "no such tensor",
+        ),
     ],
 )
 def test_vision_is_whole_or_not_there(tmp_path, name, shape, said):
