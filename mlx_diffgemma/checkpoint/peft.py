@@ -236,8 +236,8 @@ def _shared(
     if any(not _is_targeted(_twin(path), config) for path in alone):
         warnings.warn(
             f"{file} adapts the decoder alone; encoder and decoder share their weights here, so "
-            "it acts on both. That is right for trainers that share them too; PEFT on "
-            "transformers' model would leave the encoder as it was",
+            "it acts on both, as after PEFT's merge_and_unload; PEFT without merging leaves the "
+            "encoder as it was",
             stacklevel=2,
         )
     return decoder
