@@ -124,10 +124,10 @@ def train(
                     for event in session.train():
                         view.show(event)
             except KeyboardInterrupt:
-                view.interrupted(session.interrupted())
+                view.interrupted(session)
                 raise
             finally:
-                view.picture(session.draw())
+                view.picture(session)
         if given.get("test"):
             view.tested(session.test())
 

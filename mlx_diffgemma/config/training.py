@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
 
@@ -34,9 +35,46 @@ _INERT: dict[str, tuple[Any, ...]] = {
 _IGNORED = frozenset({"clear_cache_threshold"})
 
 
-def _require(holds: bool, name: str, value: Any, range_: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {range_}, got {value!r}")
+def _setting(
+    help: str,
+    default: Any = None,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    all_is: int | None = None,
+) -> Any:
+    """All of a setting but its name and type: what it is for, its default, and its bounds, those of
+    `low` and `high` included, those of `above` and `below` not; `all_is` is a value beside them
+    that means all there are."""
+    bounds = {"low": low, "high": high, "above": above, "below": below, "all_is": all_is}
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+def _range_of(bounds: Mapping[str, Any]) -> str:
+    low, high, above, below, all_is = (
+        bounds[key] for key in ("low", "high", "above", "below", "all_is")
+    )
+    if all_is is not None:
+        return f"at least {low}, or {all_is} for all of them"
+    if above is not None:
+        return f"> {above}"
+    if high is not None:
+        return f"from {low:g} to {high}"
+    return f">= {low:g}" if below is None else f"from {low:g} to below {below}"
+
+
+def _is_within(value: float, bounds: Mapping[str, Any]) -> bool:
+    low, high, above, below, all_is = (
+        bounds[key] for key in ("low", "high", "above", "below", "all_is")
+    )
+    return (all_is is not None and value == all_is) or (
+        (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
 
 
 def _is_whole(value: Any) -> bool:
@@ -47,32 +85,44 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
-def _setting(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
+def _check(settings: Any, prefix: str = "") -> None:
+    """Check every field of a dataclass of settings against its own type and bounds."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value, bounds = getattr(settings, name), type(settings).__dataclass_fields__[name].metadata
+        kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+        if value is None and NoneType in kinds:
+            continue
+        expected = _expected(value, kinds[0], bounds)
+        if expected:
+            raise ConfigError(f"{prefix}{name} must be {expected}, got {value!r}")
+
+
+def _expected(value: Any, kind: Any, bounds: Mapping[str, Any]) -> str:
+    """What a setting of a type must be, where its value is not; else nothing."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return "" if value in choices else f"one of {', '.join(choices)}"
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    if kind in (int, float):
+        is_kind = _is_whole(value) if kind is int else _is_number(value)
+        return "" if is_kind and _is_within(value, bounds) else _range_of(bounds)
+    if get_origin(kind) is Mapping:
+        return "" if isinstance(value, Mapping) else "an object"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraParameters:
     """What adapters look like; the keys of mlx-lm's `lora_parameters`."""
 
-    rank: int = 8
-    scale: float = 20.0
-    dropout: float = 0.0
-    keys: tuple[str, ...] = DEFAULT_KEYS
+    rank: int = _setting("Columns of each factor.", 8, low=1)
+    scale: float = _setting("What the factors' product is multiplied with.", 20.0, above=0)
+    dropout: float = _setting("Share of the inputs that training leaves out.", 0.0, low=0, below=1)
+    keys: tuple[str, ...] = _setting("Modules that get an adapter.", DEFAULT_KEYS)
 
     def __post_init__(self) -> None:
-        _require(
-            _is_whole(self.rank) and self.rank >= 1, "lora_parameters: rank", self.rank, ">= 1"
-        )
-        _require(
-            _is_number(self.scale) and self.scale > 0, "lora_parameters: scale", self.scale, "> 0"
-        )
-        _require(
-            _is_number(self.dropout) and 0 <= self.dropout < 1,
-            "lora_parameters: dropout",
-            self.dropout,
-            "from 0 to below 1",
-        )
+        _check(self, "lora_parameters: ")
         if not self.keys or not all(isinstance(key, str) for key in self.keys):
             raise ConfigError(f"lora_parameters: keys must name modules, got {self.keys!r}")
 
@@ -102,79 +152,69 @@ class TrainSettings:
 
     fine_tune_type: FineTuneType = _setting("Train adapters, or all weights.", "lora")
     num_layers: int = _setting(
-        "Train only the last N layers, and nothing outside of layers; -1 for everything.", -1
+        "Train only the last N layers, and nothing outside of layers; -1 for everything.",
+        -1,
+        low=1,
+        all_is=-1,
     )
     lora_parameters: LoraParameters = _setting(
         "Rank, scale, dropout and keys of adapters.", LoraParameters()
     )
-    batch_size: int = _setting("Examples per batch.", 4)
+    batch_size: int = _setting("Examples per batch.", 4, low=1)
     pool_batches: int = _setting(
         "Batches cut from one pool of examples, sorted by length; 1: any lengths together.",
         32,
+        low=1,
     )
-    iters: int = _setting("Batches to train on.", 1000)
-    grad_accumulation_steps: int = _setting("Batches per update of the weights.", 1)
-    learning_rate: float = _setting("Learning rate, where no schedule is given.", 1e-5)
+    iters: int = _setting("Batches to train on.", 1000, low=1)
+    grad_accumulation_steps: int = _setting("Batches per update of the weights.", 1, low=1)
+    learning_rate: float = _setting("Learning rate, where no schedule is given.", 1e-5, above=0)
     lr_schedule: Mapping[str, Any] | None = _setting(
         "name, arguments, warmup and warmup_init, as in mlx-lm."
     )
     optimizer: Optimizer = _setting("adam, adamw, muon, sgd or adafactor.", "adam")
     optimizer_config: Mapping[str, Any] | None = _setting("More arguments, by optimizer.")
-    max_grad_norm: float = _setting("Longest gradient; a longer one is shortened. 0: any.", 1.0)
-    max_seq_length: int = _setting("Most tokens of an example, its canvases included.", 2048)
-    canvas_length: int | None = _setting("Tokens per canvas; by default the checkpoint's.")
+    max_grad_norm: float = _setting(
+        "Longest gradient; a longer one is shortened. 0: any.", 1.0, low=0
+    )
+    max_seq_length: int = _setting("Most tokens of an example, its canvases included.", 2048, low=2)
+    canvas_length: int | None = _setting("Tokens per canvas; by default the checkpoint's.", low=1)
     mask_prompt: bool = _setting("Leave the prompt out of the causal loss.", False)
-    noise_min: float = _setting("Smallest share of a canvas that is replaced by noise.", 1e-4)
-    noise_max: float = _setting("Largest share of a canvas that is replaced by noise.", 1 - 1e-4)
-    causal_weight: float = _setting("Weight of the causal loss on the clean text; 0: none.", 1.0)
+    noise_min: float = _setting(
+        "Smallest share of a canvas that is replaced by noise.", 1e-4, low=0, high=1
+    )
+    noise_max: float = _setting(
+        "Largest share of a canvas that is replaced by noise.", 1 - 1e-4, low=0, high=1
+    )
+    causal_weight: float = _setting(
+        "Weight of the causal loss on the clean text; 0: none.", 1.0, low=0
+    )
     self_conditioning_probability: float = _setting(
-        "Share of examples that see what the model thought of them first.", 0.5
+        "Share of examples that see what the model thought of them first.", 0.5, low=0, high=1
     )
     gradients_through_context: bool = _setting(
         "Whether the canvas loss also trains what the text's keys and values say.", True
     )
-    val_batches: int = _setting("Batches of a validation; -1: all of them.", 25)
-    test_batches: int = _setting("Batches of a test; -1: all of them.", 500)
-    steps_per_report: int = _setting("Batches between reports.", 10)
-    steps_per_eval: int = _setting("Batches between validations.", 200)
-    save_every: int = _setting("Batches between checkpoints.", 100)
+    val_batches: int = _setting("Batches of a validation; -1: all of them.", 25, low=1, all_is=-1)
+    test_batches: int = _setting("Batches of a test; -1: all of them.", 500, low=1, all_is=-1)
+    steps_per_report: int = _setting("Batches between reports.", 10, low=1)
+    steps_per_eval: int = _setting("Batches between validations.", 200, low=1)
+    save_every: int = _setting("Batches between checkpoints.", 100, low=1)
     grad_checkpoint: bool = _setting("Compute layers twice, and keep less of them.", False)
-    seed: int = _setting("Of the order of the data and of all that is drawn.", 0)
+    seed: int = _setting(
+        "Of the order of the data and of all that is drawn.", 0, low=0, high=2**31 - 1
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in (("fine_tune_type", FineTuneType), ("optimizer", Optimizer)):
-            if getattr(self, name) not in get_args(choices):
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(get_args(choices))}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        for name, least in _LEAST_WHOLE.items():
-            value = getattr(self, name)
-            if name == "canvas_length" and value is None:
-                continue
-            _require(_is_whole(value) and value >= least, name, value, f">= {least}")
-        for name in ("num_layers", "val_batches", "test_batches"):
-            if getattr(self, name) == 0:
-                raise ConfigError(f"{name} must be at least 1, or -1 for all of them, got 0")
-        if self.seed > _LARGEST_SEED:
-            raise ConfigError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            text = f"from {low:g} to {high:g}" if high < float("inf") else f">= {low:g}"
-            _require(_is_number(value) and low <= value <= high, name, value, text)
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
+        _check(self)
         if self.noise_min > self.noise_max:
             raise ConfigError(
                 f"noise_min of {self.noise_min} is above noise_max of {self.noise_max}"
             )
-        for name in ("mask_prompt", "gradients_through_context", "grad_checkpoint"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.mask_prompt and not self.causal_weight:
             raise ConfigError("mask_prompt has no effect without a causal loss")
-        _check_schedule(self.lr_schedule)
-        if not isinstance(self.optimizer_config, Mapping | None):
-            raise ConfigError(f"optimizer_config must be an object, got {self.optimizer_config!r}")
+        if self.lr_schedule is not None:
+            _check_schedule(self.lr_schedule)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TrainSettings:
@@ -193,31 +233,6 @@ class TrainSettings:
         return raw
 
 
-_LEAST_WHOLE = {
-    "num_layers": -1,
-    "batch_size": 1,
-    "pool_batches": 1,
-    "iters": 1,
-    "grad_accumulation_steps": 1,
-    "max_seq_length": 2,
-    "canvas_length": 1,
-    "val_batches": -1,
-    "test_batches": -1,
-    "steps_per_report": 1,
-    "steps_per_eval": 1,
-    "save_every": 1,
-    "seed": 0,
-}
-_LARGEST_SEED = 2**31 - 1
-_INFINITE = float("inf")
-_RANGES = {
-    "learning_rate": (0.0, _INFINITE),
-    "max_grad_norm": (0.0, _INFINITE),
-    "noise_min": (0.0, 1.0),
-    "noise_max": (0.0, 1.0),
-    "causal_weight": (0.0, _INFINITE),
-    "self_conditioning_probability": (0.0, 1.0),
-}
 # What a file may set beside the settings: where things are and what to do.
 COMMAND_KEYS = (
     "model train test data adapter_path resume_adapter_file resume revision config".split()
@@ -284,11 +299,7 @@ def _loader() -> Any:
     return Loader
 
 
-def _check_schedule(schedule: Any) -> None:
-    if schedule is None:
-        return
-    if not isinstance(schedule, Mapping):
-        raise ConfigError(f"lr_schedule must be an object, got {schedule!r}")
+def _check_schedule(schedule: Mapping[str, Any]) -> None:
     if unknown := sorted(set(schedule) - {"name", "arguments", "warmup", "warmup_init"}):
         raise ConfigError(f"lr_schedule: unknown keys {', '.join(map(str, unknown))}")
     if schedule.get("name") not in SCHEDULES:

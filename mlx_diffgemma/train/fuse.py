@@ -75,22 +75,45 @@ def fuse_checkpoint(
     config, raw = ModelConfig.from_folder(source), read_json(source / "config.json")
     fused = Fused(save_path)
     outputs = list(_outputs(source, config, Path(adapter_path), fused, dequantize=dequantize))
-    folder = save_path.with_name(f"{save_path.name}.partial")
+    if dequantize:
+        raw = {k: v for k, v in raw.items() if not k.startswith("quantization")}
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _write(outputs, folder)
-        for pattern in SIDE_PATTERNS:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, folder / path.name)
-        if dequantize:
-            raw = {k: v for k, v in raw.items() if not k.startswith("quantization")}
-        (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
-        os.replace(folder, save_path)
+        _write_folder(source, outputs, _shareable(raw), save_path)
     except (OSError, RuntimeError) as error:
         raise SourceError(f"{save_path} cannot be written: {error}") from error
     fused.nbytes = sum(output.nbytes for output in outputs)
     return fused
+
+
+def _write_folder(
+    source: Path, outputs: list[_Output], config: Mapping[str, Any], save_path: Path
+) -> None:
+    """Write all files, and give them the folder's name when all are there."""
+    folder = save_path.with_name(f"{save_path.name}.partial")
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise SourceError(
+            f"{folder} is there already, perhaps from a run that was cut off; remove it"
+        ) from error
+    try:
+        _write(outputs, folder)
+        for pattern in SIDE_PATTERNS:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        os.replace(folder, save_path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the place where the model once lay on somebody's disk."""
+    return {
+        key: _shareable(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "_name_or_path" or not os.path.isabs(str(value))
+    }
 
 
 def _outputs(

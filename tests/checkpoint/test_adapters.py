@@ -186,6 +186,36 @@ def test_a_result_that_is_there_is_left_alone(plain, tmp_path):
     assert list((tmp_path / "there").iterdir()) == []
 
 
+def test_a_fuse_that_fails_leaves_nothing_and_takes_nothing_away(plain, tmp_path):
+    source = shutil.copytree(plain, tmp_path / "source")
+    adapters = with_adapters(source, tmp_path / "adapters")
+    partial = tmp_path / "fused.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("mine")
+    with pytest.raises(SourceError, match=r"fused\.partial is there already"):
+        fuse_checkpoint(source, adapters, tmp_path / "fused")
+    assert (partial / "mine.txt").read_text() == "mine"
+    shutil.rmtree(partial)
+    template = source / "chat_template.jinja"
+    template.unlink()
+    template.mkdir()
+    with pytest.raises(SourceError, match="fused cannot be written"):
+        fuse_checkpoint(source, adapters, tmp_path / "fused")
+    assert not partial.exists() and not (tmp_path / "fused").exists()
+
+
+def test_a_fused_config_says_no_place_on_a_disk(plain, tmp_path):
+    source = shutil.copytree(plain, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["_name_or_path"] = "/home/somebody/model"
+    config["text_config"]["_name_or_path"] = "somebody/model"  # a repository
+    (source / "config.json").write_text(json.dumps(config))
+    adapters = with_adapters(source, tmp_path / "adapters")
+    fused = fuse_checkpoint(source, adapters, tmp_path / "fused")
+    written = json.loads((fused.folder / "config.json").read_text())
+    assert config.pop("_name_or_path") and written == config
+
+
 def edit_config(folder: Path, **changes) -> None:
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

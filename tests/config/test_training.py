@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
         ({"batch_size": True}, "batch_size must be >= 1, got True"),
         ({"num_layers": 0}, "num_layers must be at least 1, or -1"),
         ({"learning_rate": 0}, "learning_rate must be > 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be >= 0, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be > 0, got nan"),
         ({"noise_min": 0.5, "noise_max": 0.2}, "noise_min of 0.5 is above noise_max of 0.2"),
         ({"noise_max": 1.5}, "noise_max must be from 0 to 1"),
         ({"self_conditioning_probability": -0.1}, "self_conditioning_probability must be"),
