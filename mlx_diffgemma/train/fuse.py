@@ -18,7 +18,9 @@ from ..checkpoint.factors import read_float_header
 from ..checkpoint.files import SIDE_PATTERNS, resolve
 from ..checkpoint.headers import INDEX, TensorInfo, read_headers
 from ..checkpoint.names import Ignored, translate
-from ..config.model import ModelConfig, Quantization, read_json
+from ..config.model import ModelConfig
+from ..config.quantization import Quantization
+from ..config.reading import read_json
 from ..errors import SourceError
 
 _SHARD_BYTES = 5 << 30
