@@ -28,7 +28,7 @@ WINGS = {
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
-    "checkpoint": "files headers names layouts tied memory adapters weights load info",
+    "checkpoint": "files headers names layouts tied memory factors peft adapters weights load info",
     "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
