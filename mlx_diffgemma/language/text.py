@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..events import StepDone, Text
-from .prompt import THOUGHT_BEGIN, THOUGHT_END, special_tokens
+from .controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
 
 # Control tokens that belong to the answer: whoever runs tools needs to see them.
 _SHOWN = frozenset({"<|tool_call>", "<tool_call|>", '<|"|>'})
