@@ -60,9 +60,12 @@ def test_a_byte_order_mark_before_a_processors_template_is_no_part_of_it(tmp_pat
     assert load_tokenizer(folder).chat_template == "of json"
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "5", "{}", '{"chat_template": 5}', '{"chat_template": {}}', '{"chat_template": [1]}', '{"chat_template": {"default": 5}}', '{"chat_template": [{"name": "default"}]}', "[" * 100_000]
-)  # fmt: skip
+WRONG = ["", "{", "[]", "5", "{}", "[" * 100_000]
+WRONG += [f'{{"chat_template": {value}}}' for value in ("5", "{}", "[]", "[1]", '{"default": 5}')]
+WRONG += ['{"chat_template": [{"name": "default"}]}', '{"chat_template": [{"template": "x"}]}']
+
+
+@pytest.mark.parametrize("content", WRONG)
 def test_a_processors_template_that_cannot_be_read_is_named(tmp_path, content):
     folder = folder_with(tmp_path)
     (folder / "chat_template.json").write_text(content)

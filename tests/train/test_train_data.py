@@ -64,7 +64,7 @@ def test_a_part_of_a_message_that_is_no_text_is_refused_with_its_line(tmp_path, 
     content = [{"type": "text", "text": "What is it?"}, {"type": "input_audio"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A dog."}]
     write_lines(tmp_path, lines=[{"prompt": "x", "completion": "y"}, {"messages": messages}])
-    with pytest.raises(DataError, match="line 2: a user message .* of type 'input_audio'"):
+    with pytest.raises(DataError, match=r"line 2: a user message .* of type 'input_audio'"):
         split_of(tmp_path, tokenizer)
 
 
