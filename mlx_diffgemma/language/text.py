@@ -61,6 +61,11 @@ class TextStream:
         """Whether the answer has ended before a stop string."""
         return self._stops.found is not None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more text can come: an end token or a stop string was found."""
+        return self._ended or self.is_stopped
+
     def push(self, ids: Iterable[int]) -> list[Text]:
         """Return the text that is final once these ids are; nothing after an end token or a stop
         string."""
@@ -112,8 +117,8 @@ class TextStream:
         return [Text(piece, self._channel)] if piece else []
 
     def _decode(self, *, final: bool) -> str:
-        """Return the channel's text. Unless final, a run of byte tokens at its end waits: a character may
-        be incomplete."""
+        """Return the channel's text. Unless final, a run of byte tokens at its end waits: a
+        character may be incomplete."""
         end = len(self._ids)
         while not final and end and self._is_byte(self._ids[end - 1]):
             end -= 1
