@@ -23,13 +23,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "generation model training",
+    "config": "entry reading generation quantization model training",
     "language": "tokenizer controls given prompt template stops text",
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "files headers names memory adapters weights load info",
-    "denoise": "schedule sampler pinned noise stopping rows loop",
+    "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer verbose generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "report trace",

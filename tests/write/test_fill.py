@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, fill, writer
+from mlx_diffgemma import GenerationSettings, fill
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.constraint.automaton import Automaton
 from mlx_diffgemma.denoise.loop import denoise_context, denoise_tokens
@@ -25,6 +25,7 @@ from mlx_diffgemma.language.prompt import encode_text, token_bytes
 from mlx_diffgemma.language.template import Slot, Template
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
+from mlx_diffgemma.write import writer
 from mlx_diffgemma.write.fill import Filled, stream_fill
 from tests.checkpoints import GENERATION, draw_config, load_drawn
 
