@@ -24,13 +24,13 @@ WINGS = {
     "errors": "",
     "events": "",
     "config": "entry reading formats generation quantization model training",
-    "language": "tokenizer prompt template text",
+    "language": "tokenizer controls given prompt template stops text",
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "files headers names layouts tied memory factors peft adapters weights load info",
     "denoise": "schedule sampler pinned noise stopping rows step loop",
-    "write": "writer generate fill edit",
+    "write": "writer verbose generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
@@ -243,9 +243,10 @@ def test_no_error_is_caught_without_naming_its_kind():
         assert len(broad) == ALLOWED_BROAD_EXCEPTS.get(name, 0), (name, broad)
 
 
-def test_only_commands_print():
+def test_only_commands_print_and_verbose_as_mlx_lm_does():
     for name, path in modules().items():
-        if name.startswith("mlx_diffgemma.cli"):
+        if name.startswith("mlx_diffgemma.cli") or name == "mlx_diffgemma.write.verbose":
             continue
+        assert "sys.stdout" not in path.read_text(), name
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.Name) and node.id == "print"), (name, node.lineno)
