@@ -24,7 +24,7 @@ WINGS = {
     "errors": "",
     "events": "",
     "config": "generation model training",
-    "language": "tokenizer prompt template text",
+    "language": "tokenizer prompt pattern template text",
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
