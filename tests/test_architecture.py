@@ -32,7 +32,7 @@ WINGS = {
     "denoise": "schedule sampler pinned noise stopping rows loop",
     "write": "writer generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
-    "view": "report trace",
+    "view": "pages report trace",
     "convert": "recipe sources plan card write verify",
     "cli": "interrupt options render render_convert render_train render_watch convert generate "
     "fill edit info train fuse",

@@ -22,7 +22,7 @@ import typer
 from ..config.entry import Entry, kinds
 from ..config.generation import GenerationSettings, decider_of
 from ..errors import ConfigError, DiffGemmaError, PromptError, SourceError, TemplateError
-from .interrupt import leave
+from .interrupt import ended_in_order, leave
 
 MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
 REVISION_HELP = "Branch, tag or commit of a Hub repository."
@@ -159,7 +159,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run_with_blocks(**given: Any) -> None:  # typer calls it with every option by name
-        with friendly_errors():
+        with friendly_errors(), ended_in_order():
             made = {}
             for name, (make, options) in blocks.items():
                 values = {option: given.pop(option) for option in options}

@@ -69,7 +69,7 @@ def fill(
     listener: Callable[[Event], None] | None = None,
     is_shown: bool = False,
 ) -> Filled:
-    """Fills a template. Its literal text stands byte for byte in the result.
+    """Fill a template. Its literal text is in the result byte for byte.
 
     Args:
       model: from `load`.
@@ -117,8 +117,8 @@ def stream_fill(
     prompt_options: PromptOptions = PromptOptions(),
     is_shown: bool = False,
 ) -> Generator[Event | Filled, None, None]:
-    """As `fill`, with the loop's events on the way: PrefillDone, the steps of every batch that was
-    tried, one row per length, and at last Filled."""
+    """As `fill`, with the loop's events on the way: PrefillDone, then TrialStarted and the steps of
+    every batch that is tried, one row per length, and at last Filled."""
     resolved = settings.resolve(model.config)
     vocab_size = model.config.text.vocab_size
     spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
