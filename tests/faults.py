@@ -104,7 +104,7 @@ FAULTS = (
     ),
     Fault(
         "self-conditioning: never comes back",
-        "denoise/loop.py",
+        "denoise/step.py",
         "soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)",
         "soft = None",
         (LOOP,),
@@ -125,9 +125,9 @@ FAULTS = (
     ),
     Fault(
         "acceptance rule: accepted positions are frozen",
-        "denoise/loop.py",
-        "next_canvas = mx.where(frozen, canvas, next_canvas)",
-        "next_canvas = mx.where(frozen, canvas, mx.where(accepted, proposal, canvas))",
+        "denoise/step.py",
+        "next_canvas = mx.where(frozen, canvas, judged.canvas)",
+        "next_canvas = mx.where(frozen, canvas, mx.where(judged.accepted, proposal, canvas))",
         (LOOP,),
     ),
     Fault(
@@ -223,7 +223,7 @@ FAULTS = (
     ),
     Fault(
         "rows: a settled one moves on",
-        "denoise/loop.py",
+        "denoise/step.py",
         "settings.pad_token_id), seen.draft)",
         "settings.pad_token_id) * 0 + seen.draft, seen.draft)",
         (LOOP,),
@@ -272,7 +272,7 @@ FAULTS = (
     ),
     Fault(
         "narrow canvas: a lost end keeps it narrow",
-        "denoise/loop.py",
+        "denoise/step.py",
         "has_end = (length <= W) & mx.take",
         "has_end = mx.take",
         (LOOP,),
@@ -286,21 +286,21 @@ FAULTS = (
     ),
     Fault(
         "pinned: conditioned on what the model thought there",
-        "denoise/loop.py",
-        "mx.where(free[..., None], soft, run.model.embed(pinned.tokens[:, :W]))",
+        "denoise/step.py",
+        "mx.where(pinned.free[:, :W, None], soft, given)",
         "soft",
         (FILL,),
     ),
     Fault(
         "pinned: noised with the rest",
-        "denoise/loop.py",
-        "        accepted, next_canvas = accepted | ~free, pinned.over(next_canvas)\n",
-        "        accepted = accepted | ~free\n",
+        "denoise/step.py",
+        "        next_canvas = pinned.over(next_canvas)\n",
+        "",
         (FILL,),
     ),
     Fault(
         "pinned: counted in the entropy",
-        "denoise/loop.py",
+        "denoise/step.py",
         "entropy=mx.where(free, thought.entropy, 0.0)",
         "entropy=thought.entropy",
         (FILL,),
@@ -321,7 +321,7 @@ FAULTS = (
     ),
     Fault(
         "automaton: the best token of each place, whatever the string",
-        "denoise/loop.py",
+        "denoise/step.py",
         "        draft = pinned.choose(thought)\n",
         "        draft = thought.draft\n",
         (FILL,),

@@ -29,7 +29,7 @@ WINGS = {
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "files headers names memory adapters weights load info",
-    "denoise": "schedule sampler pinned noise stopping rows loop",
+    "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "pages report trace",
