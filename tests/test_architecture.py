@@ -34,8 +34,8 @@ WINGS = {
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "pages report trace",
     "convert": "recipe sources plan card write verify",
-    "cli": "interrupt options render render_convert render_train render_watch convert generate "
-    "fill edit info train fuse",
+    "cli": "interrupt options render render_convert render_train render_watch output convert "
+    "generate fill edit info train fuse",
     "__main__": "",
     "demo": "",
 }

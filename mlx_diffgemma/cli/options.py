@@ -21,7 +21,7 @@ import typer
 
 from ..config.entry import Entry, kinds
 from ..config.generation import GenerationSettings, decider_of
-from ..errors import ConfigError, DiffGemmaError, PromptError, SourceError, TemplateError
+from ..errors import DiffGemmaError, PromptError, TemplateError
 from .interrupt import ended_in_order, leave
 
 MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
@@ -81,24 +81,6 @@ def gap_bounds(text: str | None) -> tuple[int, int] | None:
     if not 1 <= low <= high:
         raise TemplateError(f"--gap-tokens must be M..N with 1 <= M <= N, got {text!r}")
     return low, high
-
-
-def trace_page(name: str | None) -> Path | None:
-    """The value of --trace, if files can be made there: the page, and run.json beside it."""
-    if name is None:
-        return None
-    page = Path(name)
-    if os.path.isdir(page):
-        raise SourceError(f"--trace {name} is a folder; name a file in it that ends in .html")
-    if page.suffix != ".html":
-        raise ConfigError(f"--trace must name a file that ends in .html, got {name!r}")
-    if os.path.isdir(beside := page.with_suffix(".json")):
-        raise SourceError(f"--trace {name} also writes {beside}, which is a folder")
-    if not os.path.isdir(page.parent):
-        raise SourceError(f"--trace {name}: there is no folder {page.parent}; make it first")
-    if not os.access(page.parent, os.W_OK):
-        raise SourceError(f"--trace {name}: no file can be made in the folder {page.parent}")
-    return page
 
 
 SystemPromptOption = Annotated[
