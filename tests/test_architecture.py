@@ -24,7 +24,7 @@ WINGS = {
     "errors": "",
     "events": "",
     "config": "entry reading formats generation quantization model training",
-    "language": "tokenizer controls given prompt template stops text",
+    "language": "tokenizer controls given prompt pattern template stops text",
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
@@ -32,10 +32,10 @@ WINGS = {
     "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer verbose generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
-    "view": "report trace",
+    "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
-    "cli": "interrupt options render render_convert render_train render_watch convert generate "
-    "fill edit info train fuse",
+    "cli": "interrupt options render render_convert render_train render_watch output convert "
+    "generate fill edit info train fuse",
     "__main__": "",
     "demo": "",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal
 
 import numpy as np
@@ -191,12 +192,17 @@ class CanvasToken:
     kind: Literal["text", "control", "end", "pad"]
     accepted: bool
     band: int  # of certainty, from 0; see CERTAINTY_BANDS
+    pinned: bool = False  # given, and not the model's
 
 
 def canvas_tokens(
-    spellings: Spellings, event: StepDone, eos_token_ids: Iterable[int], pad_token_id: int
+    spellings: Spellings,
+    event: StepDone,
+    eos_token_ids: Iterable[int],
+    pad_token_id: int,
+    pinned: Sequence[bool] | None = None,
 ) -> list[CanvasToken]:
-    """The first row's draft, all of it."""
+    """Return the first row's draft, all of it; `pinned` tells what of it was given."""
     kinds: dict[int, Literal["end", "pad"]] = {pad_token_id: "pad"}
     kinds |= dict.fromkeys(eos_token_ids, "end")
     bands = np.digitize(
@@ -209,6 +215,7 @@ def canvas_tokens(
             kinds.get(token, "control" if spellings.is_control(token) else "text"),
             accepted,
             band,
+            is_given,
         )
-        for token, accepted, band in zip(*columns, strict=True)
+        for token, accepted, band, is_given in zip(*columns, pinned or repeat(False), strict=False)
     ]
