@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -220,11 +222,30 @@ def _encode(
             f"the prompt is not Unicode text: {error}; was it typed or piped in something else "
             "than UTF-8?"
         ) from error
-    return list(
+    ids = list(
         tokenizer.encode(
             text, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens
         )
     )
+    return _spelled_out(tokenizer, ids) if split_special_tokens else ids
+
+
+def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Replace special tokens by the tokens that spell them.
+
+    From a sentencepiece file, transformers 5.24 makes a tokenizer that cuts user-defined pieces out
+    of any text, `split_special_tokens` or not, and Gemma's control tokens are such pieces.
+    """
+    specials = {i: name for name, i in special_tokens(tokenizer).items()}
+    specials.pop(tokenizer.unk_token_id, None)  # stands for characters that have no token
+    out: list[int] = []
+    for token in ids:
+        if token in specials and len(name := specials[token]) > 1:
+            for part in (name[:1], name[1:]):
+                out += _encode(tokenizer, part, split_special_tokens=True)
+        else:
+            out.append(token)
+    return out
 
 
 def _render(

@@ -6,13 +6,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..events import StepDone, Text
 from .prompt import THOUGHT_BEGIN, THOUGHT_END, special_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Control tokens that belong to the answer: whoever runs tools needs to see them.
 _SHOWN = frozenset({"<|tool_call>", "<tool_call|>", '<|"|>'})

@@ -25,16 +25,18 @@ import zlib
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.files import write_whole
 from ..config.generation import GenerationSettings
 from ..events import CanvasCommitted, Event, Finished, StepDone, Text
 from ..language.text import CERTAINTY_BANDS, Spellings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = "mlx_diffgemma.trace/1"
 CANDIDATES = 5  # per position, unless the vocabulary is smaller

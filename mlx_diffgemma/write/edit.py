@@ -6,8 +6,7 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ..config.generation import GenerationSettings
 from ..errors import TemplateError
@@ -16,6 +15,9 @@ from ..language.prompt import PromptOptions, encode_text
 from ..language.template import Slot, Template
 from ..model import DiffusionGemma
 from .fill import Filled, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NAME = "selection"
 _OPEN, _CLOSE = "[[[", "]]]"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.memory import generation_limits
 from ..config.generation import GenerationSettings
@@ -18,6 +18,9 @@ from ..events import CanvasCommitted, Event, Finished, PrefillDone, Text
 from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..language.text import TextStream
 from ..model import DiffusionGemma
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
