@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-from transformers import PreTrainedTokenizerBase
 
 from ..config.model import ModelConfig
 from ..language.tokenizer import load_tokenizer
@@ -18,6 +18,9 @@ from .files import resolve
 from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
 from .tied import read_assigned
 from .weights import load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WARNED_AT_TOKENS = 4096
 

@@ -13,11 +13,12 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A template cuts a thought out of an old answer, from the first of these to the second.
 THOUGHT_BEGIN, THOUGHT_END = "<|channel>", "<channel|>"

@@ -12,21 +12,18 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import get_json_schema
-from transformers.utils.chat_template_utils import (
-    DocstringParsingException,
-    TypeHintParsingException,
-)
 
 from ..errors import PromptError
 from .controls import Marks, matching, split_at
 from .controls import special_tokens as special_tokens
 from .given import Message, given_ids, given_messages
 from .given import Prompt as Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A template is a program: given messages it was not made for, it may fail in any of these ways.
 _TEMPLATE_ERRORS = (
@@ -37,8 +34,6 @@ _TEMPLATE_ERRORS = (
     AttributeError,
     ArithmeticError,
     RecursionError,
-    DocstringParsingException,
-    TypeHintParsingException,
 )
 # Tokens that stand for what this runtime can neither see nor hear.
 _MEDIA_TOKENS = {
@@ -120,6 +115,8 @@ def _encode_messages(
     if options.system_prompt is not None:
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
     variables = {"enable_thinking": options.thinking, **options.chat_template_config}
+    if variables.get("tools"):
+        variables["tools"] = [_tool_schema(tool) for tool in variables["tools"]]
     prefix = options.response_prefix or ""
     specials = special_tokens(tokenizer)
     text = _render(tokenizer, messages, variables) + prefix
@@ -128,8 +125,6 @@ def _encode_messages(
     # The caller's choice of a template is a program, and no text.
     program = {key: value for key, value in variables.items() if key == "chat_template"}
     texts = {key: value for key, value in variables.items() if key != "chat_template"}
-    if texts.get("tools"):
-        texts["tools"] = [_tool_schema(tool) for tool in texts["tools"]]
     template = getattr(tokenizer, "chat_template", "")
     marks = Marks.unused(specials, [messages, prefix, texts, program, template])
     marked = _render(
@@ -144,8 +139,19 @@ def _encode_messages(
 
 
 def _tool_schema(tool: Any) -> Any:
-    """A function as the declaration that transformers makes of it."""
-    return get_json_schema(tool) if inspect.isroutine(tool) else tool
+    """Return a function as the declaration that transformers makes of it."""
+    if not inspect.isroutine(tool):
+        return tool
+    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import (
+        DocstringParsingException,
+        TypeHintParsingException,
+    )
+
+    try:
+        return get_json_schema(tool)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise PromptError(f"the tool {tool.__name__} cannot be declared: {error}") from error
 
 
 def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
@@ -225,11 +231,30 @@ def _encode(
             f"the prompt is not Unicode text: {error}; was it typed or piped in something else "
             "than UTF-8?"
         ) from error
-    return list(
+    ids = list(
         tokenizer.encode(
             text, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens
         )
     )
+    return _spelled_out(tokenizer, ids) if split_special_tokens else ids
+
+
+def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Replace special tokens by the tokens that spell them.
+
+    From a sentencepiece file, transformers 5.24 makes a tokenizer that cuts user-defined pieces out
+    of any text, `split_special_tokens` or not, and Gemma's control tokens are such pieces.
+    """
+    specials = {i: name for name, i in special_tokens(tokenizer).items()}
+    specials.pop(tokenizer.unk_token_id, None)  # stands for characters that have no token
+    out: list[int] = []
+    for token in ids:
+        if token in specials and len(name := specials[token]) > 1:
+            for part in (name[:1], name[1:]):
+                out += _encode(tokenizer, part, split_special_tokens=True)
+        else:
+            out.append(token)
+    return out
 
 
 def _render(

@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..events import StepDone, Text
 from .controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
 from .stops import Stops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Control tokens that belong to the answer: whoever runs tools needs to see them.
 _SHOWN = frozenset({"<|tool_call>", "<tool_call|>", '<|"|>'})

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
-
 from ..errors import SourceError
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence the advice that transformers logs when it is imported without torch: nothing here
+    needs torch. Its log levels and the environment stay as they were."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+# Other files import transformers for type checkers only, so that this import is the first.
+with _without_advice():
+    from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 # A sentencepiece file does not say that these are special; nor do all resaved tokenizer.json files.
 _CONTROL_TOKENS = frozenset(

@@ -6,10 +6,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.memory import generation_limits
 from ..config.generation import GenerationSettings, ResolvedSettings
@@ -27,6 +27,9 @@ from ..language.prompt import (
 from ..language.template import Slot, Template
 from ..model import DiffusionGemma
 from .writer import Choice, Piece, Writer, least_tokens, may_be_cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _END_OF_TURN = "<turn|>"
 

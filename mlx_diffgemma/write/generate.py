@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.memory import generation_limits
 from ..config.generation import GenerationSettings
@@ -21,6 +21,9 @@ from ..language.stops import stop_strings
 from ..language.text import TextStream
 from ..model import DiffusionGemma
 from .verbose import Printed, PrintedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
