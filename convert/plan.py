@@ -15,7 +15,9 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.checkpoint.headers import TYPES
 from mlx_diffgemma.checkpoint.names import part_of
-from mlx_diffgemma.config.model import ModelConfig, Quantization, read_json
+from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.config.quantization import Quantization
+from mlx_diffgemma.config.reading import read_json
 from mlx_diffgemma.errors import ConfigError, WeightsError
 from mlx_diffgemma.model import DiffusionGemma
 

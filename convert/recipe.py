@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mlx_diffgemma.config.model import QUANTIZATION_MODES, Quantization
+from mlx_diffgemma.config.quantization import QUANTIZATION_MODES, Quantization
 from mlx_diffgemma.errors import ConfigError
 
 MIXED, UNIFORM = "mixed", "uniform"

@@ -18,7 +18,8 @@ import numpy as np
 
 from mlx_diffgemma.checkpoint.headers import FLOATS, TensorInfo, read_headers
 from mlx_diffgemma.checkpoint.names import Ignored, keep_as
-from mlx_diffgemma.config.model import Quantization, QuantizationConfig, read_json
+from mlx_diffgemma.config.quantization import Quantization, QuantizationConfig
+from mlx_diffgemma.config.reading import read_json
 from mlx_diffgemma.errors import ConfigError, WeightsError
 
 _EXPERT = re.compile(

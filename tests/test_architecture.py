@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "generation model training",
+    "config": "entry reading generation quantization model training",
     "language": "tokenizer prompt template text",
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.model import read_json
+from ..config.reading import read_json
 from ..errors import WeightsError
 
 INDEX = "model.safetensors.index.json"

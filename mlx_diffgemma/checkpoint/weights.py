@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config.model import ModelConfig, Quantization
+from ..config.model import ModelConfig
+from ..config.quantization import Quantization
 from ..errors import WeightsError
 from .headers import FLOATS, TensorInfo, read_headers
 from .names import Ignored, translate

@@ -5,28 +5,24 @@ from typing import Annotated
 
 import typer
 
+from ..config.generation import GenerationSettings
 from ..errors import SourceError, TemplateError
 from .options import (
-    AdapterOption,
-    CanvasLengthOption,
-    MaxDenoisingStepsOption,
-    ModelOption,
-    PolicyOption,
-    RevisionOption,
-    SeedOption,
+    ModelOptions,
     SystemPromptOption,
-    TempOption,
+    VerboseOption,
     boolean,
+    command,
     decoded,
-    few_settings,
-    friendly_errors,
     gap_bounds,
     read_file,
     run,
+    seeded,
     unescape,
 )
 
 
+@command
 def edit(
     file: Annotated[Path, typer.Argument(help="The file to edit, in UTF-8.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to do with the selection.")],
@@ -49,83 +45,64 @@ def edit(
             show_default="half of the old to twice as much and 8",
         ),
     ] = None,
-    model: ModelOption = None,
-    adapter_path: AdapterOption = None,
-    revision: RevisionOption = None,
+    *,
+    model: ModelOptions,
     system_prompt: SystemPromptOption = None,
-    temp: TempOption = None,
-    seed: SeedOption = None,
-    max_denoising_steps: MaxDenoisingStepsOption = None,
-    canvas_length: CanvasLengthOption = None,
-    policy: PolicyOption = None,
-    verbose: Annotated[
-        str, typer.Option(metavar="BOOLEAN", help="False prints nothing but the result and errors.")
-    ] = "True",
+    settings: GenerationSettings,
+    verbose: VerboseOption = "True",
 ) -> None:
     """Rewrite a selection of a file; everything around it stays byte for byte."""
     from .render import View
 
     view = View(verbose=boolean(verbose))
-    with friendly_errors():
-        try:
-            settings = few_settings(
-                temp=temp,
-                seed=seed,
-                max_denoising_steps=max_denoising_steps,
-                canvas_length=canvas_length,
-                policy=policy,
-            )
-            if diff and in_place:
-                raise TemplateError("--diff prints and --in-place writes: choose one of the two")
-            if (select is None) == (match is None):
-                raise TemplateError("say what to rewrite, with --select or with --match")
-            content = read_file(file)
-            document = decoded(file, content)
-            from ..write.edit import Selection
-            from ..write.edit import edit as rewrite
+    try:
+        is_fresh, settings = settings.seed is None, seeded(settings)
+        if diff and in_place:
+            raise TemplateError("--diff prints and --in-place writes: choose one of the two")
+        if (select is None) == (match is None):
+            raise TemplateError("say what to rewrite, with --select or with --match")
+        content = read_file(file)
+        document = decoded(file, content)
+        from ..write.edit import Selection
+        from ..write.edit import edit as rewrite
 
-            bounds = gap_bounds(gap_tokens)
-            if match is not None:
-                selection = Selection.of_match(document, match)
-            else:
-                assert select is not None
-                selection = Selection.of_places(document, select)
-            from ..checkpoint.files import bundled_model, write_whole
-            from ..checkpoint.load import load
-            from ..language.prompt import PromptOptions
+        bounds = gap_bounds(gap_tokens)
+        if match is not None:
+            selection = Selection.of_match(document, match)
+        else:
+            assert select is not None
+            selection = Selection.of_places(document, select)
+        from ..checkpoint.files import write_whole
+        from ..language.prompt import PromptOptions
 
-            loaded, tokenizer = load(
-                bundled_model() if model is None else model,
-                revision=revision,
-                adapter_path=adapter_path,
-            )
-            edited = rewrite(
-                loaded,
-                tokenizer,
-                document,
-                selection,
-                unescape(prompt),
-                gap_tokens=bounds,
-                settings=settings,
-                prompt_options=PromptOptions(system_prompt=system_prompt),
-                listener=view.trial,
-            )
-            if seed is None:
-                view.note(f"seed {settings.seed}")
-            view.about(edited.filled)
-            if diff:
-                view.result(edited.diff(file.name))
-            elif in_place:
-                if read_file(file) != content:
-                    raise SourceError(
-                        f"{file} has changed on disk since it was read; nothing was written"
-                    )
-                write_whole(file, edited.text.encode())
-                view.note(f"wrote {file}")
-            else:
-                view.result(edited.text)
-        finally:
-            view.close()
+        loaded, tokenizer = model.load()
+        edited = rewrite(
+            loaded,
+            tokenizer,
+            document,
+            selection,
+            unescape(prompt),
+            gap_tokens=bounds,
+            settings=settings,
+            prompt_options=PromptOptions(system_prompt=system_prompt),
+            listener=view.trial,
+        )
+        if is_fresh:
+            view.note(f"seed {settings.seed}")
+        view.about(edited.filled)
+        if diff:
+            view.result(edited.diff(file.name))
+        elif in_place:
+            if read_file(file) != content:
+                raise SourceError(
+                    f"{file} has changed on disk since it was read; nothing was written"
+                )
+            write_whole(file, edited.text.encode())
+            view.note(f"wrote {file}")
+        else:
+            view.result(edited.text)
+    finally:
+        view.close()
 
 
 def main() -> None:

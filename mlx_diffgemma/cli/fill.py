@@ -5,31 +5,27 @@ from typing import Annotated
 
 import typer
 
+from ..config.generation import GenerationSettings
 from ..errors import TemplateError
 from .options import (
-    AdapterOption,
-    CanvasLengthOption,
-    MaxDenoisingStepsOption,
-    ModelOption,
-    PolicyOption,
-    RevisionOption,
-    SeedOption,
+    ModelOptions,
     SystemPromptOption,
-    TempOption,
+    VerboseOption,
     boolean,
+    command,
     decoded,
-    few_settings,
-    friendly_errors,
     gap_bounds,
     read_file,
     read_stdin,
     run,
+    seeded,
     unescape,
 )
 
 GAP_HELP = "Least and most tokens of slots that do not say it themselves, such as 8..40."
 
 
+@command
 def fill(
     template: Annotated[
         str | None,
@@ -49,71 +45,51 @@ def fill(
         str | None,
         typer.Option(help=GAP_HELP, metavar="M..N", show_default="1 to what a canvas holds"),
     ] = None,
-    model: ModelOption = None,
-    adapter_path: AdapterOption = None,
-    revision: RevisionOption = None,
+    *,
+    model: ModelOptions,
     system_prompt: SystemPromptOption = None,
-    temp: TempOption = None,
-    seed: SeedOption = None,
-    max_denoising_steps: MaxDenoisingStepsOption = None,
-    canvas_length: CanvasLengthOption = None,
-    policy: PolicyOption = None,
+    settings: GenerationSettings,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object with text, slots and scores on stdout.")
     ] = False,
-    verbose: Annotated[
-        str, typer.Option(metavar="BOOLEAN", help="False prints nothing but the text and errors.")
-    ] = "True",
+    verbose: VerboseOption = "True",
 ) -> None:
     """Fill the slots of a template; everything else in it stays byte for byte."""
     from .render import View
 
     view = View(verbose=boolean(verbose))
-    with friendly_errors():
-        try:
-            settings = few_settings(
-                temp=temp,
-                seed=seed,
-                max_denoising_steps=max_denoising_steps,
-                canvas_length=canvas_length,
-                policy=policy,
-            )
-            from ..language.template import Template
+    try:
+        is_fresh, settings = settings.seed is None, seeded(settings)
+        from ..language.template import Template
 
-            bounds = gap_bounds(gap_tokens)
-            parsed = Template.parse(_template_text(template, file))
-            from ..checkpoint.files import bundled_model
-            from ..checkpoint.load import load
-            from ..language.prompt import PromptOptions
-            from ..view.report import filled_object
-            from ..write.fill import Filled, stream_fill
+        bounds = gap_bounds(gap_tokens)
+        parsed = Template.parse(_template_text(template, file))
+        from ..language.prompt import PromptOptions
+        from ..view.report import filled_object
+        from ..write.fill import Filled, stream_fill
 
-            loaded, tokenizer = load(
-                bundled_model() if model is None else model,
-                revision=revision,
-                adapter_path=adapter_path,
-            )
-            for event in stream_fill(
-                loaded,
-                tokenizer,
-                parsed,
-                prompt=None if prompt is None else unescape(prompt),
-                gap_tokens=bounds,
-                settings=settings,
-                prompt_options=PromptOptions(system_prompt=system_prompt),
-            ):
-                if not isinstance(event, Filled):
-                    view.trial(event)
-                    continue
-                if seed is None:
-                    view.note(f"seed {settings.seed}")
-                if as_json:
-                    view.object(filled_object(event) | {"seed": settings.seed})
-                else:
-                    view.about(event)
-                    view.result(event.text)
-        finally:
-            view.close()
+        loaded, tokenizer = model.load()
+        for event in stream_fill(
+            loaded,
+            tokenizer,
+            parsed,
+            prompt=None if prompt is None else unescape(prompt),
+            gap_tokens=bounds,
+            settings=settings,
+            prompt_options=PromptOptions(system_prompt=system_prompt),
+        ):
+            if not isinstance(event, Filled):
+                view.trial(event)
+                continue
+            if is_fresh:
+                view.note(f"seed {settings.seed}")
+            if as_json:
+                view.object(filled_object(event) | {"seed": settings.seed})
+            else:
+                view.about(event)
+                view.result(event.text)
+    finally:
+        view.close()
 
 
 def _template_text(template: str | None, file: Path | None) -> str:

@@ -17,7 +17,9 @@ from ..checkpoint.adapters import WEIGHTS, lora_of, read_adapter_config
 from ..checkpoint.files import SIDE_PATTERNS, resolve
 from ..checkpoint.headers import INDEX, TensorInfo, read_header, read_headers
 from ..checkpoint.names import Ignored, translate
-from ..config.model import ModelConfig, Quantization, read_json
+from ..config.model import ModelConfig
+from ..config.quantization import Quantization
+from ..config.reading import read_json
 from ..errors import SourceError
 
 _SHARD_BYTES = 5 << 30

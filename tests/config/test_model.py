@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 
 from mlx_diffgemma import bundled_model
 from mlx_diffgemma.config.generation import GenerationSettings
-from mlx_diffgemma.config.model import (
-    LayerConfig,
-    ModelConfig,
-    Quantization,
-    QuantizationConfig,
-    RopeConfig,
-    read_json,
-)
+from mlx_diffgemma.config.model import LayerConfig, ModelConfig, RopeConfig
+from mlx_diffgemma.config.quantization import Quantization, QuantizationConfig
+from mlx_diffgemma.config.reading import read_json
 from mlx_diffgemma.errors import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"

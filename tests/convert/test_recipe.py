@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_diffgemma.config.model import Quantization
+from mlx_diffgemma.config.quantization import Quantization
 from mlx_diffgemma.convert.recipe import choose
 from mlx_diffgemma.errors import ConfigError
 
