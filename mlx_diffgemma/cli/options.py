@@ -21,8 +21,8 @@ import typer
 
 from ..config.entry import Entry, kinds
 from ..config.generation import GenerationSettings, decider_of
-from ..errors import ConfigError, DiffGemmaError, PromptError, SourceError, TemplateError
-from .interrupt import leave
+from ..errors import DiffGemmaError, PromptError, TemplateError
+from .interrupt import ended_in_order, leave
 
 MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
 REVISION_HELP = "Branch, tag or commit of a Hub repository."
@@ -83,24 +83,6 @@ def gap_bounds(text: str | None) -> tuple[int, int] | None:
     return low, high
 
 
-def trace_page(name: str | None) -> Path | None:
-    """The value of --trace, if files can be made there: the page, and run.json beside it."""
-    if name is None:
-        return None
-    page = Path(name)
-    if os.path.isdir(page):
-        raise SourceError(f"--trace {name} is a folder; name a file in it that ends in .html")
-    if page.suffix != ".html":
-        raise ConfigError(f"--trace must name a file that ends in .html, got {name!r}")
-    if os.path.isdir(beside := page.with_suffix(".json")):
-        raise SourceError(f"--trace {name} also writes {beside}, which is a folder")
-    if not os.path.isdir(page.parent):
-        raise SourceError(f"--trace {name}: there is no folder {page.parent}; make it first")
-    if not os.access(page.parent, os.W_OK):
-        raise SourceError(f"--trace {name}: no file can be made in the folder {page.parent}")
-    return page
-
-
 SystemPromptOption = Annotated[
     str | None, typer.Option("--system-prompt", help="System prompt for the chat template.")
 ]
@@ -159,7 +141,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run_with_blocks(**given: Any) -> None:  # typer calls it with every option by name
-        with friendly_errors():
+        with friendly_errors(), ended_in_order():
             made = {}
             for name, (make, options) in blocks.items():
                 values = {option: given.pop(option) for option in options}

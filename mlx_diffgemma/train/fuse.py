@@ -16,8 +16,9 @@ import mlx.core as mx
 from ..checkpoint.adapters import WEIGHTS, read_adapter_config, read_factors
 from ..checkpoint.factors import read_float_header
 from ..checkpoint.files import SIDE_PATTERNS, resolve
-from ..checkpoint.headers import INDEX, TensorInfo, read_headers
+from ..checkpoint.headers import INDEX, TensorInfo
 from ..checkpoint.names import Ignored, translate
+from ..checkpoint.tied import check_copies, read_assigned
 from ..config.model import ModelConfig
 from ..config.quantization import Quantization
 from ..config.reading import read_json
@@ -122,11 +123,12 @@ def _outputs(
     source: Path, config: ModelConfig, adapters: Path, fused: Fused, *, dequantize: bool
 ) -> Iterator[_Output]:
     """Every tensor of the result, not yet computed."""
-    tensors = read_headers(source)
+    tensors, assigned = read_assigned(source)
+    check_copies(tensors, assigned.copies)
+    kept = dict(assigned.sources) | {name: name for name in assigned.ignored}
     modules: dict[str, dict[str, str]] = {}  # path -> leaf -> name in the source
-    for name in sorted(tensors):
-        target = translate(name)
-        path, _, leaf = (name if isinstance(target, Ignored) else target).rpartition(".")
+    for target, name in sorted(kept.items(), key=lambda item: item[1]):
+        path, _, leaf = target.rpartition(".")
         modules.setdefault(path, {})[leaf] = name
     shapes = {
         f"{path}.{leaf}": tensors[name]
@@ -138,7 +140,8 @@ def _outputs(
     for path, names in modules.items():
         packing = None
         if "scales" in names and config.quantization is not None:
-            packing = config.quantization.for_module(path)
+            stored = names["weight"].rpartition(".")[0]
+            packing = config.quantization.for_module(stored, path)
         change = changes.pop(f"{path}.weight", None)
         fused.changed += change is not None
         if packing is None:

@@ -6,15 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.adapters import load_adapters
 from ..checkpoint.files import resolve
 from ..checkpoint.headers import read_header, read_headers
-from ..checkpoint.load import load_model
+from ..checkpoint.load import build_model
 from ..config.model import ModelConfig
 from ..config.training import TrainSettings
 from ..errors import SourceError
@@ -24,6 +23,9 @@ from .checkpoint import STATE, trained_weights
 from .curves import Metrics, draw
 from .data import Example, fill_token, read_split
 from .trainer import Event, Saved, Trainer, prepare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Session:
         config = ModelConfig.from_folder(source)
         tokenizer = load_tokenizer(source)
         splits = _read_splits(data, tokenizer, config, settings, trains=trains, tests=tests)
-        loaded = load_model(source, fused=False)
+        loaded = build_model(source, config, fused=False)
         if trains:
             prepare(loaded, settings)
             if start_file is not None:
