@@ -191,7 +191,7 @@ def prompt_text(argument: str | None, option: str | None) -> str:
         )
     given = argument if option is None else option
     if given == "-" or (given is None and not _is_terminal(sys.stdin)):
-        return read_stdin()
+        return read_stdin().removeprefix("\ufeff")  # what editors put before text is not said
     if given is None:
         raise PromptError("a prompt is missing: give it in quotes, or - to read it from stdin")
     return given if option is None else unescape(option)
