@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-from transformers import PreTrainedTokenizerBase
 
 from ..config.model import ModelConfig
 from ..language.tokenizer import load_tokenizer
 from ..model import DiffusionGemma
 from ..model.fused import fuse
 from .adapters import load_adapters
+from .blas import slow_blas
+from .choice import full_name
 from .files import resolve
 from .headers import read_headers
 from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
 from .names import Ignored, translate
 from .weights import load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WARNED_AT_TOKENS = 4096
 
@@ -33,7 +38,8 @@ def load(
     """Loads a checkpoint and its tokenizer, as `mlx_lm.load` does.
 
     Args:
-      path_or_repo: a folder, or a Hub repo id, which is downloaded where it is not cached.
+      path_or_repo: a folder, or a Hub repo id or its short name (`4bit`, `8bit`, ...), which is
+        downloaded where it is not cached.
       revision: branch, tag or commit of a repository.
       adapter_path: as for `load_model`.
       fused: as for `load_model`.
@@ -42,6 +48,8 @@ def load(
       DiffGemmaError: one line that says what is wrong with the folder, its config, weights or
       tokenizer.
     """
+    if isinstance(path_or_repo, str):
+        path_or_repo = full_name(path_or_repo)
     folder = resolve(path_or_repo, revision)
     # What is quick to check comes first; the config before transformers looks at it on its own.
     ModelConfig.from_folder(folder)
@@ -73,6 +81,8 @@ def load_model(
     if mx.default_device() == mx.cpu:  # what is not packed becomes float32 there
         weights += sum(info.nbytes for info in used if info.dtype in ("BF16", "F16"))
         element_bytes = 4
+        if hint := slow_blas(weights):
+            warnings.warn(hint, stacklevel=2)
     needed = needed_bytes(
         config.text, weights, _WARNED_AT_TOKENS, config.canvas_length, element_bytes=element_bytes
     )

@@ -17,7 +17,14 @@ from typing import Annotated, Any
 import typer
 
 from ..config.generation import GenerationSettings, Policy, default_of, help_of, source_of
-from ..errors import ConfigError, DiffGemmaError, PromptError, SourceError, TemplateError
+from ..errors import (
+    ConfigError,
+    DiffGemmaError,
+    PromptError,
+    SourceError,
+    TemplateError,
+    backend_error,
+)
 from .interrupt import leave
 
 MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
@@ -148,7 +155,8 @@ def few_settings(
 @contextmanager
 def friendly_errors() -> Iterator[None]:
     """A user's mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
-    # transformers says on import that it found no torch; it is not needed.
+    # transformers logs advice that does not hold here, such as that a prompt is longer than the
+    # tokenizer's `model_max_length`.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning
     if signal.getsignal(signal.SIGINT) is leave:
@@ -157,6 +165,11 @@ def friendly_errors() -> Iterator[None]:
         yield
     except DiffGemmaError as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except ImportError as error:
+        if (explained := backend_error(error)) is None:
+            raise
+        typer.echo(f"error: {explained}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error

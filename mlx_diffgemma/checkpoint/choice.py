@@ -1,0 +1,56 @@
+"""What a user calls a model -> a folder or a Hub repository."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from ..errors import SourceError
+from .files import bundled_model
+
+MODEL_VARIABLE = "MLX_DIFFGEMMA_MODEL"
+# What mlx-community publishes of the 26B model. The part after the last hyphen is the short name.
+_PUBLISHED = "mlx-community/diffusiongemma-26B-A4B-it-"
+SHORT_NAMES = {
+    name: _PUBLISHED + name
+    for name in ("4bit", "5bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4", "bf16")
+}
+
+
+def chosen_model(given: str | None) -> str | Path:
+    """Return the model that a command is to use, as `resolve` and `load` take it.
+
+    Args:
+      given: the value of `--model`; None takes what MLX_DIFFGEMMA_MODEL names, and the bundled
+        model where that is not set or empty.
+
+    Raises:
+      SourceError: if it is neither a folder nor a repo id, and looks like a misspelt short name.
+    """
+    name = given if given is not None else os.environ.get(MODEL_VARIABLE) or None
+    return bundled_model() if name is None else full_name(name)
+
+
+def full_name(name: str) -> str:
+    """Return the repo id that a short name stands for, and anything else as it is. A folder of
+    that name wins over the repository.
+
+    Raises:
+      SourceError: as `chosen_model`.
+    """
+    if "/" in name or os.path.exists(name):
+        return name
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    if close := difflib.get_close_matches(name.lower(), SHORT_NAMES, n=1):
+        raise SourceError(
+            f"no folder and no short name {name}; did you mean {close[0]}? "
+            f"The short names are {', '.join(SHORT_NAMES)}"
+        )
+    return name
+
+
+def short_name(repo: str) -> str | None:
+    """Return the short name of a repository, where it has one."""
+    return repo.removeprefix(_PUBLISHED) if repo in SHORT_NAMES.values() else None
