@@ -23,7 +23,10 @@ LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.p
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
+TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"
 OBJECTIVE = "tests/parity/test_objective.py"
+SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
+CONVERT_CLI = "tests/convert/test_cli.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
 
 
@@ -334,6 +337,48 @@ FAULTS = (
         (FILL,),
     ),
     Fault(
+        "convert: the record holds the path of its source",
+        "convert/origin.py",
+        '"name": folder_name(checkpoint.folder),',
+        '"name": str(checkpoint.folder),',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: config.json keeps a path that another tool wrote",
+        "convert/plan.py",
+        "without_paths(checkpoint.config).items()",
+        "checkpoint.config.items()",
+        (SHARED,),
+    ),
+    Fault(
+        "convert: every card claims one base model",
+        "convert/card.py",
+        'named = said.get("base_model")',
+        'named = "google/diffusiongemma-26B-A4B-it"',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: another source of the same name counts as the same",
+        "convert/origin.py",
+        "hashlib.sha256(files).hexdigest(),",
+        '"",',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: promises work where there is none",
+        "convert/write.py",
+        "goes_on = has_work(partial)",
+        "goes_on = True",
+        (CONVERT,),
+    ),
+    Fault(
+        "convert: an upload that is stopped converts again",
+        "cli/convert.py",
+        "_command(without='--force')",
+        "_command()",
+        (CONVERT_CLI,),
+    ),
+    Fault(
         "training: the first look has gradients",
         "train/objective.py",
         "return model.soft_embedding(mx.stop_gradient(_logits(model, piece)))",
@@ -395,6 +440,62 @@ FAULTS = (
         "_VALIDATION if validation else _NOISE, iteration]",
         "_VALIDATION if validation else _NOISE, 0]",
         (TRAIN_DATA,),
+    ),
+    Fault(
+        "tied: copies are not compared",
+        "checkpoint/weights.py",
+        "check_copies(stored, assigned.copies)",
+        "pass",
+        (TIED,),
+    ),
+    Fault(
+        "tied: only the first piece is compared",
+        "checkpoint/tied.py",
+        "range(0, one.elements, _PIECE)",
+        "range(0, min(1, one.elements), _PIECE)",
+        (TIED,),
+    ),
+    Fault(
+        "tied: leaves of a packed module are matched one by one",
+        "checkpoint/tied.py",
+        "whole = module if leaf in _PACK else target",
+        "whole = target",
+        (TIED,),
+    ),
+    Fault(
+        "tied: the encoder's layer scalars are the decoder's",
+        "checkpoint/names.py",
+        r'Rule(r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1")',
+        r'Rule(rf"{_STACK}({_LAYER}layer_scalar)", r"model.decoder.\1")',
+        (TIED,),
+    ),
+    Fault(
+        "layouts: packed vision is taken for packed text",
+        "checkpoint/layouts.py",
+        'if part_of(n) != "vision"',
+        "if n",
+        (LAYOUTS,),
+    ),
+    Fault(
+        "formats: GPTQ's block is read as MLX's",
+        "config/formats.py",
+        '_method(block) not in ("", "mlx")',
+        '"bits" not in block',
+        ("tests/config/test_formats.py",),
+    ),
+    Fault(
+        "load: the config is read again",
+        "checkpoint/load.py",
+        "return build_model(folder, config, adapter_path=adapter_path, fused=fused), tokenizer",
+        "return load_model(folder, adapter_path=adapter_path, fused=fused), tokenizer",
+        ("tests/checkpoint/test_load.py",),
+    ),
+    Fault(
+        "info: all of a repository is fetched",
+        "cli/info.py",
+        "revision, headers_only=True",
+        "revision",
+        ("tests/checkpoint/test_files.py",),
     ),
     Fault(
         "training: Muon decays weights through their gradient",

@@ -23,17 +23,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading generation quantization model training",
+    "config": "entry reading formats generation quantization model training",
     "language": "tokenizer prompt pattern template text",
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
-    "checkpoint": "files headers names memory adapters weights load info",
+    "checkpoint": "files headers names layouts tied memory factors peft adapters weights load info",
     "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "pages report trace",
-    "convert": "recipe sources plan card write verify",
+    "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt options render render_convert render_train render_watch output convert "
     "generate fill edit info train fuse",
     "__main__": "",

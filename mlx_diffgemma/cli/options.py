@@ -162,7 +162,9 @@ def _options_of(block: type, command_name: str) -> list[Parameter]:
             if command_name not in entry.commands:
                 continue
             default = entry.command_default
-            option = typer.Option(*entry.flags, help=entry.help, show_default=_shown(f.name, entry))
+            option = typer.Option(
+                *entry.flags, help=entry.help, show_default=_shown(f.name, entry) or False
+            )
             kind = Annotated[kinds(block)[f.name] | None, option]
         elif get_origin(kind) is not Annotated:
             continue

@@ -246,7 +246,7 @@ def show_info(info: Info) -> None:
     """A checkpoint's facts on stdout; plain text, the same for a terminal and a file."""
     text, config = info.config.text, info.config
     lines = [
-        f"{info.folder}",
+        info.name if info.folder is None else f"{info.folder}",
         f"{info.parameters:,} parameters, {info.active_parameters:,} active per token",
         f"{text.num_hidden_layers} layers, {text.top_k_experts} of {text.num_experts} experts, "
         f"vocabulary {text.vocab_size:,}, canvas {config.canvas_length}, "
