@@ -23,8 +23,15 @@ LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.p
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
+TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"
 OBJECTIVE = "tests/parity/test_objective.py"
+SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
+CONVERT_CLI = "tests/convert/test_cli.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
+
+INSTALL, CACHE = "tests/test_install.py", "tests/checkpoint/test_cache.py"
+CHOICE, BLAS = "tests/checkpoint/test_choice.py", "tests/checkpoint/test_blas.py"
+MODELS = "tests/cli/test_models.py"
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ FAULTS = (
     ),
     Fault(
         "self-conditioning: never comes back",
-        "denoise/loop.py",
+        "denoise/step.py",
         "soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)",
         "soft = None",
         (LOOP,),
@@ -125,9 +132,9 @@ FAULTS = (
     ),
     Fault(
         "acceptance rule: accepted positions are frozen",
-        "denoise/loop.py",
-        "next_canvas = mx.where(frozen, canvas, next_canvas)",
-        "next_canvas = mx.where(frozen, canvas, mx.where(accepted, proposal, canvas))",
+        "denoise/step.py",
+        "next_canvas = mx.where(frozen, canvas, judged.canvas)",
+        "next_canvas = mx.where(frozen, canvas, mx.where(judged.accepted, proposal, canvas))",
         (LOOP,),
     ),
     Fault(
@@ -223,7 +230,7 @@ FAULTS = (
     ),
     Fault(
         "rows: a settled one moves on",
-        "denoise/loop.py",
+        "denoise/step.py",
         "settings.pad_token_id), seen.draft)",
         "settings.pad_token_id) * 0 + seen.draft, seen.draft)",
         (LOOP,),
@@ -272,7 +279,7 @@ FAULTS = (
     ),
     Fault(
         "narrow canvas: a lost end keeps it narrow",
-        "denoise/loop.py",
+        "denoise/step.py",
         "has_end = (length <= W) & mx.take",
         "has_end = mx.take",
         (LOOP,),
@@ -286,21 +293,21 @@ FAULTS = (
     ),
     Fault(
         "pinned: conditioned on what the model thought there",
-        "denoise/loop.py",
-        "mx.where(free[..., None], soft, run.model.embed(pinned.tokens[:, :W]))",
+        "denoise/step.py",
+        "mx.where(pinned.free[:, :W, None], soft, given)",
         "soft",
         (FILL,),
     ),
     Fault(
         "pinned: noised with the rest",
-        "denoise/loop.py",
-        "        accepted, next_canvas = accepted | ~free, pinned.over(next_canvas)\n",
-        "        accepted = accepted | ~free\n",
+        "denoise/step.py",
+        "        next_canvas = pinned.over(next_canvas)\n",
+        "",
         (FILL,),
     ),
     Fault(
         "pinned: counted in the entropy",
-        "denoise/loop.py",
+        "denoise/step.py",
         "entropy=mx.where(free, thought.entropy, 0.0)",
         "entropy=thought.entropy",
         (FILL,),
@@ -321,7 +328,7 @@ FAULTS = (
     ),
     Fault(
         "automaton: the best token of each place, whatever the string",
-        "denoise/loop.py",
+        "denoise/step.py",
         "        draft = pinned.choose(thought)\n",
         "        draft = thought.draft\n",
         (FILL,),
@@ -332,6 +339,48 @@ FAULTS = (
         "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
         "tokens[row, at:] = FREE",
         (FILL,),
+    ),
+    Fault(
+        "convert: the record holds the path of its source",
+        "convert/origin.py",
+        '"name": folder_name(checkpoint.folder),',
+        '"name": str(checkpoint.folder),',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: config.json keeps a path that another tool wrote",
+        "convert/plan.py",
+        "without_paths(checkpoint.config).items()",
+        "checkpoint.config.items()",
+        (SHARED,),
+    ),
+    Fault(
+        "convert: every card claims one base model",
+        "convert/card.py",
+        'named = said.get("base_model")',
+        'named = "google/diffusiongemma-26B-A4B-it"',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: another source of the same name counts as the same",
+        "convert/origin.py",
+        "hashlib.sha256(files).hexdigest(),",
+        '"",',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: promises work where there is none",
+        "convert/write.py",
+        "goes_on = has_work(partial)",
+        "goes_on = True",
+        (CONVERT,),
+    ),
+    Fault(
+        "convert: an upload that is stopped converts again",
+        "cli/convert.py",
+        "_command(without='--force')",
+        "_command()",
+        (CONVERT_CLI,),
     ),
     Fault(
         "training: the first look has gradients",
@@ -397,6 +446,62 @@ FAULTS = (
         (TRAIN_DATA,),
     ),
     Fault(
+        "tied: copies are not compared",
+        "checkpoint/weights.py",
+        "check_copies(stored, assigned.copies)",
+        "pass",
+        (TIED,),
+    ),
+    Fault(
+        "tied: only the first piece is compared",
+        "checkpoint/tied.py",
+        "range(0, one.elements, _PIECE)",
+        "range(0, min(1, one.elements), _PIECE)",
+        (TIED,),
+    ),
+    Fault(
+        "tied: leaves of a packed module are matched one by one",
+        "checkpoint/tied.py",
+        "whole = module if leaf in _PACK else target",
+        "whole = target",
+        (TIED,),
+    ),
+    Fault(
+        "tied: the encoder's layer scalars are the decoder's",
+        "checkpoint/names.py",
+        r'Rule(r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1")',
+        r'Rule(rf"{_STACK}({_LAYER}layer_scalar)", r"model.decoder.\1")',
+        (TIED,),
+    ),
+    Fault(
+        "layouts: packed vision is taken for packed text",
+        "checkpoint/layouts.py",
+        'if part_of(n) != "vision"',
+        "if n",
+        (LAYOUTS,),
+    ),
+    Fault(
+        "formats: GPTQ's block is read as MLX's",
+        "config/formats.py",
+        '_method(block) not in ("", "mlx")',
+        '"bits" not in block',
+        ("tests/config/test_formats.py",),
+    ),
+    Fault(
+        "load: the config is read again",
+        "checkpoint/load.py",
+        "return build_model(folder, config, adapter_path=adapter_path, fused=fused), tokenizer",
+        "return load_model(folder, adapter_path=adapter_path, fused=fused), tokenizer",
+        ("tests/checkpoint/test_load.py",),
+    ),
+    Fault(
+        "info: all of a repository is fetched",
+        "cli/info.py",
+        "revision, headers_only=True",
+        "revision",
+        ("tests/checkpoint/test_files.py",),
+    ),
+    Fault(
         "training: Muon decays weights through their gradient",
         "train/optimizer.py",
         'arguments.setdefault("weight_decay", 0.0)',
@@ -423,6 +528,62 @@ FAULTS = (
         "self._pool = pool * batch_size",
         "self._pool = len(lengths)",
         (TRAIN_DATA,),
+    ),
+    Fault(
+        "backend: MLX without its library keeps the traceback",
+        "errors.py",
+        ", Path(error.path or ).parent.name):",
+        ",):",
+        (INSTALL,),
+    ),
+    Fault(
+        "quiet: transformers tells that there is no torch",
+        "language/tokenizer.py",
+        'os.environ[name] = "1"',
+        "pass",
+        (INSTALL,),
+    ),
+    Fault(
+        "quiet: advice stays off in the environment",
+        "language/tokenizer.py",
+        "os.environ.pop(name, None)",
+        "pass",
+        (INSTALL,),
+    ),
+    Fault(
+        "models: a short name wins over a folder",
+        "checkpoint/choice.py",
+        'if "/" in name or os.path.exists(name):',
+        'if "/" in name:',
+        (CHOICE,),
+    ),
+    Fault(
+        "models: the environment wins over what is given",
+        "checkpoint/choice.py",
+        "default_model() if given is None else given",
+        "default_model() or given",
+        (CHOICE,),
+    ),
+    Fault(
+        "models: other kinds of checkpoints are listed",
+        "checkpoint/cache.py",
+        'config.get("model_type") != _MODEL_TYPE',
+        "not config",
+        (CACHE, MODELS),
+    ),
+    Fault(
+        "models: rm does not ask",
+        "cli/models.py",
+        "if not yes:",
+        "if False:",
+        (MODELS,),
+    ),
+    Fault(
+        "OpenBLAS: numpy's own copy counts",
+        "checkpoint/blas.py",
+        'r"lib(openblas',
+        'r"lib(scipy_openblas|openblas',
+        (BLAS,),
     ),
 )
 

@@ -28,8 +28,13 @@ def chosen_model(given: str | None) -> str | Path:
     Raises:
       SourceError: if it is neither a folder nor a repo id, and looks like a misspelt short name.
     """
-    name = given if given is not None else os.environ.get(MODEL_VARIABLE) or None
+    name = default_model() if given is None else given
     return bundled_model() if name is None else full_name(name)
+
+
+def default_model() -> str | None:
+    """Return the model that MLX_DIFFGEMMA_MODEL names, if it is set and not empty."""
+    return os.environ.get(MODEL_VARIABLE) or None
 
 
 def full_name(name: str) -> str:

@@ -1,39 +1,37 @@
 """mlx_diffgemma.fill: write what is missing in a template."""
 
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..config.generation import GenerationSettings
 from ..errors import TemplateError
 from .options import (
-    AdapterOption,
-    CanvasLengthOption,
-    MaxDenoisingStepsOption,
-    ModelOption,
-    PolicyOption,
-    RevisionOption,
-    SeedOption,
+    ModelOptions,
     SystemPromptOption,
-    TempOption,
-    boolean,
+    command,
     decoded,
-    few_settings,
-    friendly_errors,
     gap_bounds,
     read_file,
     read_stdin,
     run,
+    seeded,
     unescape,
 )
+from .output import Follower, OutputOptions, follower, kept
 
 GAP_HELP = "Least and most tokens of slots that do not say it themselves, such as 8..40."
 
 
+@command
 def fill(
     template: Annotated[
         str | None,
-        typer.Argument(help="Text with slots such as {{gap}}; '-' reads it from stdin."),
+        typer.Argument(
+            help="Text with slots such as {{gap}}, byte for byte; '-' reads it from stdin."
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with the template instead.")] = None,
     prompt: Annotated[
@@ -41,7 +39,8 @@ def fill(
         typer.Option(
             "--prompt",
             "-p",
-            help="What to do.",
+            help="What to do; here, unlike in the template, \\n and \\t are read as line break and "
+            "tab.",
             show_default="a request that shows the template with blanks",
         ),
     ] = None,
@@ -49,71 +48,69 @@ def fill(
         str | None,
         typer.Option(help=GAP_HELP, metavar="M..N", show_default="1 to what a canvas holds"),
     ] = None,
-    model: ModelOption = None,
-    adapter_path: AdapterOption = None,
-    revision: RevisionOption = None,
+    *,
+    model: ModelOptions,
     system_prompt: SystemPromptOption = None,
-    temp: TempOption = None,
-    seed: SeedOption = None,
-    max_denoising_steps: MaxDenoisingStepsOption = None,
-    canvas_length: CanvasLengthOption = None,
-    policy: PolicyOption = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object with text, slots and scores on stdout.")
-    ] = False,
-    verbose: Annotated[
-        str, typer.Option(metavar="BOOLEAN", help="False prints nothing but the text and errors.")
-    ] = "True",
+    settings: GenerationSettings,
+    output: OutputOptions,
 ) -> None:
     """Fill the slots of a template; everything else in it stays byte for byte."""
-    from .render import View
+    view = output.view()
+    try:
+        page, notes = output.page(), []
+        if settings.seed is None:
+            settings = seeded(settings)
+            notes.append(f"seed {settings.seed}")
+        from ..language.template import Template
 
-    view = View(verbose=boolean(verbose))
-    with friendly_errors():
-        try:
-            settings = few_settings(
-                temp=temp,
-                seed=seed,
-                max_denoising_steps=max_denoising_steps,
-                canvas_length=canvas_length,
-                policy=policy,
-            )
-            from ..language.template import Template
+        bounds = gap_bounds(gap_tokens)
+        parsed = Template.parse(_template_text(template, file))
+        request = None if prompt is None else unescape(prompt)
+        loaded, tokenizer = model.load()
+        from ..language.prompt import PromptOptions
+        from ..write.fill import stream_fill
 
-            bounds = gap_bounds(gap_tokens)
-            parsed = Template.parse(_template_text(template, file))
-            from ..checkpoint.files import bundled_model
-            from ..checkpoint.load import load
-            from ..language.prompt import PromptOptions
-            from ..view.report import filled_object
-            from ..write.fill import Filled, stream_fill
+        asked = parsed.shown() if request is None else request
+        follows, settings = follower(
+            output, view, loaded, tokenizer, settings, name=model.source, prompt=asked
+        )
+        events = stream_fill(
+            loaded,
+            tokenizer,
+            parsed,
+            prompt=request,
+            gap_tokens=bounds,
+            settings=settings,
+            prompt_options=PromptOptions(system_prompt=system_prompt),
+        )
+        with closing(events), kept(follows.trace, page, view):
+            filled = _followed(events, follows)
+            for line in notes:
+                view.note(line)
+            if output.is_json:
+                from ..view.report import filled_object
 
-            loaded, tokenizer = load(
-                bundled_model() if model is None else model,
-                revision=revision,
-                adapter_path=adapter_path,
-            )
-            for event in stream_fill(
-                loaded,
-                tokenizer,
-                parsed,
-                prompt=None if prompt is None else unescape(prompt),
-                gap_tokens=bounds,
-                settings=settings,
-                prompt_options=PromptOptions(system_prompt=system_prompt),
-            ):
-                if not isinstance(event, Filled):
-                    view.trial(event)
-                    continue
-                if seed is None:
-                    view.note(f"seed {settings.seed}")
-                if as_json:
-                    view.object(filled_object(event) | {"seed": settings.seed})
-                else:
-                    view.about(event)
-                    view.result(event.text)
-        finally:
-            view.close()
+                view.object(filled_object(filled) | {"seed": settings.seed})
+            else:
+                view.about(filled)
+                view.result(filled.text)
+    finally:
+        view.close()
+
+
+def _followed(events: Any, follows: Follower) -> Any:
+    """The filled template that a stream of events ends with."""
+    from ..write.fill import Filled
+
+    filled = None
+    for event in events:
+        if isinstance(event, Filled):
+            filled = event
+        else:
+            follows.trial(event)
+    assert filled is not None
+    follows.conclude(filled)
+    return filled
 
 
 def _template_text(template: str | None, file: Path | None) -> str:
@@ -122,7 +119,7 @@ def _template_text(template: str | None, file: Path | None) -> str:
     if template == "-":
         return read_stdin()
     if template is not None:
-        return unescape(template)
+        return template
     assert file is not None
     return decoded(file, read_file(file))
 

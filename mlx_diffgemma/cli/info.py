@@ -13,13 +13,17 @@ def info(
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Tell a checkpoint's size, layout and memory needs, without reading its tensors."""
+    """Tell a checkpoint's size, layout and memory needs from the headers of its files.
+
+    Of a Hub repository that is not cached, only headers are fetched.
+    """
     with friendly_errors():
-        from ..checkpoint.files import bundled_model, resolve
+        from ..checkpoint.choice import chosen_model
+        from ..checkpoint.files import resolve
         from ..checkpoint.info import as_object, describe
         from .render import show_info
 
-        found = describe(resolve(bundled_model() if model is None else model, revision))
+        found = describe(resolve(chosen_model(model), revision, headers_only=True))
         if as_json:
             typer.echo(json.dumps(as_object(found)))
         else:

@@ -1,4 +1,4 @@
-"""What commands share: options whose help and defaults come from the settings, and one way to
+"""What commands share: options made from the settings' entries, blocks of options, and one way to
 fail."""
 
 from __future__ import annotations
@@ -11,32 +11,25 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..config.generation import GenerationSettings, Policy, default_of, help_of, source_of
-from ..errors import (
-    ConfigError,
-    DiffGemmaError,
-    PromptError,
-    SourceError,
-    TemplateError,
-    backend_error,
+from ..config.entry import Entry, kinds
+from ..config.generation import GenerationSettings, decider_of
+from ..errors import DiffGemmaError, PromptError, TemplateError, backend_error
+from .interrupt import ended_in_order, leave
+
+MODEL_HELP = (
+    "Local folder, Hub repo id, or short name of a published one (4bit, 5bit, 6bit, 8bit, mxfp4, "
+    "mxfp8, nvfp4, bf16), unless a folder here has that name; by default what MLX_DIFFGEMMA_MODEL "
+    "names, else the small model that comes with the package."
 )
-from .interrupt import leave
-
-MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
 REVISION_HELP = "Branch, tag or commit of a Hub repository."
-
-
-def setting(name: str, *flags: str, default: str | None = None) -> Any:
-    """An option for a field of GenerationSettings: its help, and what holds where it is not
-    given."""
-    source = f"the {decider}'s, else " if (decider := source_of(name)) else ""
-    value = default or f"{source}{default_of(name)}"
-    return typer.Option(*flags, help=help_of(name), show_default=value)
 
 
 def unescape(prompt: str) -> str:
@@ -78,9 +71,9 @@ def decoded(file: Path, content: bytes) -> str:
         raise PromptError(f"{file} is not UTF-8: {error}") from error
 
 
-def fresh_seed(seed: int | None) -> int:
-    """The seed that was given, or one that can be printed."""
-    return secrets.randbits(32) if seed is None else seed
+def seeded(settings: GenerationSettings) -> GenerationSettings:
+    """Settings with the seed that was given, or with a fresh one that can be printed."""
+    return settings if settings.seed is not None else replace(settings, seed=secrets.randbits(32))
 
 
 def gap_bounds(text: str | None) -> tuple[int, int] | None:
@@ -94,62 +87,129 @@ def gap_bounds(text: str | None) -> tuple[int, int] | None:
     return low, high
 
 
-def trace_page(name: str | None) -> Path | None:
-    """The value of --trace, if files can be made there: the page, and run.json beside it."""
-    if name is None:
-        return None
-    page = Path(name)
-    if os.path.isdir(page):
-        raise SourceError(f"--trace {name} is a folder; name a file in it that ends in .html")
-    if page.suffix != ".html":
-        raise ConfigError(f"--trace must name a file that ends in .html, got {name!r}")
-    if os.path.isdir(beside := page.with_suffix(".json")):
-        raise SourceError(f"--trace {name} also writes {beside}, which is a folder")
-    if not os.path.isdir(page.parent):
-        raise SourceError(f"--trace {name}: there is no folder {page.parent}; make it first")
-    if not os.access(page.parent, os.W_OK):
-        raise SourceError(f"--trace {name}: no file can be made in the folder {page.parent}")
-    return page
-
-
-# What every command that runs the model takes.
-ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
-AdapterOption = Annotated[
-    str | None,
-    typer.Option("--adapter-path", help="Folder of adapters, as mlx_diffgemma.train makes them."),
-]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help=REVISION_HELP)]
 SystemPromptOption = Annotated[
     str | None, typer.Option("--system-prompt", help="System prompt for the chat template.")
 ]
-TempOption = Annotated[float | None, setting("temperature", "--temp")]
-SeedOption = Annotated[int | None, setting("seed", "--seed", default="fresh, and printed")]
-MaxDenoisingStepsOption = Annotated[
-    int | None, setting("max_denoising_steps", "--max-denoising-steps")
+VerboseOption = Annotated[
+    str, typer.Option(metavar="BOOLEAN", help="False prints nothing but the result and errors.")
 ]
-CanvasLengthOption = Annotated[
-    int | None, setting("canvas_length", "--canvas-length", default="the checkpoint's")
-]
-PolicyOption = Annotated[Policy | None, setting("policy", "--policy")]
 
 
-def few_settings(
-    *,
-    temp: float | None,
-    seed: int | None,
-    max_denoising_steps: int | None,
-    canvas_length: int | None,
-    policy: Policy | None,
-) -> GenerationSettings:
-    """The settings of commands that take only these; a missing seed is drawn, so that it can be
-    printed."""
-    return GenerationSettings(
-        temperature=temp,
-        seed=fresh_seed(seed),
-        max_denoising_steps=max_denoising_steps,
-        canvas_length=canvas_length,
-        policy=policy,
-    )
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model a command runs."""
+
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None
+    adapter_path: Annotated[
+        str | None,
+        typer.Option(help="Folder of adapters, as mlx_diffgemma.train makes them."),
+    ] = None
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None
+
+    @property
+    def source(self) -> str | Path:
+        """The folder or repository id that was given, or the default."""
+        from ..checkpoint.choice import chosen_model
+
+        return chosen_model(self.model)
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether nobody chose a model."""
+        from ..checkpoint.choice import default_model
+
+        return self.model is None and default_model() is None
+
+    def load(self) -> tuple[Any, Any]:
+        """Load model and tokenizer."""
+        from ..checkpoint.load import load
+
+        return load(self.source, revision=self.revision, adapter_path=self.adapter_path)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function.
+
+    A parameter whose type is a dataclass becomes one option for each of its fields, and the
+    function gets the dataclass. Fields with a settings entry become options where the entry names
+    this command; other fields say by `Annotated` what option they are. A parameter of type
+    `Annotated[dict, SomeSettings]` gets the settings that were given, by name. Mistakes of a user
+    end as `friendly_errors` says.
+    """
+    parameters: list[Parameter] = []
+    blocks: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    for parameter in signature(function, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        base, *extra = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+        settings = extra[0] if base is dict else kind
+        if not is_dataclass(settings):
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+            continue
+        assert isinstance(settings, type)
+        options = _options_of(settings, function.__name__)
+        blocks[parameter.name] = base, [option.name for option in options]
+        parameters.extend(options)
+
+    @wraps(function)
+    def run_with_blocks(**given: Any) -> None:  # typer calls it with every option by name
+        with friendly_errors(), ended_in_order():
+            made = {}
+            for name, (make, options) in blocks.items():
+                values = {option: given.pop(option) for option in options}
+                made[name] = make(**{k: v for k, v in values.items() if v is not None})
+            function(**given, **made)
+
+    run_with_blocks.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run_with_blocks.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run_with_blocks
+
+
+def _options_of(block: type, command_name: str) -> list[Parameter]:
+    """An option for each field of a dataclass that the command takes."""
+    hints, options = get_type_hints(block, include_extras=True), []
+    for f in fields(block):
+        kind, default = hints[f.name], f.default
+        if (entry := f.metadata.get("entry")) is not None:
+            if command_name not in entry.commands:
+                continue
+            default = entry.command_default
+            option = typer.Option(
+                *entry.flags, help=entry.help, show_default=_shown(f.name, entry) or False
+            )
+            kind = Annotated[kinds(block)[f.name] | None, option]
+        elif get_origin(kind) is not Annotated:
+            continue
+        options.append(Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    return options
+
+
+def _shown(name: str, entry: Entry) -> str:
+    """The default in words: who decides, and what holds where nobody does."""
+    if entry.command_default is not None:
+        return str(entry.command_default)
+    if entry.shown_default is not None:
+        return entry.shown_default
+    decider = decider_of(name, entry)
+    return f"the {decider}'s, else {entry.default}" if decider else str(entry.default)
+
+
+def prompt_text(argument: str | None, option: str | None) -> str:
+    """The prompt: an argument as it is, --prompt unescaped, or stdin."""
+    if argument is not None and option is not None:
+        raise PromptError(
+            "the prompt is given twice, as an argument and with --prompt; "
+            "every other option takes one value, so that a second word is the prompt"
+        )
+    given = argument if option is None else option
+    if given == "-" or (given is None and not _is_terminal(sys.stdin)):
+        return read_stdin()
+    if given is None:
+        raise PromptError("a prompt is missing: give it in quotes, or - to read it from stdin")
+    return given if option is None else unescape(option)
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()
 
 
 @contextmanager

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from .generation import GenerationSettings, warn_unknown
+from .formats import foreign_format, mlx_block, refusal, source_of
+from .generation import GenerationSettings
+from .quantization import QuantizationConfig
+from .reading import (
+    LARGEST,
+    Raw,
+    integer,
+    positive,
+    read_json,
+    refuse_other_tokens,
+    refuse_unless,
+    warn_unknown,
+)
 
 LayerType = Literal["sliding_attention", "full_attention"]
-Raw = Mapping[str, Any]
 
 GLOBAL_HEAD_DIM = 512  # transformers' fallback where config.json has neither spelling
 PAD_TOKEN_ID = 0
-_LARGEST = 2**31 - 1  # of a dimension
 _MOST_LAYERS = 10_000  # a damaged file must not make us build a list without end
-
-# bits and group sizes that MLX packs, per mode
-QUANTIZATION_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
 
 # Keys of published files that say nothing to a text runtime. Any other unknown key is named in one
 # warning.
 _INERT_TOP = frozenset(
     "architectures dtype torch_dtype initializer_range transformers_version "
-    "vision_soft_tokens_per_image audio_config audio_token_id video_token_id "
-    "generation_config quantization quantization_config vision_config model_type "
-    "_name_or_path tie_word_embeddings text_config canvas_length boi_token_id image_token_id "
-    "eoi_token_id eos_token_id pad_token_id bos_token_id is_encoder_decoder return_dict "
-    "output_attentions output_hidden_states chunk_size_feed_forward id2label label2id "
-    "problem_type use_cache".split()
+    "vision_soft_tokens_per_image audio_config audio_token_id video_token_id generation_config "
+    "quantization quantization_config compression_config vision_config model_type _name_or_path "
+    "tie_word_embeddings text_config canvas_length boi_token_id image_token_id eoi_token_id "
+    "eos_token_id pad_token_id bos_token_id is_encoder_decoder return_dict output_attentions "
+    "output_hidden_states chunk_size_feed_forward id2label label2id problem_type use_cache".split()
 )
 _INERT_TEXT = frozenset(
     "attention_dropout dtype torch_dtype initializer_range model_type bos_token_id use_cache "
@@ -98,7 +97,7 @@ class TextConfig:
         """Both spellings of the per-layer keys are read; unknown keys warn, values we cannot
         honour are refused."""
         counts = {
-            name: _integer(raw, name, where)
+            name: integer(raw, name, where)
             for name in (
                 "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
                 "num_key_value_heads head_dim sliding_window num_experts top_k_experts "
@@ -106,12 +105,12 @@ class TextConfig:
             ).split()
         }
         warn_unknown(raw, {f.name for f in fields(cls)} - {"layers", "rope"} | _INERT_TEXT, where)
-        _refuse_unless(
+        refuse_unless(
             raw, "hidden_activation", ("gelu_pytorch_tanh",), where, default="gelu_pytorch_tanh"
         )
-        _refuse_unless(raw, "use_bidirectional_attention", ("vision", None), where, default=None)
-        _refuse_unless(raw, "attention_bias", (False,), where, default=False)
-        _refuse_unless(raw, "tie_word_embeddings", (True,), where, default=True)
+        refuse_unless(raw, "use_bidirectional_attention", ("vision", None), where, default=None)
+        refuse_unless(raw, "attention_bias", (False,), where, default=False)
+        refuse_unless(raw, "tie_word_embeddings", (True,), where, default=True)
         if counts["top_k_experts"] > counts["num_experts"]:
             raise ConfigError(
                 f"{where}: top_k_experts is {counts['top_k_experts']}, "
@@ -123,10 +122,10 @@ class TextConfig:
             2 * counts["moe_intermediate_size"],
             *(counts["num_attention_heads"] * layer.head_dim for layer in layers),
         )
-        if widest > _LARGEST:
+        if widest > LARGEST:
             raise ConfigError(
                 f"{where}: heads times head size, or twice moe_intermediate_size, is {widest}, "
-                f"more than the {_LARGEST} that MLX can count"
+                f"more than the {LARGEST} that MLX can count"
             )
         for layer in layers:
             if counts["num_attention_heads"] % layer.num_key_value_heads:
@@ -146,67 +145,9 @@ class TextConfig:
             rope={
                 kind: _rope(raw, kind, where) for kind in ("sliding_attention", "full_attention")
             },
-            rms_norm_eps=_positive(raw, "rms_norm_eps", where, 1e-6),
-            final_logit_softcapping=_positive(raw, "final_logit_softcapping", where, 30.0),
+            rms_norm_eps=positive(raw, "rms_norm_eps", where, 1e-6),
+            final_logit_softcapping=positive(raw, "final_logit_softcapping", where, 30.0),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How one module is packed."""
-
-    group_size: int
-    bits: int
-    mode: str = "affine"
-
-    @classmethod
-    def from_dict(cls, raw: Raw, *, where: str) -> Quantization:
-        """`{"group_size": 64, "bits": 4}` is affine: a missing mode never means the file's global
-        one."""
-        mode = raw.get("mode", "affine")
-        if not isinstance(mode, str) or mode not in QUANTIZATION_MODES:
-            raise ConfigError(
-                f"{where}: quantization mode {mode!r} is not one of {', '.join(QUANTIZATION_MODES)}"
-            )
-        bits, group_size = _integer(raw, "bits", where), _integer(raw, "group_size", where)
-        legal_bits, legal_groups = QUANTIZATION_MODES[mode]
-        if bits not in legal_bits or group_size not in legal_groups:
-            raise ConfigError(
-                f"{where}: {mode} cannot pack {bits} bits in groups of {group_size}; "
-                f"bits {list(legal_bits)} and groups {list(legal_groups)} exist"
-            )
-        return cls(group_size, bits, mode)
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """The `quantization` block: a setting for every module, and overrides by module path."""
-
-    default: Quantization
-    overrides: Mapping[str, Quantization | None]  # None: the module is left as it is
-
-    def for_module(self, path: str) -> Quantization | None:
-        """The setting of a module whose weights come with scales."""
-        return self.overrides.get(path, self.default)
-
-    @classmethod
-    def from_dict(cls, raw: Raw, *, where: str) -> QuantizationConfig:
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"{where}: quantization must be an object, got {raw!r}")
-        if "quant_method" in raw and "bits" not in raw:
-            raise ConfigError(
-                f"{where}: weights are packed as {raw['quant_method']!r}; "
-                "only MLX quantization loads directly"
-            )
-        overrides: dict[str, Quantization | None] = {}
-        for path, value in raw.items():
-            if isinstance(value, Mapping):
-                overrides[path] = Quantization.from_dict(
-                    value, where=f"{where}: quantization of {path}"
-                )
-            elif isinstance(value, bool):
-                overrides[path] = Quantization.from_dict(raw, where=where) if value else None
-        return cls(Quantization.from_dict(raw, where=f"{where}: quantization"), overrides)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +163,10 @@ class ModelConfig:
     generation: GenerationSettings
     has_vision: bool
 
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
     @classmethod
     def from_dict(
         cls, raw: Raw, generation: Raw | None = None, *, where: str = "config.json"
@@ -234,8 +179,10 @@ class ModelConfig:
             )
         if not isinstance(raw.get("text_config"), Mapping):
             raise ConfigError(f"{where}: text_config is missing")
+        if found := foreign_format(raw):
+            raise ConfigError(f"{where}: {refusal(found, source_of(Path(where).parent))}")
         warn_unknown(raw, _INERT_TOP, where)
-        _refuse_unless(raw, "tie_word_embeddings", (True,), where, default=True)
+        refuse_unless(raw, "tie_word_embeddings", (True,), where, default=True)
         text = TextConfig.from_dict(raw["text_config"], where=f"{where}, text_config")
         generation = generation if generation is not None else raw.get("generation_config") or {}
         if not isinstance(generation, Mapping):
@@ -249,11 +196,7 @@ class ModelConfig:
             ids = block.get("eos_token_id")
             ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
             for token in ids:
-                if not _is_token(token, text.vocab_size):
-                    raise ConfigError(
-                        f"{name}: eos_token_id {token!r} is outside "
-                        f"the vocabulary of {text.vocab_size}"
-                    )
+                refuse_other_tokens(token, text.vocab_size, f"{name}: eos_token_id")
             eos.update(ids)
         pad = next(
             (
@@ -263,21 +206,15 @@ class ModelConfig:
             ),
             PAD_TOKEN_ID,
         )
-        if not _is_token(pad, text.vocab_size):
-            raise ConfigError(
-                f"{where}: pad_token_id {pad!r} is outside the vocabulary of {text.vocab_size}"
-            )
+        refuse_other_tokens(pad, text.vocab_size, f"{where}: pad_token_id")
         image_keys = ("boi_token_id", "image_token_id", "eoi_token_id")
         image_ids = [(key, raw[key]) for key in image_keys if raw.get(key) is not None]
         for key, token in image_ids:
-            if not _is_token(token, text.vocab_size):
-                raise ConfigError(
-                    f"{where}: {key} {token!r} is outside the vocabulary of {text.vocab_size}"
-                )
-        quantization = raw.get("quantization") or raw.get("quantization_config")
+            refuse_other_tokens(token, text.vocab_size, f"{where}: {key}")
+        quantization = mlx_block(raw)
         return cls(
             text=text,
-            canvas_length=_integer(raw, "canvas_length", where),
+            canvas_length=integer(raw, "canvas_length", where),
             image_token_ids=tuple(token for _, token in image_ids),
             eos_token_ids=tuple(sorted(eos)),
             pad_token_id=pad,
@@ -305,55 +242,6 @@ class ModelConfig:
             read_json(path),
             read_json(generation) if generation.is_file() else None,
             where=str(path),
-        )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a ConfigError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless digits or nesting
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def _integer(raw: Raw, key: str, where: str) -> int:
-    value = raw.get(key)
-    if value is None:
-        raise ConfigError(f"{where}: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{where}: {key} must be a whole number of at least 1, got {value!r}")
-    if value > _LARGEST:
-        raise ConfigError(f"{where}: {key} is {value}, more than the {_LARGEST} that MLX can count")
-    return value
-
-
-def _is_token(value: Any, vocab_size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
-
-
-def _positive(raw: Raw, key: str, where: str, default: float) -> float:
-    value = raw.get(key, default)
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not 0 < value <= sys.float_info.max
-    ):
-        raise ConfigError(f"{where}: {key} must be a number above 0, got {value!r}")
-    return float(value)
-
-
-def _refuse_unless(
-    raw: Raw, key: str, allowed: tuple[Any, ...], where: str, *, default: Any
-) -> None:
-    value = raw.get(key, default)
-    if value not in allowed:
-        raise ConfigError(
-            f"{where}: {key} is {value!r}; only {' or '.join(map(repr, allowed))} is supported"
         )
 
 
@@ -385,11 +273,11 @@ def _layers(
     `num_global_key_value_heads`."""
     has_old = "global_head_dim" in raw or raw.get("num_global_key_value_heads") is not None
     global_head_dim = (
-        _integer(raw, "global_head_dim", where) if "global_head_dim" in raw else GLOBAL_HEAD_DIM
+        integer(raw, "global_head_dim", where) if "global_head_dim" in raw else GLOBAL_HEAD_DIM
     )
     global_kv_heads = kv_heads
     if raw.get("num_global_key_value_heads") is not None:
-        global_kv_heads = _integer(raw, "num_global_key_value_heads", where)
+        global_kv_heads = integer(raw, "num_global_key_value_heads", where)
     old = tuple(
         LayerConfig(kind, head_dim, kv_heads)
         if kind == "sliding_attention"
@@ -417,12 +305,12 @@ def _layers(
     new = tuple(
         LayerConfig(
             kind,
-            _integer(
+            integer(
                 {**base, **by_index.get(i, {})},
                 "head_dim",
                 f"{where}, per_layer_config of layer {i}",
             ),
-            _integer(
+            integer(
                 {**base, **by_index.get(i, {})},
                 "num_key_value_heads",
                 f"{where}, per_layer_config of layer {i}",
@@ -462,10 +350,10 @@ def _rope(raw: Raw, kind: LayerType, where: str) -> RopeConfig:
     if not isinstance(table, Mapping) or not isinstance(table.get(kind), Mapping):
         raise ConfigError(f"{where}: rope_parameters has no entry for {kind}")
     rope, where = table[kind], f"{where}, rope_parameters of {kind}"
-    _refuse_unless(rope, "rope_type", ("default", "proportional"), where, default=None)
+    refuse_unless(rope, "rope_type", ("default", "proportional"), where, default=None)
     if unknown := sorted(set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor"}):
         raise ConfigError(f"{where}: {unknown} is not supported")
-    factor = _positive(rope, "partial_rotary_factor", where, 1.0)
+    factor = positive(rope, "partial_rotary_factor", where, 1.0)
     if factor > 1 or (rope["rope_type"] == "default" and factor != 1):
         raise ConfigError(
             f"{where}: partial_rotary_factor {factor} is not possible "
@@ -473,4 +361,4 @@ def _rope(raw: Raw, kind: LayerType, where: str) -> RopeConfig:
         )
     if "rope_theta" not in rope:
         raise ConfigError(f"{where}: rope_theta is missing")
-    return RopeConfig(rope["rope_type"], _positive(rope, "rope_theta", where, 1.0), factor)
+    return RopeConfig(rope["rope_type"], positive(rope, "rope_theta", where, 1.0), factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +39,21 @@ _CONTROL_TOKENS = frozenset(
 )
 
 
+_PROCESSOR_TEMPLATE = "chat_template.json"
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer from tokenizer.json, or from a sentencepiece tokenizer.model where that is all
-    there is."""
+    """Load the tokenizer of a checkpoint, with its chat template.
+
+    The template is that of chat_template.jinja, else of tokenizer_config.json, as in transformers;
+    else that of chat_template.json, which older processors were saved with.
+
+    Args:
+      folder: has tokenizer.json, or a sentencepiece tokenizer.model where that is all there is.
+
+    Raises:
+      SourceError: if there is no tokenizer, or it or its template cannot be read.
+    """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise SourceError(f"{folder} has no tokenizer.json and no tokenizer.model")
@@ -51,6 +64,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises nothing more exact
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    if not tokenizer.chat_template and (folder / _PROCESSOR_TEMPLATE).is_file():
+        tokenizer.chat_template = _processor_template(folder / _PROCESSOR_TEMPLATE)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     unmarked = sorted(tokenizer.get_vocab().keys() & _CONTROL_TOKENS - special)
     tokenizer.add_tokens(
@@ -58,3 +73,27 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         special_tokens=True,
     )
     return tokenizer
+
+
+def _processor_template(path: Path) -> str | dict[str, str]:
+    """The template of a chat_template.json, or its templates by name."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    if isinstance(template, str):
+        return template
+    if isinstance(template, list):
+        pairs = [item for item in template if isinstance(item, dict)]
+        template = {item.get("name"): item.get("template") for item in pairs}
+    if (
+        isinstance(template, dict)
+        and template
+        and all(isinstance(text, str) for pair in template.items() for text in pair)
+    ):
+        return template
+    raise SourceError(
+        f"{path} must be an object whose chat_template is a template, an object of templates by "
+        "name, or a list of objects with name and template"
+    )

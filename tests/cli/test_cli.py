@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from mlx_diffgemma import bundled_model
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.info import info
-from mlx_diffgemma.config.generation import default_of, help_of
+from mlx_diffgemma.cli.options import prompt_text
+from mlx_diffgemma.config.entry import entries
+from mlx_diffgemma.config.generation import GenerationSettings, default_of
 
 ROOT = Path(__file__).parents[2]
 TABLE = ("--prompt", "Squares from 2 to 3.", "--seed", "3")
@@ -79,6 +81,19 @@ def test_verbose_false_prints_the_answer_only():
 def test_stdin_is_a_prompt():
     result = invoke(generate, "--prompt", "-", "--seed", "1", stdin="Squares from 2 to 3.\n")
     assert result.stdout == TABLE_ANSWER
+
+
+def test_a_prompt_is_an_argument_an_option_or_what_stdin_holds():
+    for words in (("Squares from 2 to 3.",), ("-",), ()):
+        result = invoke(generate, *words, "--seed", "1", stdin="Squares from 2 to 3.\n")
+        assert result.stdout == TABLE_ANSWER, result.stderr
+    assert_one_line(invoke(generate), "the prompt is empty")
+    assert_one_line(invoke(generate, "one", "--prompt", "two"), "the prompt is given twice")
+
+
+def test_a_prompt_as_an_argument_is_taken_as_it_is():
+    assert prompt_text(r"a\nb\t", None) == r"a\nb\t"
+    assert prompt_text(None, r"a\nb\t") == "a\nb\t"
 
 
 def test_json_is_one_object_per_line_and_its_text_is_the_answer():
@@ -149,7 +164,7 @@ def test_stdin_that_is_not_utf8_is_refused():
 
 
 def test_usage_errors_keep_typers_form():
-    for arguments in (("--no-such-flag",), ("--prompt", "x", "--seed", "many"), ()):
+    for arguments in (("--no-such-flag",), ("--prompt", "x", "--seed", "many")):
         result = invoke(generate, *arguments)
         assert result.exit_code == 2 and "Usage:" in result.stderr
 
@@ -189,7 +204,7 @@ def test_help_shows_every_flag_with_its_help_and_default_from_the_settings():
         },
     }.items():
         assert flag in shown
-        assert help_of(name).split(";")[0][:40] in shown, name
+        assert entries(GenerationSettings)[name].help.split(";")[0][:40] in shown, name
     for name in ("max_denoising_steps", "entropy_bound", "confidence_threshold"):
         assert f"the checkpoint's, else {default_of(name)}" in shown
 

@@ -63,7 +63,7 @@ def test_a_template_that_is_typed_has_line_breaks():
         (["{{gap}}", "--file", "x"], "one of the two"),
         (["--file", "missing.md"], "missing.md cannot be read"),
         (["{{gap}}", "--gap-tokens", "0..3"], "--gap-tokens must be M..N with 1 <= M <= N"),
-        (["{{gap:99}}"], "there is nothing for it of 99 to 64 tokens"),
+        (["{{gap:99}}"], "slot 1 is to have at least 99 tokens, and a canvas holds 64"),
         (["{{match: a^b}}"], "no text of this checkpoint's tokens matches it"),
         (["{{gap}}", "--prompt", ""], "the prompt is empty"),
         (["{{gap}}", "--canvas-length", "65"], "canvas_length 65 is longer"),

@@ -8,13 +8,8 @@ import math
 import pytest
 
 from mlx_diffgemma import bundled_model
-from mlx_diffgemma.config.generation import (
-    COMMAND_MAX_TOKENS,
-    GenerationSettings,
-    ResolvedSettings,
-    default_of,
-    help_of,
-)
+from mlx_diffgemma.config.entry import entries
+from mlx_diffgemma.config.generation import GenerationSettings, ResolvedSettings, default_of
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise.schedule import temperature
 from mlx_diffgemma.errors import ConfigError
@@ -143,12 +138,12 @@ def test_the_defaults_are_the_references():
         pad_token_id=0,
         seed=1,
     )
-    assert COMMAND_MAX_TOKENS == 1024
+    assert entries(GenerationSettings)["max_new_tokens"].command_default == 1024
 
 
 def test_every_setting_says_what_it_is_for():
-    for name in RESOLVED:
-        assert help_of(name).endswith(".")
+    for entry in entries(GenerationSettings).values():
+        assert entry.help.endswith(".")
 
 
 def test_without_a_seed_each_run_gets_a_fresh_one():
@@ -239,17 +234,17 @@ def test_a_policy_fills_in_what_the_user_leaves_open():
         ({"acceptance_share": -0.1}, "acceptance_share must be"),
         ({"sparse_tokens": 0}, "sparse_tokens must be"),
         ({"schedule_steps": 0}, "schedule_steps must be"),
-        ({"acceptance_share": 0.5}, "acceptance_share has no effect with acceptance by entropy"),
+        ({"acceptance_share": 0.5}, "acceptance_share has no effect with acceptance 'entropy'"),
         (
             {"policy": "fast", "entropy_bound": 0.2},
-            "entropy_bound has no effect with acceptance by confidence",
+            "entropy_bound has no effect with acceptance 'confidence', only with 'entropy'",
         ),
         ({"canvas_width": "answer"}, "stop_on must be 'answer' too"),
         (
             {"self_conditioning": "sparse", "sparse_tokens": 10**6},
             "sparse_tokens 1000000 is more than the 384 tokens there are",
         ),
-        ({"sparse_tokens": 8}, "sparse_tokens has no effect with dense self-conditioning"),
+        ({"sparse_tokens": 8}, "sparse_tokens has no effect with self_conditioning 'dense'"),
     ],
 )
 def test_what_cannot_be_or_has_no_effect_is_refused(settings, message):

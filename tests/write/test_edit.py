@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -36,11 +37,18 @@ def bundled():
         ("2:1-3:3", "two thrée\r\nfo"),
         ("4:1-4:1", ""),
         ("1:1-4:1", TEXT),
+        ("2-2", "two thrée"),
+        ("2", "two thrée"),
+        ("1-2", "one\ntwo thrée"),
+        ("1 - 3", "one\ntwo thrée\r\nfour"),
+        ("4-4", ""),
     ],
 )
-def test_a_selection_by_lines_and_columns(places, part):
-    selection = Selection.of_places(TEXT, places)
-    assert TEXT[selection.start : selection.stop] == part
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_selection_by_lines_and_columns(places, part, mark):
+    text = mark + TEXT
+    selection = Selection.of_places(text, places)
+    assert text[selection.start : selection.stop] == part
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,12 @@ def test_a_selection_by_lines_and_columns(places, part):
     [
         ("12:3", "is not line:column-line:column"),
         ("a:1-2:2", "is not line:column-line:column"),
+        ("1:1-2", "and not whole lines, such as 12-14"),
+        ("1-", "and not whole lines, such as 12-14"),
+        ("-1", "and not whole lines, such as 12-14"),
+        ("3-2", "ends before it begins"),
+        ("1-5", "outside of the file: it has 4 lines"),
+        ("0-1", "outside of the file"),
         ("5:1-5:2", "outside of the file: it has 4 lines"),
         ("0:1-1:1", "outside of the file"),
         ("1:5-1:6", "line 1 has 3 characters"),
@@ -66,6 +80,24 @@ def test_a_selection_by_its_text():
             Selection.of_match("a ba", part)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text():
+    assert Selection.of_match("\ufeffab", "ab") == Selection(1, 3)
+    assert Selection.of_match("\ufeffab", "\ufeffab") == Selection(1, 3)
+    with pytest.raises(TemplateError, match="is empty"):
+        Selection.of_match("\ufeffab", "\ufeff")
+
+
+@pytest.mark.parametrize("selection", [Selection(0, 5), Selection(1, 5)])
+def test_a_byte_order_mark_stays_and_the_model_does_not_see_it(selection):
+    text = "12 13 14"
+    chosen = {"settings": GenerationSettings(seed=1), "gap_tokens": (5, 5)}
+    marked = edit(*bundled(), "\ufeff" + text, selection, "Count.", **chosen)
+    plain = edit(*bundled(), text, Selection(0, 4), "Count.", **chosen)
+    assert marked.text == "\ufeff" + plain.text and marked.replacement == plain.replacement
+    assert marked.filled.prompt_tokens == plain.filled.prompt_tokens
+    assert marked.diff("f").encode().startswith(b"--- a/f\n+++ b/f\n@@ -1 +1 @@\n-\xef\xbb\xbf12")
+
+
 def test_everything_around_the_selection_stays():
     document = "12 13 14 15 16 17\r\n\tend \u2028 é"
     selection = Selection.of_match(document, "14 15")
@@ -82,11 +114,22 @@ def edited(before: str, after: str) -> Edited:
     ("before", "after"),
     [("a\nb\nc\n", "a\nx\nc\n"), ("a", "a\n"), ("", "a"), ("a\u2028b\r\nc", "a\u2028x\r\nc")],
 )
-def test_patch_makes_the_new_document_of_the_old_one(before, after, tmp_path):
-    (tmp_path / "f").write_bytes(before.encode())
-    (tmp_path / "diff").write_bytes(edited(before, after).diff("f").encode())
-    subprocess.run(["git", "apply", "diff"], cwd=tmp_path, check=True)
-    assert (tmp_path / "f").read_bytes() == after.encode()
+@pytest.mark.parametrize("command", [["git", "apply", "diff"], ["patch", "-p1", "-i", "diff"]])
+@pytest.mark.parametrize(
+    "name",
+    ["f", "a b.md", "d/é 日.md", 'q"u\\o', "t\ta\nb", "b\udce9d", "x 2026-01-01 00:00:00 +0000"],
+)
+def test_patch_makes_the_new_document_of_the_old_one(before, after, name, command, tmp_path):
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    if command[0] == "patch" and "\n" in name:
+        pytest.skip("patch takes no name with a line break")
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(before.encode())
+    (tmp_path / "diff").write_bytes(edited(before, after).diff(name).encode())
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert file.read_bytes() == after.encode()
     assert edited(before, before).diff("f") == ""
 
 
