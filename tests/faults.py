@@ -30,6 +30,10 @@ CONVERT_CLI = "tests/convert/test_cli.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
 ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_peft.py"
 
+INSTALL, CACHE = "tests/test_install.py", "tests/checkpoint/test_cache.py"
+CHOICE, BLAS = "tests/checkpoint/test_choice.py", "tests/checkpoint/test_blas.py"
+MODELS = "tests/cli/test_models.py"
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -609,6 +613,62 @@ FAULTS = (
         "self._pool = pool * batch_size",
         "self._pool = len(lengths)",
         (TRAIN_DATA,),
+    ),
+    Fault(
+        "backend: MLX without its library keeps the traceback",
+        "errors.py",
+        ", Path(error.path or ).parent.name):",
+        ",):",
+        (INSTALL,),
+    ),
+    Fault(
+        "quiet: transformers tells that there is no torch",
+        "language/tokenizer.py",
+        'os.environ[name] = "1"',
+        "pass",
+        (INSTALL,),
+    ),
+    Fault(
+        "quiet: advice stays off in the environment",
+        "language/tokenizer.py",
+        "os.environ.pop(name, None)",
+        "pass",
+        (INSTALL,),
+    ),
+    Fault(
+        "models: a short name wins over a folder",
+        "checkpoint/choice.py",
+        'if "/" in name or os.path.exists(name):',
+        'if "/" in name:',
+        (CHOICE,),
+    ),
+    Fault(
+        "models: the environment wins over what is given",
+        "checkpoint/choice.py",
+        "default_model() if given is None else given",
+        "default_model() or given",
+        (CHOICE,),
+    ),
+    Fault(
+        "models: other kinds of checkpoints are listed",
+        "checkpoint/cache.py",
+        'config.get("model_type") != _MODEL_TYPE',
+        "not config",
+        (CACHE, MODELS),
+    ),
+    Fault(
+        "models: rm does not ask",
+        "cli/models.py",
+        "if not yes:",
+        "if False:",
+        (MODELS,),
+    ),
+    Fault(
+        "OpenBLAS: numpy's own copy counts",
+        "checkpoint/blas.py",
+        'r"lib(openblas',
+        'r"lib(scipy_openblas|openblas',
+        (BLAS,),
     ),
 )
 

@@ -273,4 +273,4 @@ def test_the_summary_holds_together(loaded):
     assert summary.steps == canvas["steps"] == sum(o["event"] == "step" for o in objects)
     assert summary.tokens_per_forward == summary.new_tokens / summary.steps
     assert summary.peak_bytes > 1_000_000
-    assert objects[-1]["reason"] == "stop" and "end of turn" in summary.line()
+    assert objects[-1]["reason"] == "stop" and "end of answer" in summary.line()
