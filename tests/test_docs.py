@@ -47,10 +47,8 @@ BF16, PACKED = (
     "google/diffusiongemma-26B-A4B-it",
     "mlx-community/diffusiongemma-26B-A4B-it-4bit",
 )
-# What a test adds to a command so that it ends soon. The last value of an option counts.
-SHORTER = {
-    "train": ["--iters", "2", "--batch-size", "1", "--grad-accumulation-steps", "1"],
-}
+# What a test adds to a long training run. The last value of an option counts.
+SHORTER = ["--iters", "2", "--batch-size", "1", "--grad-accumulation-steps", "1"]
 # Tools that pages use beside our commands.
 TOOLS = {"printf", "mkdir", "cat"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -187,9 +185,11 @@ class Shell:
         check_options(name, arguments)
         if "--upload-repo" in arguments:  # the only thing that cannot be tried
             return ""
+        if name == "train" and not re.search(r"--iters \d( |$)", " ".join(arguments)):
+            arguments = [*arguments, *SHORTER]
         app = typer.Typer()
         app.command()(REFERENCE.function_of(name))
-        result = CliRunner().invoke(app, [*arguments, *SHORTER.get(name, [])], input=stdin)
+        result = CliRunner().invoke(app, arguments, input=stdin)
         assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}\n{result.exception!r}"
         return result.stdout
 
