@@ -39,8 +39,8 @@ from mlx_diffgemma import GenerationSettings, batch_generate, bundled_model, loa
 from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.checkpoint.names import part_of
 from mlx_diffgemma.convert import convert
+from mlx_diffgemma.convert.shards import squared_error
 from mlx_diffgemma.convert.sources import open_checkpoint
-from mlx_diffgemma.convert.write import squared_error
 from mlx_diffgemma.model import DiffusionGemma
 
 PACKINGS: dict[str, dict[str, Any]] = {

@@ -52,9 +52,10 @@ from mlx_vlm.models.diffusion_gemma.language import LanguageModel
 from mlx_vlm.utils import load_model as load_theirs
 
 from mlx_diffgemma import GenerationSettings, bundled_model, load
-from mlx_diffgemma import loop as our_loop
 from mlx_diffgemma.config.generation import POLICIES
 from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.denoise import loop as our_loop
+from mlx_diffgemma.denoise import step as our_step
 from mlx_diffgemma.denoise.loop import denoise_tokens
 from mlx_diffgemma.denoise.noise import SeededNoise
 from mlx_diffgemma.events import StepDone
@@ -198,21 +199,21 @@ def our_steps(packed: bool, layers: int) -> Callable[[int, str], Step]:
             return LayerContext(leaf(shape, mx.bfloat16), leaf(shape, mx.bfloat16))
 
         layers = tuple(map(buffers, text.layers, kept))
-        before = our_loop._Step(
+        before = our_step.Step(
             canvas=tokens_of_canvas,
             draft=tokens_of_canvas,
             settled=leaf((1,), mx.bool_),
             row_steps=leaf((1,), mx.int32),
-            belief=our_loop._Belief(weights, per_position, per_position),
+            belief=our_step.Belief(weights, per_position, per_position),
             held=tokens_of_canvas if settings.acceptance == "confidence" else None,
         )
-        run = our_loop._Run(model, settings, SeededNoise(settings.seed), None)
+        run = our_step.Run(model, settings, SeededNoise(settings.seed), None)
 
         def build() -> list[mx.array]:
-            plan, drafts = our_loop.Plan(L, L, L), (tokens_of_canvas,)
+            plan, drafts = our_step.Plan(L, L, L), (tokens_of_canvas,)
             opened = [OpenContext(layers, kept, Context((), tokens, 1))]
             with as_on_gpu():
-                now = our_loop._step(run, opened, 0, 1, before, drafts, plan)
+                now = our_step.take_step(run, opened, 0, 1, before, drafts, plan)
             parts = [getattr(now, field.name) for field in fields(now)]
             parts += [array for x in opened[0].layers for array in (x.keys, x.values)]
             parts += [now.belief.weights, now.belief.total, now.event.entropy]
@@ -236,7 +237,7 @@ def nothing_evaluated() -> Iterator[None]:
 def written_in_place(policy: str) -> float:
     """Of the keys and values of real runs' steps, the share that lie where the step before had
     them: whether what a step is said to own is its own."""
-    run, build = our_run(policy, gpu=True), our_loop._step
+    run, build = our_run(policy, gpu=True), our_loop.take_step
     addresses: dict[int, list[int]] = {}
 
     def watched(run: Any, opened: Any, canvas_index: int, step: int, *rest: Any) -> Any:
@@ -248,7 +249,7 @@ def written_in_place(policy: str) -> float:
         return build(run, opened, canvas_index, step, *rest)
 
     stayed: list[bool] = []
-    our_loop._step = watched
+    our_loop.take_step = watched
     try:
         for prompt in prompts_of(1):
             addresses.clear()
@@ -256,7 +257,7 @@ def written_in_place(policy: str) -> float:
             for here, there in pairwise(addresses.values()):
                 stayed += [a == b for a, b in zip(here, there, strict=True)]
     finally:
-        our_loop._step = build
+        our_loop.take_step = build
     return round(sum(stayed) / len(stayed), 4)
 
 

@@ -30,7 +30,7 @@ from common import finish, record
 
 from mlx_diffgemma import GenerationSettings, bundled_model, load
 from mlx_diffgemma.config.training import LoraParameters, TrainSettings
-from mlx_diffgemma.convert.write import convert
+from mlx_diffgemma.convert import convert
 from mlx_diffgemma.denoise.loop import denoise_tokens
 from mlx_diffgemma.events import CanvasCommitted
 from mlx_diffgemma.language.prompt import encode_prompt

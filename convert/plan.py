@@ -1,4 +1,4 @@
-"""Headers only -> the list of moves. Proves that every source and every target is covered once."""
+"""Plan a conversion from headers alone: every source and every target is covered once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma.checkpoint.headers import TYPES
+from mlx_diffgemma.checkpoint.memory import needed_bytes
 from mlx_diffgemma.checkpoint.names import part_of
+from mlx_diffgemma.config.formats import without_packing
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.config.quantization import Quantization
 from mlx_diffgemma.config.reading import read_json
 from mlx_diffgemma.errors import ConfigError, WeightsError
 from mlx_diffgemma.model import DiffusionGemma
 
+from .origin import without_paths
 from .recipe import Recipe
 from .sources import Checkpoint, Source
 
@@ -30,6 +33,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_DTYPE = "bfloat16"
 _MOST_VISION_LAYERS = 1000  # a damaged file must not make us build a list without end
 _FORMAT = 1  # of plans and journals
+VISION = "vision"  # the part that no text run loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class Plan:
     shards: tuple[tuple[Move, ...], ...]
     config: Mapping[str, Any]  # config.json of the result
     left: tuple[str, ...]  # modules that the recipe could not divide
+    model: ModelConfig
 
     @property
     def moves(self) -> tuple[Move, ...]:
@@ -101,6 +106,16 @@ class Plan:
     def tensor_bytes(self) -> int:
         return sum(output.nbytes for move in self.moves for output in move.outputs)
 
+    def running_bytes(self, context_tokens: int) -> int:
+        """Return about how much memory the result needs; its vision part is not loaded."""
+        vision = sum(output.nbytes for m in self.moves if m.part == VISION for output in m.outputs)
+        return needed_bytes(
+            self.model.text,
+            self.tensor_bytes - vision,
+            context_tokens,
+            self.model.canvas_length,
+        )
+
     @property
     def shard_names(self) -> tuple[str, ...]:
         count = len(self.shards)
@@ -109,7 +124,7 @@ class Plan:
         return tuple(f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
 
     def digest(self) -> str:
-        """Equal where a conversion would give the same bytes."""
+        """Return a digest that is equal where a conversion would give the same bytes."""
         facts = {
             "format": _FORMAT,
             "versions": versions(),
@@ -125,30 +140,30 @@ class Plan:
 
 
 def versions() -> dict[str, str]:
-    """What the bytes of a result depend on."""
+    """Return the versions that the bytes of a result depend on."""
     return {name: metadata.version(name) for name in ("mlx", "mlx-diffgemma")}
 
 
 def make_plan(
     checkpoint: Checkpoint, *, recipe: Recipe | None, dtype: str | None, dequantize: bool
 ) -> Plan:
-    """Every move, in the order in which the source lies on disk.
+    """Return every move, in the order in which the source lies on disk.
 
     Raises:
       DiffGemmaError: if the request makes no sense for this source, or does not fit it.
     """
     if recipe is not None and dequantize:
-        raise ConfigError("packing and unpacking exclude each other: -q or --dequantize")
+        raise ConfigError("-q packs and --dequantize unpacks; give one of them")
     if checkpoint.layout == "mlx" and recipe is None and not dequantize:
         raise ConfigError(
-            f"{checkpoint.folder} is packed already; -q packs it anew, --dequantize unpacks it"
+            f"{checkpoint.folder} is packed already; -q packs it again, --dequantize unpacks it"
         )
     if checkpoint.layout == "bf16" and dequantize:
-        raise ConfigError(f"{checkpoint.folder} is not packed, so there is nothing to dequantize")
+        raise ConfigError(f"{checkpoint.folder} is not packed; --dequantize has no use")
     dtype = dtype or DEFAULT_DTYPE
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    plain = {k: v for k, v in checkpoint.config.items() if not k.startswith("quantization")}
+    plain = without_packing(without_paths(checkpoint.config))
     generation = checkpoint.folder / "generation_config.json"
     config = ModelConfig.from_dict(
         plain,
@@ -170,15 +185,16 @@ def make_plan(
         _shards(moves),
         _result_config(plain, config, moves, dtype),
         tuple(left),
+        config,
     )
 
 
 def _check_targets(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Every parameter has one source of its shape; vision may be missing, but only as a whole."""
+    """Check that every parameter has one source of its shape; vision may be missing as a whole."""
     parameters = dict(tree_flatten(DiffusionGemma(config).parameters()))
     expected = {name: tuple(array.shape) for name, array in parameters.items()}
     found = {name for name in checkpoint.tensors if not _is_clip(name)}
-    if any(part_of(name) == "vision" for name in found):
+    if any(part_of(name) == VISION for name in found):
         expected |= vision_shapes(checkpoint.config, config.text.hidden_size)
     if missing := sorted(set(expected) - found):
         raise WeightsError(
@@ -186,7 +202,7 @@ def _check_targets(checkpoint: Checkpoint, config: ModelConfig) -> None:
             f"expected shape {list(expected[missing[0]])}"
         )
     if extra := sorted(found - set(expected)):
-        raise WeightsError(f"tensor {extra[0]} is there, but the config describes none such")
+        raise WeightsError(f"tensor {extra[0]} is there, but the config describes no such tensor")
     for name, wanted in expected.items():
         if (shape := checkpoint.tensors[name].shape) != wanted:
             raise WeightsError(f"{name} has shape {list(shape)}, expected {list(wanted)}")
@@ -195,7 +211,7 @@ def _check_targets(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 
 def vision_shapes(config: Mapping[str, Any], text_width: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the vision tower and its projection.
+    """Return names and shapes of the vision tower and its projection.
 
     Raises:
       ConfigError: if vision_config does not say all that they follow from.
@@ -248,7 +264,7 @@ def _is_clip(name: str) -> bool:
 
 
 def _check_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """A rule that no module can ever meet is a slip of the pen."""
+    """Refuse a rule that matches no module, which is a typing mistake."""
     modules = [
         name.rpartition(".")[0]
         for name, source in checkpoint.tensors.items()
@@ -263,7 +279,7 @@ def _check_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def _can_be_packed(target: str, source: Source) -> bool:
-    return target.endswith(".weight") and len(source.shape) >= 2 and part_of(target) != "vision"
+    return target.endswith(".weight") and len(source.shape) >= 2 and part_of(target) != VISION
 
 
 def _setting(

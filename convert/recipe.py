@@ -1,4 +1,4 @@
-"""Recipes as data: which module is packed how. The first rule that matches a module's path
+"""Recipes as data: how each module is packed. The first rule that matches a module's path
 decides."""
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     def rule(self, path: str) -> Rule | None:
-        """The rule for a module, such as `model.decoder.layers.0.mlp.up_proj`."""
+        """Return the rule for a module, such as `model.decoder.layers.0.mlp.up_proj`."""
         return next((rule for rule in self.rules if fnmatchcase(path, rule.pattern)), None)
 
     def as_object(self) -> dict[str, Any]:
-        """For the provenance of a conversion."""
+        """Return the recipe as JSON, for the record of a conversion."""
         return {
             "name": self.name,
             "rules": [
@@ -67,7 +67,7 @@ class Recipe:
 
 
 def choose(name: str, *, bits: int | None, group_size: int | None, mode: str | None) -> Recipe:
-    """`mixed`, `uniform`, or the path of a TOML file.
+    """Return the recipe called `mixed` or `uniform`, or the one in a TOML file.
 
     Bits, group size and mode set the experts under `mixed` and everything under `uniform`; a TOML
     file sets all by itself.
@@ -78,7 +78,9 @@ def choose(name: str, *, bits: int | None, group_size: int | None, mode: str | N
     given = bits is not None or group_size is not None or mode is not None
     if name not in RECIPES:
         if given:
-            raise ConfigError(f"recipe {name} sets bits, group size and mode itself")
+            raise ConfigError(
+                f"recipe {name} sets bits, group size and mode itself; leave out the --q options"
+            )
         return _from_toml(Path(name))
     mode = mode or DEFAULT_MODE
     if mode not in QUANTIZATION_MODES:
@@ -107,7 +109,7 @@ def choose(name: str, *, bits: int | None, group_size: int | None, mode: str | N
 
 
 def _from_toml(path: Path) -> Recipe:
-    """[[rule]] tables with `pattern`, and either `bits`, `group_size`, `mode` or `quantize =
+    """Read [[rule]] tables with `pattern`, and either `bits`, `group_size`, `mode` or `quantize =
     false`."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -119,7 +121,7 @@ def _from_toml(path: Path) -> Recipe:
         raise ConfigError(f"recipe {path} cannot be read: {_first_line(error)}") from error
     tables = raw.get("rule")
     if set(raw) != {"rule"} or not isinstance(tables, list) or not tables:
-        raise ConfigError(f"recipe {path}: [[rule]] tables are expected, and nothing else")
+        raise ConfigError(f"recipe {path}: expected [[rule]] tables and nothing else")
     rules = []
     for number, table in enumerate(tables, start=1):
         where = f"recipe {path}, rule {number}"
@@ -127,12 +129,12 @@ def _from_toml(path: Path) -> Recipe:
         if not isinstance(table, dict) or not isinstance(table.get("pattern"), str):
             raise ConfigError(f"{where}: pattern is missing")
         if unknown := sorted(set(table) - known):
-            raise ConfigError(f"{where}: unknown keys {unknown}; {sorted(known)} exist")
+            raise ConfigError(f"{where}: unknown keys {unknown}; known keys are {sorted(known)}")
         if not isinstance(quantize := table.get("quantize", True), bool):
             raise ConfigError(f"{where}: quantize must be true or false, got {quantize!r}")
         if not quantize:
             if idle := sorted(set(table) - {"pattern", "quantize"}):
-                raise ConfigError(f"{where}: {idle} mean nothing where quantize is false")
+                raise ConfigError(f"{where}: {idle} have no effect where quantize is false")
             rules.append(Rule(table["pattern"], None))
         else:
             setting = Quantization.from_dict(table, where=where)

@@ -17,21 +17,23 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_diffgemma.checkpoint.headers import FLOATS, TensorInfo, read_headers
-from mlx_diffgemma.checkpoint.names import Ignored, keep_as
+from mlx_diffgemma.checkpoint.layouts import MLX, layout_of
+from mlx_diffgemma.checkpoint.names import ACTIVATIONS, Ignored, keep_as
+from mlx_diffgemma.checkpoint.tied import assign, check_copies
+from mlx_diffgemma.config.formats import mlx_block
 from mlx_diffgemma.config.quantization import Quantization, QuantizationConfig
 from mlx_diffgemma.config.reading import read_json
 from mlx_diffgemma.errors import ConfigError, WeightsError
 
+# Under the decoder's name or the encoder's, which share their experts.
 _EXPERT = re.compile(
-    r"(model\.decoder\.layers\.\d+\.experts)\.([0-9]{1,6})\.(gate|up|down)_proj"
-    r"\.(weight|weight_scale|weight_scale_2|input_scale)"
+    r"model\.(?:decoder|encoder\.language_model)\.(layers\.\d+\.experts\.[0-9]{1,6}\."
+    r"(?:gate|up|down)_proj\.(?:weight|weight_scale|weight_scale_2))"
 )
+_OURS = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(gate|up|down)_proj\.(\w+)")
 # e2m1, the four-bit float: sign, two bits of exponent, one of mantissa.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _NVFP4_BLOCK = 16  # inputs that share a scale
-# compressed-tensors' packed formats, GPTQ, AWQ, FP8 in blocks
-_FOREIGN = (".weight_packed", ".qweight", ".qzeros", ".weight_scale_inv")
-_READABLE = "bf16, MLX, ModelOpt NVFP4 and FP8 with a scale per channel can be read"
 
 
 class Source(Protocol):
@@ -185,8 +187,12 @@ class Checkpoint:
     stored: Mapping[str, TensorInfo]  # everything in the files
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Recognises the layout and lists what there is; reads no tensor.
+def open_checkpoint(folder: Path, *, compare: bool = True) -> Checkpoint:
+    """Recognise the layout and list what there is, from headers alone.
+
+    Args:
+      folder: of the checkpoint.
+      compare: read what is stored under several names, to see that it is the same.
 
     Raises:
       DiffGemmaError: if the folder is not a checkpoint in a layout that can be read.
@@ -195,35 +201,52 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if config is None:
         raise ConfigError(f"{folder} has no config.json; a checkpoint folder is expected")
     stored = read_headers(folder)
-    layout = _layout(config, stored)
-    tensors: dict[str, Source] = {}
-    ignored: dict[str, str] = {}
+    try:
+        layout = layout_of(config, stored)
+    except WeightsError as error:
+        raise WeightsError(f"{folder}: {error}") from error
+    assigned = assign(stored, _target)
+    if compare:
+        check_copies(stored, assigned.copies)
+    ignored = dict(assigned.ignored)
+    ignored |= {
+        copy: f"equal to {kept}, to which it is tied" for copy, kept in assigned.copies.items()
+    }
     experts: dict[tuple[str, int, str], dict[str, TensorInfo]] = defaultdict(dict)
     modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for name, info in stored.items():
-        if match := _EXPERT.fullmatch(name):
-            leaves, leaf = experts[match[1], int(match[2]), match[3]], match[4]
-        elif layout == "fp8" and name.endswith(".weight_scale"):
-            leaves, leaf = modules[name.removesuffix(".weight_scale")], "weight_scale"
-        elif isinstance(kept := keep_as(name), Ignored):
-            ignored[name] = kept.reason
-            continue
+    names: dict[str, str] = {}  # our module -> stored module
+    for name, info in assigned.used.items():
+        if match := _OURS.fullmatch(name):
+            experts[match[1], int(match[2]), match[3]][match[4]] = info
         else:
-            module, _, leaf = kept.rpartition(".")
-            leaves = modules[module]
-        if leaf in leaves:
-            raise WeightsError(f"{name} is in {folder} twice, under two names")
-        leaves[leaf] = info
+            module, _, leaf = name.rpartition(".")
+            modules[module][leaf] = info
+            names[module] = assigned.sources[name].removesuffix(f".{leaf}")
     quantization = None
-    if layout == "mlx":
-        block = config.get("quantization", config.get("quantization_config"))
+    if layout == MLX:
+        block = mlx_block(config)
         if not isinstance(block, Mapping):
             raise ConfigError(f"{folder} holds packed tensors, but config.json does not say how")
         quantization = QuantizationConfig.from_dict(block, where=str(folder / "config.json"))
+    tensors: dict[str, Source] = {}
     for module, leaves in modules.items():
-        _add_module(tensors, module, leaves, quantization)
-    _add_experts(tensors, ignored, experts)
+        setting = quantization.for_module(names[module], module) if quantization else None
+        _add_module(tensors, module, leaves, setting)
+    _add_experts(tensors, experts)
     return Checkpoint(folder, layout, config, tensors, ignored, stored)
+
+
+def _target(name: str) -> str | Ignored:
+    """Our name of a stored tensor, where packed formats and single experts have more of them."""
+    if match := _EXPERT.fullmatch(name):
+        return f"model.decoder.{match[1]}"
+    module, _, leaf = name.rpartition(".")
+    if leaf == "input_scale" and not isinstance(keep_as(name), Ignored):
+        return Ignored(ACTIVATIONS)  # of vision, which is copied
+    if leaf not in ("weight_scale", "weight_scale_2"):
+        return keep_as(name)
+    kept = keep_as(f"{module}.weight")
+    return kept if isinstance(kept, Ignored) else f"{kept.removesuffix('.weight')}.{leaf}"
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> mx.array:
@@ -253,47 +276,21 @@ def _e4m3_table() -> np.ndarray:
 _E4M3 = _e4m3_table()
 
 
-def _layout(config: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> str:
-    block = config.get("quantization_config") or {}
-    method = block.get("quant_method") if isinstance(block, Mapping) else None
-    if odd := next((n for n in stored if n.endswith(_FOREIGN)), None):
-        raise WeightsError(f"{_unreadable(method)}, {odd} among its tensors; {_READABLE}")
-    if any(name.endswith(".scales") for name in stored):
-        return "mlx"
-    if any(name.endswith(".weight_scale_2") for name in stored):
-        return "nvfp4"
-    if any(name.endswith(".weight_scale") for name in stored):
-        return "fp8"
-    if method is not None or any(info.dtype not in FLOATS for info in stored.values()):
-        odd = next((n for n, i in stored.items() if i.dtype not in FLOATS), None)
-        found = f"{odd} of type {stored[odd].dtype}" if odd else "nothing but floats"
-        raise WeightsError(f"{_unreadable(method)}, {found} among its tensors; {_READABLE}")
-    return "bf16"
-
-
-def _unreadable(method: Any) -> str:
-    return f"this quantized layout cannot be read: quant_method {method!r} in config.json"
-
-
 def _add_module(
     tensors: dict[str, Source],
     module: str,
     leaves: dict[str, TensorInfo],
-    quantization: QuantizationConfig | None,
+    setting: Quantization | None,
 ) -> None:
     if "scales" in leaves:
-        setting = quantization.for_module(module) if quantization else None
         if setting is None or "weight" not in leaves:
             raise WeightsError(f"{module}.scales is there, but nothing says how it is packed")
-        biases = leaves.get("biases")
-        source = Packed(leaves["weight"], leaves["scales"], biases, setting)
-        _check_packed(module, source)
-        tensors[f"{module}.weight"] = source
+        packed = Packed(leaves["weight"], leaves["scales"], leaves.get("biases"), setting)
+        _check_packed(module, packed)
+        tensors[f"{module}.weight"] = packed
         return
-    if "weight_scale" in leaves:
-        if "weight" not in leaves:
-            raise WeightsError(f"{module}.weight_scale is there, but {module}.weight is not")
-        tensors[f"{module}.weight"] = _fp8(module, leaves["weight"], leaves["weight_scale"])
+    if leaves.keys() & {"weight_scale", "weight_scale_2"}:
+        tensors[f"{module}.weight"] = _scaled(module, leaves)
         return
     for leaf, info in leaves.items():
         if info.dtype not in FLOATS:
@@ -344,17 +341,13 @@ def _fp8(module: str, weight: TensorInfo, scale: TensorInfo) -> Fp8:
 
 
 def _add_experts(
-    tensors: dict[str, Source],
-    ignored: dict[str, str],
-    experts: Mapping[tuple[str, int, str], dict[str, TensorInfo]],
+    tensors: dict[str, Source], experts: Mapping[tuple[str, int, str], dict[str, TensorInfo]]
 ) -> None:
     """Experts stored one by one become the two fused tensors of their layer."""
     by_layer: dict[str, dict[int, dict[str, Source]]] = defaultdict(lambda: defaultdict(dict))
     for (layer, expert, projection), leaves in experts.items():
         path = f"{layer}.{expert}.{projection}_proj"
-        by_layer[layer][expert][projection] = _expert(path, leaves)
-        if "input_scale" in leaves:
-            ignored[f"{path}.input_scale"] = "scales activations, which stay unquantized"
+        by_layer[layer][expert][projection] = _scaled(path, leaves)
     for layer, found in by_layer.items():
         if sorted(found) != list(range(len(found))):
             raise WeightsError(f"{layer}: experts {sorted(found)[:8]}... are not numbered 0, 1, 2")
@@ -372,7 +365,8 @@ def _add_experts(
             tensors[f"{layer}.{target}.weight"] = stacked
 
 
-def _expert(path: str, leaves: dict[str, TensorInfo]) -> Source:
+def _scaled(path: str, leaves: dict[str, TensorInfo]) -> Source:
+    """Return a matrix that may come with scales, as its leaves say."""
     weight, scale, scale_2 = (leaves.get(k) for k in ("weight", "weight_scale", "weight_scale_2"))
     if weight is None or len(weight.shape) != 2:
         raise WeightsError(f"{path}.weight is missing or not a matrix")

@@ -1,4 +1,4 @@
-"""Reopens a result and proves it: names, shapes, checksums, sources, errors, and one denoise
+"""Check a result: names, shapes, checksums, sources, errors against the source, one denoise
 step."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,19 +16,22 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.checkpoint.files import cached
+from mlx_diffgemma.checkpoint.files import cached, resolve
 from mlx_diffgemma.checkpoint.headers import HEADER_LIMIT, TensorInfo, read_headers
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma.checkpoint.load import build_model
 from mlx_diffgemma.checkpoint.memory import needed_bytes, recommended_bytes
 from mlx_diffgemma.checkpoint.names import part_of
 from mlx_diffgemma.checkpoint.weights import fit_weights
 from mlx_diffgemma.config.model import ModelConfig
-from mlx_diffgemma.errors import DiffGemmaError, SourceError, WeightsError
+from mlx_diffgemma.errors import ConfigError, DiffGemmaError, SourceError, WeightsError
 from mlx_diffgemma.language.tokenizer import load_tokenizer
 from mlx_diffgemma.model import DiffusionGemma
 
-from .sources import open_checkpoint
-from .write import PROVENANCE, digest_of, squared_error
+from .origin import recall
+from .record import PROVENANCE, digest_of
+from .shards import squared_error
+from .sources import Checkpoint, open_checkpoint
+from .write import unfinished
 
 _CHUNK = 8 << 20
 _ROWS = 64  # of a tensor, compared with the source
@@ -44,7 +48,7 @@ _FITS = 0.8  # of the memory that the device recommends
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` has seen to hold, one line each, and what it could not look at."""
+    """What `verify` found to be right, and what it could not check."""
 
     folder: Path
     tensors: int
@@ -54,48 +58,66 @@ class Verified:
 
 
 def verify(
-    mlx_path: str | Path, *, progress: Callable[[int, int, str], None] | None = None
+    mlx_path: str | os.PathLike[str],
+    hf_path: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    stage: Callable[[str], None] | None = None,
 ) -> Verified:
-    """Checks a finished conversion against its own record, the config, and the source.
+    """Check a finished conversion against its own record, the config, and the source.
+
+    Args:
+      mlx_path: folder of the result.
+      hf_path: folder or Hub repo id of the source; by default where this machine converted it from,
+        or the Hub's cache. A source that is not found is a note, and one named here an error.
+      revision: branch, tag or commit of a Hub repository.
+      progress: called with (bytes checked, bytes in all, tensor).
+      stage: called with what is checked next.
 
     Raises:
       DiffGemmaError: one line that names the first thing that is wrong.
     """
+    if revision is not None and hf_path is None:
+        raise ConfigError("a revision belongs to the Hub repository that --hf-path names")
     try:
         folder = Path(mlx_path).expanduser()
     except RuntimeError as error:  # nobody's home
         raise SourceError(f"{mlx_path}: {error}") from error
+    say = stage or (lambda text: None)
     try:
-        return _verify(folder, progress)
+        say("checking files and headers")
+        record = _record(folder)
+        _check_files(folder, record)
+        tensors = read_headers(folder)
+        _check_headers(folder, record, tensors)
+        config = ModelConfig.from_folder(folder)
+        fit_weights(DiffusionGemma(config), config, folder)  # refuses what loading would refuse
+        _check_sums(record, tensors, progress)
+        _check_sources(record)
+        if hf_path is None:
+            source = _source_folder(record)
+        else:
+            source = resolve(hf_path, revision, for_conversion=True)
+        say(f"comparing with the source, {_name(record)}")
+        errors, notes = _compared(folder, record, source, must=hf_path is not None)
+        say("computing one denoise step")
+        notes += [_one_step(folder, config, tensors), *_tokenizer(folder, record)]
     except OSError as error:
         raise SourceError(f"{error.filename or folder}: {error.strerror}") from error
-
-
-def _verify(folder: Path, progress: Callable[[int, int, str], None] | None) -> Verified:
-    record = _record(folder)
-    _check_files(folder, record)
-    tensors = read_headers(folder)
-    _check_headers(folder, record, tensors)
-    config = ModelConfig.from_folder(folder)
-    fit_weights(DiffusionGemma(config), config, folder)  # what loading would refuse is refused here
-    _check_sums(record, tensors, progress)
-    _check_sources(record)
-    errors, notes = _against_source(folder, record)
-    notes.append(_one_step(folder, config, tensors))
-    if {"tokenizer.json", "tokenizer.model"} & set(record["files"]):
-        load_tokenizer(folder)
-    else:
-        notes.append("it has no tokenizer, as its source had none; only the model can be loaded")
-    return Verified(
-        folder, len(tensors), sum(i.nbytes for i in tensors.values()), errors, tuple(notes)
-    )
+    nbytes = sum(info.nbytes for info in tensors.values())
+    return Verified(folder, len(tensors), nbytes, errors, tuple(notes))
 
 
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / PROVENANCE
     if not path.is_file():
+        if unfinished(folder):
+            raise WeightsError(f"the conversion to {folder} is not finished; run it again first")
+        if not folder.exists():
+            raise SourceError(f"no folder {folder}; name the result to check with --mlx-path")
         raise WeightsError(
-            f"{folder} has no {PROVENANCE}: it is no finished result of this program"
+            f"{folder} has no {PROVENANCE}: it is no result of mlx_diffgemma.convert"
         )
     try:
         record = json.loads(path.read_bytes())
@@ -105,6 +127,25 @@ def _record(folder: Path) -> dict[str, Any]:
     if not intact:
         raise WeightsError(f"{path} is damaged: its contents do not match its own digest")
     return record
+
+
+def _name(record: dict[str, Any]) -> str:
+    return str(record["source"].get("name", "whose name was not recorded"))
+
+
+def _source_folder(record: dict[str, Any]) -> Path | None:
+    """Return the folder that was converted on this machine, or the Hub cache's copy of a
+    repository."""
+    if revision := record["source"].get("revision"):
+        return cached(_name(record), revision)
+    return recall(record["digest"])
+
+
+def _tokenizer(folder: Path, record: dict[str, Any]) -> list[str]:
+    if {"tokenizer.json", "tokenizer.model"} & set(record["files"]):
+        load_tokenizer(folder)
+        return []
+    return ["it has no tokenizer, as its source had none; only the model can be loaded"]
 
 
 def _check_files(folder: Path, record: dict[str, Any]) -> None:
@@ -178,23 +219,42 @@ def _check_sources(record: dict[str, Any]) -> None:
         )
 
 
-def _against_source(folder: Path, record: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """Relative error by part on some rows of every tensor, where the source is still at hand."""
-    source = _source_folder(record["source"])
+def _compared(
+    folder: Path, record: dict[str, Any], source: Path | None, *, must: bool
+) -> tuple[dict[str, float], list[str]]:
+    """Return the errors against the source, and a note where there are none.
+
+    Raises:
+      SourceError: if they cannot be measured and `must` be.
+    """
     if source is None:
-        return {}, ["the source is not at hand: errors against it were not measured"]
+        lost = f"the source, {_name(record)}, was not found; name it with --hf-path"
+        return {}, [f"errors were not measured: {lost}"]
     try:
         before = open_checkpoint(source)
     except DiffGemmaError as error:
-        return {}, [f"errors were not measured: {error}"]
+        why: str | None = str(error)
+    else:
+        errors, why = _against_source(folder, record, source, before)
+        if why is None:
+            return errors, []
+    if must:
+        raise SourceError(f"the result cannot be compared with its source: {why}")
+    return {}, [f"errors were not measured: {why}"]
+
+
+def _against_source(
+    folder: Path, record: dict[str, Any], source: Path, before: Checkpoint
+) -> tuple[dict[str, float], str | None]:
+    """Return the relative error by part on some rows of every tensor, or why there is none."""
     accounted = {name for entry in record["tensors"].values() for name in entry["from"]}
     if odd := sorted(set(before.stored) ^ (accounted | set(record["ignored"]))):
-        raise WeightsError(f"{odd[0]} of {source} is not accounted for, or not there any more")
+        raise WeightsError(f"{odd[0]} is in {source} or in {PROVENANCE}, but not in both")
     after = open_checkpoint(folder)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, tensor in after.tensors.items():
         if name not in before.tensors or before.tensors[name].shape != tensor.shape:
-            return {}, [f"errors were not measured: {source} has changed at {name}"]
+            return {}, f"{source} has changed at {name}"
         rows = tensor.shape[0] if tensor.shape else 1
         take = min(rows, max(1, _ROWS // max(1, math.prod(tensor.shape[1:-1]))))
         difference = value = 0.0
@@ -213,14 +273,7 @@ def _against_source(folder: Path, record: dict[str, Any]) -> tuple[dict[str, flo
             )
         sums[part_of(name)][0] += difference
         sums[part_of(name)][1] += value
-    return {part: math.sqrt(d / v) if v else 0.0 for part, (d, v) in sums.items()}, []
-
-
-def _source_folder(source: dict[str, Any]) -> Path | None:
-    """A folder as it was given, or what the Hub's cache still has of a repository."""
-    if (folder := Path(source["path"])).is_dir():
-        return folder
-    return cached(source["path"], source["revision"])
+    return {part: math.sqrt(d / v) if v else 0.0 for part, (d, v) in sums.items()}, None
 
 
 def _one_step(folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> str:
@@ -233,7 +286,7 @@ def _one_step(folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo])
     needed = needed_bytes(config.text, loaded, 1, canvas_length)
     if needed > _FITS * recommended_bytes():
         return f"no denoise step was tried: it needs about {needed / 1e9:.1f} GB of memory"
-    model = load_model(folder)
+    model = build_model(folder, config)
     context = model.prefill(mx.array([[0]]))
     canvas = mx.arange(canvas_length)[None] % config.text.vocab_size
     logits = np.array(model.denoise(canvas.astype(mx.int32), context))

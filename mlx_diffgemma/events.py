@@ -67,6 +67,17 @@ class Finished:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrialStarted:
+    """`fill` starts a batch: its steps follow. The rows differ in the lengths of slots."""
+
+    window: int  # from 0; a long template is written window by window
+    slots: tuple[str, ...]  # names of the slots that the window writes
+    lengths: tuple[tuple[int, ...], ...]  # per row, tokens of each slot
+    pinned: mx.array  # [B, L] bool, where the text is given
+    is_final: bool  # False: lengths are compared, and what is written is dropped
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A piece of text that will not change any more."""
@@ -76,4 +87,4 @@ class Text:
 
 
 LoopEvent = PrefillDone | StepDone | CanvasCommitted | Finished
-Event = LoopEvent | Text
+Event = LoopEvent | TrialStarted | Text

@@ -23,8 +23,12 @@ LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.p
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
+TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"
 OBJECTIVE = "tests/parity/test_objective.py"
+SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
+CONVERT_CLI = "tests/convert/test_cli.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
+ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_peft.py"
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ FAULTS = (
     ),
     Fault(
         "self-conditioning: never comes back",
-        "denoise/loop.py",
+        "denoise/step.py",
         "soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)",
         "soft = None",
         (LOOP,),
@@ -125,9 +129,9 @@ FAULTS = (
     ),
     Fault(
         "acceptance rule: accepted positions are frozen",
-        "denoise/loop.py",
-        "next_canvas = mx.where(frozen, canvas, next_canvas)",
-        "next_canvas = mx.where(frozen, canvas, mx.where(accepted, proposal, canvas))",
+        "denoise/step.py",
+        "next_canvas = mx.where(frozen, canvas, judged.canvas)",
+        "next_canvas = mx.where(frozen, canvas, mx.where(judged.accepted, proposal, canvas))",
         (LOOP,),
     ),
     Fault(
@@ -223,7 +227,7 @@ FAULTS = (
     ),
     Fault(
         "rows: a settled one moves on",
-        "denoise/loop.py",
+        "denoise/step.py",
         "settings.pad_token_id), seen.draft)",
         "settings.pad_token_id) * 0 + seen.draft, seen.draft)",
         (LOOP,),
@@ -272,7 +276,7 @@ FAULTS = (
     ),
     Fault(
         "narrow canvas: a lost end keeps it narrow",
-        "denoise/loop.py",
+        "denoise/step.py",
         "has_end = (length <= W) & mx.take",
         "has_end = mx.take",
         (LOOP,),
@@ -286,21 +290,21 @@ FAULTS = (
     ),
     Fault(
         "pinned: conditioned on what the model thought there",
-        "denoise/loop.py",
-        "mx.where(free[..., None], soft, run.model.embed(pinned.tokens[:, :W]))",
+        "denoise/step.py",
+        "mx.where(pinned.free[:, :W, None], soft, given)",
         "soft",
         (FILL,),
     ),
     Fault(
         "pinned: noised with the rest",
-        "denoise/loop.py",
-        "        accepted, next_canvas = accepted | ~free, pinned.over(next_canvas)\n",
-        "        accepted = accepted | ~free\n",
+        "denoise/step.py",
+        "        next_canvas = pinned.over(next_canvas)\n",
+        "",
         (FILL,),
     ),
     Fault(
         "pinned: counted in the entropy",
-        "denoise/loop.py",
+        "denoise/step.py",
         "entropy=mx.where(free, thought.entropy, 0.0)",
         "entropy=thought.entropy",
         (FILL,),
@@ -321,10 +325,45 @@ FAULTS = (
     ),
     Fault(
         "automaton: the best token of each place, whatever the string",
-        "denoise/loop.py",
+        "denoise/step.py",
         "        draft = pinned.choose(thought)\n",
         "        draft = thought.draft\n",
         (FILL,),
+    ),
+    Fault(
+        "match: a string ends at the first accepting state",
+        "constraint/automaton.py",
+        r'Index(rf"\x00(?:{pattern})\z",',
+        r'Index(rf"\x00(?:{pattern})",',
+        ("tests/constraint/test_automaton.py",),
+    ),
+    Fault(
+        "edit: a byte order mark has a column",
+        "write/edit.py",
+        "    mark, text = split_mark(text)\n",
+        '    mark = ""\n',
+        ("tests/write/test_edit.py",),
+    ),
+    Fault(
+        "trace: replaces any file",
+        "view/pages.py",
+        "return bool(head) and mark not in head",
+        "return False",
+        ("tests/view/test_trace.py",),
+    ),
+    Fault(
+        "draft: as tall as the terminal",
+        "cli/render.py",
+        "room = max(0, options.max_height - 1)",
+        "room = options.max_height",
+        ("tests/cli/test_render.py",),
+    ),
+    Fault(
+        "drafts: go on behind the end token",
+        "view/report.py",
+        "stop = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))",
+        "stop = len(ids)",
+        ("tests/view/test_report.py",),
     ),
     Fault(
         "fill: nothing ends the turn behind the template",
@@ -332,6 +371,48 @@ FAULTS = (
         "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
         "tokens[row, at:] = FREE",
         (FILL,),
+    ),
+    Fault(
+        "convert: the record holds the path of its source",
+        "convert/origin.py",
+        '"name": folder_name(checkpoint.folder),',
+        '"name": str(checkpoint.folder),',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: config.json keeps a path that another tool wrote",
+        "convert/plan.py",
+        "without_paths(checkpoint.config).items()",
+        "checkpoint.config.items()",
+        (SHARED,),
+    ),
+    Fault(
+        "convert: every card claims one base model",
+        "convert/card.py",
+        'named = said.get("base_model")',
+        'named = "google/diffusiongemma-26B-A4B-it"',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: another source of the same name counts as the same",
+        "convert/origin.py",
+        "hashlib.sha256(files).hexdigest(),",
+        '"",',
+        (SHARED,),
+    ),
+    Fault(
+        "convert: promises work where there is none",
+        "convert/write.py",
+        "goes_on = has_work(partial)",
+        "goes_on = True",
+        (CONVERT,),
+    ),
+    Fault(
+        "convert: an upload that is stopped converts again",
+        "cli/convert.py",
+        "_command(without='--force')",
+        "_command()",
+        (CONVERT_CLI,),
     ),
     Fault(
         "training: the first look has gradients",
@@ -383,6 +464,55 @@ FAULTS = (
         (TRAIN_DATA,),
     ),
     Fault(
+        "adapters: PEFT's alpha is taken for the scale",
+        "checkpoint/peft.py",
+        'return float(alpha / r**0.5 if config.get("use_rslora") else alpha / r)',
+        "return float(alpha)",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: PEFT's B counts ranks within experts",
+        "checkpoint/peft.py",
+        "b = b.reshape(-1, rank, count).transpose(2, 0, 1)",
+        "b = b.reshape(-1, count, rank).transpose(1, 0, 2)",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: the encoder's factors are dropped in silence",
+        "checkpoint/peft.py",
+        "if not found[path].equals(decoder[twin]):",
+        "if False:",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: an adapter on one of gate and up alone",
+        "model/fused.py",
+        "are_plain = all(type(part) in (nn.Linear, nn.QuantizedLinear) for part in parts)",
+        "are_plain = type(first) in (nn.Linear, nn.QuantizedLinear)",
+        (ADAPTERS,),
+    ),
+    Fault(
+        "training: tokens are counted from the process's beginning",
+        "train/trainer.py",
+        "self.trained_tokens = state.trained_tokens",
+        "self.trained_tokens = 0",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: a stop names a checkpoint that was never written",
+        "train/trainer.py",
+        "self._saved_at: int | None = None",
+        "self._saved_at: int | None = 0",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: adapters say where the model lay",
+        "train/session.py",
+        "Path(model).resolve().name if Path(model).exists() else model",
+        "str(source)",
+        (TRAIN,),
+    ),
+    Fault(
         "training: a run that is taken up forgets a half-made update",
         "train/trainer.py",
         "self._accumulated = state.accumulated",
@@ -395,6 +525,62 @@ FAULTS = (
         "_VALIDATION if validation else _NOISE, iteration]",
         "_VALIDATION if validation else _NOISE, 0]",
         (TRAIN_DATA,),
+    ),
+    Fault(
+        "tied: copies are not compared",
+        "checkpoint/weights.py",
+        "check_copies(stored, assigned.copies)",
+        "pass",
+        (TIED,),
+    ),
+    Fault(
+        "tied: only the first piece is compared",
+        "checkpoint/tied.py",
+        "range(0, one.elements, _PIECE)",
+        "range(0, min(1, one.elements), _PIECE)",
+        (TIED,),
+    ),
+    Fault(
+        "tied: leaves of a packed module are matched one by one",
+        "checkpoint/tied.py",
+        "whole = module if leaf in _PACK else target",
+        "whole = target",
+        (TIED,),
+    ),
+    Fault(
+        "tied: the encoder's layer scalars are the decoder's",
+        "checkpoint/names.py",
+        r'Rule(r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1")',
+        r'Rule(rf"{_STACK}({_LAYER}layer_scalar)", r"model.decoder.\1")',
+        (TIED,),
+    ),
+    Fault(
+        "layouts: packed vision is taken for packed text",
+        "checkpoint/layouts.py",
+        'if part_of(n) != "vision"',
+        "if n",
+        (LAYOUTS,),
+    ),
+    Fault(
+        "formats: GPTQ's block is read as MLX's",
+        "config/formats.py",
+        '_method(block) not in ("", "mlx")',
+        '"bits" not in block',
+        ("tests/config/test_formats.py",),
+    ),
+    Fault(
+        "load: the config is read again",
+        "checkpoint/load.py",
+        "return build_model(folder, config, adapter_path=adapter_path, fused=fused), tokenizer",
+        "return load_model(folder, adapter_path=adapter_path, fused=fused), tokenizer",
+        ("tests/checkpoint/test_load.py",),
+    ),
+    Fault(
+        "info: all of a repository is fetched",
+        "cli/info.py",
+        "revision, headers_only=True",
+        "revision",
+        ("tests/checkpoint/test_files.py",),
     ),
     Fault(
         "training: Muon decays weights through their gradient",

@@ -1,4 +1,5 @@
-"""LoRA adapters in mlx-lm's format: `adapters.safetensors` and `adapter_config.json` in a folder.
+"""Adapters and a model: LoRA in mlx-lm's format, `adapters.safetensors` and `adapter_config.json`
+in a folder, and in PEFT's; and weights trained in full.
 
 The causal pass and the canvas share every weight, so they share the adapter too.
 """
@@ -13,13 +14,15 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..config.training import DEFAULT_KEYS, LoraParameters
 from ..errors import ConfigError, SourceError
 from ..model import DiffusionGemma
-from .headers import read_header
+from ..model.backend import is_cpu
+from .factors import Factors, Shapes, check_fit, read_float_header
+from .peft import PEFT_WEIGHTS, is_peft, read_peft
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _ADAPTABLE = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -94,39 +97,121 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_adapters(model: DiffusionGemma, folder: str | os.PathLike[str]) -> None:
-    """Puts the adapters, or the weights that were trained, of a folder into a model that is not
-    fused.
+    """Put the adapters, or the weights trained in full, of a folder into a model that is not fused.
+
+    Args:
+      model: not fused.
+      folder: in mlx-lm's format or in PEFT's.
 
     Raises:
       SourceError: if files are missing or cannot be read, or do not fit the model.
     """
-    config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise SourceError(f"{path} is missing")
-    tensors = read_header(path)
-    is_full = config.get("fine_tune_type", "lora") == "full"
-    if not is_full:
-        add_adapters(
-            model, num_layers=_num_layers(config, model, folder), lora=lora_of(config, folder)
-        )
-    own = dict(tree_flatten(model.parameters()))
-    expected = {
-        n: a for n, a in own.items() if is_full or n.rpartition(".")[2] in ("lora_a", "lora_b")
+    config = read_adapter_config(folder)
+    if config.get("fine_tune_type") == "full":
+        _load_weights(model, Path(folder) / WEIGHTS)
+        return
+    factors = read_factors(folder, config, weight_shapes(model))
+    if is_peft(folder, config):
+        _wrap(model, factors)
+    else:
+        num_layers = _num_layers(config, model, folder)
+        add_adapters(model, num_layers=num_layers, lora=lora_of(config, folder))
+        _check_modules(adapted_modules(model), factors, Path(folder) / WEIGHTS)
+    for path, module in adapted_modules(model).items():
+        own = factors[path]
+        # The CPU backend's products of experts know float32 alone.
+        dtype = mx.float32 if is_cpu() else own.a.dtype
+        module.lora_a, module.lora_b = own.a.astype(dtype), own.b.astype(dtype)
+        module.scale = own.scale
+    mx.eval(model.parameters())
+
+
+def read_factors(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], shapes: Shapes
+) -> dict[str, Factors]:
+    """Read what a folder of adapters adds to each module, by the module's path. Ranks are those of
+    the tensors, whatever one rank the config names.
+
+    Args:
+      folder: in mlx-lm's format or in PEFT's.
+      config: from `read_adapter_config`.
+      shapes: of the weights that may be adapted.
+
+    Raises:
+      SourceError: if files are missing or cannot be read, or do not fit these weights.
+    """
+    if is_peft(folder, config):
+        file, factors = Path(folder) / PEFT_WEIGHTS, read_peft(folder, config, shapes)
+    else:
+        file = Path(folder) / WEIGHTS
+        factors = _read_mlx_lm(file, lora_of(config, folder))
+    check_fit(factors, shapes, file)
+    return factors
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the weights, unpacked, of all modules that take an adapter."""
+    shapes = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _ADAPTABLE):
+            *rest, width = module.weight.shape
+            shapes[path] = (*rest, width * 32 // module.bits if "scales" in module else width)
+    return shapes
+
+
+def _read_mlx_lm(file: Path, lora: LoraParameters) -> dict[str, Factors]:
+    halves: dict[str, set[str]] = {}
+    for name in read_float_header(file):
+        path, _, leaf = name.rpartition(".")
+        if leaf not in ("lora_a", "lora_b"):
+            raise SourceError(f"{file}: {name} is not a factor of an adapter")
+        halves.setdefault(path, set()).add(leaf)
+    for path, leaves in halves.items():
+        if len(leaves) < 2:
+            missing = "lora_b" if "lora_a" in leaves else "lora_a"
+            raise SourceError(f"{file}: {path}.{missing} is missing, the other half of an adapter")
+    arrays = cast(dict[str, mx.array], mx.load(str(file)))
+    return {
+        path: Factors(arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"], lora.scale)
+        for path in halves
     }
-    for name, info in tensors.items():
-        if name not in expected:
-            raise SourceError(f"{path}: {name} is not a weight that this model trains")
-        if info.shape != tuple(expected[name].shape):
+
+
+def _check_modules(expected: Mapping[str, Any], factors: Mapping[str, Factors], file: Path) -> None:
+    if extra := sorted(set(factors) - set(expected)):
+        raise SourceError(
+            f"{file}: {extra[0]} has an adapter, but {CONFIG}'s num_layers and keys leave it out"
+        )
+    if missing := sorted(set(expected) - set(factors)):
+        raise SourceError(f"{file}: {missing[0]}.lora_a is missing, which {CONFIG} asks for")
+
+
+def _wrap(model: DiffusionGemma, factors: Mapping[str, Factors]) -> None:
+    """Make modules adapters of mlx-lm's kinds, for factors to be put in; all else is frozen."""
+    from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+    model.freeze()
+    modules = dict(model.named_modules())
+    for path in factors:
+        plain = modules[path]
+        is_linear = isinstance(plain, (nn.Linear, nn.QuantizedLinear))
+        kind: Any = LoRALinear if is_linear else LoRASwitchLinear
+        model.update_modules(tree_unflatten([(path, kind.from_base(plain, r=1))]))
+
+
+def _load_weights(model: DiffusionGemma, file: Path) -> None:
+    """Replace weights by those that were trained in full, in the model's own type."""
+    own = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    for name, info in read_float_header(file).items():
+        if name not in own:
+            raise SourceError(f"{file}: {name} is not a weight of this model")
+        if info.shape != tuple(own[name].shape):
             raise SourceError(
-                f"{path}: {name} has shape {list(info.shape)}, "
-                f"expected {list(expected[name].shape)}; was it made for another model?"
+                f"{file}: {name} has shape {list(info.shape)}, "
+                f"expected {list(own[name].shape)}; was it made for another model?"
             )
-    if not is_full and (missing := sorted(set(expected) - set(tensors))):
-        raise SourceError(f"{path}: {missing[0]} is missing, which {CONFIG} asks for")
-    weights = cast(dict[str, mx.array], mx.load(str(path)))
-    if is_full:  # trained in the model's own type
-        weights = {name: array.astype(own[name].dtype) for name, array in weights.items()}
-    model.load_weights(list(weights.items()), strict=False)
+    weights = cast(dict[str, mx.array], mx.load(str(file)))
+    model.load_weights([(n, a.astype(own[n].dtype)) for n, a in weights.items()], strict=False)
     mx.eval(model.parameters())
 
 

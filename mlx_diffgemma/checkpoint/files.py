@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import fnmatch
 import json
 import os
 import re
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
 from ..errors import SourceError
+from .choice import full_name
 
+_HEADERS = "mlx_diffgemma-headers-"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _TEXT = (
     "generation_config.json",
@@ -26,7 +30,30 @@ _TEXT = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_PICKLE = (
+    "{name} is a pickle file, which is never opened, since it may run code; "
+    "save the model as safetensors (transformers' save_pretrained does)"
+)
 _IMAGES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+# What people point at instead of a checkpoint. `{name}` is one of the files.
+_OTHER_THINGS = {
+    "*.gguf": "{name} is a GGUF file, which is made for llama.cpp; use a checkpoint of safetensors "
+    "instead, such as mlx-community/diffusiongemma-26B-A4B-it-4bit",
+    "adapter_config.json": "these are adapters; give the model that they were trained on as the "
+    "model, and this folder as the adapter path",
+    "adapter*.safetensors": "{name} holds adapters; give the model that they were trained on as "
+    "the model, and the adapters' folder as the adapter path",
+    "*.bin": _PICKLE,
+    "*.pt": _PICKLE,
+    "*.pth": _PICKLE,
+    "*.ckpt": _PICKLE,
+    "*.npz": "{name} is an archive of NumPy arrays; save the model as safetensors",
+    "*.h5": "{name} is a Keras or TensorFlow file; save the model as safetensors",
+    "*.msgpack": "{name} is a Flax file; save the model as safetensors",
+    "_CHECKPOINT_METADATA": "this is a JAX (Orbax) checkpoint; use the one for transformers, "
+    "google/diffusiongemma-26B-A4B-it",
+    "*.onnx": "{name} is an ONNX file; use a checkpoint of safetensors instead",
+}
 # What a text runtime needs of a repository; no pickle files, no code.
 PATTERNS = ("config.json", *_TEXT, *_WEIGHTS)
 # What a converted checkpoint takes along from its source as it is.
@@ -45,22 +72,24 @@ def resolve(
     for_conversion: bool = False,
     headers_only: bool = False,
 ) -> Path:
-    """A folder as it is, or the local copy of a Hub repository, downloaded where needed.
+    """Return a folder as it is, or the local copy of a Hub repository, downloaded where needed.
 
     Downloads resume, show their progress on stderr, and bring only the files that are needed.
     `HF_HUB_OFFLINE=1` uses what is cached.
 
     Args:
-      source: a folder, or a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`.
+      source: a folder, a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`, or its
+        short name (`4bit`, `8bit`, ...).
       revision: branch, tag or commit of a repository.
       for_conversion: bring what a copy of the checkpoint has, image processing included.
       headers_only: bring the headers of weight files that are not cached, in a temporary folder
         with files of the right length and nothing else in them.
 
     Raises:
-      SourceError: if there is no such folder or repository, or it cannot be reached.
+      SourceError: if there is no such folder or repository, it cannot be reached, or what is there
+        is something else than a checkpoint of safetensors.
     """
-    text = os.fspath(source)
+    text = full_name(os.fspath(source))
     try:
         folder = Path(text).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
@@ -75,9 +104,14 @@ def resolve(
             )
         if not os.access(folder, os.R_OK | os.X_OK):
             raise SourceError(f"{text} cannot be read: permission denied")
+        _refuse_other_things(text, [path.name for path in folder.iterdir()], folder)
         return folder
     if is_there:
-        raise SourceError(f"{text} is a file; a checkpoint folder or a Hub repo id is expected")
+        what = other_things([folder.name])
+        instead = what or f"give the folder of the checkpoint, {folder.parent}"
+        raise SourceError(f"{text} is a file; {instead}")
+    if match := re.fullmatch(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)(/.*)?", text):
+        raise SourceError(f"{text} is a web address; give the Hub repo id, {match[1]}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith((".", "~", "/")):
         raise SourceError(
             f"no folder {text}, and it is not a Hub repo id (owner/name){_similar(folder)}"
@@ -95,7 +129,7 @@ def _download(
     headers_only: bool,
 ) -> Path:
     import httpx2
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -113,9 +147,12 @@ def _download(
     try:
         wanted = [p for p in patterns if not (headers_only and p.endswith(".safetensors"))]
         local = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-        if not headers_only or any(local.glob("model*.safetensors")):
+        if _has_all_weights(local):
             return local
-        return _with_headers(local, repo)
+        if not HF_HUB_OFFLINE:
+            there = HfApi().list_repo_files(repo, revision=local.name)
+            _refuse_other_things(repo, [name for name in there if "/" not in name])
+        return _with_headers(local, repo) if headers_only else local
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise SourceError(
             f"{repo}{at} has no safetensors files that can be read: {error}"
@@ -146,15 +183,49 @@ def _download(
         raise SourceError(f"{repo}{at} could not be downloaded: {reason}") from error
 
 
+def other_things(names: Iterable[str]) -> str | None:
+    """Say what files without `model*.safetensors` are, and what to use instead; None where they are
+    nothing that is known."""
+    names = sorted(names)
+    for pattern, what in _OTHER_THINGS.items():
+        if found := fnmatch.filter(names, pattern):
+            return what.format(name=found[0])
+    return None
+
+
+def _refuse_other_things(source: str, names: list[str], folder: Path | None = None) -> None:
+    """Refuse what is known to be no checkpoint of safetensors."""
+    if fnmatch.filter(names, _WEIGHTS[0]) or _WEIGHTS[1] in names:
+        return
+    if what := other_things(names):
+        raise SourceError(f"{source} has no {_WEIGHTS[0]}: {what}")
+    if folder is not None and "config.json" not in names:
+        inside = sorted(path.parent for path in folder.glob("*/config.json"))
+        inside += sorted(path.parent for path in folder.glob("snapshots/*/config.json"))
+        if inside:
+            raise SourceError(f"{source} has no config.json; did you mean {inside[0]}?")
+
+
+def _has_all_weights(local: Path) -> bool:
+    """Whether the weight files that a snapshot lists are all in the cache."""
+    try:
+        listed = json.loads((local / _WEIGHTS[1]).read_text("utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return any(local.glob(_WEIGHTS[0]))  # one file; a damaged index is refused by its reader
+    return all((local / name).is_file() for name in listed)
+
+
 def _with_headers(local: Path, repo: str) -> Path:
     """A temporary copy of a snapshot, whose weight files have a header and a length, and no
-    more."""
+    more. Its path names repository and commit, as the cache's does."""
     from huggingface_hub import HfApi
 
-    folder = Path(tempfile.mkdtemp(prefix="mlx_diffgemma-headers-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=_HEADERS))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    folder = temporary / f"models--{repo.replace('/', '--')}" / "snapshots" / local.name
+    folder.mkdir(parents=True)
     for path in local.iterdir():
-        if path.is_file():
+        if path.is_file() and path.suffix != ".safetensors":
             shutil.copy(path, folder / path.name)
     # The commit, not the branch: it may have moved since the small files came.
     found = HfApi().get_safetensors_metadata(repo, revision=local.name)
@@ -170,6 +241,11 @@ def _with_headers(local: Path, repo: str) -> Path:
             file.write(struct.pack("<Q", len(raw)) + raw)
             file.truncate(8 + len(raw) + end)
     return folder
+
+
+def is_temporary(folder: Path) -> bool:
+    """Return whether a folder has headers alone, and goes away with this process."""
+    return any(part.startswith(_HEADERS) for part in folder.parts)
 
 
 def cached(repo: str, revision: str | None) -> Path | None:

@@ -17,11 +17,13 @@ from typing import Any
 
 from ..config.reading import read_json
 from ..errors import WeightsError
+from .files import other_things
 
 INDEX = "model.safetensors.index.json"
 # bits per element
 TYPES = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
@@ -117,11 +119,11 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise WeightsError(f"{folder} lacks {len(missing)} of {len(files)} weight files: {names}")
     if not files:
-        pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-            p.name for p in folder.glob("*.pt*")
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        found = other_things(there) or next(
+            (f"{name} has another name" for name in there if name.endswith(".safetensors")), None
         )
-        found = f"; {pickles[0]} is a pickle file, which is never opened" if pickles else ""
-        raise WeightsError(f"{folder} has no model*.safetensors{found}")
+        raise WeightsError(f"{folder} has no model*.safetensors{f': {found}' if found else ''}")
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         for tensor, info in read_header(folder / name).items():

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.formats import source_of
 from ..config.model import ModelConfig
-from .headers import TYPES, TensorInfo, read_headers
+from .files import is_temporary
+from .headers import TYPES, TensorInfo
 from .memory import needed_bytes
-from .names import VISION, Ignored, part_of, translate
+from .names import VISION, part_of
+from .tied import read_assigned
 
 CONTEXTS = (4096, 32768)  # tokens for which the memory needed is told
 
@@ -33,7 +36,8 @@ class Part:
 class Info:
     """What `describe` finds."""
 
-    folder: Path
+    name: str  # folder, or repo id on the Hub
+    folder: Path | None  # None where only headers were fetched from the Hub
     parameters: int  # everything on disk, vision included
     active_parameters: int  # what one token meets in the text path
     parts: tuple[Part, ...]
@@ -47,29 +51,30 @@ class Info:
 
 
 def describe(folder: Path) -> Info:
-    """Counts a checkpoint in any layout that loads.
+    """Count a checkpoint in any layout that loads.
 
     Raises:
       DiffGemmaError: if config or weight files are missing or damaged.
     """
     config = ModelConfig.from_folder(folder)
-    tensors = read_headers(folder)
+    tensors, assigned = read_assigned(folder)
+    ours = {stored: name for name, stored in assigned.sources.items()}
     parameters: dict[str, int] = defaultdict(int)
     nbytes: dict[str, int] = defaultdict(int)
-    loaded, has_vision = 0, False
     for name, info in tensors.items():
-        part, target = part_of(name), translate(name)
-        parameters[part] += _parameters(name, info, tensors, config)
+        part = part_of(name)
         nbytes[part] += info.nbytes
-        if isinstance(target, Ignored):
-            has_vision |= target.reason == VISION
-        else:
-            loaded += info.nbytes
+        # A tied weight counts once, and what scales activations is no weight.
+        if name not in assigned.copies and assigned.ignored.get(name, VISION) == VISION:
+            parameters[part] += _parameters(name, ours.get(name, name), tensors, config)
+    loaded = sum(info.nbytes for info in assigned.used.values())
+    has_vision = VISION in assigned.ignored.values()
     text = config.text
     idle_experts = parameters["experts"] * (text.num_experts - text.top_k_experts)
     files = {info.file for info in tensors.values()}
     return Info(
-        folder=folder,
+        name=source_of(folder),
+        folder=None if is_temporary(folder) else folder,
         parameters=sum(parameters.values()),
         active_parameters=sum(parameters.values())
         - parameters["vision"]
@@ -89,14 +94,15 @@ def describe(folder: Path) -> Info:
     )
 
 
-def _parameters(
-    name: str, info: TensorInfo, tensors: dict[str, TensorInfo], config: ModelConfig
-) -> int:
-    """Weights that a tensor stands for: packed ones as many as they unpack to, scales none."""
-    module, _, leaf = name.rpartition(".")
+def _parameters(stored: str, name: str, tensors: dict[str, TensorInfo], config: ModelConfig) -> int:
+    """Count the weights that a tensor stands for: packed ones as many as they unpack to, scales
+    none. `name` is ours."""
+    info = tensors[stored]
+    module, _, leaf = stored.rpartition(".")
     if f"{module}.scales" not in tensors:
         return info.elements
-    setting = config.quantization.for_module(module) if config.quantization else None
+    paths = module, name.rpartition(".")[0]
+    setting = config.quantization.for_module(*paths) if config.quantization else None
     if leaf != "weight" or setting is None:
         return 0
     return info.elements * TYPES[info.dtype] // setting.bits
@@ -106,7 +112,8 @@ def as_object(info: Info) -> dict[str, Any]:
     """For JSON."""
     text = info.config.text
     return {
-        "folder": str(info.folder),
+        "model": info.name,
+        "folder": None if info.folder is None else str(info.folder),
         "parameters": info.parameters,
         "active_parameters": info.active_parameters,
         "disk_bytes": info.disk_bytes,

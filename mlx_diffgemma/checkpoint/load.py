@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-from transformers import PreTrainedTokenizerBase
 
 from ..config.model import ModelConfig
 from ..language.tokenizer import load_tokenizer
 from ..model import DiffusionGemma
 from ..model.fused import fuse
 from .adapters import load_adapters
+from .blas import slow_blas
 from .files import resolve
-from .headers import read_headers
 from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
-from .names import Ignored, translate
+from .tied import read_assigned
 from .weights import load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WARNED_AT_TOKENS = 4096
 
@@ -30,10 +33,11 @@ def load(
     adapter_path: str | os.PathLike[str] | None = None,
     fused: bool = True,
 ) -> tuple[DiffusionGemma, PreTrainedTokenizerBase]:
-    """Loads a checkpoint and its tokenizer, as `mlx_lm.load` does.
+    """Load a checkpoint and its tokenizer, as `mlx_lm.load` does.
 
     Args:
-      path_or_repo: a folder, or a Hub repo id, which is downloaded where it is not cached.
+      path_or_repo: a folder, or a Hub repo id or its short name (`4bit`, `8bit`, ...), which is
+        downloaded where it is not cached.
       revision: branch, tag or commit of a repository.
       adapter_path: as for `load_model`.
       fused: as for `load_model`.
@@ -44,9 +48,9 @@ def load(
     """
     folder = resolve(path_or_repo, revision)
     # What is quick to check comes first; the config before transformers looks at it on its own.
-    ModelConfig.from_folder(folder)
+    config = ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
-    return load_model(folder, adapter_path=adapter_path, fused=fused), tokenizer
+    return build_model(folder, config, adapter_path=adapter_path, fused=fused), tokenizer
 
 
 def load_model(
@@ -55,7 +59,8 @@ def load_model(
     adapter_path: str | os.PathLike[str] | None = None,
     fused: bool = True,
 ) -> DiffusionGemma:
-    """The model alone, from a folder that may have no tokenizer. Warns where memory will be short.
+    """Load the model alone, from a folder that may have no tokenizer. Warn where memory will be
+    short.
 
     Args:
       folder: a checkpoint's.
@@ -66,13 +71,24 @@ def load_model(
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
-    used = [
-        i for name, i in read_headers(folder).items() if not isinstance(translate(name), Ignored)
-    ]
+    return build_model(folder, config, adapter_path=adapter_path, fused=fused)
+
+
+def build_model(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    adapter_path: str | os.PathLike[str] | None = None,
+    fused: bool = True,
+) -> DiffusionGemma:
+    """As `load_model`, from a config that was read already: its warnings come once."""
+    used = list(read_assigned(folder)[1].used.values())
     weights, element_bytes = sum(info.nbytes for info in used), 2
     if mx.default_device() == mx.cpu:  # what is not packed becomes float32 there
         weights += sum(info.nbytes for info in used if info.dtype in ("BF16", "F16"))
         element_bytes = 4
+        if hint := slow_blas(weights):
+            warnings.warn(hint, stacklevel=2)
     needed = needed_bytes(
         config.text, weights, _WARNED_AT_TOKENS, config.canvas_length, element_bytes=element_bytes
     )

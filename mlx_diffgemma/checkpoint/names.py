@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from ..errors import WeightsError
 
-_LAYER = r"model\.decoder\.layers\.\d+\."
-_VISION_LAYER = r"model\.encoder\.vision_tower\.encoder\.layers\.\d+\."
-_PACKED = r"\.(weight|scales|biases)"
+# Encoder and decoder share all weights but the layer scalars; transformers saves them under either
+# name, or under both.
+_STACK = r"model\.(?:decoder|encoder\.language_model)\."
+_LAYER = r"layers\.\d+\."
+_PACKED = r"\.(?:weight|scales|biases)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,53 +34,41 @@ class Ignored:
 
 
 VISION = "vision is not loaded yet"
+ACTIVATIONS = "scales activations, which stay unquantized"
+KV_CACHE = "scales a quantized KV cache, which stays unquantized"
 
 RULES = (
     Rule(
-        rf"({_LAYER}experts\.(gate_up_proj|down_proj))", r"\1.weight"
+        rf"{_STACK}({_LAYER}experts\.(?:gate_up_proj|down_proj))", r"model.decoder.\1.weight"
     ),  # official: bare parameters
-    Rule(rf"({_LAYER}experts\.(gate_up_proj|down_proj){_PACKED})", r"\1"),
-    Rule(rf"({_LAYER}self_attn\.[qkvo]_proj{_PACKED})", r"\1"),
-    Rule(rf"({_LAYER}self_attn\.[qk]_norm\.weight)", r"\1"),
-    Rule(rf"({_LAYER}mlp\.(gate|up|down)_proj{_PACKED})", r"\1"),
-    Rule(rf"({_LAYER}router\.(proj{_PACKED}|scale|per_expert_scale))", r"\1"),
+    Rule(rf"{_STACK}({_LAYER}experts\.(?:gate_up_proj|down_proj){_PACKED})", r"model.decoder.\1"),
+    Rule(rf"{_STACK}({_LAYER}self_attn\.[qkvo]_proj{_PACKED})", r"model.decoder.\1"),
+    Rule(rf"{_STACK}({_LAYER}self_attn\.[qk]_norm\.weight)", r"model.decoder.\1"),
+    Rule(rf"{_STACK}({_LAYER}mlp\.(?:gate|up|down)_proj{_PACKED})", r"model.decoder.\1"),
     Rule(
-        rf"({_LAYER}(input_layernorm|post_attention_layernorm|pre_feedforward_layernorm(_2)?"
-        r"|post_feedforward_layernorm(_1|_2)?)\.weight)",
-        r"\1",
+        rf"{_STACK}({_LAYER}router\.(?:proj{_PACKED}|scale|per_expert_scale))", r"model.decoder.\1"
     ),
-    Rule(rf"({_LAYER}layer_scalar)", r"\1"),
+    Rule(
+        rf"{_STACK}({_LAYER}(?:input_layernorm|post_attention_layernorm|pre_feedforward_layernorm(?:_2)?"
+        r"|post_feedforward_layernorm(?:_1|_2)?)\.weight)",
+        r"model.decoder.\1",
+    ),
+    Rule(r"(model\.decoder\.layers\.\d+\.layer_scalar)", r"\1"),
     Rule(r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1"),
-    Rule(rf"(model\.decoder\.embed_tokens{_PACKED})", r"\1"),
-    Rule(r"(model\.decoder\.norm\.weight)", r"\1"),
+    Rule(rf"{_STACK}(embed_tokens{_PACKED})", r"model.decoder.\1"),
+    Rule(rf"{_STACK}(norm\.weight)", r"model.decoder.\1"),
+    Rule(rf"lm_head({_PACKED})", r"model.decoder.embed_tokens\1"),
     Rule(r"(model\.decoder\.self_conditioning\.pre_norm\.weight)", r"\1"),
-    Rule(rf"(model\.decoder\.self_conditioning\.(gate|up|down)_proj{_PACKED})", r"\1"),
-    Rule(rf"model\.encoder\.embed_vision\.embedding_projection{_PACKED}", None, VISION),
-    Rule(r"model\.encoder\.vision_tower\.std_(bias|scale)", None, VISION),
+    Rule(rf"(model\.decoder\.self_conditioning\.(?:gate|up|down)_proj{_PACKED})", r"\1"),
+    # Whatever packs or calibrates it, vision is left out as a whole.
+    Rule(r"(?:model\.)?(?:encoder\.)?(?:vision_tower|embed_vision)\.[\w.]+", None, VISION),
+    Rule(rf"{_STACK}({_LAYER}(?:\w+\.)+input_(?:global_)?scale)", None, ACTIVATIONS),
     Rule(
-        r"model\.encoder\.vision_tower\.patch_embedder\.(input_proj\.weight|position_embedding_table)",
+        rf"{_STACK}({_LAYER}self_attn\.(?:[qkv]_proj\.)?(?:[qkv]|kv)_(?:scale|zero_point))",
         None,
-        VISION,
-    ),
-    Rule(
-        rf"{_VISION_LAYER}(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.linear{_PACKED}",
-        None,
-        VISION,
-    ),
-    Rule(
-        rf"{_VISION_LAYER}(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.(in|out)put_(min|max)",
-        None,
-        VISION,
-    ),
-    Rule(rf"{_VISION_LAYER}self_attn\.[qk]_norm\.weight", None, VISION),
-    Rule(
-        rf"{_VISION_LAYER}(input_layernorm|post_attention_layernorm|pre_feedforward_layernorm"
-        r"|post_feedforward_layernorm)\.weight",
-        None,
-        VISION,
+        KV_CACHE,
     ),
     Rule(r".*rotary_emb\.(.*_)?(original_)?inv_freq", None, "computed from the config"),
-    Rule(rf"lm_head{_PACKED}", None, "tied to model.decoder.embed_tokens"),
 )
 
 _COMPILED = tuple((re.compile(rule.pattern), rule) for rule in RULES)
@@ -112,18 +102,18 @@ def keep_as(name: str) -> str | Ignored:
 def part_of(name: str) -> str:
     """Which part of the model a tensor, under its source name or ours, belongs to: a row of
     `info`'s table."""
+    if "vision" in name:
+        return "vision"
     if ".experts." in name:
         return "experts"
     if ".router." in name:
         return "router"
-    if "vision" in name:
-        return "vision"
     if ".self_attn." in name and "_proj" in name:
         return "attention"
     if ".mlp." in name:
         return "dense MLP"
     if ".self_conditioning." in name:
         return "self-conditioning"
-    if "embed_tokens" in name:
+    if "embed_tokens" in name or name.startswith("lm_head."):
         return "embedding"
     return "norms and scalars"

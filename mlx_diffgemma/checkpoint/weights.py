@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from ..config.model import ModelConfig
 from ..config.quantization import Quantization
 from ..errors import WeightsError
-from .headers import FLOATS, TensorInfo, read_headers
-from .names import Ignored, translate
+from .headers import FLOATS, TensorInfo
+from .tied import check_copies, read_assigned
 
 # Arrays are materialised in groups of this size: enough to keep the disk busy, little enough to
 # bound what is held twice.
@@ -23,14 +23,14 @@ _GROUP_BYTES = 1 << 28
 
 
 def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
-    """Fills the model from a folder, and packs the modules that come with scales.
+    """Fill the model from a folder, and pack the modules that come with scales.
 
     On the CPU backend everything that is not packed becomes float32, since its gathered product
     knows nothing else.
 
     Raises:
-      WeightsError: if a tensor is missing, unknown, or has the wrong shape or type; nothing is
-      loaded then.
+      WeightsError: if a tensor is missing, unknown, or has the wrong shape or type, or is stored
+      twice with different values; nothing is loaded then.
     """
     tensors, sources, packed = fit_weights(model, config, folder)
     expected = dict(tree_flatten(model.parameters()))
@@ -49,8 +49,10 @@ def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
 
 def fit_weights(
     model: nn.Module, config: ModelConfig, folder: Path
-) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, Quantization]]:
-    """Checks a folder against the model from headers alone, and packs the modules that come packed.
+) -> tuple[Mapping[str, TensorInfo], Mapping[str, str], dict[str, Quantization]]:
+    """Check a folder against the model, and pack the modules that come packed.
+
+    Reads headers alone, and what is stored twice, to compare it.
 
     Returns:
       Tensors under our names, our name -> source name, and module path -> its packing.
@@ -58,8 +60,9 @@ def fit_weights(
     Raises:
       WeightsError: if a tensor is missing, unknown, or has the wrong shape or type.
     """
-    tensors, sources = _used(read_headers(folder))
-    packed = _packed_modules(tensors, config)
+    stored, assigned = read_assigned(folder)
+    tensors, sources = assigned.used, assigned.sources
+    packed = _packed_modules(sources, config)
     if packed:
         _check_packed(model, tensors, packed)
         nn.quantize(
@@ -71,38 +74,23 @@ def fit_weights(
             ),
         )
     _check_fit(tensors, dict(tree_flatten(model.parameters())), packed)
+    check_copies(stored, assigned.copies)
     return tensors, sources, packed
 
 
-def _used(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors under our names, and our name -> source name."""
-    used: dict[str, TensorInfo] = {}
-    sources: dict[str, str] = {}
-    for source, info in tensors.items():
-        if isinstance(target := translate(source), Ignored):
-            continue
-        if target in used:
-            raise WeightsError(
-                f"{source} and {sources[target]} are the same tensor under two names"
-            )
-        used[target], sources[target] = info, source
-    return used, sources
-
-
-def _packed_modules(
-    tensors: Mapping[str, TensorInfo], config: ModelConfig
-) -> dict[str, Quantization]:
+def _packed_modules(sources: Mapping[str, str], config: ModelConfig) -> dict[str, Quantization]:
     """Module path -> its packing, for every module that comes with scales."""
     packed = {}
-    for name in tensors:
+    for name, stored in sources.items():
         module, _, leaf = name.rpartition(".")
         if leaf != "scales":
             continue
         if config.quantization is None:
-            raise WeightsError(f"{name} is there, but config.json has no quantization block")
-        if (setting := config.quantization.for_module(module)) is None:
+            raise WeightsError(f"{stored} is there, but config.json has no quantization block")
+        stored_module = stored.rpartition(".")[0]
+        if (setting := config.quantization.for_module(stored_module, module)) is None:
             raise WeightsError(
-                f"{name} is there, but config.json says that {module} is not quantized"
+                f"{stored} is there, but config.json says that {stored_module} is not quantized"
             )
         packed[module] = setting
     return packed

@@ -1,7 +1,9 @@
 """mlx_diffgemma.edit: rewrite a part of a file."""
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,33 +12,69 @@ from ..errors import SourceError, TemplateError
 from .options import (
     ModelOptions,
     SystemPromptOption,
-    VerboseOption,
-    boolean,
     command,
     decoded,
     gap_bounds,
     read_file,
+    read_stdin,
     run,
     seeded,
     unescape,
 )
+from .output import OutputOptions, follower, kept
+
+STDIN = Path("-")
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """Where the edited document goes."""
+
+    diff: Annotated[
+        bool,
+        typer.Option(
+            "--diff", help="Print a unified diff instead; `git apply` takes it in this folder."
+        ),
+    ] = False
+    in_place: Annotated[
+        bool, typer.Option("--in-place", "-i", help="Write the file instead of printing it.")
+    ] = False
+
+    def check(self, file: Path, *, is_json: bool) -> None:
+        """Raises:
+        TemplateError: if options contradict each other.
+        """
+        if self.diff and self.in_place:
+            raise TemplateError("--diff prints and --in-place writes: choose one of the two")
+        if self.diff and is_json:
+            raise TemplateError("--diff and --json both print the result: choose one of the two")
+        if self.in_place and file == STDIN:
+            raise TemplateError("--in-place needs a file; the document comes from stdin")
 
 
 @command
 def edit(
-    file: Annotated[Path, typer.Argument(help="The file to edit, in UTF-8.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to do with the selection.")],
+    file: Annotated[
+        Path, typer.Argument(help="The file to edit, in UTF-8; '-' reads it from stdin.")
+    ],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="What to do with the selection; \\n and \\t are read as line break and tab.",
+        ),
+    ],
     select: Annotated[
         str | None,
-        typer.Option(help="line:column-line:column, from 1; the second is the first one behind."),
+        typer.Option(
+            help="Whole lines, such as 12-14, or line:column-line:column, from 1, the second of "
+            "which is the first place behind the selection."
+        ),
     ] = None,
     match: Annotated[
         str | None, typer.Option(help="The selection as its text, which stands once in the file.")
     ] = None,
-    diff: Annotated[bool, typer.Option("--diff", help="Print a unified diff instead.")] = False,
-    in_place: Annotated[
-        bool, typer.Option("--in-place", "-i", help="Write the file instead of printing it.")
-    ] = False,
     gap_tokens: Annotated[
         str | None,
         typer.Option(
@@ -46,63 +84,101 @@ def edit(
         ),
     ] = None,
     *,
+    result: ResultOptions,
     model: ModelOptions,
     system_prompt: SystemPromptOption = None,
     settings: GenerationSettings,
-    verbose: VerboseOption = "True",
+    output: OutputOptions,
 ) -> None:
     """Rewrite a selection of a file; everything around it stays byte for byte."""
-    from .render import View
-
-    view = View(verbose=boolean(verbose))
+    view = output.view()
     try:
-        is_fresh, settings = settings.seed is None, seeded(settings)
-        if diff and in_place:
-            raise TemplateError("--diff prints and --in-place writes: choose one of the two")
-        if (select is None) == (match is None):
-            raise TemplateError("say what to rewrite, with --select or with --match")
-        content = read_file(file)
-        document = decoded(file, content)
-        from ..write.edit import Selection
+        page, notes = output.page(), []
+        result.check(file, is_json=output.is_json)
+        if settings.seed is None:
+            settings = seeded(settings)
+            notes.append(f"seed {settings.seed}")
+        bounds, request = gap_bounds(gap_tokens), unescape(prompt)
+        if file == STDIN:
+            content, document = None, read_stdin()
+        else:
+            content = read_file(file)
+            document = decoded(file, content)
+        selection = _selected(document, select, match)
+        loaded, tokenizer = model.load()
+        from ..language.prompt import PromptOptions
         from ..write.edit import edit as rewrite
 
-        bounds = gap_bounds(gap_tokens)
-        if match is not None:
-            selection = Selection.of_match(document, match)
-        else:
-            assert select is not None
-            selection = Selection.of_places(document, select)
-        from ..checkpoint.files import write_whole
-        from ..language.prompt import PromptOptions
-
-        loaded, tokenizer = model.load()
-        edited = rewrite(
-            loaded,
-            tokenizer,
-            document,
-            selection,
-            unescape(prompt),
-            gap_tokens=bounds,
-            settings=settings,
-            prompt_options=PromptOptions(system_prompt=system_prompt),
-            listener=view.trial,
+        follows, settings = follower(
+            output, view, loaded, tokenizer, settings, name=model.source, prompt=request
         )
-        if is_fresh:
-            view.note(f"seed {settings.seed}")
-        view.about(edited.filled)
-        if diff:
-            view.result(edited.diff(file.name))
-        elif in_place:
-            if read_file(file) != content:
-                raise SourceError(
-                    f"{file} has changed on disk since it was read; nothing was written"
-                )
-            write_whole(file, edited.text.encode())
-            view.note(f"wrote {file}")
-        else:
-            view.result(edited.text)
+        with kept(follows.trace, page, view):
+            edited = rewrite(
+                loaded,
+                tokenizer,
+                document,
+                selection,
+                request,
+                gap_tokens=bounds,
+                settings=settings,
+                prompt_options=PromptOptions(system_prompt=system_prompt),
+                listener=follows.trial,
+            )
+            follows.conclude(edited.filled)
+            for line in notes:
+                view.note(line)
+            if not output.is_json:
+                view.about(edited.filled)
+            _deliver(edited, file, content, result, output, view, settings.seed)
     finally:
         view.close()
+
+
+def _selected(document: str, select: str | None, match: str | None) -> Any:
+    from ..write.edit import Selection
+
+    if match is not None and select is None:
+        return Selection.of_match(document, match)
+    if select is not None and match is None:
+        return Selection.of_places(document, select)
+    raise TemplateError("say what to rewrite, with --select or with --match: one of the two")
+
+
+def _deliver(
+    edited: Any,
+    file: Path,
+    content: bytes | None,
+    result: ResultOptions,
+    output: OutputOptions,
+    view: Any,
+    seed: int | None,
+) -> None:
+    """Write the file, or print what was asked for."""
+    if result.in_place:
+        from ..checkpoint.files import write_whole
+
+        if read_file(file) != content:
+            raise SourceError(f"{file} has changed on disk since it was read; nothing was written")
+        write_whole(file, edited.text.encode())
+        view.note(f"wrote {file}")
+    if output.is_json:
+        from ..view.report import edited_object
+
+        view.object(edited_object(edited) | {"seed": seed})
+    elif result.diff:
+        view.result(edited.diff(_name_in_diff(file)))
+    elif not result.in_place:
+        view.result(edited.text)
+
+
+def _name_in_diff(file: Path) -> str:
+    """The file's path from here, where `git apply` and `patch -p1` look for it; from the top of its
+    repository, or its bare name, where it is not in this folder."""
+    if file == STDIN:
+        return "stdin"
+    place, here = file.resolve(), Path(os.getcwd()).resolve()
+    top = next((folder for folder in place.parents if (folder / ".git").exists()), place.parent)
+    return place.relative_to(here if place.is_relative_to(here) else top).as_posix()
 
 
 def main() -> None:

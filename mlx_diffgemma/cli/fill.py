@@ -1,7 +1,8 @@
 """mlx_diffgemma.fill: write what is missing in a template."""
 
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,8 +11,6 @@ from ..errors import TemplateError
 from .options import (
     ModelOptions,
     SystemPromptOption,
-    VerboseOption,
-    boolean,
     command,
     decoded,
     gap_bounds,
@@ -21,6 +20,7 @@ from .options import (
     seeded,
     unescape,
 )
+from .output import Follower, OutputOptions, follower, kept
 
 GAP_HELP = "Least and most tokens of slots that do not say it themselves, such as 8..40."
 
@@ -29,7 +29,9 @@ GAP_HELP = "Least and most tokens of slots that do not say it themselves, such a
 def fill(
     template: Annotated[
         str | None,
-        typer.Argument(help="Text with slots such as {{gap}}; '-' reads it from stdin."),
+        typer.Argument(
+            help="Text with slots such as {{gap}}, byte for byte; '-' reads it from stdin."
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with the template instead.")] = None,
     prompt: Annotated[
@@ -37,7 +39,8 @@ def fill(
         typer.Option(
             "--prompt",
             "-p",
-            help="What to do.",
+            help="What to do; here, unlike in the template, \\n and \\t are read as line break and "
+            "tab.",
             show_default="a request that shows the template with blanks",
         ),
     ] = None,
@@ -49,47 +52,65 @@ def fill(
     model: ModelOptions,
     system_prompt: SystemPromptOption = None,
     settings: GenerationSettings,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object with text, slots and scores on stdout.")
-    ] = False,
-    verbose: VerboseOption = "True",
+    output: OutputOptions,
 ) -> None:
     """Fill the slots of a template; everything else in it stays byte for byte."""
-    from .render import View
-
-    view = View(verbose=boolean(verbose))
+    view = output.view()
     try:
-        is_fresh, settings = settings.seed is None, seeded(settings)
+        page, notes = output.page(), []
+        if settings.seed is None:
+            settings = seeded(settings)
+            notes.append(f"seed {settings.seed}")
         from ..language.template import Template
 
         bounds = gap_bounds(gap_tokens)
         parsed = Template.parse(_template_text(template, file))
-        from ..language.prompt import PromptOptions
-        from ..view.report import filled_object
-        from ..write.fill import Filled, stream_fill
-
+        request = None if prompt is None else unescape(prompt)
         loaded, tokenizer = model.load()
-        for event in stream_fill(
+        from ..language.prompt import PromptOptions
+        from ..write.fill import stream_fill
+
+        asked = parsed.shown() if request is None else request
+        follows, settings = follower(
+            output, view, loaded, tokenizer, settings, name=model.source, prompt=asked
+        )
+        events = stream_fill(
             loaded,
             tokenizer,
             parsed,
-            prompt=None if prompt is None else unescape(prompt),
+            prompt=request,
             gap_tokens=bounds,
             settings=settings,
             prompt_options=PromptOptions(system_prompt=system_prompt),
-        ):
-            if not isinstance(event, Filled):
-                view.trial(event)
-                continue
-            if is_fresh:
-                view.note(f"seed {settings.seed}")
-            if as_json:
-                view.object(filled_object(event) | {"seed": settings.seed})
+        )
+        with closing(events), kept(follows.trace, page, view):
+            filled = _followed(events, follows)
+            for line in notes:
+                view.note(line)
+            if output.is_json:
+                from ..view.report import filled_object
+
+                view.object(filled_object(filled) | {"seed": settings.seed})
             else:
-                view.about(event)
-                view.result(event.text)
+                view.about(filled)
+                view.result(filled.text)
     finally:
         view.close()
+
+
+def _followed(events: Any, follows: Follower) -> Any:
+    """The filled template that a stream of events ends with."""
+    from ..write.fill import Filled
+
+    filled = None
+    for event in events:
+        if isinstance(event, Filled):
+            filled = event
+        else:
+            follows.trial(event)
+    assert filled is not None
+    follows.conclude(filled)
+    return filled
 
 
 def _template_text(template: str | None, file: Path | None) -> str:
@@ -98,7 +119,7 @@ def _template_text(template: str | None, file: Path | None) -> str:
     if template == "-":
         return read_stdin()
     if template is not None:
-        return unescape(template)
+        return template
     assert file is not None
     return decoded(file, read_file(file))
 

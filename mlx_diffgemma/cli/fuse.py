@@ -5,11 +5,18 @@ from typing import Annotated
 
 import typer
 
-from .options import REVISION_HELP, friendly_errors, run
+from ..checkpoint.choice import MODEL_VARIABLE
+from .options import REVISION_HELP, command, run
 
 
+@command
 def fuse(
-    model: Annotated[str, typer.Option(help="Local folder or Hub repo id that was trained.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Local folder, Hub repo id or short name that was trained.", envvar=MODEL_VARIABLE
+        ),
+    ],
     adapter_path: Annotated[
         str, typer.Option(help="Folder of adapters, or of weights trained in full.")
     ] = "adapters",
@@ -20,14 +27,13 @@ def fuse(
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
 ) -> None:
     """Write a checkpoint that needs no adapters any more."""
-    with friendly_errors():
-        from ..train.fuse import fuse_checkpoint
-        from .render_train import show_fused
+    from ..train.fuse import fuse_checkpoint
+    from .render_train import show_fused
 
-        fused = fuse_checkpoint(
-            model, adapter_path, Path(save_path), dequantize=dequantize, revision=revision
-        )
-        show_fused(fused)
+    fused = fuse_checkpoint(
+        model, adapter_path, Path(save_path), dequantize=dequantize, revision=revision
+    )
+    show_fused(fused)
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""Ctrl-C before a command runs ends the program without a word."""
+"""Signals: Ctrl-C before a command runs ends the program without a word, SIGTERM and SIGHUP end it
+in good order, Ctrl-Z stops it with the terminal given back."""
 
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +36,56 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind what runs inside, which restores the terminal, and end the program
+    with exit code 128 + n. The second one does not wait."""
+    numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+    caught: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        caught.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    # A handler of the host, or `nohup`, stays.
+    taken = [n for n in numbers if is_main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    except BaseException:
+        if caught:  # whatever went wrong on the way out, for example because the terminal is gone
+            raise SystemExit(128 + caught[0]) from None
+        raise
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def on_suspend(give_back: Callable[[], bool]) -> Callable[[], None]:
+    """Call `give_back` before Ctrl-Z stops the program; where it returns False, the caller is busy
+    and will raise the signal again. Returns what undoes this."""
+    number = getattr(signal, "SIGTSTP", None)
+    if (
+        number is None
+        or threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(number) is not signal.SIG_DFL
+    ):
+        return lambda: None
+
+    def suspend(*_: object) -> None:
+        if give_back():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)  # returns once the program is continued
+            signal.signal(number, suspend)
+
+    def undo() -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(number, suspend)
+    return undo

@@ -4,17 +4,24 @@ to stderr."""
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text as Styled
 
+from ..checkpoint.cache import CachedModel
+from ..checkpoint.choice import short_name
 from ..checkpoint.info import Info
 from ..errors import SourceError
 from ..events import StepDone
+from .interrupt import on_suspend
 
 if TYPE_CHECKING:
     from ..events import Event
@@ -38,22 +45,24 @@ class View:
         self._open_thought = ""
         self._ends_with_break = True
         self._is_broken = False  # stdout takes no more
+        self._is_drawing = self._is_suspended = False
+        self._undo_suspend: Callable[[], None] | None = None
 
     def reading(self, done: int, total: int) -> None:
         """Progress of a long prompt."""
         if done < total:
-            self._draw(Styled(f"reading the prompt: {done:,} of {total:,} tokens", style="dim"))
+            self._draw(f"reading the prompt: {done:,} of {total:,} tokens")
 
     def draft(self, pieces: Sequence[tuple[str, bool]], caption: str) -> None:
         """A canvas that is not final: accepted tokens plain, the others dim."""
         if not self.is_live:
             return
-        canvas = Styled(_printable(self._open_thought), style="dim")
-        canvas.append(self._open_line, style="not dim")
+        canvas = Styled()
+        canvas.append(_printable(self._open_thought), style="dim")
+        canvas.append(self._open_line)
         for piece, accepted in pieces:
             canvas.append(_printable(piece), style="" if accepted else "dim cyan")
-        canvas.append(f"\n{caption}", style="dim italic")
-        self._draw(canvas)
+        self._draw(caption, canvas)
 
     def answer(self, piece: str) -> None:
         """Final text, to stdout at once; on a shared terminal line by line."""
@@ -95,7 +104,7 @@ class View:
         if isinstance(event, StepDone) and self.is_live:
             rows = event.draft.shape[0]
             what = f"{rows} lengths at once" if rows > 1 else "the canvas"
-            self._draw(Styled(f"denoising {what}, step {event.step + 1}", style="dim italic"))
+            self._draw(f"denoising {what}, step {event.step + 1}")
 
     def about(self, filled: Filled) -> None:
         """Notes and certainties of a filled template, to stderr."""
@@ -112,9 +121,12 @@ class View:
             self._write("\n")
 
     def close(self) -> None:
-        """Takes the canvas away and completes the last line of the answer."""
+        """Take the canvas away and complete the last line of the answer."""
         self._end_thought()
         self._erase()
+        if self._undo_suspend is not None:
+            self._undo_suspend()
+            self._undo_suspend = None
         self._write(self._open_line)
         if not self._ends_with_break:
             self._write("\n")
@@ -148,20 +160,84 @@ class View:
         else:  # a file or a pipe: no line break that the model did not write
             print(_printable(lines), file=sys.stderr, flush=True)
 
-    def _draw(self, content: Styled) -> None:
+    def _draw(self, caption: str, canvas: Styled | None = None) -> None:
         if not self.is_live:
             return
-        if self._live is None:
-            self._live = Live(
-                console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop"
-            )
-            self._live.start()
-        self._live.update(content, refresh=True)
+        with self._drawing():
+            if self._live is None:
+                self._live = Live(console=self._console, transient=True, auto_refresh=False)
+                self._live.start()
+            picture = Fitted(canvas or Styled(), Styled(caption, style="dim italic"))
+            self._live.update(picture, refresh=True)
 
     def _erase(self) -> None:
         if self._live is not None:
-            self._live.stop()
-            self._live = None
+            live, self._live = self._live, None
+            self._stop(live)
+
+    def _stop(self, live: Live) -> None:
+        """End a live region and leave the terminal as it was, also where this is interrupted."""
+        with suppress(OSError):  # the terminal may be gone
+            try:
+                with self._drawing():
+                    live.stop()
+            finally:
+                if self._console.is_alt_screen:
+                    self._console.set_alt_screen(False)
+                self._console.show_cursor(True)
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Ctrl-Z waits until the picture is complete."""
+        if self._undo_suspend is None:
+            self._undo_suspend = on_suspend(self._suspend)
+        self._is_drawing = True
+        try:
+            yield
+        finally:
+            self._is_drawing = False
+            if self._is_suspended:
+                self._is_suspended = False
+                signal.raise_signal(signal.SIGTSTP)
+
+    def _suspend(self) -> bool:
+        if self._is_drawing:
+            self._is_suspended = True
+            return False
+        self._give_back()
+        return True
+
+    def _give_back(self) -> None:
+        """Leave the terminal to the shell; the next picture takes it again."""
+        self._erase()
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A canvas and a caption, cut to what the terminal shows. One line stays free: a region that
+    fills the terminal would scroll when it is taken away, and leave lines behind."""
+
+    canvas: Styled
+    caption: Styled
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = max(0, options.max_height - 1)
+        foot = wrapped(console, self.caption, options.max_width)[:room]
+        lines = wrapped(console, self.canvas, options.max_width) if self.canvas else []
+        yield from cut(lines, room - len(foot))
+        yield from foot
+
+
+def wrapped(console: Console, text: Styled, width: int) -> list[Styled]:
+    return list(text.wrap(console, width, overflow="fold", no_wrap=False))
+
+
+def cut(lines: list[Styled], room: int) -> list[Styled]:
+    """As many lines as have room, the last of which tells how many more there are."""
+    if len(lines) <= room:
+        return lines
+    kept = max(0, room - 1)
+    return [*lines[:kept], Styled(f"({len(lines) - kept} more lines)", "dim")][:room]
 
 
 def _printable(text: str) -> str:
@@ -173,7 +249,7 @@ def show_info(info: Info) -> None:
     """A checkpoint's facts on stdout; plain text, the same for a terminal and a file."""
     text, config = info.config.text, info.config
     lines = [
-        f"{info.folder}",
+        info.name if info.folder is None else f"{info.folder}",
         f"{info.parameters:,} parameters, {info.active_parameters:,} active per token",
         f"{text.num_hidden_layers} layers, {text.top_k_experts} of {text.num_experts} experts, "
         f"vocabulary {text.vocab_size:,}, canvas {config.canvas_length}, "
@@ -192,3 +268,15 @@ def show_info(info: Info) -> None:
     for tokens, nbytes in info.needed_bytes.items():
         lines.append(f"memory at {tokens // 1024}K context: about {nbytes / 1e9:.2f} GB (estimate)")
     print("\n".join(lines))
+
+
+def show_models(models: Sequence[CachedModel]) -> None:
+    """The cached models on stdout; plain text, the same for a terminal and a file."""
+    width = max(len(model.repo) for model in models)
+    print(f"{'name':<8}{'repository':<{width}}{'GB':>8}  last used")
+    for model in models:
+        day = time.strftime("%Y-%m-%d", time.localtime(model.last_used))
+        note = "" if model.is_whole else "  not whole: pull it to complete it"
+        name = short_name(model.repo) or "-"
+        print(f"{name:<8}{model.repo:<{width}}{model.nbytes / 1e9:>8.2f}  {day}{note}")
+    print(f"{'':<{8 + width}}{sum(model.nbytes for model in models) / 1e9:>8.2f}  in all")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import SourceError
 from ..train.fuse import Fused
 from ..train.trainer import Event, Saved, Trained, Validated
 
@@ -50,18 +50,24 @@ class TrainView:
             case Saved():
                 self._say(f"iteration {event.iteration:,}: saved {event.path}")
 
-    def interrupted(self, saved: Saved | None) -> None:
+    def interrupted(self, session: Session) -> None:
+        """Save what can be saved, and say what there is to go on from."""
+        saved = session.interrupted()
         if saved is None:
-            self._say("stopped in the middle of an update: the last checkpoint stays")
+            self._say(f"stopped in the middle of an update; {session.trainer.last_checkpoint}")
             return
         self._say(
             f"interrupted at iteration {saved.iteration:,}: saved {saved.path}; --resume goes on"
         )
 
-    def picture(self, path: Path | None) -> None:
-        if path is None:
-            self._say("no curves drawn: that takes matplotlib (pip install matplotlib)")
-        else:
+    def picture(self, session: Session) -> None:
+        """Draw the curves, and say where they are or why there are none."""
+        try:
+            path = session.draw()
+        except SourceError as error:
+            self._say(f"no curves drawn: {error}")
+            return
+        if path is not None:
             self._say(f"curves in {path}")
 
     def tested(self, losses: tuple[float, float, float]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text as Styled
 
-from .render import View, _printable
+from .render import View, _printable, cut, wrapped
 
 if TYPE_CHECKING:
     from ..language.text import CanvasToken
@@ -18,23 +18,26 @@ if TYPE_CHECKING:
 # By certainty, from unsure to sure. The terminal's own colours, so that they suit its background.
 BAND_STYLES = ("red", "magenta", "yellow", "cyan", "green")
 RENOISED = "underline"
+PINNED = "dim"
 END, PAD, LINE_BREAK = "∎", "·", "⏎"
 _REDRAWS_PER_SECOND = 8  # so that a new size of the terminal is seen between steps
 
 
 @dataclass(frozen=True, slots=True)
 class StepNumbers:
-    """What one line says about a step."""
+    """What one line says about a step. `tokens` are those that are not pinned."""
 
     canvas_index: int
     step: int
     accepted_tokens: int
     tokens: int
     mean_entropy: float
+    trial: str = ""  # of fill and edit: what the batch is for
 
     def line(self) -> str:
         return (
-            f"canvas {self.canvas_index + 1}, step {self.step + 1}: {self.accepted_tokens} of "
+            f"canvas {self.canvas_index + 1}{self.trial and f', {self.trial}'}, "
+            f"step {self.step + 1}: {self.accepted_tokens} of "
             f"{self.tokens} accepted, mean entropy {self.mean_entropy:.3f} nats"
         )
 
@@ -46,6 +49,7 @@ class WatchView(View):
     def __init__(self) -> None:
         super().__init__(verbose=True)
         self._screen: Live | None = None
+        self._is_watching = False  # also while Ctrl-Z has given the screen back
         self._waiting: list[tuple[str, str]] = []  # (method of View, its argument)
         self._so_far = ""  # the text of canvases before this one
 
@@ -57,39 +61,47 @@ class WatchView(View):
         frame = Frame(self._so_far, tokens, numbers)
         if self._screen is None:
             self._erase()  # the line about the prompt
-            self._screen = Live(
-                frame,
-                console=self._console,
-                screen=True,
-                refresh_per_second=_REDRAWS_PER_SECOND,
-                vertical_overflow="crop",
-            )
-            self._screen.start()
-        self._screen.update(frame, refresh=True)
+        self._is_watching = True
+        with self._drawing():
+            if self._screen is None:
+                self._screen = Live(
+                    frame,
+                    console=self._console,
+                    screen=True,
+                    refresh_per_second=_REDRAWS_PER_SECOND,
+                    vertical_overflow="crop",
+                )
+                self._screen.start()
+            self._screen.update(frame, refresh=True)
 
     def answer(self, piece: str) -> None:
         self._so_far += piece
-        if self._screen is not None and self._shares_terminal:
+        if self._is_watching and self._shares_terminal:
             self._waiting.append(("answer", piece))
         else:
             super().answer(piece)
 
     def thought(self, piece: str) -> None:
         self._so_far += piece
-        if self._screen is not None:
+        if self._is_watching:
             self._waiting.append(("thought", piece))
         else:
             super().thought(piece)
 
     def close(self) -> None:
-        """Gives the screen back and shows what waited for it."""
-        if self._screen is not None:
-            self._screen.stop()
-            self._screen = None
+        """Give the screen back and show what waited for it."""
+        self._give_back()
+        self._is_watching = False
         waiting, self._waiting = self._waiting, []
         for method, piece in waiting:
             (super().answer if method == "answer" else super().thought)(piece)
         super().close()
+
+    def _give_back(self) -> None:
+        if self._screen is not None:
+            screen, self._screen = self._screen, None
+            self._stop(screen)
+        super()._give_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +114,9 @@ class Frame:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, options.height or options.max_height
-        foot = _lines(console, Styled(self.numbers.line(), style="bold"), width)
-        foot += _lines(console, legend(), width)
+        foot = wrapped(console, Styled(self.numbers.line(), style="bold"), width)
+        has_pinned = any(token.pinned for token in self.tokens)
+        foot += wrapped(console, legend(has_pinned=has_pinned), width)
         foot = foot[: max(1, height - 2)]
         yield from self._head(console, width, max(1, height - len(foot) - 1))
         yield Styled("─" * width, style="dim")
@@ -113,25 +126,24 @@ class Frame:
         """As many lines as have room: the canvas from its start, and the end of what stands before
         it."""
         before = Styled(_printable(self.so_far), style="dim")
-        lines = _lines(console, Styled.assemble(before, canvas_text(self.tokens)), width)
-        first = max(0, len(_lines(console, before, width)) - 1)  # of the canvas
+        lines = wrapped(console, Styled.assemble(before, canvas_text(self.tokens)), width)
+        first = max(0, len(wrapped(console, before, width)) - 1)  # of the canvas
         first = max(0, min(first, len(lines) - room))
-        if hidden := max(0, len(lines) - first - room):
-            return [*lines[first : first + room - 1], Styled(f"({hidden + 1} more lines)", "dim")]
-        return lines[first:]
+        return cut(lines[first:], room)
 
 
 def canvas_text(tokens: Sequence[CanvasToken]) -> Styled:
-    """The canvas in colour by certainty; renoised positions underlined."""
+    """The canvas in colour by certainty; renoised positions underlined, given text dim."""
     canvas = Styled()
     for token in tokens:
         style = BAND_STYLES[token.band] + ("" if token.accepted else f" {RENOISED}")
+        style = PINNED if token.pinned else style
         canvas.append(_visible(token), style=style)
     return canvas
 
 
-def legend() -> Styled:
-    """What the colours and signs mean."""
+def legend(*, has_pinned: bool = False) -> Styled:
+    """Return what the colours and signs mean."""
     from ..language.text import CERTAINTY_BANDS  # imports mlx
 
     line, low = Styled("certainty "), 0.0
@@ -141,7 +153,11 @@ def legend() -> Styled:
         low = high
     line.append("| ")
     line.append("renoised", style=RENOISED)
-    line.append(f", else accepted | {END} end {PAD} padding {LINE_BREAK} line break")
+    line.append(", else accepted")
+    if has_pinned:
+        line.append(" | ")
+        line.append("given text", style=PINNED)
+    line.append(f" | {END} end {PAD} padding {LINE_BREAK} line break")
     return line
 
 
@@ -163,7 +179,3 @@ def _visible(token: CanvasToken, *, line_break: str = LINE_BREAK + "\n") -> str:
     if token.kind == "pad":
         return PAD
     return line_break.join(_printable(line) for line in token.text.split("\n"))
-
-
-def _lines(console: Console, text: Styled, width: int) -> list[Styled]:
-    return list(text.wrap(console, width, overflow="fold", no_wrap=False))

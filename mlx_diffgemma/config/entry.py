@@ -25,6 +25,8 @@ class Entry:
     at_least: float | None = None
     above: float | None = None  # a bound that is excluded itself
     at_most: float | None = None
+    below: float | None = None  # likewise excluded
+    all_is: int | None = None  # a value out of bounds that means all there are
     checkpoint: str | None = None  # its key in generation_config.json, dots between levels
     only_with: tuple[str, Any] | None = None  # the setting and value without which it has no effect
     commands: tuple[str, ...] = ()  # the commands that take it as an option
@@ -75,7 +77,15 @@ def _check_value(name: str, value: Any, entry: Entry, kind: Any) -> None:
     elif kind is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{name} must be true or false, got {value!r}")
+    elif kind is str:
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} must be text, got {value!r}")
+    elif get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be an object, got {value!r}")
     elif kind in (int, float):
+        if entry.all_is is not None and value == entry.all_is and type(value) is kind:
+            return
         low = entry.at_least if entry.above is None else entry.above
         if (
             not isinstance(value, int if kind is int else (int, float))
@@ -84,6 +94,7 @@ def _check_value(name: str, value: Any, entry: Entry, kind: Any) -> None:
             or not (-math.inf if low is None else low) <= value
             or value == entry.above
             or not value <= (math.inf if entry.at_most is None else entry.at_most)
+            or not value < (math.inf if entry.below is None else entry.below)
         ):
             number = "a whole number" if kind is int else "a number"
             raise ConfigError(f"{name} must be {number}{range_of(entry)}, got {value!r}")
@@ -97,10 +108,12 @@ def range_of(entry: Entry) -> str:
             ("at least", entry.at_least),
             ("above", entry.above),
             ("at most", entry.at_most),
+            ("below", entry.below),
         )
         if bound is not None
     ]
-    return f" {' and '.join(words)}" if words else ""
+    text = f" {' and '.join(words)}" if words else ""
+    return text if entry.all_is is None else f"{text}, or {entry.all_is} for all"
 
 
 def _without_none(hint: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from .formats import foreign_format, mlx_block, refusal, source_of
 from .generation import GenerationSettings
 from .quantization import QuantizationConfig
 from .reading import (
@@ -31,12 +32,11 @@ _MOST_LAYERS = 10_000  # a damaged file must not make us build a list without en
 # warning.
 _INERT_TOP = frozenset(
     "architectures dtype torch_dtype initializer_range transformers_version "
-    "vision_soft_tokens_per_image audio_config audio_token_id video_token_id "
-    "generation_config quantization quantization_config vision_config model_type "
-    "_name_or_path tie_word_embeddings text_config canvas_length boi_token_id image_token_id "
-    "eoi_token_id eos_token_id pad_token_id bos_token_id is_encoder_decoder return_dict "
-    "output_attentions output_hidden_states chunk_size_feed_forward id2label label2id "
-    "problem_type use_cache".split()
+    "vision_soft_tokens_per_image audio_config audio_token_id video_token_id generation_config "
+    "quantization quantization_config compression_config vision_config model_type _name_or_path "
+    "tie_word_embeddings text_config canvas_length boi_token_id image_token_id eoi_token_id "
+    "eos_token_id pad_token_id bos_token_id is_encoder_decoder return_dict output_attentions "
+    "output_hidden_states chunk_size_feed_forward id2label label2id problem_type use_cache".split()
 )
 _INERT_TEXT = frozenset(
     "attention_dropout dtype torch_dtype initializer_range model_type bos_token_id use_cache "
@@ -179,6 +179,8 @@ class ModelConfig:
             )
         if not isinstance(raw.get("text_config"), Mapping):
             raise ConfigError(f"{where}: text_config is missing")
+        if found := foreign_format(raw):
+            raise ConfigError(f"{where}: {refusal(found, source_of(Path(where).parent))}")
         warn_unknown(raw, _INERT_TOP, where)
         refuse_unless(raw, "tie_word_embeddings", (True,), where, default=True)
         text = TextConfig.from_dict(raw["text_config"], where=f"{where}, text_config")
@@ -209,7 +211,7 @@ class ModelConfig:
         image_ids = [(key, raw[key]) for key in image_keys if raw.get(key) is not None]
         for key, token in image_ids:
             refuse_other_tokens(token, text.vocab_size, f"{where}: {key}")
-        quantization = raw.get("quantization") or raw.get("quantization_config")
+        quantization = mlx_block(raw)
         return cls(
             text=text,
             canvas_length=integer(raw, "canvas_length", where),

@@ -51,19 +51,15 @@ class QuantizationConfig:
     default: Quantization
     overrides: Mapping[str, Quantization | None]  # None: the module is left as it is
 
-    def for_module(self, path: str) -> Quantization | None:
-        """The setting of a module whose weights come with scales."""
-        return self.overrides.get(path, self.default)
+    def for_module(self, *paths: str) -> Quantization | None:
+        """Return the setting of a module whose weights come with scales, under any of its names."""
+        named = next((path for path in paths if path in self.overrides), None)
+        return self.default if named is None else self.overrides[named]
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> QuantizationConfig:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{where}: quantization must be an object, got {raw!r}")
-        if "quant_method" in raw and "bits" not in raw:
-            raise ConfigError(
-                f"{where}: weights are packed as {raw['quant_method']!r}; "
-                "only MLX quantization loads directly"
-            )
         overrides: dict[str, Quantization | None] = {}
         for path, value in raw.items():
             if isinstance(value, Mapping):

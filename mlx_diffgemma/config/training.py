@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..errors import ConfigError
+from .entry import Entry, check, entries, setting
 
 FineTuneType = Literal["lora", "full"]
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
@@ -34,45 +35,38 @@ _INERT: dict[str, tuple[Any, ...]] = {
 _IGNORED = frozenset({"clear_cache_threshold"})
 
 
-def _require(holds: bool, name: str, value: Any, range_: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {range_}, got {value!r}")
+_TRAIN = ("train",)  # the command that takes a setting as an option
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _setting(help: str, default: Any = None, **known: Any) -> Any:
+    return setting(Entry(help=help, default=default, **known))
+
+
+def _option(help: str, default: Any = None, **known: Any) -> Any:
+    """A setting that the command has an option for."""
+    return _setting(help, default, commands=_TRAIN, **known)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
-def _setting(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoraParameters:
     """What adapters look like; the keys of mlx-lm's `lora_parameters`."""
 
-    rank: int = 8
-    scale: float = 20.0
-    dropout: float = 0.0
-    keys: tuple[str, ...] = DEFAULT_KEYS
+    rank: int = _setting("Columns of each factor.", 8, at_least=1)
+    scale: float = _setting("What the factors' product is multiplied with.", 20.0, above=0)
+    dropout: float = _setting(
+        "Share of the inputs that training leaves out.", 0.0, at_least=0, below=1
+    )
+    keys: tuple[str, ...] = _setting("Modules that get an adapter.", DEFAULT_KEYS)
 
     def __post_init__(self) -> None:
-        _require(
-            _is_whole(self.rank) and self.rank >= 1, "lora_parameters: rank", self.rank, ">= 1"
-        )
-        _require(
-            _is_number(self.scale) and self.scale > 0, "lora_parameters: scale", self.scale, "> 0"
-        )
-        _require(
-            _is_number(self.dropout) and 0 <= self.dropout < 1,
-            "lora_parameters: dropout",
-            self.dropout,
-            "from 0 to below 1",
-        )
+        try:
+            check(self)
+        except ConfigError as error:
+            raise ConfigError(f"lora_parameters: {error}") from error
         if not self.keys or not all(isinstance(key, str) for key in self.keys):
             raise ConfigError(f"lora_parameters: keys must name modules, got {self.keys!r}")
 
@@ -82,7 +76,7 @@ class LoraParameters:
             raise ConfigError(f"lora_parameters must be an object, got {raw!r}")
         if "alpha" in raw:
             raise ConfigError("lora_parameters: alpha is not a key; scale is alpha / rank")
-        known = {f.name for f in fields(cls)}
+        known = set(entries(cls))
         if unknown := sorted(map(str, set(raw) - known)):
             raise ConfigError(
                 f"lora_parameters: unknown keys {', '.join(unknown)}; "
@@ -100,81 +94,85 @@ class LoraParameters:
 class TrainSettings:
     """How to train. Counts of iterations are of batches, as in mlx-lm."""
 
-    fine_tune_type: FineTuneType = _setting("Train adapters, or all weights.", "lora")
-    num_layers: int = _setting(
-        "Train only the last N layers, and nothing outside of layers; -1 for everything.", -1
+    fine_tune_type: FineTuneType = _option("Train adapters, or all weights.", "lora")
+    num_layers: int = _option(
+        "Train only the last N layers, and nothing outside of layers; -1 for everything.",
+        -1,
+        at_least=1,
+        all_is=-1,
     )
     lora_parameters: LoraParameters = _setting(
         "Rank, scale, dropout and keys of adapters.", LoraParameters()
     )
-    batch_size: int = _setting("Examples per batch.", 4)
+    batch_size: int = _option("Examples per batch.", 4, at_least=1)
     pool_batches: int = _setting(
         "Batches cut from one pool of examples, sorted by length; 1: any lengths together.",
         32,
+        at_least=1,
     )
-    iters: int = _setting("Batches to train on.", 1000)
-    grad_accumulation_steps: int = _setting("Batches per update of the weights.", 1)
-    learning_rate: float = _setting("Learning rate, where no schedule is given.", 1e-5)
+    iters: int = _option("Batches to train on.", 1000, at_least=1)
+    grad_accumulation_steps: int = _option("Batches per update of the weights.", 1, at_least=1)
+    learning_rate: float = _option("Learning rate, where no schedule is given.", 1e-5, above=0)
     lr_schedule: Mapping[str, Any] | None = _setting(
         "name, arguments, warmup and warmup_init, as in mlx-lm."
     )
-    optimizer: Optimizer = _setting("adam, adamw, muon, sgd or adafactor.", "adam")
+    optimizer: Optimizer = _option("adam, adamw, muon, sgd or adafactor.", "adam")
     optimizer_config: Mapping[str, Any] | None = _setting("More arguments, by optimizer.")
-    max_grad_norm: float = _setting("Longest gradient; a longer one is shortened. 0: any.", 1.0)
-    max_seq_length: int = _setting("Most tokens of an example, its canvases included.", 2048)
-    canvas_length: int | None = _setting("Tokens per canvas; by default the checkpoint's.")
-    mask_prompt: bool = _setting("Leave the prompt out of the causal loss.", False)
-    noise_min: float = _setting("Smallest share of a canvas that is replaced by noise.", 1e-4)
-    noise_max: float = _setting("Largest share of a canvas that is replaced by noise.", 1 - 1e-4)
-    causal_weight: float = _setting("Weight of the causal loss on the clean text; 0: none.", 1.0)
-    self_conditioning_probability: float = _setting(
-        "Share of examples that see what the model thought of them first.", 0.5
+    max_grad_norm: float = _option(
+        "Longest gradient; a longer one is shortened. 0: any.", 1.0, at_least=0
     )
-    gradients_through_context: bool = _setting(
-        "Whether the canvas loss also trains what the text's keys and values say.", True
+    max_seq_length: int = _option(
+        "Most tokens of an example, its canvases included.", 2048, at_least=2
     )
-    val_batches: int = _setting("Batches of a validation; -1: all of them.", 25)
-    test_batches: int = _setting("Batches of a test; -1: all of them.", 500)
-    steps_per_report: int = _setting("Batches between reports.", 10)
-    steps_per_eval: int = _setting("Batches between validations.", 200)
-    save_every: int = _setting("Batches between checkpoints.", 100)
-    grad_checkpoint: bool = _setting("Compute layers twice, and keep less of them.", False)
-    seed: int = _setting("Of the order of the data and of all that is drawn.", 0)
+    canvas_length: int | None = _option(
+        "Tokens per canvas.", at_least=1, shown_default="the checkpoint's"
+    )
+    mask_prompt: bool = _option(
+        "Leave the prompt out of the causal loss.", False, flags=("--mask-prompt",)
+    )
+    noise_min: float = _option(
+        "Smallest share of a canvas that is replaced by noise.", 1e-4, at_least=0, at_most=1
+    )
+    noise_max: float = _option(
+        "Largest share of a canvas that is replaced by noise.", 1 - 1e-4, at_least=0, at_most=1
+    )
+    causal_weight: float = _option(
+        "Weight of the causal loss on the clean text; 0: none.", 1.0, at_least=0
+    )
+    self_conditioning_probability: float = _option(
+        "Share of examples that see what the model thought of them first.",
+        0.5,
+        at_least=0,
+        at_most=1,
+    )
+    gradients_through_context: bool = _option(
+        "Whether the canvas loss also trains what the text's keys and values say.",
+        True,
+    )
+    val_batches: int = _option(
+        "Batches of a validation; -1: all of them.", 25, at_least=1, all_is=-1
+    )
+    test_batches: int = _option("Batches of a test; -1: all of them.", 500, at_least=1, all_is=-1)
+    steps_per_report: int = _option("Batches between reports.", 10, at_least=1)
+    steps_per_eval: int = _option("Batches between validations.", 200, at_least=1)
+    save_every: int = _option("Batches between checkpoints.", 100, at_least=1)
+    grad_checkpoint: bool = _option(
+        "Compute layers twice, and keep less of them.", False, flags=("--grad-checkpoint",)
+    )
+    seed: int = _option(
+        "Of the order of the data and of all that is drawn.", 0, at_least=0, at_most=2**31 - 1
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in (("fine_tune_type", FineTuneType), ("optimizer", Optimizer)):
-            if getattr(self, name) not in get_args(choices):
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(get_args(choices))}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        for name, least in _LEAST_WHOLE.items():
-            value = getattr(self, name)
-            if name == "canvas_length" and value is None:
-                continue
-            _require(_is_whole(value) and value >= least, name, value, f">= {least}")
-        for name in ("num_layers", "val_batches", "test_batches"):
-            if getattr(self, name) == 0:
-                raise ConfigError(f"{name} must be at least 1, or -1 for all of them, got 0")
-        if self.seed > _LARGEST_SEED:
-            raise ConfigError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            text = f"from {low:g} to {high:g}" if high < float("inf") else f">= {low:g}"
-            _require(_is_number(value) and low <= value <= high, name, value, text)
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
+        check(self)
         if self.noise_min > self.noise_max:
             raise ConfigError(
                 f"noise_min of {self.noise_min} is above noise_max of {self.noise_max}"
             )
-        for name in ("mask_prompt", "gradients_through_context", "grad_checkpoint"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.mask_prompt and not self.causal_weight:
             raise ConfigError("mask_prompt has no effect without a causal loss")
-        _check_schedule(self.lr_schedule)
-        if not isinstance(self.optimizer_config, Mapping | None):
-            raise ConfigError(f"optimizer_config must be an object, got {self.optimizer_config!r}")
+        if self.lr_schedule is not None:
+            _check_schedule(self.lr_schedule)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TrainSettings:
@@ -193,38 +191,53 @@ class TrainSettings:
         return raw
 
 
-_LEAST_WHOLE = {
-    "num_layers": -1,
-    "batch_size": 1,
-    "pool_batches": 1,
-    "iters": 1,
-    "grad_accumulation_steps": 1,
-    "max_seq_length": 2,
-    "canvas_length": 1,
-    "val_batches": -1,
-    "test_batches": -1,
-    "steps_per_report": 1,
-    "steps_per_eval": 1,
-    "save_every": 1,
-    "seed": 0,
-}
-_LARGEST_SEED = 2**31 - 1
-_INFINITE = float("inf")
-_RANGES = {
-    "learning_rate": (0.0, _INFINITE),
-    "max_grad_norm": (0.0, _INFINITE),
-    "noise_min": (0.0, 1.0),
-    "noise_max": (0.0, 1.0),
-    "causal_weight": (0.0, _INFINITE),
-    "self_conditioning_probability": (0.0, 1.0),
-}
-# What a file may set beside the settings: where things are and what to do.
-COMMAND_KEYS = (
-    "model train test data adapter_path resume_adapter_file resume revision config".split()
-)
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What a run does, with which model and data, and where: what a recipe says beside settings."""
+
+    model: str | None = _option("Local folder or Hub repo id.", shown_default="")
+    train: bool = _option("Train.", False, flags=("--train",), shown_default="")
+    test: bool = _option(
+        "Measure the loss on test.jsonl.", False, flags=("--test",), shown_default=""
+    )
+    data: str | None = _option(
+        "Folder with train.jsonl, and valid.jsonl and test.jsonl if there are.", shown_default=""
+    )
+    adapter_path: str = _option("Folder of the run.", "adapters")
+    resume: bool = _option(
+        "Go on where the run in --adapter-path stands.",
+        False,
+        flags=("--resume",),
+        shown_default="",
+    )
+    resume_adapter_file: str | None = _option(
+        "Start from these weights, with a fresh optimizer.", shown_default=""
+    )
+    revision: str | None = _option("Branch, tag or commit of a Hub repository.", shown_default="")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not (self.train or self.test):
+            raise ConfigError("nothing to do: give --train, --test, or both")
+        for name in ("model", "data"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"--{name} is missing")
+        if self.resume and self.resume_adapter_file is not None:
+            raise ConfigError("--resume has its own weights; drop --resume-adapter-file")
 
 
-_PATHS = frozenset("model data adapter_path resume_adapter_file revision".split())
+def job_and_settings(given: Mapping[str, Any]) -> tuple[TrainJob, TrainSettings]:
+    """Sort the keys of a recipe and a command's options; what is None stays at its default.
+
+    Raises:
+      ConfigError: if a value is impossible, or something is missing.
+    """
+    settings, job = (
+        {name: given[name] for name in entries(cls) if given.get(name) is not None}
+        for cls in (TrainSettings, TrainJob)
+    )
+    made = TrainSettings.from_dict(settings)
+    return TrainJob(**job), made
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -243,7 +256,7 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} must hold keys and values, got {type(raw).__name__}")
-    known = {f.name for f in fields(TrainSettings)} | set(COMMAND_KEYS)
+    known = {*entries(TrainSettings), *entries(TrainJob), "config"}
     for key, value in raw.items():
         if key in _IGNORED or (key in _INERT and value in _INERT[key]):
             continue
@@ -253,21 +266,7 @@ def read_recipe(path: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{path}: unknown key {key!r}; known keys are {', '.join(sorted(known))}"
             )
-        if key in _PATHS and not isinstance(value, str | None):
-            raise ConfigError(f"{path}: {key} must be text, got {value!r}")
     return {k: v for k, v in raw.items() if k not in _INERT and k not in _IGNORED}
-
-
-def help_of(name: str) -> str:
-    """What a setting is for, in one sentence."""
-    return _FIELDS[name].metadata["help"]
-
-
-def default_of(name: str) -> Any:
-    return _FIELDS[name].default
-
-
-_FIELDS = {f.name: f for f in fields(TrainSettings)}
 
 
 def _loader() -> Any:
@@ -284,11 +283,7 @@ def _loader() -> Any:
     return Loader
 
 
-def _check_schedule(schedule: Any) -> None:
-    if schedule is None:
-        return
-    if not isinstance(schedule, Mapping):
-        raise ConfigError(f"lr_schedule must be an object, got {schedule!r}")
+def _check_schedule(schedule: Mapping[str, Any]) -> None:
     if unknown := sorted(set(schedule) - {"name", "arguments", "warmup", "warmup_init"}):
         raise ConfigError(f"lr_schedule: unknown keys {', '.join(map(str, unknown))}")
     if schedule.get("name") not in SCHEDULES:
@@ -307,7 +302,7 @@ def _check_schedule(schedule: Any) -> None:
     for key in ("warmup", "warmup_init"):
         if key in schedule and not (_is_number(schedule[key]) and schedule[key] >= 0):
             raise ConfigError(f"lr_schedule: {key} must be >= 0, got {schedule[key]!r}")
-    if not _is_whole(schedule.get("warmup", 0)):
+    if not isinstance(schedule.get("warmup", 0), int):
         raise ConfigError(f"lr_schedule: warmup must be a whole number, got {schedule['warmup']!r}")
 
 

@@ -11,7 +11,9 @@ import numpy as np
 from outlines_core import Index, Vocabulary
 
 from ..errors import TemplateError
+from ..language.pattern import find_problem, syntax_problem
 
+_NO_TEXT = "no text of this checkpoint's tokens matches it"
 _TINIEST = 1e-38  # a probability that float32 lost still orders paths, and never forbids one
 
 
@@ -56,35 +58,46 @@ class Automaton:
 
     @classmethod
     def of_regex(cls, pattern: str, spellings: Mapping[int, bytes]) -> Automaton:
-        """Accepts the token strings whose bytes match a regular expression as a whole.
+        """Return what accepts the token strings whose bytes match a regular expression as a whole.
 
         Args:
-          pattern: Rust's syntax, without looking around or back.
+          pattern: Rust's syntax without what `find_problem` names.
           spellings: the bytes of every token that may be used.
 
         Raises:
-          TemplateError: if the pattern is invalid or nothing matches it.
+          TemplateError: if the pattern is invalid or no token string matches it.
 
         Source: arXiv 2307.09702, by outlines-core.
         """
-        tokens: dict[bytes, list[int]] = {}
+        if problem := find_problem(pattern):
+            raise _unusable(pattern, problem.reason, problem.at)
+        # A token of our own for every byte keeps outlines-core from refusing an expression because
+        # of one part of it that the checkpoint's tokens cannot spell.
+        own = 1 + max(spellings, default=-1)
+        tokens: dict[bytes, list[int]] = {bytes([byte]): [own + byte] for byte in range(256)}
         for token, spelling in spellings.items():
             tokens.setdefault(spelling, []).append(token)
-        end = max(spellings, default=0) + 1  # outlines-core wants one; it is no token of ours
+        # outlines-core drops the ways out of a state that accepts already: behind `\z` no state
+        # does before the end of the text. It also refuses expressions that may look around, as
+        # `\z` does, before their first character: so a NUL stands first.
         try:
-            index = Index(pattern, Vocabulary(end, tokens))
+            index = Index(rf"\x00(?:{pattern})\z", Vocabulary(own + 256, tokens))
         except ValueError as error:
-            reason = str(error).partition("\n")[0]
-            if "anchored" in reason:
-                reason = "the whole slot is matched anyway; leave out ^ and $"
-            if "incompatible" in reason:
-                reason = "no text of this checkpoint's tokens matches it"
-            raise TemplateError(f"match: {pattern!r} cannot be used: {reason}") from error
-        moves = {
-            state: {token: target for token, target in ways.items() if token != end}
-            for state, ways in index.get_transitions().items()
-        }
-        return cls.of_moves(index.get_initial_state(), index.get_final_states(), moves)
+            raise _refused(pattern, str(error)) from error
+        transitions = index.get_transitions()
+        first = index.get_initial_state()
+        automaton = cls.of_moves(
+            transitions[first][own],
+            index.get_final_states(),
+            {
+                state: {token: target for token, target in ways.items() if token < own}
+                for state, ways in transitions.items()
+                if state != first
+            },
+        )
+        if not automaton._has_string():
+            raise _unusable(pattern, _NO_TEXT)
+        return automaton
 
     def lengths(self, most: int) -> list[int]:
         """Lengths from 1 to `most`, in tokens, of which there is a string."""
@@ -152,6 +165,17 @@ class Automaton:
         best = np.maximum.reduceat(probabilities[ways.tokens], ways.starts)
         return np.log(np.maximum(best, _TINIEST)) + onward
 
+    def _has_string(self) -> bool:
+        """Whether some string of at least one token is accepted."""
+        seen, waiting = set[int](), [self.initial]
+        while waiting:
+            targets = set(self.moves[waiting.pop()].targets.tolist()) - seen
+            if targets & self.finals:
+                return True
+            seen |= targets
+            waiting += targets
+        return False
+
     def _can_end(self, length: int) -> frozenset[int]:
         """States from which exactly `length` more tokens lead to an end."""
         if length == 0:
@@ -162,6 +186,21 @@ class Automaton:
                 s for s, ways in self.moves.items() if later.intersection(ways.targets.tolist())
             )
         return self._ends[length]
+
+
+def _refused(pattern: str, message: str) -> TemplateError:
+    """What outlines-core's message means for whoever wrote the pattern."""
+    if "incompatible" in message:
+        return _unusable(pattern, _NO_TEXT)
+    if problem := syntax_problem(pattern):
+        return _unusable(pattern, problem.reason, problem.at)
+    return _unusable(pattern, "it is not valid in the syntax of Rust's regex crate")
+
+
+def _unusable(pattern: str, reason: str, at: int | None = None) -> TemplateError:
+    shown = f'"{pattern}"' if pattern.isprintable() else repr(pattern)
+    place = "" if at is None else f", character {at + 1}"
+    return TemplateError(f"match {shown}{place}: {reason}")
 
 
 def _sorted(ways: Mapping[int, int]) -> _Moves:

@@ -1,28 +1,31 @@
-r"""A small language for text with gaps: what stands, and what the model is to write where.
+r"""A small language for text with gaps: literal text, and slots that the model writes.
 
     {{gap}}  {{gap:8}}  {{gap:4..12}}       free text: any length, 8 tokens, 4 to 12 tokens
     {{one of: yes | no}}                    one of these texts; spaces around them do not count
-    {{match: [0-9]{1,3}}}                   what a regular expression (Rust's) matches as a whole
+    {{match: [0-9]{1,3}}}                   a text that a regular expression matches as a whole
     {{name = gap:8}}                        any of them, under a name in the result
     \{{                                     a literal {{; before a slot, \\ is a literal \
 
 A slot ends at the first `}}` outside of its own braces; a backslash makes the next character in it
 plain, so that `\|`, `\{` and `\}` may stand in options and expressions. Everything else is literal
-text. Knows text, not tokens.
+text. Expressions have the syntax of Rust's regex crate; `pattern.py` lists what is not supported. A
+byte order mark at the beginning is kept, and the model does not see it. Knows text, not tokens.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal as OneOf
 
 from ..errors import TemplateError
+from .pattern import find_problem
 
 _NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)\s*")
-_GAP = re.compile(r"gap(?:\s*:\s*(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?)?")
+_GAP = re.compile(r"gap(?:\s*:\s*(\d{1,99})(?:\s*\.\.\s*(\d{1,99}))?)?")
 _OPENING = re.compile(r"(\\*)(\{{2,})")
 SHOWN_BLANK = "____"
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +38,29 @@ class Slot:
     high: int | None = None
     options: tuple[str, ...] = ()
     pattern: str = ""
+    place: str = field(default="", compare=False)  # in the template, for messages
+
+    @property
+    def label(self) -> str:
+        """Its place and name, to begin a message with."""
+        return f"{self.place}: slot {self.name}" if self.place else f"slot {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Literal texts and slots, in order; two literals never stand side by side."""
+    """Literal texts and slots, in order, without two literals in a row."""
 
     parts: tuple[str | Slot, ...]
+    mark: str = ""  # a byte order mark before them, which the model does not see
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """Reads the language above. Slots without a name are called by their number, from 1.
+        """Read the language above. Slots without a name are called by their number, from 1.
 
         Raises:
           TemplateError: naming line and column of what cannot be read, or if there is no slot.
         """
+        mark, text = split_mark(text)
         parts: list[str | Slot] = []
         literal, at, number = "", 0, 0
         while opening := _OPENING.search(text, at):
@@ -66,7 +77,7 @@ class Template:
             literal, at = "", end + 2
         if literal := literal + text[at:]:
             parts.append(literal)
-        template = cls(tuple(parts))
+        template = cls(tuple(parts), mark)
         if not template.slots:
             raise TemplateError("the template has no slot; one is written {{gap}}")
         names = [slot.name for slot in template.slots]
@@ -79,12 +90,19 @@ class Template:
         return tuple(part for part in self.parts if isinstance(part, Slot))
 
     def shown(self) -> str:
-        """The template as a person would read it, with blanks for slots."""
+        """Return the template with blanks for slots, as a person would read it."""
         return "".join(part if isinstance(part, str) else SHOWN_BLANK for part in self.parts)
 
     def filled(self, texts: dict[str, str]) -> str:
-        """The literals joined with the texts of the slots, by name."""
-        return "".join(part if isinstance(part, str) else texts[part.name] for part in self.parts)
+        """Return the literals joined with the texts of the slots, by name."""
+        parts = (part if isinstance(part, str) else texts[part.name] for part in self.parts)
+        return self.mark + "".join(parts)
+
+
+def split_mark(text: str) -> tuple[str, str]:
+    """Return the byte order mark of a text, or nothing, and the rest."""
+    rest = text.removeprefix(BYTE_ORDER_MARK)
+    return text[: len(text) - len(rest)], rest
 
 
 def _end_of_slot(text: str, start: int) -> int:
@@ -115,18 +133,22 @@ def _slot(text: str, start: int, end: int, number: int) -> Slot:
         high = low if high is None else high
         if low is not None and high is not None and not 1 <= low <= high:
             raise TemplateError(f"{place}: a gap of {low} to {high} tokens is not possible")
-        return Slot(name, "gap", low, high)
+        return Slot(name, "gap", low, high, place=place)
     kind, colon, value = body.partition(":")
     if colon and kind.strip() == "one of":
         pieces = re.findall(r"((?:\\.|[^|\\])*)(?:\||\Z)", value + "|")[:-1]
         options = [_plain(option.strip()) for option in pieces]
         if "" in options:
             raise TemplateError(f"{place}: option {options.index('') + 1} is empty")
-        return Slot(name, "one of", options=tuple(dict.fromkeys(options)))
+        return Slot(name, "one of", options=tuple(dict.fromkeys(options)), place=place)
     if colon and kind.strip() == "match":
-        if not value.strip():
+        pattern = value.strip()
+        if not pattern:
             raise TemplateError(f"{place}: there is nothing to match")
-        return Slot(name, "match", pattern=value.strip())
+        if problem := find_problem(pattern):
+            begin = start + at + len(body) - len(value.lstrip())
+            raise TemplateError(f"{_place(text, begin + problem.at)}: match: {problem.reason}")
+        return Slot(name, "match", pattern=pattern, place=place)
     raise TemplateError(
         f"{place}: {body!r} is not a slot; there are gap, gap:8, gap:4..12, one of: a | b, "
         "and match: [0-9]+"

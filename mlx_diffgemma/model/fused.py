@@ -40,7 +40,9 @@ def _fuse(owner: nn.Module, names: Sequence[str], fused: str) -> bool:
         return False
     parts = [owner[name] for name in names]
     first = parts[0]
-    if type(first) not in (nn.Linear, nn.QuantizedLinear) or len({_kind(p) for p in parts}) > 1:
+    # An adapter may be on one of them alone.
+    are_plain = all(type(part) in (nn.Linear, nn.QuantizedLinear) for part in parts)
+    if not are_plain or len({_kind(part) for part in parts}) > 1:
         return False
     arrays = {
         name: mx.concatenate([part[name] for part in parts], axis=0) for name in first.parameters()

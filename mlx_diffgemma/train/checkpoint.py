@@ -37,6 +37,7 @@ class State:
     weights: dict[str, mx.array]
     optimizer: dict[str, Any]
     accumulated: dict[str, mx.array]  # gradients of an update that is not complete
+    trained_tokens: int = 0  # read since the run began, padding left out
 
 
 def save(
@@ -66,6 +67,7 @@ def save(
     metadata = {
         "format": _FORMAT,
         "iteration": str(state.iteration),
+        "trained_tokens": str(state.trained_tokens),
         "settings": json.dumps(settings.as_dict(), sort_keys=True),
         "facts": json.dumps(dict(facts), sort_keys=True),
     }
@@ -98,6 +100,7 @@ def restore(folder: Path, settings: TrainSettings, facts: Mapping[str, Any]) -> 
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}")
         iteration = int(metadata["iteration"])
+        trained_tokens = int(metadata.get("trained_tokens", 0))  # older states have none
         # A setting that there was not yet stood at its default.
         before = TrainSettings().as_dict() | json.loads(metadata["settings"])
         known = json.loads(metadata["facts"])
@@ -115,7 +118,8 @@ def restore(folder: Path, settings: TrainSettings, facts: Mapping[str, Any]) -> 
         return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
     optimizer = cast(dict[str, Any], tree_unflatten(list(part("optimizer.").items())))
-    return State(iteration, part("weights."), optimizer, part("accumulated."))
+    weights, accumulated = part("weights."), part("accumulated.")
+    return State(iteration, weights, optimizer, accumulated, trained_tokens)
 
 
 def trained_weights(model: nn.Module) -> dict[str, mx.array]:

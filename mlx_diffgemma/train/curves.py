@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..errors import SourceError
 from .trainer import Saved, Trained, Validated
 
 METRICS, PICTURE = "metrics.jsonl", "curves.png"
@@ -47,16 +48,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(folder: Path) -> Path | None:
-    """Makes curves.png from a run's metrics; None where nothing was measured, or matplotlib is not
-    installed."""
+    """Make curves.png from a run's metrics; None where nothing was measured.
+
+    Raises:
+      SourceError: if matplotlib is not installed, or the picture cannot be written.
+    """
     rows = read(folder / METRICS)
     if not rows:
         return None
     os.environ.setdefault("MPLBACKEND", "Agg")
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise SourceError("that takes matplotlib (pip install matplotlib)") from error
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     train = [row for row in rows if row["kind"] == "train"]
@@ -85,5 +89,8 @@ def draw(folder: Path) -> Path | None:
     rates.set_ylim(bottom=0)
     rates.grid(alpha=0.3)
     path = folder / PICTURE
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be written to: {error.strerror}") from error
     return path

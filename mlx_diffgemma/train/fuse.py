@@ -13,10 +13,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..checkpoint.adapters import WEIGHTS, lora_of, read_adapter_config
+from ..checkpoint.adapters import WEIGHTS, read_adapter_config, read_factors
+from ..checkpoint.factors import Shapes, read_float_header
 from ..checkpoint.files import SIDE_PATTERNS, resolve
-from ..checkpoint.headers import INDEX, TensorInfo, read_header, read_headers
+from ..checkpoint.headers import INDEX, TensorInfo
 from ..checkpoint.names import Ignored, translate
+from ..checkpoint.tied import check_copies, read_assigned
 from ..config.model import ModelConfig
 from ..config.quantization import Quantization
 from ..config.reading import read_json
@@ -76,45 +78,70 @@ def fuse_checkpoint(
     config, raw = ModelConfig.from_folder(source), read_json(source / "config.json")
     fused = Fused(save_path)
     outputs = list(_outputs(source, config, Path(adapter_path), fused, dequantize=dequantize))
-    folder = save_path.with_name(f"{save_path.name}.partial")
+    if dequantize:
+        raw = {k: v for k, v in raw.items() if not k.startswith("quantization")}
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _write(outputs, folder)
-        for pattern in SIDE_PATTERNS:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, folder / path.name)
-        if dequantize:
-            raw = {k: v for k, v in raw.items() if not k.startswith("quantization")}
-        (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
-        os.replace(folder, save_path)
+        _write_folder(source, outputs, _shareable(raw), save_path)
     except (OSError, RuntimeError) as error:
         raise SourceError(f"{save_path} cannot be written: {error}") from error
     fused.nbytes = sum(output.nbytes for output in outputs)
     return fused
 
 
+def _write_folder(
+    source: Path, outputs: list[_Output], config: Mapping[str, Any], save_path: Path
+) -> None:
+    """Write all files, and give them the folder's name when all are there."""
+    folder = save_path.with_name(f"{save_path.name}.partial")
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise SourceError(
+            f"{folder} is there already, perhaps from a run that was cut off; remove it"
+        ) from error
+    try:
+        _write(outputs, folder)
+        for pattern in SIDE_PATTERNS:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        os.replace(folder, save_path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the place where the model once lay on somebody's disk."""
+    return {
+        key: _shareable(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "_name_or_path" or not os.path.isabs(str(value))
+    }
+
+
 def _outputs(
     source: Path, config: ModelConfig, adapters: Path, fused: Fused, *, dequantize: bool
 ) -> Iterator[_Output]:
     """Every tensor of the result, not yet computed."""
-    tensors = read_headers(source)
+    tensors, assigned = read_assigned(source)
+    check_copies(tensors, assigned.copies)
+    kept = dict(assigned.sources) | {name: name for name in assigned.ignored}
     modules: dict[str, dict[str, str]] = {}  # path -> leaf -> name in the source
-    for name in sorted(tensors):
-        target = translate(name)
-        path, _, leaf = (name if isinstance(target, Ignored) else target).rpartition(".")
+    for target, name in sorted(kept.items(), key=lambda item: item[1]):
+        path, _, leaf = target.rpartition(".")
         modules.setdefault(path, {})[leaf] = name
     shapes = {
         f"{path}.{leaf}": tensors[name]
         for path, names in modules.items()
         for leaf, name in names.items()
     }
-    changes = _changes(adapters, shapes, config)
+    changes = _changes(adapters, shapes, _weight_shapes(modules, tensors, config))
     read = partial(_read, tensors)
     for path, names in modules.items():
         packing = None
         if "scales" in names and config.quantization is not None:
-            packing = config.quantization.for_module(path)
+            stored = names["weight"].rpartition(".")[0]
+            packing = config.quantization.for_module(stored, path)
         change = changes.pop(f"{path}.weight", None)
         fused.changed += change is not None
         if packing is None:
@@ -142,62 +169,50 @@ _Change = Callable[[mx.array], mx.array]
 
 
 def _changes(
-    adapters: Path, shapes: Mapping[str, TensorInfo], config: ModelConfig
+    adapters: Path, shapes: Mapping[str, TensorInfo], weights: Shapes
 ) -> dict[str, _Change]:
     """By our name of a weight, what the adapters do to it.
 
     Raises:
       SourceError: if they do not fit.
     """
-    settings, path = read_adapter_config(adapters), adapters / WEIGHTS
-    if not path.is_file():
-        raise SourceError(f"{path} is missing")
-    found = read_header(path)
-    arrays = cast(dict[str, mx.array], mx.load(str(path)))
-    if settings.get("fine_tune_type", "lora") == "full":
-        for name, info in found.items():
-            if name not in shapes or shapes[name].shape != info.shape:
-                raise SourceError(
-                    f"{path}: {name} with shape {list(info.shape)} is not the model's"
-                )
-        return {name: partial(_replaced, arrays[name]) for name in found}
-    lora = lora_of(settings, adapters)
-    changes: dict[str, _Change] = {}
-    for name in sorted(found):
-        module, _, leaf = name.rpartition(".")
-        if leaf == "lora_b" and f"{module}.lora_a" in found:
+    settings = read_adapter_config(adapters)
+    if settings.get("fine_tune_type") == "full":
+        return _replacements(adapters / WEIGHTS, shapes)
+    factors = read_factors(adapters, settings, weights)
+    return {f"{path}.weight": own.added_to for path, own in factors.items()}
+
+
+def _weight_shapes(
+    modules: Mapping[str, Mapping[str, str]],
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
+) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the weights, unpacked, of all modules that take an adapter."""
+    found = {}
+    for path, names in modules.items():
+        if "weight" not in names or isinstance(translate(f"{path}.weight"), Ignored):
             continue
-        if leaf != "lora_a" or f"{module}.lora_b" not in found:
-            raise SourceError(f"{path}: {name} has no other half, or is no adapter")
-        a, b = arrays[name], arrays[f"{module}.lora_b"]
-        weight = shapes.get(f"{module}.weight")
-        delta = (*b.shape[:-1], a.shape[-1]) if a.ndim == 3 else (b.shape[-1], a.shape[0])
-        rank = b.shape[-1] == a.shape[-2] if a.ndim == 3 else a.shape[-1] == b.shape[0]
-        if weight is None or not rank or _unpacked_shape(module, weight, config) != delta:
-            raise SourceError(
-                f"{path}: {name} does not fit the model's {module}; was it made for another one?"
-            )
-        changes[f"{module}.weight"] = partial(_added, a, b, lora.scale)
-    return changes
+        *rest, width = tensors[names["weight"]].shape
+        if "scales" in names and config.quantization is not None:
+            packing = config.quantization.for_module(names["weight"].rpartition(".")[0], path)
+            assert packing is not None
+            width = width * 32 // packing.bits
+        if rest and "embed_tokens" not in path:
+            found[path] = (*rest, width)
+    return found
 
 
-def _unpacked_shape(module: str, info: TensorInfo, config: ModelConfig) -> tuple[int, ...]:
-    if info.dtype != "U32" or config.quantization is None:
-        return info.shape
-    packing = config.quantization.for_module(module)
-    assert packing is not None
-    return (*info.shape[:-1], info.shape[-1] * 32 // packing.bits)
+def _replacements(file: Path, shapes: Mapping[str, TensorInfo]) -> dict[str, _Change]:
+    for name, info in read_float_header(file).items():
+        if name not in shapes or shapes[name].shape != info.shape:
+            raise SourceError(f"{file}: {name} with shape {list(info.shape)} is not the model's")
+    arrays = cast(dict[str, mx.array], mx.load(str(file)))
+    return {name: partial(_replaced, array) for name, array in arrays.items()}
 
 
 def _replaced(array: mx.array, _: mx.array) -> mx.array:
     return array.astype(mx.float32)
-
-
-def _added(a: mx.array, b: mx.array, scale: float, weight: mx.array) -> mx.array:
-    """The adapter's product added: modules [inputs, r] and [r, outputs], experts [E, r, inputs] and
-    [E, outputs, r]."""
-    a, b = a.astype(mx.float32), b.astype(mx.float32)
-    return weight + ((scale * b) @ a if a.ndim == 3 else (scale * b.T) @ a.T)
 
 
 # A tensor of the source, by its name there.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from ..checkpoint.adapters import load_adapters
 from ..checkpoint.files import resolve
 from ..checkpoint.headers import read_header, read_headers
-from ..checkpoint.load import load_model
+from ..checkpoint.load import build_model
 from ..config.model import ModelConfig
 from ..config.training import TrainSettings
 from ..errors import SourceError
@@ -24,6 +23,9 @@ from .checkpoint import STATE, trained_weights
 from .curves import Metrics, draw
 from .data import Example, fill_token, read_split
 from .trainer import Event, Saved, Trainer, prepare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -68,32 +70,12 @@ class Session:
         Raises:
           DiffGemmaError: one line that says what is wrong with model, data or folder.
         """
+        _check_folder(folder, trains=trains, resumes=resumes)
         source = resolve(model, revision)
         config = ModelConfig.from_folder(source)
-        width = settings.canvas_length or config.canvas_length
-        if trains and not resumes and (folder / STATE).exists():
-            raise SourceError(
-                f"{folder} has a run in it; go on with --resume, or name another --adapter-path"
-            )
-        if resumes and not (folder / STATE).is_file():
-            raise SourceError(f"{folder} has no {STATE} to go on from")
         tokenizer = load_tokenizer(source)
-
-        def examples(split: str) -> list[Example]:
-            return read_split(
-                data,
-                split,
-                tokenizer,
-                vocab_size=config.text.vocab_size,
-                canvas_length=width,
-                max_seq_length=settings.max_seq_length,
-            )
-
-        train_set = examples("train") if trains else []
-        has_valid = trains and (Path(data) / "valid.jsonl").is_file()
-        valid_set = examples("valid") if has_valid else []
-        test_set = examples("test") if tests else []
-        loaded = load_model(source, fused=False)
+        splits = _read_splits(data, tokenizer, config, settings, trains=trains, tests=tests)
+        loaded = build_model(source, config, fused=False)
         if trains:
             prepare(loaded, settings)
             if start_file is not None:
@@ -102,22 +84,22 @@ class Session:
             load_adapters(loaded, folder)
         trainer = Trainer(
             loaded,
-            train_set,
-            valid_set,
+            splits["train"],
+            splits["valid"],
             settings,
             folder,
             eos_token_id=fill_token(tokenizer),
-            facts=_facts(source, train_set),
+            facts=_facts(model, source, splits["train"]),
         )
-        metrics = None
-        if trains and resumes:
+        if resumes and trains:
             trainer.resume()
+        metrics = None
         if trains and trainer.is_first:
             try:
                 metrics = Metrics(folder, iteration=trainer.iteration)
             except OSError as error:
                 raise SourceError(f"{folder} cannot be written to: {error.strerror}") from error
-        return cls(loaded, trainer, test_set, folder, metrics)
+        return cls(loaded, trainer, splits["test"], folder, metrics)
 
     def train(self) -> Iterator[Event]:
         """The events of the run, each recorded."""
@@ -138,12 +120,12 @@ class Session:
         return self.trainer.save() if self.trainer.is_whole else None
 
     def draw(self) -> Path | None:
-        """The picture of the run so far."""
-        if self.metrics is None:
-            return None
-        with suppress(OSError):
-            return draw(self.folder)
-        return None
+        """Draw the run so far; None where nothing was measured.
+
+        Raises:
+          SourceError: if the picture cannot be made.
+        """
+        return None if self.metrics is None else draw(self.folder)
 
     def test(self) -> tuple[float, float, float]:
         """Losses on the test set: sum, canvas, causal; nats."""
@@ -166,15 +148,52 @@ class Session:
         return total
 
 
-def _facts(source: Path, examples: list[Example]) -> dict[str, Any]:
-    """What a run that is taken up must share: the checkpoint's config and headers, and the data."""
+def _check_folder(folder: Path, *, trains: bool, resumes: bool) -> None:
+    if trains and not resumes and (folder / STATE).exists():
+        raise SourceError(
+            f"{folder} has a run in it; go on with --resume, or name another --adapter-path"
+        )
+    if resumes and not (folder / STATE).is_file():
+        raise SourceError(f"{folder} has no {STATE} to go on from")
+
+
+def _read_splits(
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    settings: TrainSettings,
+    *,
+    trains: bool,
+    tests: bool,
+) -> dict[str, list[Example]]:
+    """The examples of each split that is needed, and of the others none."""
+    has_valid = trains and (Path(data) / "valid.jsonl").is_file()
+    needed = {"train": trains, "valid": has_valid, "test": tests}
+    return {
+        split: read_split(
+            data,
+            split,
+            tokenizer,
+            vocab_size=config.text.vocab_size,
+            canvas_length=settings.canvas_length or config.canvas_length,
+            max_seq_length=settings.max_seq_length,
+        )
+        if is_needed
+        else []
+        for split, is_needed in needed.items()
+    }
+
+
+def _facts(model: str, source: Path, examples: list[Example]) -> dict[str, Any]:
+    """What a run that is taken up must share: the checkpoint's config and headers, and the data.
+    Adapters are shared, so they name a repository or a folder, and not where it lies."""
     headers = sorted((n, i.dtype, i.shape) for n, i in read_headers(source).items())
     checkpoint = hashlib.sha256((source / "config.json").read_bytes() + repr(headers).encode())
     data = hashlib.sha256()
     for example in examples:
         data.update(example.prompt.tobytes() + b"|" + example.answer.tobytes())
     return {
-        "model": str(source),
+        "model": Path(model).resolve().name if Path(model).exists() else model,
         "checkpoint": checkpoint.hexdigest()[:16],
         "train_data": data.hexdigest()[:16],
     }

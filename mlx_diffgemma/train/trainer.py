@@ -41,7 +41,7 @@ class Trained:
     learning_rate: float
     iterations_per_second: float
     tokens_per_second: float  # read, padding left out
-    trained_tokens: int  # since this process began
+    trained_tokens: int  # since the run began, before any --resume too
     peak_bytes: int
 
 
@@ -160,7 +160,8 @@ class Trainer:
                 f"batch_size of {settings.batch_size} cannot be shared by {self._world.size()} "
                 "processes"
             )
-        self.iteration = 0
+        self.iteration = self.trained_tokens = 0
+        self._saved_at: int | None = None  # iteration of the last checkpoint
         if settings.optimizer == "muon":
             trained = trained_weights(model).items()
             if not any(is_matrix(name, weight) for name, weight in trained):
@@ -188,7 +189,8 @@ class Trainer:
         self.model.load_weights(list(state.weights.items()), strict=False)
         self.optimizer.state = state.optimizer
         self._accumulated = state.accumulated
-        self.iteration = state.iteration
+        self.iteration = self._saved_at = state.iteration
+        self.trained_tokens = state.trained_tokens
         if self.iteration >= self.settings.iters:
             raise ConfigError(
                 f"the run in {self.folder} stands at iteration {self.iteration} already; "
@@ -209,12 +211,23 @@ class Trainer:
     def save(self, *, numbered: bool = False) -> Saved:
         """Writes a checkpoint of where the run stands."""
         state = State(
-            self.iteration, trained_weights(self.model), self.optimizer.state, self._accumulated
+            self.iteration,
+            trained_weights(self.model),
+            self.optimizer.state,
+            self._accumulated,
+            self.trained_tokens,
         )
-        if not self.is_first:
-            return Saved(self.iteration, self.folder / STATE)
-        path = save(self.folder, state, self.settings, self.facts, numbered=numbered)
-        return Saved(self.iteration, path)
+        if self.is_first:
+            save(self.folder, state, self.settings, self.facts, numbered=numbered)
+        self._saved_at = self.iteration
+        return Saved(self.iteration, self.folder / STATE)
+
+    @property
+    def last_checkpoint(self) -> str:
+        """What there is to go on from, as the subject of a sentence."""
+        if self._saved_at is None:
+            return "no checkpoint was written yet"
+        return f"the last checkpoint in {self.folder} is of iteration {self._saved_at:,}"
 
     def run(self) -> Iterator[Event]:
         """Trains to `settings.iters`, and saves at the end.
@@ -238,11 +251,11 @@ class Trainer:
                 values, grads, tokens = self._look()
                 if is_due:
                     yield self.save(numbered=is_numbered)
-                self._apply(grads)
+                self._apply(grads, tokens)
                 s.add(values, tokens, time.perf_counter() - started)
                 is_last = self.iteration == settings.iters
                 if self.iteration % settings.steps_per_report == 0 or is_last:
-                    yield s.report(self.iteration, float(self.optimizer.learning_rate))
+                    yield s.report(self)
                 if self.valid_set and (self.iteration % settings.steps_per_eval == 0 or is_last):
                     yield self._validated()
                 is_due = self.iteration % settings.save_every == 0
@@ -334,8 +347,8 @@ class Trainer:
         self._check_finite(_flat(grads), "gradients are")
         return found, grads, int(tokens)
 
-    def _apply(self, grads: Any) -> None:
-        """Counts the batch, and updates the weights where it completes an update."""
+    def _apply(self, grads: Any, tokens: int) -> None:
+        """Counts the batch and its tokens, and updates the weights where it completes an update."""
         settings = self.settings
         is_update = (self.iteration + 1) % settings.grad_accumulation_steps == 0
         self._is_changing = True
@@ -350,6 +363,7 @@ class Trainer:
         self._accumulated = {} if is_update else _flat(grads)
         mx.eval(self._accumulated, self.model.trainable_parameters(), self.optimizer.state)
         self.iteration += 1
+        self.trained_tokens += tokens
         self._is_changing = False
 
     def _check_finite(self, arrays: dict[str, mx.array], what: str) -> None:
@@ -358,8 +372,8 @@ class Trainer:
 
     def _broken(self, what: str) -> LossError:
         return LossError(
-            f"{what} at iteration {self.iteration + 1}; the last checkpoint in {self.folder} is "
-            "from before; a smaller learning rate may help"
+            f"{what} at iteration {self.iteration + 1:,}; {self.last_checkpoint}; "
+            "a smaller learning rate may help"
         )
 
 
@@ -371,7 +385,6 @@ class _Sums:
     """What a report tells, since the last one."""
 
     def __init__(self) -> None:
-        self.trained_tokens = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -380,19 +393,19 @@ class _Sums:
     def add(self, values: Sequence[float], tokens: int, seconds: float) -> None:
         self.values = [a + b for a, b in zip(self.values, values, strict=True)]
         self.count, self.tokens = self.count + 1, self.tokens + tokens
-        self.seconds, self.trained_tokens = self.seconds + seconds, self.trained_tokens + tokens
+        self.seconds += seconds
 
-    def report(self, iteration: int, learning_rate: float) -> Trained:
+    def report(self, trainer: Trainer) -> Trained:
         means = [value / self.count for value in self.values]
         event = Trained(
-            iteration,
+            trainer.iteration,
             means[0],
             means[1],
             means[2],
-            learning_rate,
+            float(trainer.optimizer.learning_rate),
             self.count / self.seconds,
             self.tokens / self.seconds,
-            self.trained_tokens,
+            trainer.trained_tokens,
             mx.get_peak_memory(),
         )
         self._clear()

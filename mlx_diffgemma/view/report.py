@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text
+from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text, TrialStarted
+from ..language.text import Spellings
+from ..write.edit import Edited
 from ..write.fill import Filled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +86,54 @@ class Stopwatch:
         )
 
 
-def as_object(event: Event, summary: Summary | None = None) -> dict[str, Any]:
-    """One event of a run of one prompt as a JSON object; reads its arrays."""
+class Drafts:
+    """Reads the drafts of a run for `as_object`, row 0 of each step."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> None:
+        self._tokenizer, self._ends = tokenizer, frozenset(eos_token_ids)
+        self._spellings = Spellings(tokenizer)
+        self._pinned: list[bool] = []
+
+    def observe(self, event: Event) -> None:
+        """Learn from a `TrialStarted` what the steps after it have pinned."""
+        if isinstance(event, TrialStarted):
+            self._pinned = np.array(event.pinned[0]).tolist()
+
+    def fields(self, event: StepDone) -> dict[str, Any]:
+        """Return the fields that a draft adds to its step.
+
+        draft   the text up to the first end token, without control tokens
+        tokens  what is before the first end token, in order; each is an object with "text" (a
+                control token or half a character by its name), "accepted", "certainty" (the
+                token's probability, from 0 to 1) and, in `fill` and `edit`, "pinned" (it is
+                part of the given text)
+        """
+        ids = np.array(event.draft[0]).tolist()
+        stop = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))
+        accepted, certainty = np.array(event.accepted[0]), np.array(event.certainty[0])
+        tokens: list[dict[str, Any]] = [
+            {
+                "text": self._spellings[ids[i]],
+                "accepted": bool(accepted[i]),
+                "certainty": round(float(certainty[i]), 5),
+            }
+            for i in range(stop)
+        ]
+        for token, is_pinned in zip(tokens, self._pinned, strict=False):
+            token["pinned"] = is_pinned
+        text = self._tokenizer.decode(
+            ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return {"draft": text, "tokens": tokens}
+
+
+def as_object(
+    event: Event, summary: Summary | None = None, *, drafts: Drafts | None = None
+) -> dict[str, Any]:
+    """Return one event of a run of one prompt as a JSON object; reads its arrays. With `drafts` a
+    step has the fields of `Drafts.fields` too."""
+    if drafts is not None:
+        drafts.observe(event)
     match event:
         case PrefillDone():
             return {
@@ -96,6 +148,14 @@ def as_object(event: Event, summary: Summary | None = None) -> dict[str, Any]:
                 "step": event.step,
                 "accepted": int(np.array(event.accepted).sum()),
                 "mean_entropy": float(np.array(event.entropy).mean()),
+                **(drafts.fields(event) if drafts else {}),
+            }
+        case TrialStarted():
+            return {
+                "event": "trial",
+                "canvas": event.window,
+                "final": event.is_final,
+                "lengths": [dict(zip(event.slots, row, strict=True)) for row in event.lengths],
             }
         case CanvasCommitted():
             return {
@@ -110,8 +170,27 @@ def as_object(event: Event, summary: Summary | None = None) -> dict[str, Any]:
             return {"event": "finished", **(asdict(summary) if summary else {})}
 
 
+def edited_object(edited: Edited) -> dict[str, Any]:
+    """Return an edited document as a JSON object: the whole text, what was selected and what
+    replaces it, then the work as for `filled_object`."""
+    facts = filled_object(edited.filled)
+    (slot,) = facts.pop("slots").values()
+    selection = edited.selection
+    return {
+        "text": edited.text,
+        "selection": {
+            "start": selection.start,
+            "stop": selection.stop,
+            "text": edited.before[selection.start : selection.stop],
+        },
+        "replacement": edited.replacement,
+        **{name: slot[name] for name in ("tokens", "certainty", "lengths")},
+        **{name: value for name, value in facts.items() if name != "text"},
+    }
+
+
 def filled_object(filled: Filled) -> dict[str, Any]:
-    """A filled template as a JSON object."""
+    """Return a filled template as a JSON object."""
     return {
         "text": filled.text,
         "slots": {

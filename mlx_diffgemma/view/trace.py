@@ -1,17 +1,23 @@
 """A run kept step by step, for looking at afterwards: a plain object (run.json) and a page that
-needs nothing else (run.html). Keeps row 0, as it comes; decides nothing.
+needs nothing else (run.html). Keeps row 0 of each step.
 
 run.json:
 
     format      "mlx_diffgemma.trace/1"
-    model, seed, prompt, settings (those that were given), complete (False: the run was cut short)
+    model (a repository's id or a folder's name), seed, prompt, settings (those that were given),
+    complete (False: the run was cut short)
     text        {"answer", "thought"}: what is final
     vocabulary  token id -> how it looks, for every id below; a control token by its name
     controls    the ids among them that are control tokens
     canvases    each {"canvas", "tokens" (None where it was not committed), "text", "steps"}
-    steps       each {"step", "attempt", "accepted_tokens", "mean_entropy", and per position
-                "draft", "accepted", "certainty", "entropy" (nats) and "candidates", which is
-                [[id, probability], ...], best first}
+    steps       each {"step", "attempt", "accepted_tokens", "free_tokens", "mean_entropy", and per
+                position "draft", "accepted", "certainty", "entropy" (nats) and "candidates", which
+                is [[id, probability], ...], best first}
+
+A run of `fill` or `edit` has an entry of canvases for each batch of lengths that was tried, with
+two more fields: "trial" is {"final" (False: the text was dropped), "rows", "lengths" (of the slots
+in row 0, tokens)}, and "pinned" tells for each position whether its text was given. What is pinned
+does not count in "accepted_tokens", "free_tokens" and "mean_entropy".
 
 `step` and `canvas` count from 0. `attempt` is above 0 where an empty canvas was drawn again. A step
 may be narrower than the canvas, under `canvas_width="answer"`.
@@ -25,18 +31,20 @@ import zlib
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.files import write_whole
 from ..config.generation import GenerationSettings
-from ..events import CanvasCommitted, Event, Finished, StepDone, Text
+from ..events import CanvasCommitted, Event, Finished, StepDone, Text, TrialStarted
 from ..language.text import CERTAINTY_BANDS, Spellings
+from .pages import FORMAT, check_page, model_name
 
-FORMAT = "mlx_diffgemma.trace/1"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CANDIDATES = 5  # per position, unless the vocabulary is smaller
 _PLACE_OF_DATA = "@@RUN@@"  # in trace.html
 _THOUSANDTHS = 1000  # what the page keeps of probabilities and nats
@@ -48,6 +56,7 @@ class _Step:
 
     step: int
     attempt: int
+    pinned: np.ndarray  # bool [W]
     draft: np.ndarray  # int32 [W]
     accepted: np.ndarray  # bool [W]
     certainty: np.ndarray  # float32 [W]
@@ -60,21 +69,29 @@ class _Step:
         return {
             "step": self.step,
             "attempt": self.attempt,
-            "accepted_tokens": int(self.accepted.sum()),
-            "mean_entropy": round(float(self.entropy.mean()), 6),
+            "accepted_tokens": int((self.accepted & ~self.pinned).sum()),
+            "free_tokens": (free := int((~self.pinned).sum())),
+            "mean_entropy": round(float(self.entropy[~self.pinned].mean()) if free else 0.0, 6),
         }
 
 
 @dataclass(slots=True, eq=False)
 class _Canvas:
     index: int
+    trial: dict[str, Any] | None = None
+    pinned: list[bool] | None = None
     steps: list[_Step] = field(default_factory=list)
     tokens: list[int] | None = None
 
+    @property
+    def about(self) -> dict[str, Any]:
+        trial = {} if self.trial is None else {"trial": self.trial, "pinned": self.pinned}
+        return {"canvas": self.index, **trial}
+
 
 class Trace:
-    """Listens to a run of one prompt. Ask for `CANDIDATES` in the settings, or the page has none to
-    show."""
+    """Listens to a run of one prompt, or of `fill` or `edit`. Ask for `CANDIDATES` in the settings,
+    or the page has none to show."""
 
     def __init__(
         self,
@@ -87,7 +104,7 @@ class Trace:
         self._tokenizer, self._spellings = tokenizer, Spellings(tokenizer)
         given = {f.name: getattr(settings, f.name) for f in fields(settings)}
         self._about = {
-            "model": model,
+            "model": model_name(model),
             "seed": given.pop("seed"),
             "prompt": prompt,
             "settings": {name: value for name, value in given.items() if value not in (None, ())},
@@ -97,13 +114,21 @@ class Trace:
         self._is_complete = False
 
     def observe(self, event: Event) -> None:
-        """Takes an event in; reads a step's arrays."""
+        """Take an event in; reads a step's arrays."""
         match event:
+            case TrialStarted():
+                trial = {
+                    "final": event.is_final,
+                    "rows": len(event.lengths),
+                    "lengths": dict(zip(event.slots, event.lengths[0], strict=True)),
+                }
+                pinned = np.array(event.pinned[0]).tolist()
+                self._canvases.append(_Canvas(event.window, trial, pinned))
             case StepDone():
                 canvas = self._canvas(event.canvas_index)
                 before = canvas.steps[-1] if canvas.steps else None
                 attempt = 0 if before is None else before.attempt + (event.step <= before.step)
-                canvas.steps.append(_first_row(event, attempt))
+                canvas.steps.append(_first_row(event, attempt, canvas.pinned))
             case CanvasCommitted():
                 canvas = self._canvas(event.canvas_index)
                 canvas.tokens = np.array(event.tokens[0]).tolist()
@@ -111,6 +136,11 @@ class Trace:
                 self._text[event.channel] += event.piece
             case Finished():
                 self._is_complete = True
+
+    def conclude(self, answer: str) -> None:
+        """Take in the result of `fill` or `edit`, which no event tells."""
+        self._text["answer"] = answer
+        self._is_complete = True
 
     @property
     def is_empty(self) -> bool:
@@ -126,7 +156,7 @@ class Trace:
             "controls": [token for token in ids if self._spellings.is_control(token)],
             "canvases": [
                 {
-                    "canvas": canvas.index,
+                    **canvas.about,
                     "tokens": canvas.tokens,
                     "text": self._decode(canvas),
                     "steps": [_plain(step) for step in canvas.steps],
@@ -142,13 +172,13 @@ class Trace:
         return before + _inside_script(json.dumps(self._for_page())) + after
 
     def write(self, page: Path) -> Path:
-        """Writes the page, and the plain object beside it, whose place is returned. A file is there
-        whole or not at all.
+        """Write the page, and the plain object beside it, whose place is returned. A file is there
+        whole or not at all, and no file but an older trace is replaced.
 
         Raises:
-          SourceError: if one of them cannot be written.
+          DiffGemmaError: if one of them cannot be written.
         """
-        beside = page.with_suffix(".json")
+        beside = check_page(page)
         write_whole(beside, json.dumps(self.as_object()).encode())
         write_whole(page, self.html().encode())
         return beside
@@ -191,6 +221,7 @@ class Trace:
             "canvases": [
                 {
                     "canvas": canvas.index,
+                    "trial": canvas.trial,
                     "text": self._decode(canvas),
                     "steps": [{**step.summary, "width": len(step.draft)} for step in canvas.steps],
                 }
@@ -202,7 +233,7 @@ class Trace:
         }
 
 
-def _first_row(event: StepDone, attempt: int) -> _Step:
+def _first_row(event: StepDone, attempt: int, pinned: list[bool] | None) -> _Step:
     draft, accepted, certainty, entropy = (
         event.draft[0],
         event.accepted[0],
@@ -214,6 +245,7 @@ def _first_row(event: StepDone, attempt: int) -> _Step:
     return _Step(
         event.step,
         attempt,
+        np.array(pinned[: len(draft)] if pinned else [False] * len(draft), bool),
         np.array(draft, np.int32),
         np.array(accepted, bool),
         np.array(certainty, np.float32),
@@ -241,9 +273,10 @@ def _rounded(values: np.ndarray) -> Any:
 
 def _columns(steps: list[_Step], ids: np.ndarray) -> bytes:
     """The numbers of all positions of all steps, column behind column and byte behind byte, which
-    is what packs well: accepted 1 byte; certainty, entropy 2 in thousandths; draft 3, as the
-    word's place in the table; then per candidate 3 and 2 likewise. Little end first. Draft and
-    certainty are kept as their XOR with the first candidate's."""
+    is what packs well: 1 byte with bit 0 for accepted and bit 1 for pinned; certainty and entropy,
+    2 bytes in thousandths; draft 3, as the word's place in the table; then per candidate 3 and 2
+    likewise. Little end first. Draft and certainty are kept as their XOR with the first
+    candidate's."""
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(step, name) for step in steps])
@@ -260,7 +293,8 @@ def _columns(steps: list[_Step], ids: np.ndarray) -> bytes:
     draft, certainty = np.searchsorted(ids, joined("draft")), thousandths(joined("certainty"))
     if words.shape[1]:  # nearly always the draft is the first candidate, and zeros take no room
         draft, certainty = draft ^ words[:, 0], certainty ^ shares[:, 0]
-    parts = [planes(joined("accepted").astype(np.int64), 1), planes(certainty, 2)]
+    bits = joined("accepted").astype(np.int64) + 2 * joined("pinned")
+    parts = [planes(bits, 1), planes(certainty, 2)]
     parts += [planes(thousandths(joined("entropy")), 2), planes(draft, 3)]
     parts += [planes(words[:, i], 3) + planes(shares[:, i], 2) for i in range(words.shape[1])]
     return b"".join(parts)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ..config.generation import GenerationSettings
 from ..errors import TemplateError
 from ..events import Event
 from ..language.prompt import PromptOptions, encode_text
-from ..language.template import Slot, Template
+from ..language.template import Slot, Template, split_mark
 from ..model import DiffusionGemma
 from .fill import Filled, fill
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _NAME = "selection"
+_PLACES = re.compile(r"\s*(\d{1,9}):(\d{1,9})\s*-\s*(\d{1,9}):(\d{1,9})\s*")
+_LINES = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 _OPEN, _CLOSE = "[[[", "]]]"
 
 
@@ -30,34 +35,41 @@ class Selection:
 
     @classmethod
     def of_places(cls, text: str, places: str) -> Selection:
-        """From "line:column-line:column", both from 1; the second place is the first one behind.
+        """Return the part from "line:column-line:column" or the whole lines of "line-line".
+
+        Lines and columns count from 1; a byte order mark has no column. The second place of a pair
+        with columns is the first one behind the part. Whole lines come without the line break at
+        their end; "12" is short for "12-12".
 
         Raises:
           TemplateError: if it cannot be read, or lies outside of the text.
         """
-        try:
-            first, last = places.split("-")
-            (line, column), (last_line, last_column) = (
-                map(int, place.split(":")) for place in (first, last)
-            )
-        except ValueError as error:
+        found = _PLACES.fullmatch(places) or _LINES.fullmatch(places)
+        if found is None:
             raise TemplateError(
-                f"the selection {places!r} is not line:column-line:column, such as 12:3-14:20"
-            ) from error
-        start, stop = (
-            _offset(text, *place, places) for place in ((line, column), (last_line, last_column))
-        )
+                f"the selection {places!r} is not line:column-line:column, such as 12:3-14:20, "
+                "and not whole lines, such as 12-14"
+            )
+        if found.re is _PLACES:
+            line, column, last_line, last_column = map(int, found.groups())
+            start = _offset(text, line, column, places)
+            stop = _offset(text, last_line, last_column, places)
+        else:
+            line, last_line = int(found[1]), int(found[2] or found[1])
+            start = _offset(text, line, 1, places)
+            stop = _offset(text, last_line, None, places)
         if stop < start:
             raise TemplateError(f"the selection {places} ends before it begins")
         return cls(start, stop)
 
     @classmethod
     def of_match(cls, text: str, part: str) -> Selection:
-        """The only place where a text stands.
+        """Return the only place where a text stands.
 
         Raises:
           TemplateError: if there is none, or more than one.
         """
+        _, part = split_mark(part)
         if not part:
             raise TemplateError("there is nothing to look for: the text to match is empty")
         starts = [found.start() for found in re.finditer(f"(?={re.escape(part)})", text)]
@@ -81,13 +93,16 @@ class Edited:
         return self.filled.slots[_NAME].text
 
     def diff(self, name: str) -> str:
-        """What changed, as a unified diff; empty where nothing did."""
-        lines = difflib.unified_diff(
-            _lines(self.before),
-            _lines(self.text),
-            f"a/{name}",
-            f"b/{name}",
-        )
+        """Return what changed as a unified diff, for `git apply` and `patch -p1`; empty where
+        nothing did.
+
+        Args:
+          name: the path of the file, with `/` between folders, from the folder in which the diff
+            is to be applied.
+        """
+        lines = list(difflib.unified_diff(_lines(self.before), _lines(self.text)))
+        if lines:
+            lines[:2] = f"--- {_header(f'a/{name}')}\n", f"+++ {_header(f'b/{name}')}\n"
         return "".join(
             line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
             for line in lines
@@ -106,12 +121,12 @@ def edit(
     prompt_options: PromptOptions = PromptOptions(),
     listener: Callable[[Event], None] | None = None,
 ) -> Edited:
-    """Writes the selected part of a document anew; every other byte of it stays.
+    """Rewrite the selected part of a document; every other byte of it stays.
 
     Args:
       model: from `load`.
       tokenizer: from `load`.
-      document: all of it.
+      document: all of it. The model does not see a byte order mark at its beginning.
       selection: the part to rewrite; an empty one inserts.
       instruction: what to do with it.
       gap_tokens: least and most tokens of the new part; by default from half of the old one to
@@ -130,8 +145,10 @@ def edit(
         )
     if not instruction.strip():
         raise TemplateError("the instruction is empty: say what to do with the selection")
+    mark, _ = split_mark(document)
+    selection = Selection(*(max(len(mark), at) for at in (selection.start, selection.stop)))
     before, old, behind = (
-        document[: selection.start],
+        document[len(mark) : selection.start],
         document[selection.start : selection.stop],
         document[selection.stop :],
     )
@@ -147,7 +164,7 @@ def edit(
     filled = fill(
         model,
         tokenizer,
-        Template(tuple(part for part in (before, slot, behind) if part != "")),
+        Template(tuple(part for part in (before, slot, behind) if part != ""), mark),
         prompt=_request(instruction, before, old, behind),
         settings=settings,
         prompt_options=prompt_options,
@@ -165,18 +182,33 @@ def _request(instruction: str, before: str, old: str, behind: str) -> str:
     )
 
 
-def _offset(text: str, line: int, column: int, places: str) -> int:
+def _offset(text: str, line: int, column: int | None, places: str) -> int:
+    """Where a place is, or the end of its line without a column."""
+    mark, text = split_mark(text)
     lines = text.split("\n")
     if not 1 <= line <= len(lines):
         raise TemplateError(
             f"the selection {places} lies outside of the file: it has {len(lines)} lines"
         )
     length = len(lines[line - 1].removesuffix("\r"))
+    column = length + 1 if column is None else column
     if not 1 <= column <= length + 1:
         raise TemplateError(
             f"the selection {places} lies outside of the file: line {line} has {length} characters"
         )
-    return sum(len(earlier) + 1 for earlier in lines[: line - 1]) + column - 1
+    return len(mark) + sum(len(earlier) + 1 for earlier in lines[: line - 1]) + column - 1
+
+
+def _header(name: str) -> str:
+    """A file's name as git and patch read it: in quotes where it holds what would confuse them,
+    with a tab behind it where a space could end it."""
+    raw = os.fsencode(name)
+    if all(byte >= 0x20 and byte not in b'"\\\x7f' for byte in raw) and name.isprintable():
+        return f"{name}\t" if " " in name else name
+    quoted = "".join(
+        chr(byte) if 0x20 <= byte < 0x7F and byte not in b'"\\' else f"\\{byte:03o}" for byte in raw
+    )
+    return f'"{quoted}"'
 
 
 def _lines(text: str) -> list[str]:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.memory import generation_limits
 from ..config.generation import GenerationSettings, ResolvedSettings
@@ -27,6 +27,9 @@ from ..language.prompt import (
 from ..language.template import Slot, Template
 from ..model import DiffusionGemma
 from .writer import Choice, Piece, Writer, least_tokens, may_be_cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _END_OF_TURN = "<turn|>"
 
@@ -60,7 +63,7 @@ class Filled:
 def fill(
     model: DiffusionGemma,
     tokenizer: PreTrainedTokenizerBase,
-    template: Template,
+    template: Template | str,
     *,
     prompt: Prompt | None = None,
     gap_tokens: tuple[int, int] | None = None,
@@ -69,12 +72,13 @@ def fill(
     listener: Callable[[Event], None] | None = None,
     is_shown: bool = False,
 ) -> Filled:
-    """Fills a template. Its literal text stands byte for byte in the result.
+    """Fill a template. Its literal text is in the result byte for byte.
 
     Args:
       model: from `load`.
       tokenizer: from `load`.
-      template: from `Template.parse`; it is the model's turn, and ends it.
+      template: a string with slots, such as "a {{gap}}", or the result of `Template.parse`; it is
+        the model's turn, and ends it.
       prompt: the user's turn; by default a request that shows the template with blanks.
       gap_tokens: least and most tokens of gaps and matches that do not say it themselves; by
         default from 1 to what one canvas holds.
@@ -109,7 +113,7 @@ def fill(
 def stream_fill(
     model: DiffusionGemma,
     tokenizer: PreTrainedTokenizerBase,
-    template: Template,
+    template: Template | str,
     *,
     prompt: Prompt | None = None,
     gap_tokens: tuple[int, int] | None = None,
@@ -117,8 +121,14 @@ def stream_fill(
     prompt_options: PromptOptions = PromptOptions(),
     is_shown: bool = False,
 ) -> Generator[Event | Filled, None, None]:
-    """As `fill`, with the loop's events on the way: PrefillDone, the steps of every batch that was
-    tried, one row per length, and at last Filled."""
+    """As `fill`, with the loop's events on the way: PrefillDone, then TrialStarted and the steps of
+    every batch that is tried, one row per length, and at last Filled."""
+    if isinstance(template, str):
+        template = Template.parse(template)
+    if not isinstance(template, Template):
+        raise TemplateError(
+            f"a template is a string or comes from Template.parse, got {type(template).__name__}"
+        )
     resolved = settings.resolve(model.config)
     vocab_size = model.config.text.vocab_size
     spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
@@ -200,31 +210,46 @@ def _choice(
     low, high = gap_tokens or (1, canvas_length)
     low, high = slot.low or low, min(slot.high or high, canvas_length)
     asked = slot.high or (gap_tokens[1] if gap_tokens else None)
-    automaton, lengths = None, list(range(low, high + 1))
     if slot.kind == "one of":
-        options = [encode_text(tokenizer, option) for option in slot.options]
-        for option, ids in zip(slot.options, options, strict=True):
-            if b"".join(spellings.get(t, b"") for t in ids) != option.encode():
-                raise TemplateError(
-                    f"slot {slot.name}: this checkpoint's tokens cannot spell {option!r}"
-                )
-            if len(ids) > canvas_length:
-                raise TemplateError(
-                    f"slot {slot.name}: {option!r} has {len(ids)} tokens, "
-                    f"more than a canvas of {canvas_length} holds"
-                )
-        automaton = Automaton.of_options(options)
+        automaton = _options(tokenizer, slot, canvas_length, spellings)
         lengths = automaton.lengths(canvas_length)
-        asked = lengths[-1]
-    elif slot.kind == "match":
+        return Choice(slot.name, lengths, lengths[-1], automaton, text_tokens)
+    if low > canvas_length:
+        raise TemplateError(
+            f"{slot.label} is to have at least {low} tokens, and a canvas holds {canvas_length}; "
+            "use several slots, one after the other"
+        )
+    if slot.kind == "gap":
+        return Choice(slot.name, list(range(low, high + 1)), asked, None, text_tokens)
+    try:
         automaton = Automaton.of_regex(slot.pattern, spellings)
-        lengths = [n for n in automaton.lengths(high) if n >= low]
+    except TemplateError as error:
+        raise TemplateError(f"{slot.label}: {error}") from error
+    lengths = [n for n in automaton.lengths(high) if n >= low]
     if not lengths:
         raise TemplateError(
-            f"slot {slot.name}: there is nothing for it of {low} to {high} tokens; "
+            f"{slot.label}: no text that matches it has {low} to {high} tokens; "
             f"a canvas holds {canvas_length}"
         )
     return Choice(slot.name, lengths, asked, automaton, text_tokens)
+
+
+def _options(
+    tokenizer: PreTrainedTokenizerBase,
+    slot: Slot,
+    canvas_length: int,
+    spellings: Mapping[int, bytes],
+) -> Automaton:
+    options = [encode_text(tokenizer, option) for option in slot.options]
+    for option, ids in zip(slot.options, options, strict=True):
+        if b"".join(spellings.get(t, b"") for t in ids) != option.encode():
+            raise TemplateError(f"{slot.label}: this checkpoint's tokens cannot spell {option!r}")
+        if len(ids) > canvas_length:
+            raise TemplateError(
+                f"{slot.label}: {option!r} has {len(ids)} tokens, "
+                f"more than a canvas of {canvas_length} holds"
+            )
+    return Automaton.of_options(options)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from ..denoise.loop import denoise_context
 from ..denoise.noise import SeededNoise
 from ..denoise.pinned import ANY, FREE, Pinned, Span
 from ..denoise.sampler import probability_of, statistics
-from ..events import Event, Finished, StepDone
+from ..events import Event, Finished, StepDone, TrialStarted
 from ..model import Context, DiffusionGemma
 
 # Lengths are tried in batches of at most ROWS rows, fewer where their logits would be more than
@@ -155,7 +155,7 @@ class Writer:
                 lengths = (*lengths[:i], n, *lengths[i + 1 :])
             if lengths == before:
                 break
-        (best,) = yield from self._denoise(choices, [lengths], self.settings.max_denoising_steps)
+        (best,) = yield from self._denoise(choices, [lengths], None)
         return best, scores
 
     def _note_bounds(self, choice: Choice, possible: list[int]) -> None:
@@ -203,19 +203,28 @@ class Writer:
         return max(least, L - before - min(behind, L // 2))
 
     def _denoise(
-        self, choices: list[Choice], rows: list[tuple[int, ...]], steps: int
+        self, choices: list[Choice], rows: list[tuple[int, ...]], trial_steps: int | None
     ) -> Generator[Event, None, list[_Trial]]:
-        """Denoises one canvas per row of lengths, all behind the same context."""
+        """Denoise one canvas per row of lengths, all behind the same context; without
+        `trial_steps`, to its end."""
         L = self.settings.canvas_length
+        most = self.settings.max_denoising_steps
         pinned, places, needed = self._pin(choices, rows)
         self.batches += 1
         noise = SeededNoise(self.settings.seed, attempt=self.batches - 1)
         settings = replace(
             self.settings,
             max_new_tokens=min(L, needed),
-            max_denoising_steps=min(steps, self.settings.max_denoising_steps),
+            max_denoising_steps=most if trial_steps is None else min(trial_steps, most),
             empty_rerolls=0,
             eos_token_ids=self.ends[:1],  # a line break in the text is no end, whoever says so
+        )
+        yield TrialStarted(
+            self.canvases,
+            tuple(choice.name for choice in choices),
+            tuple(rows),
+            mx.array(pinned.tokens >= 0),
+            is_final=trial_steps is None,
         )
         last: StepDone | None = None
         for event in denoise_context(
@@ -227,7 +236,7 @@ class Writer:
         ):
             if isinstance(event, StepDone):
                 last, self.steps = event, self.steps + 1
-                yield event
+                yield replace(event, canvas_index=self.canvases)
             elif isinstance(event, Finished):
                 self.positions += sum(event.row_positions)
         assert last is not None

@@ -17,18 +17,13 @@ from mlx_diffgemma.convert.write import convert
 from mlx_diffgemma.errors import SourceError
 from mlx_diffgemma.train.checkpoint import State, save, trained_weights
 from mlx_diffgemma.train.fuse import fuse_checkpoint
+from tests.checkpoint.adapter_cases import logits_of, plain_model
 from tests.train.train_cases import small_model
-
-TOKENS = mx.array([[5, 60, 200, 3, 9, 301, 17, 4, 44, 80, 81, 82]])
-CANVAS = mx.array([[7, 300, 301, 302, 20, 21, 22, 23]])
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """float32, so that sums are not rounded."""
-    widths = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
-    heads = {"head_dim": 32, "global_head_dim": 32}
-    return small_model(tmp_path_factory.mktemp("plain") / "model", **widths, **heads)
+    return plain_model(tmp_path_factory.mktemp("plain") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +48,6 @@ def with_adapters(source: Path, folder: Path, *, num_layers: int = -1, keys=None
     return folder
 
 
-def logits_of(model) -> np.ndarray:
-    context = model.prefill(TOKENS)
-    first = model.denoise(CANVAS, context)
-    again = model.denoise(CANVAS, context, self_conditioning=model.soft_embedding(first))
-    return np.array(again)
-
-
 @pytest.mark.parametrize("is_packed", [False, True], ids=["float32", "packed"])
 def test_loaded_adapters_say_what_fused_weights_say(plain, packed, tmp_path, is_packed):
     source = packed if is_packed else plain
@@ -73,6 +61,53 @@ def test_loaded_adapters_say_what_fused_weights_say(plain, packed, tmp_path, is_
         fused = fuse_checkpoint(source, adapters, tmp_path / "fused")
         assert fused.changed == len(adapted_modules(load_model(source, adapter_path=adapters)))
         np.testing.assert_allclose(logits_of(load_model(fused.folder)), adapted, atol=2e-4)
+
+
+def test_each_module_may_have_a_rank_of_its_own(plain, tmp_path):
+    """As OptiQ writes them: one rank in the config, others in the file."""
+    adapters = with_adapters(plain, tmp_path / "adapters")
+    arrays, rng = mx.load(str(adapters / WEIGHTS)), np.random.default_rng(5)
+    modules = sorted({name.rpartition(".")[0] for name in arrays})
+    merged = mx.load(str(plain / "model.safetensors"))
+    for number, module in enumerate(modules):
+        a, b = (np.array(arrays[f"{module}.{leaf}"]) for leaf in ("lora_a", "lora_b"))
+        rank, is_expert = number % 4 + 1, a.ndim == 3
+        shapes = (list(a.shape), list(b.shape))
+        shapes[0][1], shapes[1][2 if is_expert else 0] = rank, rank
+        a, b = (rng.normal(0, 0.1, shape).astype(np.float32) for shape in shapes)
+        arrays[f"{module}.lora_a"], arrays[f"{module}.lora_b"] = mx.array(a), mx.array(b)
+        name = module if is_expert else f"{module}.weight"
+        delta = 2.0 * (b @ a if is_expert else (a @ b).T)
+        merged[name] = mx.array(np.array(merged[name].astype(mx.float32)) + delta)
+    mx.save_safetensors(str(adapters / WEIGHTS), arrays)
+    expected = shutil.copytree(plain, tmp_path / "merged")
+    mx.save_safetensors(str(expected / "model.safetensors"), merged)
+    adapted = logits_of(load_model(plain, adapter_path=adapters))
+    np.testing.assert_allclose(adapted, logits_of(load_model(expected)), atol=2e-4)
+    fused = fuse_checkpoint(plain, adapters, tmp_path / "fused")
+    np.testing.assert_allclose(logits_of(load_model(fused.folder)), adapted, atol=2e-4)
+
+
+@pytest.mark.parametrize("part", ["v_proj", "k_proj", "q_proj"])
+def test_an_adapter_on_one_of_the_modules_that_become_one_product(plain, tmp_path, part):
+    keys = (f"self_attn.{part}", "mlp.up_proj")
+    adapters = with_adapters(plain, tmp_path / "adapters", keys=keys)
+    adapted = logits_of(load_model(plain, adapter_path=adapters))
+    unfused = logits_of(load_model(plain, adapter_path=adapters, fused=False))
+    np.testing.assert_allclose(adapted, unfused, atol=2e-4)
+
+
+def test_adapters_of_other_float_types_load(plain, tmp_path):
+    adapters = with_adapters(plain, tmp_path / "adapters")
+    expected = logits_of(load_model(plain, adapter_path=adapters))
+    arrays = mx.load(str(adapters / WEIGHTS))
+    halves = {name: array.astype(mx.float16) for name, array in arrays.items()}
+    mx.save_safetensors(str(adapters / WEIGHTS), halves)
+    found = logits_of(load_model(plain, adapter_path=adapters))
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    mx.save_safetensors(str(adapters / WEIGHTS), {n: a.astype(mx.int32) for n, a in arrays.items()})
+    with pytest.raises(SourceError, match="has type I32, expected BF16 or F16 or F32"):
+        load_model(plain, adapter_path=adapters)
 
 
 def test_mlx_lm_loads_our_adapters(plain, tmp_path):
@@ -151,14 +186,49 @@ def test_a_result_that_is_there_is_left_alone(plain, tmp_path):
     assert list((tmp_path / "there").iterdir()) == []
 
 
+def test_a_fuse_that_fails_leaves_nothing_and_takes_nothing_away(plain, tmp_path):
+    source = shutil.copytree(plain, tmp_path / "source")
+    adapters = with_adapters(source, tmp_path / "adapters")
+    partial = tmp_path / "fused.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("mine")
+    with pytest.raises(SourceError, match=r"fused\.partial is there already"):
+        fuse_checkpoint(source, adapters, tmp_path / "fused")
+    assert (partial / "mine.txt").read_text() == "mine"
+    shutil.rmtree(partial)
+    template = source / "chat_template.jinja"
+    template.unlink()
+    template.mkdir()
+    with pytest.raises(SourceError, match="fused cannot be written"):
+        fuse_checkpoint(source, adapters, tmp_path / "fused")
+    assert not partial.exists() and not (tmp_path / "fused").exists()
+
+
+def test_a_fused_config_says_no_place_on_a_disk(plain, tmp_path):
+    source = shutil.copytree(plain, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["_name_or_path"] = "/home/somebody/model"
+    config["text_config"]["_name_or_path"] = "somebody/model"  # a repository
+    (source / "config.json").write_text(json.dumps(config))
+    adapters = with_adapters(source, tmp_path / "adapters")
+    fused = fuse_checkpoint(source, adapters, tmp_path / "fused")
+    written = json.loads((fused.folder / "config.json").read_text())
+    assert config.pop("_name_or_path") and written == config
+
+
 def edit_config(folder: Path, **changes) -> None:
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def cut(folder: Path, name: str) -> None:
+def cut(folder: Path, *names: str) -> None:
     arrays = mx.load(str(folder / WEIGHTS))
-    mx.save_safetensors(str(folder / WEIGHTS), {n: a for n, a in arrays.items() if n != name})
+    mx.save_safetensors(str(folder / WEIGHTS), {n: a for n, a in arrays.items() if n not in names})
+
+
+def add(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    arrays = mx.load(str(folder / WEIGHTS)) | {n: mx.ones(s) for n, s in shapes.items()}
+    mx.save_safetensors(str(folder / WEIGHTS), arrays)
 
 
 QUERY = "model.decoder.layers.0.self_attn.q_proj"
@@ -174,7 +244,10 @@ QUERY = "model.decoder.layers.0.self_attn.q_proj"
         (lambda f: (f / WEIGHTS).unlink(), "adapters.safetensors is missing"),
         (lambda f: edit_config(f, fine_tune_type="dora"), "'dora' is not supported"),
         (lambda f: edit_config(f, num_layers=9), "num_layers of 9 does not fit"),
-        (lambda f: edit_config(f, lora_parameters={"rank": 0}), "rank must be >= 1"),
+        (
+            lambda f: edit_config(f, lora_parameters={"rank": 0}),
+            "rank must be a whole number at least 1",
+        ),
         (
             lambda f: edit_config(f, lora_parameters={"rank": 3, "keys": ["mlp.side_proj"]}),
             "no module of this model is called 'mlp.side_proj'",
@@ -185,9 +258,17 @@ QUERY = "model.decoder.layers.0.self_attn.q_proj"
         ),
         (
             lambda f: edit_config(f, lora_parameters={"rank": 4, "keys": list(DEFAULT_KEYS)}),
-            "has shape|is not a weight",
+            "has an adapter, but adapter_config.json's num_layers and keys leave it out",
         ),
         (lambda f: cut(f, f"{QUERY}.lora_b"), f"{QUERY}.lora_b is missing"),
+        (lambda f: cut(f, f"{QUERY}.lora_a", f"{QUERY}.lora_b"), f"{QUERY}.lora_a is missing"),
+        (lambda f: add(f, {f"{QUERY}.lora_b": (2, 64)}), "which do not belong together"),
+        (lambda f: add(f, {f"{QUERY}.lora_b": (3, 63)}), r"do not fit its weights of \[64, 64\]"),
+        (lambda f: add(f, {f"{QUERY}.m": (3, 64)}), f"{QUERY}.m is not a factor of an adapter"),
+        (
+            lambda f: add(f, {"lm_head.lora_a": (64, 3), "lm_head.lora_b": (3, 384)}),
+            "lm_head is not a module here that takes an adapter",
+        ),
     ],
 )
 def test_adapters_that_do_not_fit_are_one_line(plain, tmp_path, damage, says):
@@ -200,11 +281,11 @@ def test_adapters_that_do_not_fit_are_one_line(plain, tmp_path, damage, says):
 def test_adapters_of_another_model_are_not_fused(plain, tmp_path):
     adapters = with_adapters(plain, tmp_path / "adapters")
     other = small_model(tmp_path / "other")
-    with pytest.raises(SourceError, match="was it made for another one"):
+    with pytest.raises(SourceError, match="was it made for another model"):
         fuse_checkpoint(other, adapters, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
     cut(adapters, f"{QUERY}.lora_b")
-    with pytest.raises(SourceError, match="has no other half"):
+    with pytest.raises(SourceError, match="is missing, the other half"):
         fuse_checkpoint(plain, adapters, tmp_path / "fused")
 
 

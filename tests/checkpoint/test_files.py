@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
@@ -55,9 +56,59 @@ def test_a_revision_of_a_folder_is_refused(tmp_path):
     assert "'main'" in message and "belongs to a Hub repository" in message
 
 
-def test_a_file_is_refused(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    assert "model.safetensors is a file" in refusal(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "notes.txt"])
+def test_a_file_of_a_checkpoint_is_refused_with_its_folder(tmp_path, name):
+    (tmp_path / name).touch()
+    said = f"{name} is a file; give the folder of the checkpoint, {tmp_path}"
+    assert said in refusal(tmp_path / name)
+
+
+OTHER_THINGS = [
+    ("gemma-Q4_K_M.gguf", "gemma-Q4_K_M.gguf is a GGUF file, which is made for llama.cpp; use a"),
+    ("pytorch_model.bin", "pytorch_model.bin is a pickle file, which is never opened"),
+    ("model.pt", "model.pt is a pickle file"),
+    ("consolidated.00.pth", "consolidated.00.pth is a pickle file"),
+    ("epoch=3.ckpt", "epoch=3.ckpt is a pickle file"),
+    ("adapter_config.json", "these are adapters; give the model that they were trained on"),
+    ("adapter_model.safetensors", "adapter_model.safetensors holds adapters"),
+    ("adapters.safetensors", "adapters.safetensors holds adapters"),
+    ("weights.npz", "weights.npz is an archive of NumPy arrays"),
+    ("tf_model.h5", "tf_model.h5 is a Keras or TensorFlow file"),
+    ("flax_model.msgpack", "flax_model.msgpack is a Flax file"),
+    ("_CHECKPOINT_METADATA", "this is a JAX (Orbax) checkpoint"),
+    ("model.onnx", "model.onnx is an ONNX file"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), OTHER_THINGS)
+def test_other_things_are_named_as_files_and_as_folders_with_and_without_a_config(
+    tmp_path, name, said
+):
+    (tmp_path / name).touch()
+    assert said in refusal(tmp_path / name)
+    for names in (("README.md",), ("config.json", "tokenizer.json")):
+        for other in names:
+            (tmp_path / other).touch()
+        assert f"{tmp_path} has no model*.safetensors: {said}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_checkpoint_with_other_things_beside_it_is_a_checkpoint(tmp_path, weights):
+    for name in (weights, *(name for name, _ in OTHER_THINGS)):
+        (tmp_path / name).touch()
+    assert resolve(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("inside", ["checkpoint", "snapshots/abc"])
+def test_a_folder_around_a_checkpoint_names_it(tmp_path, inside):
+    (tmp_path / inside).mkdir(parents=True)
+    (tmp_path / inside / "config.json").touch()
+    assert refusal(tmp_path).endswith(f"no config.json; did you mean {tmp_path / inside}?")
+
+
+@pytest.mark.parametrize("rest", ["", "/", "/tree/main"])
+def test_a_web_address_is_refused_with_the_repo_id(rest):
+    assert "give the Hub repo id, owner/name" in refusal(f"https://huggingface.co/owner/name{rest}")
 
 
 def test_an_empty_name_is_refused():
@@ -127,6 +178,8 @@ class Hub:
     address: str = ""
     files: list[str] = field(default_factory=list)  # resolve/REVISION/FILE of each GET
     ranges: list[str] = field(default_factory=list)
+    contents: dict[str, bytes] = field(default_factory=lambda: FILES | UNNEEDED)
+    sent: dict[str, int] = field(default_factory=dict)  # bytes of each file
     drops: int = 0  # connections to break in the middle of the first shard
 
 
@@ -168,30 +221,33 @@ def hub():
                 commit = REVISIONS.get(match[1] or "main")
                 if commit is None:
                     return self.reply(b"{}", 404, X_Error_Code="RevisionNotFound")
-                siblings = [{"rfilename": name} for name in FILES | UNNEEDED]
+                siblings = [{"rfilename": name} for name in state.contents]
                 info = {"id": "owner/name", "sha": commit, "siblings": siblings}
                 return self.reply(json.dumps(info).encode(), Content_Type="application/json")
             if re.match(r"/api/models/owner/name/tree/", path):
                 tree = [
                     {"type": "file", "path": name, "size": len(data), "oid": digest(data)}
-                    for name, data in (FILES | UNNEEDED).items()
+                    for name, data in state.contents.items()
                 ]
                 return self.reply(json.dumps(tree).encode(), Content_Type="application/json")
             match = re.fullmatch(r"/owner/name/resolve/([^/]+)/(.+)", path)
             commit, name = REVISIONS[match[1]], match[2]
-            data = (FILES | UNNEEDED)[name]
+            if name not in state.contents:
+                return self.reply(b"", 404, X_Error_Code="EntryNotFound")
+            data = state.contents[name]
             if self.command == "GET":
                 state.files.append(f"{commit}/{name}")
-            start = 0
+            start, whole = 0, len(data)
             if asked := self.headers.get("Range"):
-                start = int(re.match(r"bytes=(\d+)-", asked)[1])
+                first, last = re.match(r"bytes=(\d+)-(\d*)", asked).groups()
+                start, data = int(first), data[: int(last) + 1 if last else None]
                 state.ranges.append(asked)
             headers = {"ETag": f'"{digest(data)}"', "X_Repo_Commit": commit}
-            if start:
-                headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            if asked:
+                headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{whole}"
             if self.command == "GET" and name == SHARD and state.drops:
                 state.drops -= 1
-                self.send_response(206 if start else 200)
+                self.send_response(206 if asked else 200)
                 for key, value in headers.items():
                     self.send_header(key.replace("_", "-"), value)
                 self.send_header("Content-Length", str(len(data) - start))
@@ -201,7 +257,9 @@ def hub():
                 self.close_connection = True
                 self.connection.shutdown(2)
                 return None
-            return self.reply(data[start:], 206 if start else 200, **headers)
+            if self.command == "GET":
+                state.sent[name] = state.sent.get(name, 0) + len(data) - start
+            return self.reply(data[start:], 206 if asked else 200, **headers)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state.address = f"http://127.0.0.1:{server.server_port}"
@@ -231,12 +289,12 @@ for source, revision in json.loads(sys.argv[1]):
 """
 
 
-def resolve_elsewhere(
-    address: str, folder: Path, *asked: tuple[str, str | None], **environment: str
-) -> list[tuple[str, str]]:
-    """In a process of its own, since huggingface_hub reads its environment when imported."""
-    finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(asked)],
+def run_elsewhere(
+    address: str, folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Python with a Hub at `address` and a cache of its own."""
+    return subprocess.run(
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -250,8 +308,15 @@ def resolve_elsewhere(
             "HF_HUB_DISABLE_TELEMETRY": "1",
             **environment,
         },
-        timeout=60,
+        timeout=90,
     )
+
+
+def resolve_elsewhere(
+    address: str, folder: Path, *asked: tuple[str, str | None], **environment: str
+) -> list[tuple[str, str]]:
+    """In a process of its own, since huggingface_hub reads its environment when imported."""
+    finished = run_elsewhere(address, folder, "-c", PROGRAM, json.dumps(asked), **environment)
     assert finished.returncode == 0, finished.stderr
     results = [tuple(json.loads(line)) for line in finished.stdout.splitlines()]
     assert all("\n" not in text for _, text in results)
@@ -341,6 +406,9 @@ def test_a_dry_run_brings_headers_and_no_weights(tmp_path, monkeypatch):
     asked = []
 
     class Api:
+        def list_repo_files(self, repo, *, revision):
+            return ["config.json", "model.safetensors", "model-Q4_0.gguf"]
+
         def get_safetensors_metadata(self, repo, *, revision):
             asked.append((repo, revision))
             files = {"model.safetensors": SafetensorsFileMetadata(metadata={}, tensors=tensors)}
@@ -365,3 +433,77 @@ def test_a_dry_run_brings_headers_and_no_weights(tmp_path, monkeypatch):
     assert {n: (i.dtype, i.shape) for n, i in found.items()} == {
         n: (i.dtype, i.shape) for n, i in stored.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("x-Q4_0.gguf", "a GGUF file"), ("adapters.safetensors", "holds adapters")]
+)
+def test_a_repository_of_other_things_is_named(hub, tmp_path, name, said):
+    hub.contents = {"config.json": b"{}", name: b"x" * 99}
+    [(kind, message)] = resolve_elsewhere(hub.address, tmp_path, ("owner/name", None))
+    assert kind == "error"
+    assert "owner/name has no model*.safetensors: " in message and said in message
+    assert name not in hub.sent
+
+
+def bundled_files(shards: int) -> dict[str, bytes]:
+    """The bundled model as a repository, in so many weight files."""
+    import mlx.core as mx
+
+    files = {
+        path.name: path.read_bytes() for path in bundled_model().iterdir() if path.suffix == ".json"
+    }
+    if shards == 1:
+        return files | {"model.safetensors": (bundled_model() / "model.safetensors").read_bytes()}
+    tensors, weight_map = mx.load(str(bundled_model() / "model.safetensors")), {}
+    with TemporaryDirectory() as folder:
+        for i in range(shards):
+            name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+            part = {n: tensors[n] for n in sorted(tensors)[i::shards]}
+            mx.save_safetensors(f"{folder}/{name}", part)
+            files[name] = Path(folder, name).read_bytes()
+            weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    return files | {"model.safetensors.index.json": json.dumps(index).encode()}
+
+
+HEADER_READ = 100_001  # bytes that the Hub's client asks of each file, to see its header
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_info_of_a_repository_fetches_headers_and_no_weights(hub, tmp_path, shards):
+    hub.contents = bundled_files(shards)
+    finished = run_elsewhere(
+        hub.address, tmp_path, "-m", "mlx_diffgemma.info", "--model", "owner/name", "--json"
+    )
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads(finished.stdout)
+    assert (found["parameters"], found["files"]) == (1_696_196, shards)
+    assert (found["model"], found["folder"]) == ("owner/name", None)
+    weights = {name: n for name, n in hub.contents.items() if name.endswith(".safetensors")}
+    assert len(weights) == shards
+    for name, data in weights.items():
+        assert hub.sent[name] <= HEADER_READ < len(data) / 5
+    assert hub.ranges == ["bytes=0-100000"] * shards
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_info_of_a_cached_repository_fetches_nothing_more(hub, tmp_path):
+    hub.contents = bundled_files(3)
+    [(kind, folder)] = resolve_elsewhere(hub.address, tmp_path, ("owner/name", None))
+    assert kind == "folder", folder
+    hub.sent.clear()
+    finished = run_elsewhere(
+        hub.address, tmp_path, "-m", "mlx_diffgemma.info", "--model", "owner/name", "--json"
+    )
+    found = json.loads(finished.stdout)
+    assert (found["model"], found["folder"]) == ("owner/name", folder)
+    assert hub.sent == {}
+
+    # One shard is gone: headers again, and no shard is copied or fetched.
+    next(Path(folder).glob("model-00002*")).unlink()
+    finished = run_elsewhere(
+        hub.address, tmp_path, "-m", "mlx_diffgemma.info", "--model", "owner/name", "--json"
+    )
+    assert json.loads(finished.stdout)["parameters"] == 1_696_196
+    assert max(hub.sent.values()) <= HEADER_READ

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +18,12 @@ from mlx_diffgemma import bundled_model
 from mlx_diffgemma.checkpoint.load import load, load_model
 from mlx_diffgemma.checkpoint.memory import WARN_ABOVE
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, SourceError, WeightsError
-from mlx_diffgemma.language.prompt import PromptOptions, encode_prompt, special_tokens
+from mlx_diffgemma.language.prompt import (
+    PromptOptions,
+    encode_prompt,
+    encode_text,
+    special_tokens,
+)
 from mlx_diffgemma.language.tokenizer import load_tokenizer
 
 CONTROL = (
@@ -96,8 +102,7 @@ def test_pickle_files_are_never_opened_and_code_never_run(folder, monkeypatch):
     with pytest.warns(UserWarning, match="auto_map"):
         load(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="auto_map"):
-        assert "is a pickle file, which is never opened" in refusal(WeightsError, folder)
+    assert "is a pickle file, which is never opened" in refusal(SourceError, folder)
     assert not (folder / "exploded").exists()
 
 
@@ -113,6 +118,39 @@ def test_code_that_comes_with_a_tokenizer_is_never_run(folder, monkeypatch):
         load_tokenizer(folder)
     assert "contains custom code" in str(raised.value) and "\n" not in str(raised.value)
     assert not (folder / "exploded").exists()
+
+
+# --- warnings ---
+
+
+@pytest.mark.parametrize("kind", ["load", "load_model", "generate", "train"])
+def test_every_warning_of_a_config_comes_once(folder, kind, tmp_path_factory):
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"fresh": 1}))
+    work = tmp_path_factory.mktemp("work")
+    (work / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if kind == "load":
+            load(folder)
+        elif kind == "load_model":
+            load_model(folder)
+    said = [str(w.message) for w in caught]
+    if kind in ("generate", "train"):
+        arguments = {
+            "generate": ["--prompt", "a", "--max-denoising-steps", "1", "--max-tokens", "4"],
+            "train": f"--train --data {work} --adapter-path {work}/a --iters 1".split(),
+        }[kind]
+        finished = subprocess.run(
+            [sys.executable, "-m", f"mlx_diffgemma.{kind}", "--model", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+        )
+        assert finished.returncode == 0, finished.stderr
+        said = finished.stderr.splitlines()
+    found = [text for text in said if "unknown keys are ignored: fresh" in text]
+    assert len(found) == len({text.partition(": unknown")[0] for text in found}) == 2, said
 
 
 # --- memory ---
@@ -252,6 +290,16 @@ def test_tokenizer_model_alone_knows_every_special_token(sentencepiece_folder, p
     expected = {"<pad>", "<eos>", "<bos>", "<unk>", *CONTROL}
     assert known.keys() - {"<mask>"} == expected
     assert all(pieces.id_to_piece(token) == name for name, token in known.items())
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_tokenizer_model_alone_spells_typed_control_tokens(sentencepiece_folder, pieces, name):
+    """transformers 5.24 cuts them out of any text, as sentencepiece itself does."""
+    tokenizer = load_tokenizer(sentencepiece_folder)
+    for text in (name, f"say {name}{name} now"):
+        ids = encode_text(tokenizer, text)
+        assert pieces.piece_to_id(name) not in ids
+        assert tokenizer.decode(ids) == text
 
 
 def test_tokenizer_model_alone_renders_prompts(sentencepiece_folder, pieces):

@@ -87,9 +87,12 @@ def test_every_matrix_may_come_packed(leaf):
 @pytest.mark.parametrize(
     "name",
     [
-        "lm_head.weight",
-        "lm_head.scales",
         "model.encoder.embed_vision.embedding_projection.scales",
+        "model.decoder.layers.0.self_attn.k_scale",
+        "model.decoder.layers.0.self_attn.v_proj.v_scale",
+        "model.encoder.language_model.layers.11.self_attn.q_scale",
+        "model.decoder.layers.0.experts.7.up_proj.input_scale",
+        "model.decoder.layers.0.mlp.up_proj.input_global_scale",
         "model.decoder.rotary_emb.inv_freq",
         "model.decoder.layers.0.self_attn.rotary_emb.inv_freq",
         "model.encoder.language_model.rotary_emb.full_attention_original_inv_freq",
@@ -103,6 +106,30 @@ def test_tensors_that_other_programs_add_are_ignored_with_a_reason(name):
 
 
 @pytest.mark.parametrize(
+    "leaf",
+    "weight scales biases weight_scale weight_scale_2 input_scale weight_packed "
+    "weight_global_scale weight_zero_point qweight qzeros g_idx weight.absmax SCB".split(),
+)
+def test_vision_is_left_out_however_it_is_packed(leaf):
+    modules = {n.removesuffix(".weight") for n in official_names() if "vision" in n}
+    for module in modules:
+        for name in (module, module.replace("encoder.", "", 1), module.removeprefix("model.")):
+            assert translate(f"{name}.{leaf}") == Ignored(VISION), name
+            assert part_of(f"{name}.{leaf}") == "vision"
+
+
+def test_the_encoders_names_are_those_of_the_weights_that_it_shares_with_the_decoder():
+    own = ("layer_scalar", "self_conditioning")
+    for name in official_names():
+        if "vision" in name or "encoder" in name or any(word in name for word in own):
+            continue
+        encoders = name.replace("decoder", "encoder.language_model", 1)
+        assert translate(encoders) == translate(name)
+    for leaf in ("weight", "scales", "biases"):
+        assert translate(f"lm_head.{leaf}") == f"model.decoder.embed_tokens.{leaf}"
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "model.layers.0.self_attn.q_proj.weight",
@@ -112,6 +139,12 @@ def test_tensors_that_other_programs_add_are_ignored_with_a_reason(name):
         "model.decoder.layers.0.experts.5.gate_proj.weight",
         "model.decoder.layers.0.experts.gate_up_proj.weight_scale",
         "model.decoder.embed_tokens",
+        "lm_head",
+        "lm_head.bias",
+        "model.encoder.language_model.self_conditioning.pre_norm.weight",
+        "model.encoder.language_model.layers.0.self_attn.q_proj.bias",
+        "model.decoder.layers.0.self_attn.vision_tower.weight",
+        "model.decoder.layers.0.k_scale",
         "xmodel.decoder.norm.weight",
         "model.decoder.norm.weight\n",
         "model_decoder_norm_weight",

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_diffgemma.cli.render_train import TrainView
+from mlx_diffgemma.config.training import TrainSettings
 from mlx_diffgemma.train.checkpoint import STATE
+from mlx_diffgemma.train.session import Session
 from tests.train.train_cases import LINES, small_model, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +105,41 @@ def test_a_bad_line_is_named_before_the_model_is_loaded(folders, tmp_path):
     done = run("train", "--train", "--model", folders[0], "--data", data)
     assert done.returncode == 2
     assert f"{data / 'train.jsonl'}, line 2: plain text" in done.stderr
+
+
+def test_a_run_that_breaks_at_once_names_no_file_that_is_not_there(folders, tmp_path):
+    data = write_lines(tmp_path / "data")
+    done = run(
+        "train", "--train", "--model", folders[0], "--data", data, "--fine-tune-type", "full",
+        "--optimizer", "sgd", "--learning-rate", "1e30", "--max-grad-norm", 0, "--save-every", 1,
+        "--adapter-path", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no checkpoint was written yet" in done.stderr
+    assert "curves" not in done.stderr and str(tmp_path / "run") not in done.stderr
+    assert not (tmp_path / "run" / STATE).exists()
+
+
+def test_an_interrupt_in_the_middle_of_an_update_says_what_there_is(tmp_path, capsys):
+    class Stopped:
+        """A session whose weights and optimizer do not belong together."""
+
+        def __init__(self, trainer):
+            self.trainer = trainer
+
+        def interrupted(self):
+            return None
+
+    model = small_model(tmp_path / "model")
+    settings = TrainSettings(batch_size=4, iters=2)
+    data = str(write_lines(tmp_path / "data"))
+    session = Session.open(str(model), data, tmp_path / "run", settings)
+    TrainView().interrupted(Stopped(session.trainer))
+    assert capsys.readouterr().err.endswith("; no checkpoint was written yet\n")
+    list(session.train())
+    TrainView().interrupted(Stopped(session.trainer))
+    says = f"; the last checkpoint in {tmp_path / 'run'} is of iteration 2\n"
+    assert capsys.readouterr().err.endswith(says)
 
 
 def test_ctrl_c_saves_and_resume_goes_on(folders, tmp_path):

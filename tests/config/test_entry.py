@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,6 +40,9 @@ class Sample:
     )
     mode: Literal["a", "b"] = setting(Entry(help="A mode.", default="a", commands=("play",)))
     is_on: bool = setting(Entry(help="A switch.", default=False))
+    most: int = setting(Entry(help="Of all.", default=-1, at_least=1, below=9, all_is=-1))
+    name: str = setting(Entry(help="A name.", default="x"))
+    more: Mapping[str, int] | None = setting(Entry(help="More."))
 
     def __post_init__(self) -> None:
         check(self)
@@ -46,6 +50,7 @@ class Sample:
 
 def test_types_and_bounds_are_checked_as_the_entry_says():
     assert Sample(count=1, share=1, mode="b", is_on=True).share == 1
+    assert Sample(most=8, name="", more={}).most == 8
     for given, said in [
         ({"count": 0}, "count must be a whole number at least 1, got 0"),
         ({"count": None}, "count must be a whole number at least 1, got None"),
@@ -55,6 +60,14 @@ def test_types_and_bounds_are_checked_as_the_entry_says():
         ({"mode": "c"}, "mode must be 'a' or 'b', got 'c'"),
         ({"mode": None}, "mode must be 'a' or 'b', got None"),
         ({"is_on": 1}, "is_on must be true or false, got 1"),
+        ({"most": 0}, "most must be a whole number at least 1 and below 9, or -1 for all, got 0"),
+        ({"most": 9}, "most must be a whole number at least 1 and below 9, or -1 for all, got 9"),
+        (
+            {"most": -1.0},
+            "most must be a whole number at least 1 and below 9, or -1 for all, got -1.0",
+        ),
+        ({"name": 3}, "name must be text, got 3"),
+        ({"more": [1]}, "more must be an object, got [1]"),
     ]:
         with pytest.raises(ConfigError) as raised:
             Sample(**given)
@@ -62,7 +75,8 @@ def test_types_and_bounds_are_checked_as_the_entry_says():
 
 
 def test_kinds_leave_none_and_type_variables_out():
-    assert kinds(Sample) == {"count": int, "share": float, "mode": Literal["a", "b"], "is_on": bool}
+    expected = {"count": int, "share": float, "mode": Literal["a", "b"], "is_on": bool}
+    assert kinds(Sample) == expected | {"most": int, "name": str, "more": Mapping[str, int]}
     assert kinds(GenerationSettings)["max_new_tokens"] is int
     assert choices(kinds(GenerationSettings)["policy"]) == ("reference", "fast")
     assert range_of(entries(Sample)["count"]) == " at least 1"

@@ -466,7 +466,7 @@ def test_quantization_config_counts_where_quantization_says_nothing(empty):
         (MXFP4 | {"mode": ["mxfp4"]}, "mode ['mxfp4'] is not one of"),
         (MXFP4 | {"a.b": {"bits": 8}}, "quantization of a.b: group_size is missing"),
         (MXFP4 | {"a.b": {"bits": 1, "group_size": 64}}, "quantization of a.b: affine cannot"),
-        ({"quant_method": "modelopt"}, "packed as 'modelopt'; only MLX quantization"),
+        ({"quant_method": "modelopt"}, "packed as ModelOpt, which does not load directly"),
         ([4], "quantization must be an object"),
         ("4bit", "quantization must be an object"),
         (4, "quantization must be an object"),

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_diffgemma.config.training import LoraParameters, TrainSettings, read_recipe
+from mlx_diffgemma.config.entry import entries
+from mlx_diffgemma.config.training import (
+    LoraParameters,
+    TrainJob,
+    TrainSettings,
+    job_and_settings,
+    read_recipe,
+)
 from mlx_diffgemma.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -13,24 +20,32 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"batch_size": True}, "batch_size must be >= 1, got True"),
-        ({"num_layers": 0}, "num_layers must be at least 1, or -1"),
-        ({"learning_rate": 0}, "learning_rate must be > 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be >= 0, got nan"),
+        ({"batch_size": 0}, "batch_size must be a whole number at least 1, got 0"),
+        ({"batch_size": True}, "batch_size must be a whole number at least 1, got True"),
+        ({"num_layers": -2}, "num_layers must be a whole number at least 1, or -1 for all, got -2"),
+        ({"seed": 2**31}, "seed must be a whole number at least 0 and at most 2147483647"),
+        ({"iters": 2.0}, "iters must be a whole number at least 1, got 2.0"),
+        ({"optimizer_config": [1]}, "optimizer_config must be an object"),
+        ({"lr_schedule": "cosine"}, "lr_schedule must be an object"),
+        ({"num_layers": 0}, "num_layers must be a whole number at least 1, or -1 for all, got 0"),
+        ({"learning_rate": 0}, "learning_rate must be a number above 0, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, got nan"),
         ({"noise_min": 0.5, "noise_max": 0.2}, "noise_min of 0.5 is above noise_max of 0.2"),
-        ({"noise_max": 1.5}, "noise_max must be from 0 to 1"),
+        ({"noise_max": 1.5}, "noise_max must be a number at least 0 and at most 1"),
         ({"self_conditioning_probability": -0.1}, "self_conditioning_probability must be"),
-        ({"fine_tune_type": "dora"}, "fine_tune_type must be one of lora, full"),
-        ({"optimizer": "lion"}, "optimizer must be one of"),
+        ({"fine_tune_type": "dora"}, "fine_tune_type must be 'lora' or 'full', got 'dora'"),
+        ({"optimizer": "lion"}, "optimizer must be 'adam' or"),
         ({"mask_prompt": True, "causal_weight": 0.0}, "mask_prompt has no effect"),
         ({"mask_prompt": 1}, "mask_prompt must be true or false"),
         ({"lr_schedule": {"name": "sawtooth", "arguments": [1]}}, "name must be one of"),
         ({"lr_schedule": {"name": "cosine_decay", "arguments": [1]}}, "takes 2 to 3 arguments"),
         ({"lr_schedule": {"name": "cosine_decay", "arguments": "x"}}, "must be a list of numbers"),
         ({"lora_parameters": {"alpha": 16}}, "scale is alpha / rank"),
-        ({"lora_parameters": {"rank": 0}}, "rank must be >= 1"),
-        ({"lora_parameters": {"dropout": 1.0}}, "dropout must be from 0 to below 1"),
+        (
+            {"lora_parameters": {"rank": 0}},
+            "lora_parameters: rank must be a whole number at least 1, got 0",
+        ),
+        ({"lora_parameters": {"dropout": 1.0}}, "dropout must be a number at least 0 and below 1"),
         ({"lora_parameters": {"ranks": 8}}, "unknown keys ranks"),
         ({"lora_parameters": {"keys": "q_proj"}}, "keys must be a list"),
     ],
@@ -38,6 +53,56 @@ ROOT = Path(__file__).parents[2]
 def test_an_impossible_setting_is_named(values, says):
     with pytest.raises(ConfigError, match=says):
         TrainSettings.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_layers": -1},
+        {"num_layers": 1},
+        {"val_batches": -1},
+        {"seed": 2**31 - 1},
+        {"canvas_length": None},
+        {"max_grad_norm": 0},
+        {"noise_min": 0, "noise_max": 1},
+        {"learning_rate": 1},
+        {"lora_parameters": {"dropout": 0.999, "rank": 1}},
+    ],
+)
+def test_values_at_their_bounds_are_taken(values):
+    TrainSettings.from_dict(values)
+
+
+JOB = {"model": "m", "data": "d", "train": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"train": None}, "nothing to do: give --train, --test, or both"),
+        ({"model": None}, "--model is missing"),
+        ({"data": None}, "--data is missing"),
+        ({"train": "yes"}, "train must be true or false, got 'yes'"),
+        ({"model": 3}, "model must be text, got 3"),
+        ({"resume": True, "resume_adapter_file": "x"}, "drop --resume-adapter-file"),
+        ({"batch_size": 0}, "batch_size must be"),
+    ],
+)
+def test_a_job_that_cannot_be_done_is_one_line(given, says):
+    with pytest.raises(ConfigError, match=says):
+        job_and_settings(JOB | given)
+
+
+def test_keys_are_sorted_into_job_and_settings():
+    job, settings = job_and_settings(JOB | {"iters": 3, "revision": None})
+    assert (job.model, job.adapter_path, job.train, job.test) == ("m", "adapters", True, False)
+    assert settings == TrainSettings(iters=3)
+
+
+def test_every_setting_has_an_entry_with_help():
+    for cls in (TrainSettings, TrainJob, LoraParameters):
+        assert set(entries(cls)) == set(cls.__dataclass_fields__)
+        assert all(entry.help for entry in entries(cls).values())
 
 
 def test_defaults_are_those_of_the_objective():

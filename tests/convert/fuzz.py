@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from mlx_diffgemma.checkpoint.load import load_model
-from mlx_diffgemma.convert import convert
+from mlx_diffgemma.convert import convert, origin
 from mlx_diffgemma.convert.verify import verify
 from mlx_diffgemma.errors import DiffGemmaError
 from tests.convert.cases import fp8_dynamic, load_all, nvfp4, official
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with TemporaryDirectory() as scratch:
+        origin._cache = lambda: Path(scratch) / "cache"  # not the user's
         tally = run(options.cases, options.seed, Path(scratch), log=True)
     print(*tally.findings, summary(tally), sep="\n")
     if tally.findings:

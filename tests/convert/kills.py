@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlx_diffgemma import bundled_model
-from mlx_diffgemma.convert import convert, plan, write
+from mlx_diffgemma.convert import convert, plan, shards
 from tests.convert.cases import sums
 
 SHARDS = 4
@@ -46,7 +46,7 @@ def converting(target: Path, shard_bytes: int, pipe: Connection) -> None:
     """What is killed. Sends a word when it begins, when the last tensor is written, and at the
     end."""
     plan.SHARD_BYTES = shard_bytes
-    write._SYNC_BYTES = 32 << 10  # so that there is something to go on from
+    shards._SYNC_BYTES = 32 << 10  # so that there is something to go on from
 
     def progress(done: int, total: int, name: str) -> None:
         if done == total:

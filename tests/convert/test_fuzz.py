@@ -54,10 +54,10 @@ def test_any_value_in_the_text_config_is_planned_or_refused(source, key, value):
 
 def test_the_fuzzer_sees_a_result_that_is_wrong(source, tmp_path, monkeypatch):
     """Were a tensor written as zeros, and its checksum those of zeros, it would have to say so."""
-    from mlx_diffgemma.convert import write
+    from mlx_diffgemma.convert import shards
 
-    real = write._raw
-    monkeypatch.setattr(write, "_raw", lambda array: bytes(len(real(array))))
+    real = shards._raw
+    monkeypatch.setattr(shards, "_raw", lambda array: bytes(len(real(array))))
     tally = Tally()
     for number in range(40):
         place = tmp_path / str(number)

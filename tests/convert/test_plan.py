@@ -10,6 +10,7 @@ from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.convert import plan as plan_module
 from mlx_diffgemma.convert.write import prepare
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, WeightsError
+from tests.checkpoints import draw_tensors
 from tests.convert.cases import bf16, is_expert, load_all, official, tiny_config
 from tests.convert.test_sources import put, rewrite
 
@@ -108,11 +109,11 @@ def test_a_pattern_that_matches_nothing_is_refused(source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"q_bits": 4}, "only have a meaning with -q"),
-        ({"q_bits": 0}, "only have a meaning with -q"),
-        ({"recipe": "uniform"}, "only have a meaning with -q"),
+        ({"q_bits": 4}, r"need -q \(--quantize\)"),
+        ({"q_bits": 0}, r"need -q \(--quantize\)"),
+        ({"recipe": "uniform"}, r"need -q \(--quantize\)"),
         ({"quantize": True, "q_bits": 0}, "at least 1"),
-        ({"quantize": True, "dequantize": True}, "exclude each other"),
+        ({"quantize": True, "dequantize": True}, "give one of them"),
         ({"dequantize": True}, "is not packed"),
         ({"dtype": "int8"}, "'int8' is not one of bfloat16, float16, float32"),
     ],
@@ -127,7 +128,7 @@ def test_requests_that_make_no_sense_are_refused(source, arguments, message):
     [
         (lambda t: t.pop("model.decoder.norm.weight"), r"norm.weight is missing .*shape \[64\]"),
         (put("model.decoder.norm.weight", bf16(np.ones(63))), r"\[63\], expected \[64\]"),
-        (put("model.decoder.layers.7.layer_scalar", bf16(np.ones(1))), "describes none such"),
+        (put("model.decoder.layers.7.layer_scalar", bf16(np.ones(1))), "describes no such tensor"),
         (put("model.decoder.norm.weight", ("F64", (64,), bytes(512))), "of type F64"),
     ],
 )
@@ -158,11 +159,14 @@ def test_sizes_that_mlx_cannot_build_are_refused(tmp_path, change):
 def test_every_source_tensor_is_moved_once_or_left_out_by_name(tmp_path):
     config = tiny_config()
     folder = official(tmp_path / "source")
-    rewrite(folder, put("lm_head.weight", bf16(np.zeros((64, 64)))))
+    embedding = draw_tensors(config, 0)["model.decoder.embed_tokens.weight"]
+    rewrite(folder, put("lm_head.weight", bf16(embedding)))
     plan = prepare(folder, quantize=True)
     moved = [id(info) for move in plan.moves for info in move.source.infos]
     assert len(moved) == len(set(moved)) == len(plan.checkpoint.stored) - 1
-    assert plan.checkpoint.ignored == {"lm_head.weight": "tied to model.decoder.embed_tokens"}
+    assert plan.checkpoint.ignored == {
+        "lm_head.weight": "equal to model.decoder.embed_tokens.weight, to which it is tied"
+    }
     assert config["tie_word_embeddings"]
 
 
@@ -231,7 +235,11 @@ def test_a_move_larger_than_a_slice_is_cut_into_rows(source, monkeypatch):
     [
         ("model.encoder.vision_tower.encoder.layers.0.input_layernorm.weight", None, "is missing"),
         ("model.encoder.embed_vision.embedding_projection.weight", (1, 1), "has shape"),
-        ("model.encoder.vision_tower.encoder.layers.7.input_layernorm.weight", (8,), "none such"),
+        (
+            "model.encoder.vision_tower.encoder.layers.7.input_layernorm.weight",
+            (8,),
+            "no such tensor",
+        ),
     ],
 )
 def test_vision_is_whole_or_not_there(tmp_path, name, shape, said):

@@ -89,15 +89,15 @@ def test_in_a_toml_file_the_first_rule_that_matches_decides(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rule = 3", "tables are expected"),
+        ("rule = 3", "tables and nothing else"),
         ("[[rule]]\npattern = '*'\nbits = 4\ngroup_size = 64\n[other]", "and nothing else"),
-        ("", "tables are expected"),
+        ("", "tables and nothing else"),
         ("[[rule]]\nbits = 4", "rule 1: pattern is missing"),
         ("[[rule]]\npattern = '*'\nbit = 4", r"unknown keys \['bit'\]"),
         ("[[rule]]\npattern = '*'\nbits = 4", "group_size is missing"),
         ("[[rule]]\npattern = '*'\nbits = 5\ngroup_size = 5", "cannot pack"),
         ("[[rule]]\npattern = '*'\nquantize = 'no'", "must be true or false, got 'no'"),
-        ("[[rule]]\npattern = '*'\nquantize = false\nbits = 4", r"\['bits'\] mean nothing"),
+        ("[[rule]]\npattern = '*'\nquantize = false\nbits = 4", r"\['bits'\] have no effect"),
         ("[[rule", "cannot be read"),
     ],
 )

@@ -7,12 +7,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert.sources import e4m3, open_checkpoint
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, WeightsError
 from tests.convert.cases import (
     bf16,
     f32,
+    fp4,
     fp8_dynamic,
     load_all,
     nvfp4,
@@ -164,7 +166,7 @@ def put(name, stored):
     ("layout", "change", "message"),
     [
         (nvfp4, put(f"{EXPERT}.weight", u8(np.zeros((64, 31)))), "NVFP4 is expected, found"),
-        (nvfp4, put(f"{EXPERT}.weight_scale", u8(np.zeros((64, 4)))), "scale U8"),
+        (nvfp4, put(f"{EXPERT}.weight_scale", u8(np.zeros((64, 4)))), "declares.*NVFP4.*MXFP4"),
         (
             nvfp4,
             put(f"{EXPERT}.weight_scale", u8(np.zeros((64, 3)), "F8_E4M3")),
@@ -181,10 +183,10 @@ def put(name, stored):
             "not numbered",
         ),
         (fp8_dynamic, put(f"{Q_PROJ}.weight_scale", bf16(np.ones(3))), "one scale per output row"),
-        (fp8_dynamic, put(f"{Q_PROJ}.weight_scale", u8(np.ones(64))), "and scale U8"),
-        (fp8_dynamic, put(f"{Q_PROJ}.weight", u8(np.ones((64, 64)), "I8")), "weight I8"),
+        (fp8_dynamic, put(f"{Q_PROJ}.weight_scale", u8(np.ones(64))), "packed as MXFP8"),
+        (fp8_dynamic, put(f"{Q_PROJ}.weight", u8(np.ones((64, 64)), "I8")), "packed as INT8"),
         (fp8_dynamic, drop(f"{Q_PROJ}.weight_scale"), "has type F8_E4M3"),
-        (fp8_dynamic, drop(f"{Q_PROJ}.weight"), "q_proj.weight is not"),
+        (fp8_dynamic, drop(f"{Q_PROJ}.weight"), "q_proj.weight is missing"),
         (fp8_dynamic, put(f"{EXPERT}.weight", bf16(np.ones((64, 64)))), "weight BF16"),
     ],
 )
@@ -228,37 +230,113 @@ def test_experts_stored_fused_and_one_by_one_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "stored", "message"),
     [
-        (f"{Q_PROJ}.weight_packed", u8(np.zeros((64, 32))), "quant_method 'other'.*weight_packed"),
-        (f"{Q_PROJ}.qweight", ("I32", (1,), b"0000"), "cannot be read: quant_method 'other'"),
-        (f"{Q_PROJ}.weight_scale_inv", bf16(np.ones((1, 1))), "weight_scale_inv among"),
-        (f"{Q_PROJ}.weight", ("F8_E5M2", (64, 64), bytes(4096)), "q_proj.weight of type F8_E5M2"),
+        (f"{Q_PROJ}.weight_packed", u8(np.zeros((64, 32))), "weight_packed.*packed integers"),
+        (f"{Q_PROJ}.qweight", ("I32", (1,), b"0000"), "qweight is there: .* as GPTQ or AWQ"),
+        (f"{Q_PROJ}.weight_scale_inv", bf16(np.ones((1, 1))), "as FP8 in blocks"),
+        (
+            f"{Q_PROJ}.weight",
+            ("F8_E5M2", (64, 64), bytes(4096)),
+            "q_proj.weight is of type F8_E5M2",
+        ),
     ],
 )
-def test_a_layout_that_cannot_be_read_is_refused_with_the_reason(tmp_path, name, stored, message):
+def test_tensors_that_cannot_be_read_are_named_where_the_config_says_nothing(
+    tmp_path, name, stored, message
+):
     folder = official(tmp_path / "source")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "other"}})
-    )
     rewrite(folder, put(name, stored))
     with pytest.raises(WeightsError, match=message) as caught:
         open_checkpoint(folder)
     assert "ModelOpt NVFP4 and FP8" in str(caught.value)
 
 
-def test_a_quantized_config_over_plain_tensors_is_refused(tmp_path):
-    folder = official(tmp_path / "source")
-    config = tiny_config() | {"quantization_config": {"quant_method": "bitsandbytes"}}
+def test_a_declared_format_decides_whatever_the_tensors_look_like(tmp_path):
+    """FP8 in blocks may look like FP8 per channel, where a matrix has few columns."""
+    folder, _ = fp8_dynamic(tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [1, 64]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=r"'bitsandbytes' in config\.json, nothing but"):
+    with pytest.raises(WeightsError, match="packed as FP8 in blocks cannot be read"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes 4-bit cannot be"),
+        ({"quant_method": "other"}, "quant_method 'other' cannot be read"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt NVFP4, but no tensor is"),
+    ],
+)
+def test_a_quantized_config_over_plain_tensors_is_refused(tmp_path, block, message):
+    folder = official(tmp_path / "source")
+    config = tiny_config() | {"quantization_config": block}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=message):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("where", ["quantization_config", "compression_config", "text_config"])
+def test_a_block_is_found_wherever_tools_put_it(tmp_path, where):
+    """And the result says nothing of it, so that it loads."""
+    folder, _ = nvfp4(tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    block = config.pop("quantization_config")
+    if where == "text_config":
+        config["text_config"]["quantization_config"] = block
+    else:
+        config[where] = block
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"ModelOpt NVFP4.*mlx_diffgemma\.convert --hf-path"):
+        load_model(folder)
+    convert(folder, tmp_path / "out", quantize=True)
+    load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("scheme", [None, {"num_bits": 8, "type": "float"}])
+def test_scales_of_a_quantized_kv_cache_are_left_out(tmp_path, scheme):
+    """With packed weights and without."""
+    if scheme is None:
+        folder, _ = fp8_dynamic(tmp_path / "source")
+    else:
+        folder = official(tmp_path / "source")
+        config = json.loads((folder / "config.json").read_text())
+        block = {"quant_method": "compressed-tensors", "config_groups": {}}
+        config["quantization_config"] = block | {"kv_cache_scheme": scheme}
+        (folder / "config.json").write_text(json.dumps(config))
+    name = "model.decoder.layers.0.self_attn.k_scale"
+    rewrite(folder, put(name, bf16(np.ones(1))))
+    convert(folder, tmp_path / "out", quantize=True)
+    record = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert record["ignored"][name].startswith("scales a quantized KV cache")
+    if scheme is not None:
+        load_model(folder)
+
+
+def test_nvfp4_is_read_outside_of_the_experts_too(tmp_path):
+    folder, _ = nvfp4(tmp_path / "source")
+    codes = np.arange(64 * 32, dtype=np.uint8).reshape(64, 32)
+
+    def change(tensors):
+        tensors[f"{Q_PROJ}.weight"] = u8(codes)
+        tensors[f"{Q_PROJ}.weight_scale"] = u8(np.full((64, 4), 0x38), "F8_E4M3")  # 1
+        tensors[f"{Q_PROJ}.weight_scale_2"] = f32(np.array(0.5))
+        tensors[f"{Q_PROJ}.input_scale"] = f32(np.array(3.0))
+
+    rewrite_all_into_one(folder, change)
+    convert(folder, tmp_path / "out")
+    expected = [
+        [fp4(codes[r, c // 2] >> (4 * (c % 2)) & 15) / 2 for c in range(64)] for r in range(64)
+    ]
+    found = load_all(tmp_path / "out")[f"{Q_PROJ}.weight"]
+    assert same(found, nearest_bf16(np.array(expected)))
 
 
 def test_a_tensor_under_two_names_is_refused(tmp_path):
     folder = official(tmp_path / "source")
     name = "model.decoder.layers.0.experts.down_proj"
     rewrite(folder, put(f"{name}.weight", bf16(np.zeros((2, 64, 64)))))
-    with pytest.raises(WeightsError, match="twice, under two names"):
+    with pytest.raises(WeightsError, match="hold different values"):
         open_checkpoint(folder)
 
 

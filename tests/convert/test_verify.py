@@ -10,9 +10,9 @@ from mlx_diffgemma.checkpoint.headers import read_header, read_headers
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert import plan as plan_module
 from mlx_diffgemma.convert import verify as verify_module
+from mlx_diffgemma.convert.record import digest_of
 from mlx_diffgemma.convert.verify import verify
-from mlx_diffgemma.convert.write import digest_of
-from mlx_diffgemma.errors import DiffGemmaError, SourceError, WeightsError
+from mlx_diffgemma.errors import ConfigError, DiffGemmaError, SourceError, WeightsError
 from tests.convert.cases import official
 
 FIRST, SECOND = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
@@ -133,7 +133,7 @@ def test_a_changed_and_a_missing_file_are_named(out, name):
     [
         lambda r: r.update(dtype="float16"),
         lambda r: r["files"].pop("config.json"),
-        lambda r: r["source"].update(path="elsewhere"),
+        lambda r: r["source"].update(name="elsewhere"),
         lambda r: r.pop("digest"),
     ],
 )
@@ -152,9 +152,9 @@ def test_a_damaged_record_is_found(out, text):
 
 def test_a_folder_without_a_record_is_no_result(out):
     (out / "conversion.json").unlink()
-    with pytest.raises(WeightsError, match="no finished result of this program"):
+    with pytest.raises(WeightsError, match="it is no result of mlx_diffgemma"):
         verify(out)
-    with pytest.raises(WeightsError, match="no finished result of this program"):
+    with pytest.raises(SourceError, match=r"no folder .*nowhere; name the result to check"):
         verify(out / "nowhere")
     with pytest.raises(SourceError, match="nobodyatall"):
         verify("~nobodyatall/x")
@@ -184,7 +184,7 @@ def test_a_source_that_is_gone_or_another_one_is_said(tmp_path):
     source = official(tmp_path / "source")
     convert(source, tmp_path / "out")
     shutil.rmtree(source)
-    assert "the source is not at hand" in verify(tmp_path / "out").notes[0]
+    assert "the source, source, was not found; name it with" in verify(tmp_path / "out").notes[0]
     official(tmp_path / "source", num_experts=3)
     found = verify(tmp_path / "out")
     assert found.errors == {} and "has changed at model.decoder.layers.0" in found.notes[0]
@@ -238,3 +238,57 @@ def test_a_result_of_another_source_is_found(tmp_path):
         file.write(raw[info.nbytes // 2 :] + raw[: info.nbytes // 2])
     with pytest.raises(WeightsError, match=r"embed_tokens\.weight differs from"):
         verify(tmp_path / "out")
+
+
+def test_the_source_is_found_again_wherever_the_result_is_moved_to(tmp_path):
+    convert(official(tmp_path / "source"), tmp_path / "out", quantize=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").rename(tmp_path / "elsewhere/renamed")
+    assert verify(tmp_path / "elsewhere/renamed").errors["experts"] > 0.05
+
+
+def test_a_source_that_moved_can_be_named(tmp_path):
+    source, out = official(tmp_path / "source"), tmp_path / "out"
+    convert(source, out, quantize=True)
+    expected = verify(out).errors
+    source.rename(tmp_path / "moved")
+    assert verify(out).errors == {}
+    assert verify(out, tmp_path / "moved").errors == expected
+    other = official(tmp_path / "other", num_experts=3)
+    with pytest.raises(SourceError, match=r"cannot be compared with its source: .* has changed at"):
+        verify(out, other)
+    with pytest.raises(SourceError, match=r"no folder .*nowhere"):
+        verify(out, tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match="differs from"):
+        verify(out, official(tmp_path / "trained", seed=1))
+    with pytest.raises(ConfigError, match="a revision belongs to"):
+        verify(out, revision="main")
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("mlx_diffgemma.convert.origin._cache", lambda: tmp_path / "file/below")
+    source, out = official(tmp_path / "source"), tmp_path / "out"
+    convert(source, out)
+    assert "was not found; name it with --hf-path" in verify(out).notes[0]
+    assert verify(out, source).errors
+
+
+def test_an_unfinished_result_is_said_to_be_unfinished(tmp_path):
+    def progress(done: int, total: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(official(tmp_path / "source"), tmp_path / "out", progress=progress)
+    with pytest.raises(WeightsError, match="is not finished; run it again first"):
+        verify(tmp_path / "out")
+
+
+def test_each_stage_of_a_check_is_said(made):
+    said = []
+    verify(made, stage=said.append)
+    assert said == [
+        "checking files and headers",
+        "comparing with the source, source",
+        "computing one denoise step",
+    ]

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import loop
 from mlx_diffgemma.config.generation import GenerationSettings
 from mlx_diffgemma.config.model import ModelConfig
+from mlx_diffgemma.denoise import step as step_module
 from mlx_diffgemma.denoise.loop import denoise_tokens
 from mlx_diffgemma.denoise.noise import SeededNoise
 from mlx_diffgemma.denoise.sampler import shortlist, statistics
@@ -748,9 +748,9 @@ def test_the_most_uncertain_positions_are_conditioned_densely_and_the_others_spa
     sharp = np.array([9, 0.2, 8, 0.1])[:, None]  # positions 1 and 3 are the unsure ones
     seen = statistics(mx.array((rng.normal(size=(1, 4, vocab_size)) * sharp).astype(np.float32)))
     ids, p = shortlist(seen.weights, seen.total, 2)
-    belief = loop._Belief(seen.weights, seen.total, seen.entropy, (ids, p))
-    run_ = loop._Run(model, sparse, SeededNoise(0), model.mean_row())
-    mixed = np.array(loop._soft_embedding(run_, belief, loop.Plan(4, 2, 4)))[0]
+    belief = step_module.Belief(seen.weights, seen.total, seen.entropy, (ids, p))
+    run_ = step_module.Run(model, sparse, SeededNoise(0), model.mean_row())
+    mixed = np.array(step_module._soft_embedding(run_, belief, step_module.Plan(4, 2, 4)))[0]
     dense = np.array(model.mean_embedding(seen.weights, seen.total))[0]
     short = np.array(model.sparse_embedding(ids, p, model.mean_row()))[0]
     for i, expected in enumerate((short, dense, short, dense)):

@@ -60,6 +60,12 @@ def test_borders_of_the_language(text, parts):
         ("{{match: }}", "there is nothing to match"),
         ("{{a = gap}}{{a = gap}}", "two slots of the template are called 'a'"),
         ("{{}}", "'' is not a slot"),
+        (
+            r"a {{x = match: (a)\1}}",
+            r"template, line 1, column 19: match: back-references are not supported: \1",
+        ),
+        ("\n{{match:  b(?=c)}}", "template, line 2, column 12: match: look-ahead"),
+        ("\ufeff{{gp}}", "template, line 1, column 3: 'gp' is not a slot"),
     ],
 )
 def test_errors_point_at_the_column(text, message):
@@ -81,6 +87,20 @@ def test_any_literal_can_be_written(literals):
     template = Template.parse("{{gap}}".join([*map(written, literals), ""]))
     shown = "".join(part if isinstance(part, str) else "\0" for part in template.parts)
     assert shown == "".join(f"{literal}\0" for literal in literals)
+
+
+def test_a_byte_order_mark_is_kept_and_is_no_part_of_the_text():
+    template = Template.parse("\ufeffa {{gap}}")
+    assert template.parts == ("a ", Slot("1", "gap"))
+    assert template.shown() == "a ____" and template.filled({"1": "b"}) == "\ufeffa b"
+    assert Template.parse("\ufeff{{gap}}").filled({"1": "b"}) == "\ufeffb"
+    assert Template.parse("a\ufeff{{gap}}").parts[0] == "a\ufeff"
+
+
+def test_a_slot_says_where_it_is():
+    (slot,) = Template.parse("a\n  {{x = gap}}").slots
+    assert slot.label == "template, line 2, column 9: slot x"
+    assert Slot("y", "gap").label == "slot y"
 
 
 def test_what_is_shown_and_what_is_filled():

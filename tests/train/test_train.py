@@ -223,7 +223,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
         fine_tune_type="full", optimizer="sgd", learning_rate=1e30, max_grad_norm=0.0,
     )  # fmt: skip
     with pytest.raises(
-        LossError, match=r"at iteration \d+; the last checkpoint in .* is from before"
+        LossError, match=r"at iteration \d+; no checkpoint was written yet; a smaller"
     ):
         list(run.run())
     assert not (tmp_path / "run" / STATE).exists(), "the first update broke it"
@@ -240,7 +240,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
         return values, grads, tokens
 
     good._look = broken
-    with pytest.raises(LossError):
+    with pytest.raises(LossError, match=r"at iteration 8; the last checkpoint in .* iteration 6;"):
         list(good.run())
     kept = {k: v for k, v in state_of(tmp_path / "run").items() if k.startswith("weights.")}
     assert kept and all(np.isfinite(array).all() for array in kept.values())
@@ -257,11 +257,11 @@ def test_an_interrupt_inside_a_batch_is_heeded_behind_it_and_loses_nothing(
     run = trainer_of(model_folder, tokenizer, tmp_path / "run", data, **changes)
     apply = run._apply
 
-    def interrupted(grads):
+    def interrupted(grads, tokens):
         if run.iteration == at:
             run.stop()
             assert run.is_whole
-        apply(grads)
+        apply(grads, tokens)
 
     run._apply = interrupted
     with pytest.raises(KeyboardInterrupt):
@@ -273,6 +273,46 @@ def test_an_interrupt_inside_a_batch_is_heeded_behind_it_and_loses_nothing(
     list(again.run())
     for name, array in state_of(tmp_path / "whole").items():
         np.testing.assert_array_equal(array, state_of(tmp_path / "run")[name], err_msg=name)
+
+
+def test_tokens_are_counted_on_where_a_run_is_taken_up(model_folder, tokenizer, tmp_path):
+    data, whole = write_lines(tmp_path / "data"), tmp_path / "whole"
+    counted = [
+        [e.trained_tokens for e in run.run() if isinstance(e, Trained)]
+        for run in [trainer_of(model_folder, tokenizer, whole, data, iters=12)]
+    ]
+    parts = tmp_path / "parts"
+    list(trainer_of(model_folder, tokenizer, parts, data, iters=4).run())
+    for iters in (8, 12):
+        run = trainer_of(model_folder, tokenizer, parts, data, iters=iters)
+        run.resume()
+        counted.append([e.trained_tokens for e in run.run() if isinstance(e, Trained)])
+    assert counted[1] + counted[2] == counted[0][1:] and counted[0][0] > 0
+
+
+def test_a_state_that_counts_no_tokens_can_be_taken_up(model_folder, tokenizer, tmp_path):
+    data = write_lines(tmp_path / "data")
+    list(trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=4).run())
+    arrays, metadata = mx.load(str(tmp_path / "run" / STATE), return_metadata=True)
+    assert int(metadata.pop("trained_tokens")) > 0
+    mx.save_safetensors(str(tmp_path / "run" / STATE), arrays, metadata)
+    run = trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=8)
+    run.resume()
+    assert (run.iteration, run.trained_tokens) == (4, 0)
+
+
+def test_what_a_run_leaves_names_its_model_and_not_where_it_lies(model_folder, tmp_path):
+    data, run = write_lines(tmp_path / "data"), tmp_path / "run"
+    settings = TrainSettings(iters=2, batch_size=4, steps_per_report=1)
+    session = Session.open(str(model_folder), str(data), run, settings)
+    list(session.train())
+    session.draw()
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert config["model"] == model_folder.name
+    private = (str(tmp_path), str(model_folder.parent), str(Path.home()))
+    for path in run.iterdir():
+        content = path.read_bytes()
+        assert not any(place.encode() in content for place in private if place != "/"), path
 
 
 def test_a_session_knows_another_model_and_other_data(model_folder, tmp_path):
@@ -389,6 +429,7 @@ def test_a_session_draws_its_curves_and_tests(model_folder, tmp_path):
     settings = TrainSettings(iters=6, batch_size=4, steps_per_report=2)
     run = tmp_path / "run"
     session = Session.open(str(model_folder), str(data), run, settings, tests=True)
+    assert session.draw() is None, "nothing was measured yet"
     kinds = [type(event) for event in session.train()]
     assert kinds == [Validated, Trained, Trained, Trained, Validated, Saved]
     assert session.draw() == run / PICTURE

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -15,6 +18,7 @@ from typer.testing import CliRunner
 
 import mlx_diffgemma
 from mlx_diffgemma import GenerationSettings
+from mlx_diffgemma.cli.edit import _name_in_diff
 from mlx_diffgemma.cli.edit import edit as edit_command
 from mlx_diffgemma.errors import TemplateError
 from mlx_diffgemma.write.edit import Edited, Selection, edit
@@ -36,11 +40,18 @@ def bundled():
         ("2:1-3:3", "two thrée\r\nfo"),
         ("4:1-4:1", ""),
         ("1:1-4:1", TEXT),
+        ("2-2", "two thrée"),
+        ("2", "two thrée"),
+        ("1-2", "one\ntwo thrée"),
+        ("1 - 3", "one\ntwo thrée\r\nfour"),
+        ("4-4", ""),
     ],
 )
-def test_a_selection_by_lines_and_columns(places, part):
-    selection = Selection.of_places(TEXT, places)
-    assert TEXT[selection.start : selection.stop] == part
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_selection_by_lines_and_columns(places, part, mark):
+    text = mark + TEXT
+    selection = Selection.of_places(text, places)
+    assert text[selection.start : selection.stop] == part
 
 
 @pytest.mark.parametrize(
@@ -48,6 +59,12 @@ def test_a_selection_by_lines_and_columns(places, part):
     [
         ("12:3", "is not line:column-line:column"),
         ("a:1-2:2", "is not line:column-line:column"),
+        ("1:1-2", "and not whole lines, such as 12-14"),
+        ("1-", "and not whole lines, such as 12-14"),
+        ("-1", "and not whole lines, such as 12-14"),
+        ("3-2", "ends before it begins"),
+        ("1-5", "outside of the file: it has 4 lines"),
+        ("0-1", "outside of the file"),
         ("5:1-5:2", "outside of the file: it has 4 lines"),
         ("0:1-1:1", "outside of the file"),
         ("1:5-1:6", "line 1 has 3 characters"),
@@ -66,6 +83,24 @@ def test_a_selection_by_its_text():
             Selection.of_match("a ba", part)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text():
+    assert Selection.of_match("\ufeffab", "ab") == Selection(1, 3)
+    assert Selection.of_match("\ufeffab", "\ufeffab") == Selection(1, 3)
+    with pytest.raises(TemplateError, match="is empty"):
+        Selection.of_match("\ufeffab", "\ufeff")
+
+
+@pytest.mark.parametrize("selection", [Selection(0, 5), Selection(1, 5)])
+def test_a_byte_order_mark_stays_and_the_model_does_not_see_it(selection):
+    text = "12 13 14"
+    chosen = {"settings": GenerationSettings(seed=1), "gap_tokens": (5, 5)}
+    marked = edit(*bundled(), "\ufeff" + text, selection, "Count.", **chosen)
+    plain = edit(*bundled(), text, Selection(0, 4), "Count.", **chosen)
+    assert marked.text == "\ufeff" + plain.text and marked.replacement == plain.replacement
+    assert marked.filled.prompt_tokens == plain.filled.prompt_tokens
+    assert marked.diff("f").encode().startswith(b"--- a/f\n+++ b/f\n@@ -1 +1 @@\n-\xef\xbb\xbf12")
+
+
 def test_everything_around_the_selection_stays():
     document = "12 13 14 15 16 17\r\n\tend \u2028 é"
     selection = Selection.of_match(document, "14 15")
@@ -82,11 +117,22 @@ def edited(before: str, after: str) -> Edited:
     ("before", "after"),
     [("a\nb\nc\n", "a\nx\nc\n"), ("a", "a\n"), ("", "a"), ("a\u2028b\r\nc", "a\u2028x\r\nc")],
 )
-def test_patch_makes_the_new_document_of_the_old_one(before, after, tmp_path):
-    (tmp_path / "f").write_bytes(before.encode())
-    (tmp_path / "diff").write_bytes(edited(before, after).diff("f").encode())
-    subprocess.run(["git", "apply", "diff"], cwd=tmp_path, check=True)
-    assert (tmp_path / "f").read_bytes() == after.encode()
+@pytest.mark.parametrize("command", [["git", "apply", "diff"], ["patch", "-p1", "-i", "diff"]])
+@pytest.mark.parametrize(
+    "name",
+    ["f", "a b.md", "d/é 日.md", 'q"u\\o', "t\ta\nb", "b\udce9d", "x 2026-01-01 00:00:00 +0000"],
+)
+def test_patch_makes_the_new_document_of_the_old_one(before, after, name, command, tmp_path):
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    if command[0] == "patch" and "\n" in name:
+        pytest.skip("patch takes no name with a line break")
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(before.encode())
+    (tmp_path / "diff").write_bytes(edited(before, after).diff(name).encode())
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert file.read_bytes() == after.encode()
     assert edited(before, before).diff("f") == ""
 
 
@@ -159,6 +205,8 @@ def test_stdout_is_the_document_and_diff_a_diff(file):
         ([], "say what to rewrite, with --select or with --match"),
         (["--select", "1:1-1:2", "--match", "é"], "say what to rewrite"),
         (["--match", "13", "--diff", "--in-place"], "choose one of the two"),
+        (["--match", "13", "--diff", "--json"], "choose one of the two"),
+        (["--select", "1:2-3"], "is not line:column-line:column"),
         (["--match", "13", "--gap-tokens", "9..2"], "--gap-tokens must be M..N"),
     ],
 )
@@ -168,6 +216,53 @@ def test_bad_input_is_one_line_and_writes_nothing(file, arguments, message):
     assert done.exit_code == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert file.read_bytes() == before and done.stdout == ""
+
+
+def test_a_document_from_stdin_and_whole_lines():
+    document = "\ufeffé\n12 13 14 15\r\nend".encode()
+    arguments = ["-", "--select", "2", "--prompt", "Count.", "--seed", "1", "--gap-tokens", "5"]
+    done = CliRunner().invoke(edit_app(), arguments, input=document)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout_bytes.startswith("\ufeffé\n".encode())
+    assert done.stdout_bytes.endswith(b"\r\nend") and done.stdout_bytes != document
+    done = CliRunner().invoke(edit_app(), [*arguments, "--json"], input=document)
+    found = json.loads(done.stdout)
+    assert found["text"] == f"\ufeffé\n{found['replacement']}\r\nend"
+    assert found["selection"] == {"start": 3, "stop": 14, "text": "12 13 14 15"}
+    assert (found["tokens"], found["seed"], found["canvases"]) == (5, 1, 1)
+    assert 0 < found["certainty"] <= 1
+    done = CliRunner().invoke(edit_app(), [*arguments, "--in-place"], input=document)
+    assert done.exit_code == 2 and "--in-place needs a file" in done.stderr
+    done = CliRunner().invoke(edit_app(), [*arguments, "--diff"], input=document)
+    assert done.stdout_bytes.startswith(b"--- a/stdin\n+++ b/stdin\n@@ -1,3 +1,3 @@")
+
+
+@pytest.mark.parametrize("here", [".", "docs", "docs/deep"])
+def test_git_applies_a_diff_where_the_user_stands(here, tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    file = tmp_path / "docs" / "deep" / "é notes.md"
+    file.parent.mkdir(parents=True)
+    file.write_bytes("\ufeff12 13 14 15\r\nend".encode())
+    monkeypatch.chdir(tmp_path / here)
+    name = os.path.relpath(file)
+    arguments = [name, "--match", "13 14", "--prompt", "Count.", "--seed", "1", "--gap-tokens", "5"]
+    plain = CliRunner().invoke(edit_app(), arguments).stdout_bytes
+    diff = CliRunner().invoke(edit_app(), [*arguments, "--diff"]).stdout_bytes
+    assert f"+++ b/{name}\t\n".encode() in diff
+    subprocess.run(["git", "apply"], input=diff, check=True)
+    assert file.read_bytes() == plain != "\ufeff12 13 14 15\r\nend".encode()
+
+
+def test_a_file_elsewhere_is_named_from_the_top_of_its_repository(tmp_path, monkeypatch):
+    (tmp_path / "repository" / ".git").mkdir(parents=True)
+    (tmp_path / "repository" / "docs").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert _name_in_diff(Path("../repository/docs/a.md")) == "docs/a.md"
+    assert _name_in_diff(Path("../b.md")) == "b.md"
+    (tmp_path / "repository" / "link.md").symlink_to(tmp_path / "repository" / "docs" / "a.md")
+    monkeypatch.chdir(tmp_path / "repository")
+    assert _name_in_diff(Path("link.md")) == "docs/a.md"
 
 
 def edit_app():

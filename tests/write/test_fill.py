@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, fill, writer
+from mlx_diffgemma import GenerationSettings, fill
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.constraint.automaton import Automaton
 from mlx_diffgemma.denoise.loop import denoise_context, denoise_tokens
@@ -25,6 +25,7 @@ from mlx_diffgemma.language.prompt import encode_text, token_bytes
 from mlx_diffgemma.language.template import Slot, Template
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
+from mlx_diffgemma.write import writer
 from mlx_diffgemma.write.fill import Filled, stream_fill
 from tests.checkpoints import GENERATION, draw_config, load_drawn
 
@@ -263,9 +264,13 @@ def test_the_same_seed_fills_the_same():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{{gap:70}}", "there is nothing for it of 70 to 64 tokens; a canvas holds 64"),
-        ("{{match: [0-9]{65,70}}}", "there is nothing for it of 1 to 64 tokens"),
-        ("{{match: (}}", "cannot be used"),
+        (
+            "{{gap:70}}",
+            "line 1, column 3: slot 1 is to have at least 70 tokens, and a canvas holds 64",
+        ),
+        ("{{match: [0-9]{65,70}}}", "column 3: slot 1: no text that matches it has 1 to 64 tokens"),
+        ("{{match: (}}", 'column 3: slot 1: match "(", character 1: missing ), unterminated'),
+        ("{{gap:99999999999}}", "at least 99999999999 tokens, and a canvas holds 64"),
         ("{{one of: a▁b | c}}", "cannot spell 'a▁b'"),
         ("x" * 2048 + "{{gap}}", "they do not fit into 2048 positions"),
     ],
@@ -392,3 +397,17 @@ def test_less_than_was_asked_for_is_said():
     assert any("tokens were tried" in note for note in filled.notes)
     with pytest.raises(TemplateError, match="has 70 tokens, more than a canvas of 64 holds"):
         fill_bundled("{{one of: ab | " + "z" * 70 + "}}", "Go.")
+
+
+def test_a_string_is_a_template_and_what_is_none_is_refused():
+    settings = GenerationSettings(seed=1)
+    text = "Answer: {{one of: yes | no}}"
+    filled, parsed = (
+        fill(*bundled(), template, settings=settings) for template in (text, Template.parse(text))
+    )
+    assert filled == parsed and filled.text in ("Answer: yes", "Answer: no")
+    with pytest.raises(TemplateError, match="no slot"):
+        fill(*bundled(), "no slots")
+    for wrong in (None, b"a {{gap}}", ["a {{gap}}"], Slot("1", "gap")):
+        with pytest.raises(TemplateError, match=f"Template.parse, got {type(wrong).__name__}"):
+            next(stream_fill(*bundled(), wrong))
