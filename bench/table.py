@@ -1,10 +1,10 @@
-"""The README's tables of speed, from the last lines of bench/results/.
+"""The tables of docs/speed.md, from the last lines of bench/results/.
 
-No figure is typed by hand: what was not measured has no row. Says where each was measured, and on
-which commit.
+No figure is typed by hand: what was not measured has no row. The last lines name machine, versions
+and commit.
 
     python bench/table.py            # prints
-    python bench/table.py --write    # replaces what stands between the marks in README.md
+    python bench/table.py --write    # replaces the tables in docs/speed.md
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ BENCHES = ("step", "answer", "twin", "growth", "growth_peak", "counts")
 BEGIN, END = "<!-- bench table -->", "<!-- /bench table -->"
 NOT_APPLE = "No figure here was measured on Apple hardware."
 MISSING = "-"
+PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 
 Record = dict[str, Any]
 
@@ -29,8 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into the README")
-    parser.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
+    parser.add_argument("--write", action="store_true", help="into the page")
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     records = read(options.results)
@@ -38,7 +39,7 @@ def main() -> None:
         raise SystemExit(f"{options.results} has none of {', '.join(BENCHES)}: nothing to show")
     text = "\n\n".join(tables(records))
     if options.write:
-        replace_between_marks(options.readme, text)
+        replace_between_marks(options.page, text)
     print(text)
 
 
@@ -65,13 +66,18 @@ def read(results: Path) -> dict[str, Record]:
     return records
 
 
-def replace_between_marks(readme: Path, text: str) -> None:
-    whole = readme.read_text(encoding="utf-8")
+def replace_between_marks(page: Path, text: str) -> None:
+    page.write_text(between_marks(page, text), encoding="utf-8")
+
+
+def between_marks(page: Path, text: str) -> str:
+    """Return the page with `text` in place of its tables."""
+    whole = page.read_text(encoding="utf-8")
     if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
-        raise SystemExit(f"{readme} must hold {BEGIN} and, behind it, {END}, once each")
+        raise SystemExit(f"{page} must hold {BEGIN} and, behind it, {END}, once each")
     head, rest = whole.split(BEGIN)
     _, tail = rest.split(END)
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
 
 
 def tables(records: dict[str, Record]) -> list[str]:
@@ -161,9 +167,9 @@ def provenance(records: dict[str, Record]) -> str:
             + f"; commit {record['commit']}"
         )
         places.setdefault(place, []).append(script_of(name))
-    lines = [f"{', '.join(names)}: {place}." for place, names in places.items()]
+    lines = [f"- {', '.join(names)}: {place}." for place, names in places.items()]
     if not any(record["machine"]["system"].startswith("Darwin") for record in records.values()):
-        lines.append(NOT_APPLE)
+        lines.append(f"- {NOT_APPLE}")
     return "\n".join(lines)
 
 

@@ -68,7 +68,15 @@ class _Package(ModuleType):
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    try:
+        home = import_module(f".{_HOME[name]}", __name__)
+    except ImportError as error:
+        from .errors import backend_error
+
+        if (explained := backend_error(error)) is None:
+            raise
+        raise explained from None
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

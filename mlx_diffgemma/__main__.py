@@ -8,6 +8,7 @@ from .cli.fill import fill
 from .cli.fuse import fuse
 from .cli.generate import generate
 from .cli.info import info
+from .cli.models import app as models
 from .cli.train import train
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     app.command()(fill)
     app.command()(edit)
     app.command()(info)
+    app.add_typer(models, name="models")
     app.command()(convert)
     app.command()(train)
     app.command()(fuse)

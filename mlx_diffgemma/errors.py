@@ -1,6 +1,9 @@
 """What can go wrong in a way that a user can put right. Everything else is a bug and keeps its
 traceback."""
 
+import platform
+from pathlib import Path
+
 
 class DiffGemmaError(Exception):
     """A mistake in what was given: one line that says what was given, what was expected, and what
@@ -38,3 +41,23 @@ class DataError(DiffGemmaError):
 
 class LossError(DiffGemmaError):
     """A loss that is no number."""
+
+
+class BackendError(DiffGemmaError, ImportError):
+    """MLX is not installed, or it finds nothing to compute with."""
+
+
+def backend_error(error: ImportError) -> BackendError | None:
+    """Return what to say of a failed import of MLX, or None if something else was imported.
+
+    The wheels of MLX for Linux hold no backend: without an extra that brings one, `mlx.core` is
+    missing or does not find its library.
+    """
+    # Where a library is missing, the name is "core", and the path tells whose.
+    if "mlx" not in ((error.name or "").split(".")[0], Path(error.path or "").parent.name):
+        return None
+    if platform.system() == "Linux":
+        package = "'mlx-diffgemma[cpu]' (or 'mlx-diffgemma[cuda]' for NVIDIA cards)"
+    else:
+        package = "mlx"
+    return BackendError(f"MLX cannot be used here ({error.msg}); run: pip install {package}")

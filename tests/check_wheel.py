@@ -1,4 +1,5 @@
-"""Builds the wheel, installs it in a fresh environment without extras, and runs it elsewhere.
+"""Builds the source distribution, runs tests from it, builds the wheel from it, installs that in
+a fresh environment without extras, and runs it elsewhere.
 
 A script for `make wheel`, not a pytest file: the checkout would shadow the wheel.
 """
@@ -7,9 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +33,7 @@ names = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 for name in names:
     assert (folder / name).read_bytes(), name
 assert (pathlib.Path(mlx_diffgemma.__file__).parent / "py.typed").is_file()
+assert not pathlib.Path(mlx_diffgemma.__file__).parent.joinpath("convert").is_symlink()
 template = pathlib.Path(mlx_diffgemma.__file__).parent / "view/trace.html"
 assert template.read_text(encoding="utf-8").count("@@RUN@@") == 1
 model, tokenizer = mlx_diffgemma.load(folder)
@@ -37,23 +43,35 @@ assert text.startswith("|n|n*n|"), text
 """
 
 
+# Loading prints nothing, not even transformers' advice that there is no torch.
+QUIET = """
+import os, sys
+sys.stderr = sys.stdout
+os.dup2(1, 2)
+from mlx_diffgemma import bundled_model, load
+load(bundled_model())
+"""
+# A program that uses the package: a type checker accepts the first line and refuses the second.
+CONSUMER = """
+import mlx_diffgemma
+settings = mlx_diffgemma.GenerationSettings(seed=1)
+settings = mlx_diffgemma.GenerationSettings(seed="one")
+"""
+# Tests that are run from the source distribution: they import the helpers beside them.
+FROM_SOURCE = ("tests/test_packaging.py", "tests/config", "tests/checkpoint/test_names.py")
+
+
 def main() -> None:
     backend = "[cpu]" if platform.system() == "Linux" else ""
     with tempfile.TemporaryDirectory() as scratch:
-        run(
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "-w",
-            scratch,
-            str(ROOT),
-            cwd=scratch,
-        )
+        python = (sys.executable, "-m")
+        run(*python, "build", "--quiet", "--sdist", "--outdir", scratch, str(ROOT), cwd=scratch)
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        unpacked = check_source(archive, Path(scratch))
+        run(*python, "pip", "wheel", "--quiet", "--no-deps", "-w", scratch, unpacked, cwd=scratch)
         (wheel,) = Path(scratch).glob("*.whl")
-        run(sys.executable, "-m", "venv", "venv", cwd=scratch)
+        check_contents(wheel)
+        run(*python, "venv", "venv", cwd=scratch)
         bin_ = Path(scratch, "venv", "bin")
         run(
             str(bin_ / "python"),
@@ -65,6 +83,9 @@ def main() -> None:
             cwd=scratch,
         )
         run(str(bin_ / "python"), "-c", INSIDE, cwd=scratch)
+        quiet = run(str(bin_ / "python"), "-c", QUIET, cwd=scratch)
+        assert quiet == "", quiet
+        check_types(Path(scratch), bin_ / "python")
         for command in (["mlx_diffgemma.info"], ["mlx_diffgemma.generate", "--help"]):
             run(str(bin_ / command[0]), *command[1:], cwd=scratch)
         prompt = ("--prompt", "Squares from 2 to 3.", "--seed", "1")
@@ -76,16 +97,79 @@ def main() -> None:
             assert out.startswith("|n|n*n|"), out
         run(str(bin_ / "mlx_diffgemma.generate"), *prompt, "--trace", "run.html", cwd=scratch)
         assert "<script" in Path(scratch, "run.html").read_text(encoding="utf-8")
-    print("the wheel installs and runs")
+    print("the source distribution, and the wheel that is made of it, install and run")
 
 
-def run(*command: str, cwd: str) -> str:
+def check_source(archive: Path, scratch: Path) -> str:
+    """Unpack a source distribution, which has no links in it, and run tests there; its folder."""
+    with tarfile.open(archive) as opened:
+        members = opened.getmembers()
+        assert all(member.isfile() or member.isdir() for member in members), "a link was packed"
+        opened.extractall(scratch / "source", filter="data")
+    (folder,) = (scratch / "source").iterdir()
+    python = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(folder))
+    ran = run(*python, *FROM_SOURCE, cwd=str(folder), PYTHONPATH=str(folder))
+    assert " passed" in ran and "failed" not in ran, ran
+    return str(folder)
+
+
+def check_contents(wheel: Path) -> None:
+    """Files of every package, the converter's too, and a description that package indexes show as
+    it is meant."""
+    with zipfile.ZipFile(wheel) as opened:
+        names = opened.namelist()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        described = message_from_bytes(opened.read(metadata))
+    sources = {
+        f"mlx_diffgemma/{path.relative_to(ROOT / 'mlx_diffgemma')}"
+        for pattern in ("**/*.py", "convert/*.py")
+        for path in (ROOT / "mlx_diffgemma").glob(pattern)
+    }
+    assert sources <= set(names), sources - set(names)
+    assert not any(name.startswith(("tests/", "bench/", "convert/")) for name in names), names
+    assert described["Description-Content-Type"] == "text/markdown"
+    description = described.get_payload(decode=True).decode("utf-8")
+    assert description.startswith("# mlx-diffgemma")
+    assert relative_links(description) == []
+
+
+def check_types(folder: Path, python: Path) -> None:
+    """A consumer's type checker sees the package's types: those of the wheel, and those of this
+    checkout where it is installed to be edited."""
+    (folder / "consumer.py").write_text(CONSUMER)
+    for interpreter in (str(python), sys.executable):
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--python-executable", interpreter, "consumer.py"],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        (error,) = (line for line in done.stdout.splitlines() if ": error:" in line)
+        assert error.startswith("consumer.py:4:") and '"str"' in error, done.stdout
+
+
+def relative_links(markdown: str) -> list[str]:
+    """The targets of links and images that are neither web addresses nor headings of the same
+    page, outside blocks of code."""
+    text = re.sub(r"^```.*?^```", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"\]\(\s*<?([^)\s>]+)", text)
+    found += re.findall(r"^ {0,3}\[[^\]]+\]:\s*(\S+)", text, flags=re.MULTILINE)
+    found += re.findall(r"<[^>]+?\s(?:href|src|srcset)=[\"']([^\"']+)", text)
+    return [target for target in found if not re.match(r"[a-z]+:|#", target)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, in which the checkout does not shadow what is installed."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | more
+
+
+def run(*command: str, cwd: str, **more: str) -> str:
     """The command's stdout; stops with its output if it fails."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         command,
         cwd=cwd,
-        env=environment,
+        env=environment(**more),
         capture_output=True,
         text=True,
     )

@@ -28,6 +28,7 @@ OBJECTIVE = "tests/parity/test_objective.py"
 SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
 CONVERT_CLI = "tests/convert/test_cli.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
+ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_peft.py"
 
 
 @dataclass(frozen=True)
@@ -461,6 +462,55 @@ FAULTS = (
         "weights /= B * weights.sum(axis=1, keepdims=True)",
         "weights /= weights.sum()",
         (TRAIN_DATA,),
+    ),
+    Fault(
+        "adapters: PEFT's alpha is taken for the scale",
+        "checkpoint/peft.py",
+        'return float(alpha / r**0.5 if config.get("use_rslora") else alpha / r)',
+        "return float(alpha)",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: PEFT's B counts ranks within experts",
+        "checkpoint/peft.py",
+        "b = b.reshape(-1, rank, count).transpose(2, 0, 1)",
+        "b = b.reshape(-1, count, rank).transpose(1, 0, 2)",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: the encoder's factors are dropped in silence",
+        "checkpoint/peft.py",
+        "if not found[path].equals(decoder[twin]):",
+        "if False:",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: an adapter on one of gate and up alone",
+        "model/fused.py",
+        "are_plain = all(type(part) in (nn.Linear, nn.QuantizedLinear) for part in parts)",
+        "are_plain = type(first) in (nn.Linear, nn.QuantizedLinear)",
+        (ADAPTERS,),
+    ),
+    Fault(
+        "training: tokens are counted from the process's beginning",
+        "train/trainer.py",
+        "self.trained_tokens = state.trained_tokens",
+        "self.trained_tokens = 0",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: a stop names a checkpoint that was never written",
+        "train/trainer.py",
+        "self._saved_at: int | None = None",
+        "self._saved_at: int | None = 0",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: adapters say where the model lay",
+        "train/session.py",
+        "Path(model).resolve().name if Path(model).exists() else model",
+        "str(source)",
+        (TRAIN,),
     ),
     Fault(
         "training: a run that is taken up forgets a half-made update",

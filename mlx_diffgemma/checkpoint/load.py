@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-from transformers import PreTrainedTokenizerBase
 
 from ..config.model import ModelConfig
 from ..language.tokenizer import load_tokenizer
 from ..model import DiffusionGemma
 from ..model.fused import fuse
 from .adapters import load_adapters
+from .blas import slow_blas
 from .files import resolve
 from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
 from .tied import read_assigned
 from .weights import load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WARNED_AT_TOKENS = 4096
 
@@ -32,7 +36,8 @@ def load(
     """Load a checkpoint and its tokenizer, as `mlx_lm.load` does.
 
     Args:
-      path_or_repo: a folder, or a Hub repo id, which is downloaded where it is not cached.
+      path_or_repo: a folder, or a Hub repo id or its short name (`4bit`, `8bit`, ...), which is
+        downloaded where it is not cached.
       revision: branch, tag or commit of a repository.
       adapter_path: as for `load_model`.
       fused: as for `load_model`.
@@ -82,6 +87,8 @@ def build_model(
     if mx.default_device() == mx.cpu:  # what is not packed becomes float32 there
         weights += sum(info.nbytes for info in used if info.dtype in ("BF16", "F16"))
         element_bytes = 4
+        if hint := slow_blas(weights):
+            warnings.warn(hint, stacklevel=2)
     needed = needed_bytes(
         config.text, weights, _WARNED_AT_TOKENS, config.canvas_length, element_bytes=element_bytes
     )

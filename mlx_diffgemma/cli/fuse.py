@@ -5,12 +5,18 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoint.choice import MODEL_VARIABLE
 from .options import REVISION_HELP, command, run
 
 
 @command
 def fuse(
-    model: Annotated[str, typer.Option(help="Local folder or Hub repo id that was trained.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Local folder, Hub repo id or short name that was trained.", envvar=MODEL_VARIABLE
+        ),
+    ],
     adapter_path: Annotated[
         str, typer.Option(help="Folder of adapters, or of weights trained in full.")
     ] = "adapters",

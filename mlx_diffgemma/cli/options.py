@@ -19,12 +19,16 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from ..checkpoint.choice import MODEL_VARIABLE
 from ..config.entry import Entry, kinds
 from ..config.generation import GenerationSettings, decider_of
-from ..errors import DiffGemmaError, PromptError, TemplateError
+from ..errors import DiffGemmaError, PromptError, TemplateError, backend_error
 from .interrupt import ended_in_order, leave
 
-MODEL_HELP = "Local folder or Hub repo id; by default the small model that comes with the package."
+MODEL_HELP = (
+    "Local folder, Hub repo id, or short name of a published one, such as 4bit (a folder of that "
+    "name comes first); by default the small model that comes with the package."
+)
 REVISION_HELP = "Branch, tag or commit of a Hub repository."
 
 
@@ -83,6 +87,7 @@ def gap_bounds(text: str | None) -> tuple[int, int] | None:
     return low, high
 
 
+ModelOption = Annotated[str | None, typer.Option(help=MODEL_HELP, envvar=MODEL_VARIABLE)]
 SystemPromptOption = Annotated[
     str | None, typer.Option("--system-prompt", help="System prompt for the chat template.")
 ]
@@ -95,7 +100,7 @@ VerboseOption = Annotated[
 class ModelOptions:
     """Which model a command runs."""
 
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None
+    model: ModelOption = None
     adapter_path: Annotated[
         str | None,
         typer.Option(help="Folder of adapters, as mlx_diffgemma.train makes them."),
@@ -191,7 +196,7 @@ def prompt_text(argument: str | None, option: str | None) -> str:
         )
     given = argument if option is None else option
     if given == "-" or (given is None and not _is_terminal(sys.stdin)):
-        return read_stdin()
+        return read_stdin().removeprefix("\ufeff")  # what editors put before text is not said
     if given is None:
         raise PromptError("a prompt is missing: give it in quotes, or - to read it from stdin")
     return given if option is None else unescape(option)
@@ -204,7 +209,8 @@ def _is_terminal(stream: Any) -> bool:
 @contextmanager
 def friendly_errors() -> Iterator[None]:
     """A user's mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
-    # transformers says on import that it found no torch; it is not needed.
+    # transformers logs advice that does not hold here, such as that a prompt is longer than the
+    # tokenizer's `model_max_length`.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning
     if signal.getsignal(signal.SIGINT) is leave:
@@ -213,6 +219,11 @@ def friendly_errors() -> Iterator[None]:
         yield
     except DiffGemmaError as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except ImportError as error:
+        if (explained := backend_error(error)) is None:
+            raise
+        typer.echo(f"error: {explained}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error

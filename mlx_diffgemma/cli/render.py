@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text as Styled
 
+from ..checkpoint.cache import CachedModel
+from ..checkpoint.choice import short_name
 from ..checkpoint.info import Info
 from ..errors import SourceError
 from ..events import StepDone
@@ -265,3 +268,15 @@ def show_info(info: Info) -> None:
     for tokens, nbytes in info.needed_bytes.items():
         lines.append(f"memory at {tokens // 1024}K context: about {nbytes / 1e9:.2f} GB (estimate)")
     print("\n".join(lines))
+
+
+def show_models(models: Sequence[CachedModel]) -> None:
+    """The cached models on stdout; plain text, the same for a terminal and a file."""
+    width = max(len(model.repo) for model in models)
+    print(f"{'name':<8}{'repository':<{width}}{'GB':>8}  last used")
+    for model in models:
+        day = time.strftime("%Y-%m-%d", time.localtime(model.last_used))
+        note = "" if model.is_whole else "  not whole: pull it to complete it"
+        name = short_name(model.repo) or "-"
+        print(f"{name:<8}{model.repo:<{width}}{model.nbytes / 1e9:>8.2f}  {day}{note}")
+    print(f"{'':<{8 + width}}{sum(model.nbytes for model in models) / 1e9:>8.2f}  in all")

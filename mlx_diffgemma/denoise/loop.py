@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -31,6 +31,7 @@ def denoise_tokens(
     lengths: mx.array | None = None,
     noise: Noise | None = None,
     pinned: Pinned | None = None,
+    stop: Callable[[np.ndarray], Sequence[bool]] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[LoopEvent, None, None]:
     """Runs a batch of prompts to its end. Closing the generator stops the run; no further step is
@@ -44,6 +45,8 @@ def denoise_tokens(
       noise: where draws come from; by default `SeededNoise` of the settings' seed.
       pinned: what is given of the answers. Pinned tokens stand unchanged in every canvas and in
         every draft; they are never noised, accepted or counted in the stop rule.
+      stop: called with each committed canvas, int32 [B, up to L], before it is yielded; a row for
+        which it returns True has ended with it, as if an end token stood there.
       prompt_progress_callback: called with (places read, places in all) during prefill.
 
     Yields:
@@ -72,7 +75,7 @@ def denoise_tokens(
     contexts = [context]
     del context  # so that its memory can go as soon as the first canvas has its copy
     yield from denoise_context(
-        model, contexts, settings, longest=int(real.max()), noise=noise, pinned=pinned
+        model, contexts, settings, longest=int(real.max()), noise=noise, pinned=pinned, stop=stop
     )
 
 
@@ -84,6 +87,7 @@ def denoise_context(
     longest: int | None = None,
     noise: Noise | None = None,
     pinned: Pinned | None = None,
+    stop: Callable[[np.ndarray], Sequence[bool]] | None = None,
 ) -> Generator[LoopEvent, None, None]:
     """`denoise_tokens` behind a context that has been read already: everything after PrefillDone.
 
@@ -94,6 +98,7 @@ def denoise_context(
       longest: tokens of the longest row; by default all places of the context.
       noise: as for `denoise_tokens`.
       pinned: as for `denoise_tokens`.
+      stop: as for `denoise_tokens`.
     """
     noise = _checked(noise, settings)
     context = contexts.pop()
@@ -116,6 +121,8 @@ def denoise_context(
         last = yield from _denoise_canvas(run, opened, canvas_index, rows)
         committed, row_steps = rows.take(last.draft, last.row_steps)
         position += committed.shape[1]
+        if stop is not None:
+            rows.end(stop(committed))
         yield CanvasCommitted(canvas_index, mx.array(committed), rows.steps_run, row_steps)
         if rows.are_done:
             del last

@@ -4,6 +4,7 @@ done."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -60,6 +61,10 @@ class Rows:
         self.row_canvases += ~self.ended
         self.ended |= is_end.any(axis=1)
         return tokens, tuple(steps.tolist())
+
+    def end(self, are_over: Sequence[bool]) -> None:
+        """End rows for a reason that their tokens do not tell."""
+        self.ended |= np.array(are_over, bool)
 
     def finish(self) -> Finished:
         return Finished(

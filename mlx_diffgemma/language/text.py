@@ -1,5 +1,4 @@
-"""ids -> pieces of text that will not change any more, across canvas borders. Thoughts and answer
-are told apart."""
+"""ids -> pieces of text that will not change any more, across canvas borders."""
 
 from __future__ import annotations
 
@@ -7,49 +6,72 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..events import StepDone, Text
-from .prompt import THOUGHT_BEGIN, THOUGHT_END, special_tokens
+from .controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
+from .stops import Stops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Control tokens that belong to the answer: whoever runs tools needs to see them.
 _SHOWN = frozenset({"<|tool_call>", "<tool_call|>", '<|"|>'})
+# What stands behind THOUGHT_BEGIN where a thought begins; any other channel belongs to the answer.
+# Source: transformers 5.23, cli/serving/utils.py, the response template of this family.
+_THOUGHT = "thought\n"
 
 
 class TextStream:
-    """Turns committed ids into text, piece by piece. Parsed from ids: the channel markers are
-    control tokens, the
-    channel's name behind the first of them is plain text up to a line break."""
+    """Turns committed ids into text, piece by piece.
+
+    Thoughts and answer are told apart by ids: the markers of a channel are control tokens, and its
+    name behind the first of them is plain text up to a line break. The channel `thought` is the
+    thought. Text of a channel of another name is part of the answer, name and all.
+    """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: Iterable[int],
         prompt: Sequence[int] = (),
+        stop: Sequence[str] = (),
     ):
-        """`prompt` tells whether the template has left a thought open."""
+        """`prompt` tells whether the template has left a thought open. The answer ends before the
+        first of the strings `stop`; thoughts may hold them."""
         self._tokenizer = tokenizer
         specials = special_tokens(tokenizer)
         self._open, self._close = specials.get(THOUGHT_BEGIN), specials.get(THOUGHT_END)
         self._hidden = {token_id for token, token_id in specials.items() if token not in _SHOWN}
         self._ends = frozenset(eos_token_ids)
         self._ended = False
-        self._channel: Literal["answer", "thought"] = "answer"
+        self._stops = Stops(stop)
         self._ids: list[int] = []  # of the channel's text so far
         self._shown = 0  # characters of it
-        self._has_name = True  # False: inside a channel's name
+        # None inside of a channel whose name may become `thought`.
+        self._channel: Literal["answer", "thought"] | None = "answer"
         markers = [token for token in prompt if token in (self._open, self._close)]
         if markers and markers[-1] == self._open:
             last = len(prompt) - 1 - list(reversed(prompt)).index(markers[-1])
-            self._enter("thought")
+            self._enter(None)
             self._ids = [token for token in prompt[last + 1 :] if token not in self._hidden]
-            self._drop_prompt_text()
+            self._shown = len(self._decode(final=True))
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the answer has ended before a stop string."""
+        return self._stops.found is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more text can come: an end token or a stop string was found."""
+        return self._ended or self.is_stopped
 
     def push(self, ids: Iterable[int]) -> list[Text]:
-        """Text that is final once these ids are; nothing after an end token."""
+        """Return the text that is final once these ids are; nothing after an end token or a stop
+        string."""
         pieces: list[Text] = []
         for token in ids:
             if self._ended:
@@ -58,40 +80,48 @@ class TextStream:
                 self._ended = True
             elif token == self._open:
                 pieces += self._flush(final=True)
-                self._enter("thought")
+                self._enter(None)
             elif token == self._close:
                 pieces += self._flush(final=True)
                 self._enter("answer")
             elif token not in self._hidden and self._spelling(token) is not None:
                 self._ids.append(token)
-        return pieces + self._flush(final=self._ended)
+        return self._before_stop(pieces + self._flush(final=self._ended), final=self._ended)
 
     def finish(self) -> list[Text]:
-        """What was held back: the run is over."""
-        return self._flush(final=True)
+        """Return what was held back: the run is over."""
+        return self._before_stop(self._flush(final=True), final=True)
 
-    def _enter(self, channel: Literal["answer", "thought"]) -> None:
+    def _before_stop(self, pieces: list[Text], *, final: bool) -> list[Text]:
+        before: list[Text] = []
+        for text in pieces:
+            if self.is_stopped:
+                break
+            piece = self._stops.push(text.piece) if text.channel == "answer" else text.piece
+            before += [Text(piece, text.channel)] if piece else []
+        if final and (held := self._stops.finish()):
+            before.append(Text(held, "answer"))
+        return before
+
+    def _enter(self, channel: Literal["answer"] | None) -> None:
         self._channel, self._ids, self._shown = channel, [], 0
-        self._has_name = channel == "answer"
-
-    def _drop_prompt_text(self) -> None:
-        text = self._decode(final=True)
-        self._has_name = "\n" in text
-        self._shown = len(text) if self._has_name else 0
 
     def _flush(self, *, final: bool) -> list[Text]:
         text = self._decode(final=final)
-        if not self._has_name:
-            name_end = text.find("\n")
-            if name_end < 0:
-                return []  # a name that never ends is no text
-            self._has_name, self._shown = True, name_end + 1
+        if self._channel is None:
+            if text.startswith(_THOUGHT) or (final and text in ("", _THOUGHT.strip())):
+                self._channel = "thought"
+                self._shown = max(self._shown, len(_THOUGHT))
+            elif final or not _THOUGHT.startswith(text):
+                self._channel = "answer"
+            else:
+                return []
         piece, self._shown = text[self._shown :], max(self._shown, len(text))
         return [Text(piece, self._channel)] if piece else []
 
     def _decode(self, *, final: bool) -> str:
-        """The channel's text. Unless final, a run of byte tokens at its end waits: a character may
-        be incomplete."""
+        """Return the channel's text. Unless final, a run of byte tokens at its end waits: a
+        character may be incomplete."""
         end = len(self._ids)
         while not final and end and self._is_byte(self._ids[end - 1]):
             end -= 1

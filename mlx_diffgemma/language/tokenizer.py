@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from ..errors import PromptError, SourceError
 
-from ..errors import SourceError
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence the advice that transformers logs when it is imported without torch: nothing here
+    needs torch. Its log levels and the environment stay as they were."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+# Other files import transformers for type checkers only, so that this import is the first.
+with _without_advice():
+    from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import (
+        DocstringParsingException,
+        TypeHintParsingException,
+    )
 
 # A sentencepiece file does not say that these are special; nor do all resaved tokenizer.json files.
 _CONTROL_TOKENS = frozenset(
@@ -17,9 +46,21 @@ _CONTROL_TOKENS = frozenset(
 )
 
 
+_PROCESSOR_TEMPLATE = "chat_template.json"
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer from tokenizer.json, or from a sentencepiece tokenizer.model where that is all
-    there is."""
+    """Load the tokenizer of a checkpoint, with its chat template.
+
+    The template is that of chat_template.jinja, else of tokenizer_config.json, as in transformers;
+    else that of chat_template.json, which older processors were saved with.
+
+    Args:
+      folder: has tokenizer.json, or a sentencepiece tokenizer.model where that is all there is.
+
+    Raises:
+      SourceError: if there is no tokenizer, or it or its template cannot be read.
+    """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise SourceError(f"{folder} has no tokenizer.json and no tokenizer.model")
@@ -30,6 +71,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises nothing more exact
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    if not tokenizer.chat_template and (folder / _PROCESSOR_TEMPLATE).is_file():
+        tokenizer.chat_template = _processor_template(folder / _PROCESSOR_TEMPLATE)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     unmarked = sorted(tokenizer.get_vocab().keys() & _CONTROL_TOKENS - special)
     tokenizer.add_tokens(
@@ -37,3 +80,42 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         special_tokens=True,
     )
     return tokenizer
+
+
+def _processor_template(path: Path) -> str | dict[str, str]:
+    """The template of a chat_template.json, or its templates by name."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    if isinstance(template, str):
+        return template
+    if isinstance(template, list):
+        pairs = [item for item in template if isinstance(item, dict)]
+        template = {item.get("name"): item.get("template") for item in pairs}
+    if (
+        isinstance(template, dict)
+        and template
+        and all(isinstance(text, str) for pair in template.items() for text in pair)
+    ):
+        return template
+    raise SourceError(
+        f"{path} must be an object whose chat_template is a template, an object of templates by "
+        "name, or a list of objects with name and template"
+    )
+
+
+def declaration_of(tool: Any) -> Any:
+    """Return the declaration of a tool: of a Python function as transformers makes it from its
+    docstring and types, anything else as it is.
+
+    Raises:
+      PromptError: if the function's docstring or types say too little.
+    """
+    if not inspect.isroutine(tool):
+        return tool
+    try:
+        return get_json_schema(tool)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise PromptError(f"the tool {tool.__name__} cannot be declared: {error}") from error

@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.adapters import load_adapters
 from ..checkpoint.files import resolve
@@ -24,6 +23,9 @@ from .checkpoint import STATE, trained_weights
 from .curves import Metrics, draw
 from .data import Example, fill_token, read_split
 from .trainer import Event, Saved, Trainer, prepare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass

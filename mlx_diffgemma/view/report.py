@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text, TrialStarted
 from ..language.text import Spellings
 from ..write.edit import Edited
 from ..write.fill import Filled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,17 +31,19 @@ import zlib
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.files import write_whole
 from ..config.generation import GenerationSettings
 from ..events import CanvasCommitted, Event, Finished, StepDone, Text, TrialStarted
 from ..language.text import CERTAINTY_BANDS, Spellings
 from .pages import FORMAT, check_page, model_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CANDIDATES = 5  # per position, unless the vocabulary is smaller
 _PLACE_OF_DATA = "@@RUN@@"  # in trace.html

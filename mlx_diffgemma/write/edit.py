@@ -7,8 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ..config.generation import GenerationSettings
 from ..errors import TemplateError
@@ -17,6 +16,9 @@ from ..language.prompt import PromptOptions, encode_text
 from ..language.template import Slot, Template, split_mark
 from ..model import DiffusionGemma
 from .fill import Filled, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NAME = "selection"
 _PLACES = re.compile(r"\s*(\d{1,9}):(\d{1,9})\s*-\s*(\d{1,9}):(\d{1,9})\s*")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.memory import generation_limits
 from ..config.generation import GenerationSettings
 from ..denoise.loop import denoise_tokens
 from ..denoise.noise import Noise
-from ..errors import PromptError
-from ..events import CanvasCommitted, Event, Finished, PrefillDone, Text
+from ..errors import ConfigError, PromptError
+from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text
 from ..language.prompt import Prompt, PromptOptions, encode_prompt
+from ..language.stops import stop_strings
 from ..language.text import TextStream
 from ..model import DiffusionGemma
+from .verbose import Printed, PrintedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,29 +41,47 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     *,
+    max_tokens: int | None = None,
+    verbose: bool = False,
+    stop: str | Sequence[str] = (),
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
 ) -> str:
-    """The answer to one prompt, without the model's thoughts.
+    """Return the answer to one prompt, without the model's thoughts.
 
     Args:
       model: from `load`.
       tokenizer: from `load`.
-      prompt: a string is one user turn, a list of messages a chat, a list of ints token ids.
+      prompt: a string is one user turn, a list of messages a chat. Token ids may be a list of ints,
+        an array of one row, or what the tokenizer's `apply_chat_template` returns.
+      max_tokens: most new tokens, as in mlx-lm; the same as the settings' `max_new_tokens`.
+      verbose: print the answer as it comes, and then the speed, on stdout.
+      stop: strings that end the answer; it ends before the one that is complete first.
       settings: how to denoise; what is left open, the checkpoint decides.
       prompt_options: system prompt, thinking, and how contents are read.
       noise: where draws come from; by default the settings' seed.
 
     Raises:
-      DiffGemmaError: if the prompt or the settings cannot be used.
+      DiffGemmaError: if the prompt, the stop strings or the settings cannot be used.
     """
-    events = stream_generate(
-        model, tokenizer, prompt, settings=settings, prompt_options=prompt_options, noise=noise
-    )
-    return "".join(
-        event.piece for event in events if isinstance(event, Text) and event.channel == "answer"
-    )
+    printed = Printed() if verbose else None
+    answer = ""
+    for event in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        stop=stop,
+        settings=settings,
+        prompt_options=prompt_options,
+        noise=noise,
+    ):
+        if printed is not None:
+            printed.observe(event)
+        if isinstance(event, Text) and event.channel == "answer":
+            answer += event.piece
+    return answer
 
 
 def stream_generate(
@@ -65,43 +89,52 @@ def stream_generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     *,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[Event, None, None]:
-    """The loop's events, and `Text` behind each `CanvasCommitted`. Closing the generator stops the
-    run.
+    """Yield the loop's events, and `Text` behind each `CanvasCommitted`.
+
+    Closing the generator stops the run. A piece of text never holds a part of a stop string, and
+    what may still become one is held back. The run ends with the canvas that completes one, with
+    the reason "stop"; all tokens of that canvas count.
 
     Args:
       model: from `load`.
       tokenizer: from `load`.
-      prompt: a string is one user turn, a list of messages a chat, a list of ints token ids.
+      prompt: as in `generate`.
+      max_tokens: as in `generate`.
+      stop: as in `generate`.
       settings: how to denoise; what is left open, the checkpoint decides.
       prompt_options: system prompt, thinking, and how contents are read.
       noise: where draws come from; by default the settings' seed.
       prompt_progress_callback: called with (places read, places in all) during prefill.
 
     Raises:
-      DiffGemmaError: if the prompt or the settings cannot be used.
+      DiffGemmaError: if the prompt, the stop strings or the settings cannot be used.
     """
+    resolved = _limited(settings, max_tokens).resolve(model.config)
+    strings = stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt, prompt_options)
     _check_ids(ids, model)
-    resolved = settings.resolve(model.config)
-    text = TextStream(tokenizer, resolved.eos_token_ids, ids)
+    answers = _Answers([TextStream(tokenizer, resolved.eos_token_ids, ids, strings)])
     with generation_limits():
         for event in denoise_tokens(
             model,
             mx.array([ids], dtype=mx.int32),
             resolved,
             noise=noise,
+            stop=answers.take,
             prompt_progress_callback=prompt_progress_callback,
         ):
             if isinstance(event, Finished):
-                yield from text.finish()
+                yield from answers.finish()[0]
             yield event
             if isinstance(event, CanvasCommitted):
-                yield from text.push(np.array(event.tokens[0]).tolist())
+                yield from answers.pieces[0]
 
 
 def batch_generate(
@@ -109,56 +142,129 @@ def batch_generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
+    max_tokens: int | None = None,
+    verbose: bool = False,
+    stop: str | Sequence[str] = (),
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
 ) -> BatchResponse:
-    """Answers several prompts at once. Rows do not influence each other: row i under seed s is a
-    single run under s + i.
+    """Answer several prompts at once.
+
+    Rows do not influence each other: row i under seed s is a single run under s + i.
 
     Args:
       model: from `load`.
       tokenizer: from `load`.
-      prompts: each as in `generate`; lengths may differ.
+      prompts: a list of prompts, each as in `generate`; lengths may differ.
+      max_tokens: most new tokens of each answer, as in `generate`.
+      verbose: print how many prompts are done, and then the speed, on stdout.
+      stop: as in `generate`, the same for all.
       settings: how to denoise, the same for all.
       prompt_options: how prompts become tokens, the same for all.
 
     Raises:
-      DiffGemmaError: if a prompt or the settings cannot be used.
+      DiffGemmaError: if a prompt, the stop strings or the settings cannot be used.
     """
-    if not prompts:
-        raise PromptError("the batch is empty")
-    rows = [encode_prompt(tokenizer, prompt, prompt_options) for prompt in prompts]
-    for ids in rows:
-        _check_ids(ids, model)
-    resolved = settings.resolve(model.config)
+    resolved = _limited(settings, max_tokens).resolve(model.config)
+    strings = stop_strings(stop)
+    rows = []
+    for number, prompt in enumerate(_listed(prompts), 1):
+        try:
+            rows.append(encode_prompt(tokenizer, prompt, prompt_options))
+            _check_ids(rows[-1], model)
+        except PromptError as error:
+            raise PromptError(f"prompt {number}: {error}") from error
     lengths = [len(ids) for ids in rows]
     padded = np.full((len(rows), max(lengths)), resolved.pad_token_id, np.int32)
     for i, ids in enumerate(rows):
         padded[i, -len(ids) :] = ids
-    streams = [TextStream(tokenizer, resolved.eos_token_ids, ids) for ids in rows]
+    answers = _Answers(
+        [TextStream(tokenizer, resolved.eos_token_ids, ids, strings) for ids in rows]
+    )
     channels: list[dict[str, str]] = [{"answer": "", "thought": ""} for _ in rows]
+    printed = PrintedBatch(len(rows)) if verbose else None
     prompt_tokens, finished = 0, None
     with generation_limits():
         for event in denoise_tokens(
-            model, mx.array(padded), resolved, lengths=mx.array(lengths, dtype=mx.int32)
+            model,
+            mx.array(padded),
+            resolved,
+            lengths=mx.array(lengths, dtype=mx.int32),
+            stop=answers.take,
         ):
+            pieces: list[list[Text]] = []
             if isinstance(event, PrefillDone):
                 prompt_tokens = event.prompt_tokens
             elif isinstance(event, CanvasCommitted):
-                for stream, channel, ids in zip(
-                    streams, channels, np.array(event.tokens).tolist(), strict=True
-                ):
-                    for text in stream.push(ids):
-                        channel[text.channel] += text.piece
+                pieces = answers.pieces
             elif isinstance(event, Finished):
-                finished = event
-    for stream, channel in zip(streams, channels, strict=True):
-        for text in stream.finish():
-            channel[text.channel] += text.piece
+                finished, pieces = event, answers.finish()
+            for channel, texts in zip(channels, pieces, strict=bool(pieces)):
+                for text in texts:
+                    channel[text.channel] += text.piece
+            if printed is not None and not isinstance(event, StepDone):
+                printed.observe(event, answers.done)
     assert finished is not None
     return BatchResponse(
         [c["answer"] for c in channels], [c["thought"] for c in channels], prompt_tokens, finished
     )
+
+
+class _Answers:
+    """The texts of a run's rows; it tells the loop which of them have ended."""
+
+    def __init__(self, streams: list[TextStream]) -> None:
+        self._streams = streams
+        self.pieces: list[list[Text]] = []  # of each row, from the last canvas
+
+    def take(self, tokens: np.ndarray) -> list[bool]:
+        """Read a canvas, int32 [B, up to L]; return which rows are stopped."""
+        pairs = zip(self._streams, tokens.tolist(), strict=True)
+        self.pieces = [stream.push(ids) for stream, ids in pairs]
+        return [stream.is_stopped for stream in self._streams]
+
+    def finish(self) -> list[list[Text]]:
+        """Return what was held back of each row."""
+        return [stream.finish() for stream in self._streams]
+
+    @property
+    def done(self) -> int:
+        """Rows whose text is complete."""
+        return sum(stream.has_ended for stream in self._streams)
+
+
+def _limited(settings: GenerationSettings, max_tokens: int | None) -> GenerationSettings:
+    if max_tokens is None:
+        return settings
+    if settings.max_new_tokens is not None:
+        raise ConfigError(
+            f"max_tokens={max_tokens} and the settings' max_new_tokens="
+            f"{settings.max_new_tokens} are the same limit; give one of them"
+        )
+    return replace(settings, max_new_tokens=max_tokens)
+
+
+def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of a batch, after a check that it is none of the forms of a single one."""
+    items: object = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(items, (str, bytes, bytearray, Mapping)) or not isinstance(items, Sequence):
+        raise PromptError(
+            f"a batch is a list of prompts, got {type(prompts).__name__}; "
+            "put a single prompt into a list, or use generate"
+        )
+    if not items:
+        raise PromptError("the batch is empty")
+    for kind, name in ((Integral, "token ids"), (Mapping, "messages")):
+        if all(isinstance(item, kind) and not _is_encoding(item) for item in items):
+            raise PromptError(
+                f"a batch is a list of prompts, got a list of {name}, which is one prompt; "
+                "put it into a list, or use generate"
+            )
+    return list(items)
+
+
+def _is_encoding(item: object) -> bool:
+    return isinstance(item, Mapping) and "input_ids" in item
 
 
 def _check_ids(ids: Sequence[int], model: DiffusionGemma) -> None:

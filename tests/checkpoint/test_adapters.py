@@ -244,7 +244,10 @@ QUERY = "model.decoder.layers.0.self_attn.q_proj"
         (lambda f: (f / WEIGHTS).unlink(), "adapters.safetensors is missing"),
         (lambda f: edit_config(f, fine_tune_type="dora"), "'dora' is not supported"),
         (lambda f: edit_config(f, num_layers=9), "num_layers of 9 does not fit"),
-        (lambda f: edit_config(f, lora_parameters={"rank": 0}), "rank must be >= 1"),
+        (
+            lambda f: edit_config(f, lora_parameters={"rank": 0}),
+            "rank must be a whole number at least 1",
+        ),
         (
             lambda f: edit_config(f, lora_parameters={"rank": 3, "keys": ["mlp.side_proj"]}),
             "no module of this model is called 'mlp.side_proj'",

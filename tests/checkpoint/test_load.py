@@ -18,7 +18,12 @@ from mlx_diffgemma import bundled_model
 from mlx_diffgemma.checkpoint.load import load, load_model
 from mlx_diffgemma.checkpoint.memory import WARN_ABOVE
 from mlx_diffgemma.errors import ConfigError, DiffGemmaError, SourceError, WeightsError
-from mlx_diffgemma.language.prompt import PromptOptions, encode_prompt, special_tokens
+from mlx_diffgemma.language.prompt import (
+    PromptOptions,
+    encode_prompt,
+    encode_text,
+    special_tokens,
+)
 from mlx_diffgemma.language.tokenizer import load_tokenizer
 
 CONTROL = (
@@ -285,6 +290,16 @@ def test_tokenizer_model_alone_knows_every_special_token(sentencepiece_folder, p
     expected = {"<pad>", "<eos>", "<bos>", "<unk>", *CONTROL}
     assert known.keys() - {"<mask>"} == expected
     assert all(pieces.id_to_piece(token) == name for name, token in known.items())
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_tokenizer_model_alone_spells_typed_control_tokens(sentencepiece_folder, pieces, name):
+    """transformers 5.24 cuts them out of any text, as sentencepiece itself does."""
+    tokenizer = load_tokenizer(sentencepiece_folder)
+    for text in (name, f"say {name}{name} now"):
+        ids = encode_text(tokenizer, text)
+        assert pieces.piece_to_id(name) not in ids
+        assert tokenizer.decode(ids) == text
 
 
 def test_tokenizer_model_alone_renders_prompts(sentencepiece_folder, pieces):

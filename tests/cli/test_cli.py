@@ -159,6 +159,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected):
     assert_one_line(invoke(generate, *given), expected)
 
 
+def test_a_byte_order_mark_on_stdin_is_no_part_of_the_prompt():
+    marked, plain = (mark + b"Squares from 2 to 3." for mark in (b"\xef\xbb\xbf", b""))
+    answers = [
+        invoke(generate, *words, "--seed", "1", "--json", stdin=stdin).stdout.splitlines()[1]
+        for words, stdin in ((("--prompt", "-"), marked), ((), marked), (("-",), plain))
+    ]
+    assert {json.loads(line)["prompt_tokens"] for line in answers} == {36}
+    assert_one_line(invoke(generate, "-", stdin=b"\xef\xbb\xbf"), "the prompt is empty")
+    inside = invoke(generate, "-", "--json", stdin=b"Squares\xef\xbb\xbf from 2 to 3.")
+    assert json.loads(inside.stdout.splitlines()[1])["prompt_tokens"] > 36
+
+
 def test_stdin_that_is_not_utf8_is_refused():
     assert_one_line(invoke(generate, "--prompt", "-", stdin=b"caf\xe9"), "stdin is not UTF-8")
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mlx_diffgemma import PromptOptions, bundled_model
 from mlx_diffgemma.errors import PromptError
-from mlx_diffgemma.language.prompt import encode_prompt, single_tokens, special_tokens
+from mlx_diffgemma.language.controls import special_tokens
+from mlx_diffgemma.language.prompt import encode_prompt, single_tokens
 from mlx_diffgemma.language.tokenizer import load_tokenizer
 
 # Shows all that published templates do: strips thoughts from answers, joins parts without a
@@ -56,6 +57,7 @@ def tokenizer_with(template: str | None):
 BUNDLED = load_tokenizer(bundled_model())
 STRIPPING = tokenizer_with(TEMPLATE)
 SPECIALS = special_tokens(BUNDLED)
+MEDIA = {"<|image|>", "<|audio|>", "<|video|>"}  # refused where they take effect
 TOKENIZERS = pytest.mark.parametrize("tokenizer", [BUNDLED, STRIPPING], ids=["own", "stripping"])
 
 
@@ -119,7 +121,7 @@ def test_a_string_is_one_user_turn_and_a_system_prompt_goes_before_it():
 @TOKENIZERS
 def test_allowing_special_tokens_gives_the_references_ids_with_them(tokenizer):
     options = PromptOptions(allow_special_tokens=True)
-    chat = [user(f"a {token} b" + token) for token in SPECIALS]
+    chat = [user(f"a {token} b" + token) for token in SPECIALS if token not in MEDIA]
     chat += [assistant("<|channel>thought\nhm<channel|>so")]
     assert encode_prompt(tokenizer, chat, options) == reference(tokenizer, chat)
 
@@ -197,9 +199,10 @@ def test_a_stripped_thought_takes_no_token_of_the_template_with_it(content):
     ids = encode_prompt(STRIPPING, chat)
     assert control(ids) == control(reference(STRIPPING, [user("x"), assistant("z"), user("y")]))
     assert STRIPPING.decode(ids) == rendered(STRIPPING, chat)
-    parts = [{"type": "text", "text": content}, {"type": "image"}] * 2
-    ids = encode_prompt(STRIPPING, [assistant(parts)])
-    assert control(ids).count(SPECIALS["<|image|>"]) == 2
+    parts = [{"type": "text", "text": content}] * 2
+    ids = encode_prompt(STRIPPING, [assistant(parts), user("x")])
+    plain = [{"type": "text", "text": "z"}] * 2
+    assert control(ids) == control(reference(STRIPPING, [assistant(plain), user("x")]))
 
 
 FRAGMENTS = ["<|", "|>", "<turn", "turn", "turn|>", "channel", "<|chan", "nel>"]

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.events import StepDone, Text
-from mlx_diffgemma.language.prompt import special_tokens
+from mlx_diffgemma.language.controls import special_tokens
+from mlx_diffgemma.language.stops import Stops, stop_strings
 from mlx_diffgemma.language.text import TextStream, draft_pieces
 from mlx_diffgemma.language.tokenizer import load_tokenizer
 
@@ -140,13 +142,75 @@ def test_a_name_split_over_pushes_is_not_shown():
     assert channels([BEGIN, *ids_of("thought")], ids_of("\n"), ids_of("hm")) == ("hm", "")
 
 
-@pytest.mark.parametrize("name", ["", "thought", "thought\n", "\n"])
+@pytest.mark.parametrize("name", ["", "thought", "thought\n"])
 def test_an_empty_thought_shows_nothing(name):
     assert channels([BEGIN, *ids_of(name), END, *ids_of("so")]) == ("", "so")
 
 
+OTHERS = ["final\nHi", "final", "\n", "thoughtful\nHi", "thoughts\n", "thought hm\n", "thought \n"]
+OTHERS += [" thought\nHi", "\nthought\nHi", "Thought\nHi", "thou", "th\nought\n", "Hi", "é\n"]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_text_of_a_channel_that_is_not_called_thought_is_part_of_the_answer(text):
+    ids = [*ids_of("a"), BEGIN, *ids_of(text), END, *ids_of("b")]
+    for cut in range(len(ids) + 1):
+        assert channels(ids[:cut], ids[cut:]) == ("", f"a{text}b")
+    assert channels(*[[token] for token in ids]) == ("", f"a{text}b")
+    assert channels([BEGIN, *ids_of(text), EOS[1]]) == ("", text)
+    assert channels([BEGIN, *ids_of(text)]) == ("", text)
+
+
+def test_text_of_another_channel_comes_as_soon_as_its_name_is_another():
+    stream = TextStream(TOKENIZER, EOS)
+    assert stream.push([BEGIN, *ids_of("thou")]) == []
+    assert stream.push(ids_of("s")) == [Text("thous", "answer")]
+    assert stream.push(ids_of("and")) == [Text("and", "answer")]
+    assert stream.push([BEGIN, *ids_of("thought")]) == []
+    assert stream.push(ids_of("\nhm")) == [Text("hm", "thought")]
+
+
+@pytest.mark.parametrize(
+    ("tail", "rest", "expected"),
+    [("final\nH", "i", ("", "i")), ("thou", "sand", ("", "sand")), ("thought", "s\n", ("", "s\n"))],
+)
+def test_another_channel_that_the_prompt_leaves_open_is_the_answer(tail, rest, expected):
+    assert channels(ids_of(rest), prompt=[2, BEGIN, *ids_of(tail)]) == expected
+
+
+# Transformers' template for the answers of this family, without its tool calls.
+RESPONSE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": ["<|turn>model\n", "<tool_response|>"],
+    "fields": {
+        "reasoning_content": {
+            "open": "<|channel>thought\n",
+            "close": "<channel|>",
+            "content": "text",
+        },
+        "content": {"close": ["<turn|>", "<eos>"], "content": "text"},
+    },
+}
+NAMES = ["thought", "thought\n", "thou", "ght\n", "\n", " ", "thoughtful\n", "final\n", "Hi", "x"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(NAMES), max_size=4), st.lists(st.sampled_from(NAMES), max_size=3))
+def test_a_thought_is_what_transformers_takes_for_one(inside, behind):
+    text = f"<|channel>{''.join(inside)}"
+    if "".join(inside) != "thought":  # an empty thought, for us
+        whole = f"{text}<channel|>{''.join(behind)}<turn|>"
+        parsed = TOKENIZER.parse_response(whole, RESPONSE, prefix="")
+        content = parsed.get("content", "")
+        for marker in ("<|channel>", "<channel|>"):
+            content = content.replace(marker, "")
+        thought, answer = channels(ids_of(text), [END, *ids_of("".join(behind)), EOS[1]])
+        assert thought.strip() == parsed.get("reasoning_content", "").strip()
+        assert answer.strip() == content.strip()
+
+
 def test_text_before_a_thought_and_several_thoughts_keep_their_order():
-    ids = [*ids_of("a"), BEGIN, *ids_of("x\nb"), END, *ids_of("c"), BEGIN, *ids_of("x\nd"), END]
+    ids = ids_of("a<|channel>thought\nb<channel|>c<|channel>thought\nd<channel|>")
     assert [(p.piece, p.channel) for p in run(ids)] == [
         ("a", "answer"),
         ("b", "thought"),
@@ -164,7 +228,7 @@ def test_a_closing_marker_alone_is_not_shown():
 
 
 def test_half_a_character_does_not_leak_into_the_next_channel():
-    thought, answer = channels([BEGIN, *ids_of("x\n"), byte(0xC3)], [END, byte(0xA9)])
+    thought, answer = channels([BEGIN, *ids_of("thought\n"), byte(0xC3)], [END, byte(0xA9)])
     assert (thought, answer) == ("\ufffd", "\ufffd")
 
 
@@ -188,6 +252,72 @@ def test_a_thought_that_the_prompt_closes_is_over():
 
 def test_the_prompts_own_text_is_not_shown():
     assert channels(ids_of("so"), prompt=ids_of("question")) == ("", "so")
+
+
+# --- stop strings ---
+
+
+def stopped(*pushes, stop) -> tuple[str, bool]:
+    stream = TextStream(TOKENIZER, EOS, stop=stop)
+    pieces = [piece for ids in pushes for piece in stream.push(ids)] + stream.finish()
+    return joined(pieces, "answer"), stream.is_stopped
+
+
+def test_what_may_become_a_stop_string_is_held_back_until_it_is_none():
+    stream = TextStream(TOKENIZER, EOS, stop=["STOP", "\n\n"])
+    assert stream.push(ids_of("one\n")) == [Text("one", "answer")]
+    assert stream.push(ids_of("two ST")) == [Text("\ntwo ", "answer")]
+    assert stream.push(ids_of("ART ")) == [Text("START ", "answer")]
+    assert stream.push(ids_of("STO")) == [] and not stream.is_stopped
+    assert stream.push(ids_of("P and")) == [] and stream.is_stopped
+    assert stream.push(ids_of("more")) == [] == stream.finish()
+
+
+def test_what_was_held_back_is_shown_where_the_answer_ends_before():
+    assert stopped(ids_of("a ST"), stop=["STOP"]) == ("a ST", False)
+    assert stopped([*ids_of("a ST"), EOS[1]], ids_of("OP"), stop=["STOP"]) == ("a ST", False)
+
+
+def test_a_stop_string_in_a_thought_is_none_and_one_around_a_thought_is_one():
+    ids = ids_of("<|channel>thought\nSTOP<channel|>so")
+    assert stopped(ids, stop=["STOP"]) == ("so", False)
+    ids = ids_of("a ST<|channel>thought\nhm<channel|>OP b")
+    assert stopped(ids, stop=["STOP"]) == ("a ", True)
+
+
+def test_a_stop_string_of_characters_made_of_bytes_is_found():
+    ids = ids_of("a 🙂é b")
+    assert stopped(*[[token] for token in ids], stop=["é"]) == ("a 🙂", True)
+
+
+LETTERS = st.text("abc", max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(LETTERS, max_size=5), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_the_answer_ends_before_the_stop_string_that_is_complete_first(pieces, strings):
+    stops, whole = Stops(strings), "".join(pieces)
+    ends = [n for n in range(len(whole) + 1) if whole[:n].endswith(tuple(strings))]
+    expected = whole
+    if ends:
+        expected = min((whole[: ends[0]].removesuffix(string) for string in strings), key=len)
+    shown = ""
+    for piece in pieces:
+        shown += stops.push(piece)
+        assert expected.startswith(shown)
+    assert shown + stops.finish() == expected
+    assert (stops.found is not None) == bool(ends)
+
+
+@pytest.mark.parametrize("stop", [[""], ["a", ""], "", [1], 5, b"abc", {"a": 1}, {"a"}])
+def test_what_is_no_stop_string_is_refused(stop):
+    with pytest.raises(PromptError, match="stop"):
+        stop_strings(stop)
+
+
+def test_a_string_alone_is_one_stop_string():
+    assert stop_strings("abc") == ("abc",) and stop_strings(["a", "b"]) == ("a", "b")
+    assert stop_strings(()) == ()
 
 
 # --- control tokens ---
@@ -232,5 +362,5 @@ def test_a_draft_ends_at_its_first_end_token_and_hides_markers():
 
 
 def test_channels_of_successive_pieces_of_one_push_alternate():
-    pieces = run([*ids_of("a"), BEGIN, *ids_of("x\nb"), END, *ids_of("c")])
+    pieces = run(ids_of("a<|channel>thought\nb<channel|>c"))
     assert all(first.channel != second.channel for first, second in pairwise(pieces))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import tempfile
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from mlx_diffgemma.config.generation import GenerationSettings  # noqa: E402
 from mlx_diffgemma.denoise.schedule import temperature  # noqa: E402
 from tests.checkpoints import draw_config, write_checkpoint  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("error::FutureWarning")]
 torch.set_num_threads(1)  # models this small only wait for one another's threads
 
 SEEDS = range(48)
@@ -49,6 +50,13 @@ class Comparison:
     @property
     def is_safe(self) -> bool:
         return self.margin >= SAFE_MARGIN
+
+
+def named(function, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """The cache as an argument: transformers 5.24 renames `past_key_values` to `cache`."""
+    names = inspect.signature(function).parameters
+    assert {"cache", "past_key_values"} & set(names), names
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 class Reference:
@@ -86,11 +94,14 @@ class Reference:
             config=self.model.config,
             inputs_embeds=torch.empty((*ids.shape, 0)),
             attention_mask=torch.ones((1, past + ids.shape[1]), dtype=torch.bool),
-            past_key_values=cache,
             position_ids=positions,
+            **named(self.model.model.encoder.create_masks_for_generate, cache),
         )
         self.model.model.encoder(
-            input_ids=ids, attention_mask=masks, past_key_values=cache, position_ids=positions
+            input_ids=ids,
+            attention_mask=masks,
+            position_ids=positions,
+            **named(self.model.model.encoder.forward, cache),
         )
 
     def denoise(self, canvas: np.ndarray, cache: DynamicCache, previous=None):
@@ -98,8 +109,8 @@ class Reference:
         return self.model(
             decoder_input_ids=torch.tensor(canvas, dtype=torch.long),
             self_conditioning_logits=previous,
-            past_key_values=cache,
             decoder_position_ids=torch.arange(past, past + canvas.shape[1])[None],
+            **named(self.model.forward, cache),
         ).logits
 
 

@@ -33,9 +33,9 @@ from mlx_diffgemma.train.batches import Draw, draw, make_batch  # noqa: E402
 from mlx_diffgemma.train.data import Example  # noqa: E402
 from mlx_diffgemma.train.objective import layers_twice, losses  # noqa: E402
 from tests.checkpoints import draw_config, write_checkpoint  # noqa: E402
-from tests.parity.test_logits import SAFE_MARGIN, Reference  # noqa: E402
+from tests.parity.test_logits import SAFE_MARGIN, Reference, named  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("error::FutureWarning")]
 SEEDS = range(16)
 # Largest difference over largest value, per tensor.
 TOLERANCE = 1e-4
@@ -104,11 +104,14 @@ def encode(model, tokens: np.ndarray):
         config=model.config,
         inputs_embeds=torch.empty((*ids.shape, 0), dtype=torch.float64),
         attention_mask=torch.ones(ids.shape, dtype=torch.bool),
-        past_key_values=cache,
         position_ids=positions,
+        **named(model.model.encoder.create_masks_for_generate, cache),
     )
     out = model.model.encoder(
-        input_ids=ids, attention_mask=masks, past_key_values=cache, position_ids=positions
+        input_ids=ids,
+        attention_mask=masks,
+        position_ids=positions,
+        **named(model.model.encoder.forward, cache),
     )
     return out.last_hidden_state, cache
 

@@ -26,7 +26,7 @@ from mlx_diffgemma.denoise.schedule import temperature  # noqa: E402
 from mlx_diffgemma.denoise.stopping import is_settled  # noqa: E402
 from tests.checkpoints import draw_config  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("error::FutureWarning")]
 
 B, L, V = 3, 24, 40
 

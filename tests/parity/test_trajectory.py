@@ -28,7 +28,7 @@ from mlx_diffgemma.denoise.loop import denoise_tokens  # noqa: E402
 from mlx_diffgemma.events import CanvasCommitted, StepDone  # noqa: E402
 from mlx_diffgemma.language.prompt import encode_prompt  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("error::FutureWarning")]
 torch.set_num_threads(1)  # models this small only wait for one another's threads
 
 TASKS = ("sudoku4", "sudoku6", "count", "sort", "reverse", "table", "words", "code")

@@ -1,0 +1,105 @@
+"""mlx_diffgemma.models: the models in the Hub's local cache."""
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import SourceError
+from .options import REVISION_HELP, friendly_errors
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="List the DiffusionGemma models in the Hub's local cache, fetch one, or remove one.",
+)
+_NAME_HELP = (
+    "Repo id, or a short name: 4bit, 5bit, 6bit, 8bit, mxfp4, mxfp8, nvfp4 or bf16, as published "
+    "by mlx-community."
+)
+NameArgument = Annotated[str, typer.Argument(help=_NAME_HELP)]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def models(context: typer.Context, as_json: JsonOption = False) -> None:
+    if context.invoked_subcommand is None:
+        show(as_json=as_json)
+
+
+@app.command("list")
+def show(as_json: JsonOption = False) -> None:
+    """List what is cached, with sizes. This is what happens without a subcommand."""
+    with friendly_errors():
+        from ..checkpoint.cache import cached_models
+        from ..checkpoint.choice import short_name
+        from .render import show_models
+
+        found = cached_models()
+        if as_json:
+            objects = [
+                {
+                    "repo": model.repo,
+                    "short_name": short_name(model.repo),
+                    "bytes": model.nbytes,
+                    "whole": model.is_whole,
+                    "folder": str(model.folder),
+                }
+                for model in found
+            ]
+            typer.echo(json.dumps(objects))
+        elif found:
+            show_models(found)
+        else:
+            typer.echo("no models are cached; mlx_diffgemma.models pull 4bit fetches one", err=True)
+
+
+@app.command()
+def pull(
+    name: NameArgument,
+    revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
+) -> None:
+    """Fetch a model, or what of it is missing; its folder goes to stdout."""
+    with friendly_errors():
+        from ..checkpoint.files import resolve
+
+        if os.path.exists(name):
+            raise SourceError(f"{name} is a folder or a file here; nothing is to be fetched")
+        typer.echo(str(resolve(name, revision)))
+
+
+@app.command()
+def rm(
+    name: NameArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+) -> None:
+    """Remove a model from the cache, every revision of it."""
+    with friendly_errors():
+        from ..checkpoint.cache import cached_models, remove
+        from ..checkpoint.choice import SHORT_NAMES
+
+        # A folder is never meant here: folders are not in the cache.
+        repo = SHORT_NAMES.get(name, name)
+        held = {model.repo: model for model in cached_models()}
+        if repo not in held:
+            others = f"; it has {', '.join(held)}" if held else ", which has no models"
+            raise SourceError(f"there is no {repo} in the cache{others}")
+        if not yes:
+            if not is_terminal():
+                raise SourceError(f"nobody can be asked whether to remove {repo}; give --yes")
+            size = f"{held[repo].nbytes / 1e9:.2f} GB"
+            if not typer.confirm(f"Remove {repo} ({size}) from the cache?", err=True):
+                raise typer.Exit(1)
+        freed = remove(repo)
+        typer.echo(f"removed {repo}: {freed / 1e9:.2f} GB are free again", err=True)
+
+
+def is_terminal() -> bool:
+    """Whether somebody can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,139 @@
+"""What a caller gives as a prompt: text, messages or token ids, in each of their forms."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from ..errors import PromptError
+
+Message = Mapping[str, Any]
+
+
+class Array(Protocol):
+    """Any array: of numpy, MLX or torch."""
+
+    def tolist(self) -> Any: ...
+
+
+# Token ids as a list, an array, or what a tokenizer returns: a mapping with `input_ids`.
+TokenIds = Sequence[int] | Array | Mapping[str, Any]
+Prompt = str | Sequence[Message] | TokenIds
+
+_KINDS = "a prompt is a string, a list of messages or a list of token ids"
+# Types of content parts, in the spellings of the common chat formats.
+_MEDIA = {
+    "images are not supported yet": ("image", "image_url", "input_image"),
+    "audio is not supported": ("audio", "audio_url", "input_audio"),
+    "video is not supported": ("video", "video_url", "input_video"),
+    "files are not supported": ("file", "input_file", "document"),
+}
+
+
+def given_ids(prompt: object) -> list[int] | None:
+    """Return the token ids of a prompt that is given as ids, None for text and messages.
+
+    Raises:
+      PromptError: if it is none of the three, has several rows, or is empty.
+    """
+    if isinstance(prompt, str):
+        return None
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise PromptError(f"{_KINDS}, got {type(prompt).__name__}; decode it first")
+    prompt = _listed(_input_ids(prompt) if isinstance(prompt, Mapping) else prompt)
+    if not isinstance(prompt, Sequence):
+        raise PromptError(f"{_KINDS}, got {type(prompt)}")
+    rows = [_listed(item) for item in prompt]
+    if rows and all(isinstance(row, (list, tuple)) for row in rows):
+        if len(rows) > 1:
+            raise PromptError(
+                f"one prompt was expected, got {len(rows)} rows of token ids; "
+                "batch_generate takes several prompts"
+            )
+        rows = list(rows[0])
+    if not rows:
+        raise PromptError("the prompt is empty")
+    if not isinstance(rows[0], numbers.Real):
+        return None
+    for token in rows:
+        if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+            raise PromptError(f"a token id is a whole number, got {token!r}")
+    return [int(token) for token in rows]
+
+
+def _input_ids(encoding: Mapping[str, Any]) -> Any:
+    if "input_ids" not in encoding:
+        hint = "; put the message into a list" if "role" in encoding else ""
+        keys = ", ".join(map(repr, encoding)) or "nothing"
+        raise PromptError(f"{_KINDS}, got an object with {keys}{hint}")
+    mask = _listed(encoding.get("attention_mask")) or []
+    rows = mask if mask and isinstance(mask[0], (list, tuple)) else [mask]
+    if not all(flag for row in rows for flag in row):
+        raise PromptError("the token ids are padded; give them without padding")
+    return encoding["input_ids"]
+
+
+def _listed(value: Any) -> Any:
+    """An array as lists; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def given_messages(prompt: Any) -> list[Message]:
+    """Return the messages of a prompt that is text or messages, each checked.
+
+    Raises:
+      PromptError: if it is empty, or a message has no role or holds what is not text.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise PromptError("the prompt is empty")
+        return [{"role": "user", "content": prompt}]
+    messages = list(prompt)
+    if len(messages) > 1 and all(isinstance(message, str) for message in messages):
+        raise PromptError(
+            f"one prompt was expected, got {len(messages)} strings; "
+            "batch_generate takes several prompts"
+        )
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise PromptError(f"a message must be an object with role and content, got {message!r}")
+        _check_content(message)
+    if not any(_says_something(message) for message in messages):
+        raise PromptError("the prompt is empty: no message has any content")
+    return messages
+
+
+def _says_something(message: Message) -> bool:
+    """Whether a message has anything in it, such as content or a tool call, but its role."""
+    values = [value for key, value in message.items() if key != "role"]
+    return any(value.strip() if isinstance(value, str) else value for value in values)
+
+
+def _check_content(message: Message) -> None:
+    """A template drops a part that it does not know, or writes one token for all of a sound."""
+    content, role = message.get("content"), message["role"]
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, (list, tuple)):
+        if role == "tool":  # a result may be any JSON
+            return
+        raise PromptError(
+            f"the content of a {role} message must be text or a list of parts, "
+            f"got {type(content).__name__}"
+        )
+    for part in content:
+        if not isinstance(part, Mapping) or "type" not in part:
+            raise PromptError(
+                f"a part of a {role} message must be an object with type and text, got {part!r}"
+            )
+        kind = part["type"]
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise PromptError(f"a text part of a {role} message has no text: {part!r}")
+        else:
+            said = [said for said, kinds in _MEDIA.items() if kind in kinds]
+            raise PromptError(
+                f"a {role} message holds a part of type {kind!r}; "
+                f"{said[0] if said else 'this type is not known'}, only parts of type 'text' are"
+            )
