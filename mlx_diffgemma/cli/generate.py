@@ -119,7 +119,7 @@ def generate(
         stop = chat.stop_strings()
         chat.variables()  # what is quick to check comes before the model is loaded
         notes = ["no --model given: this is the bundled model, trained on small puzzles only"]
-        notes = notes * (model.model is None)
+        notes = notes * model.is_bundled
         if settings.seed is None:
             settings = seeded(settings)
             notes.append(f"seed {settings.seed}")
