@@ -1,6 +1,6 @@
 """DiffusionGemma on MLX: text that settles out of noise, 256 tokens at a time.
 
-Names are resolved on first use, so that `--help` and `import mlx_diffgemma` need neither mlx nor
+Names are imported on first use, so that `--help` and `import mlx_diffgemma` need neither mlx nor
 transformers.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .write.generate import generate as generate
     from .write.generate import stream_generate as stream_generate
 
-# Public name -> the file that it lives in.
+# Public name -> the file that defines it.
 _HOME = {
     "DiffGemmaError": "errors",
     "GenerationSettings": "config.generation",
@@ -51,13 +51,13 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-# `python -m mlx_diffgemma.generate` and its kin find their files here.
+# `python -m mlx_diffgemma.generate` and similar commands find their files here.
 __path__.append(f"{__path__[0]}/cli/as_module")
 
 
 class _Package(ModuleType):
-    """`generate`, `fill` and `edit` are functions here, although `python -m` finds modules of the
-    same names."""
+    """The package's class: `generate`, `fill` and `edit` stay functions, although modules of the
+    same names exist for `python -m`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Importing a module binds it in its package, before or over the function.

@@ -1,13 +1,12 @@
-"""What can go wrong in a way that a user can put right. Everything else is a bug and keeps its
-traceback."""
+"""Errors that a user can correct. Everything else is a bug and keeps its traceback."""
 
 import platform
 from pathlib import Path
 
 
 class DiffGemmaError(Exception):
-    """A mistake in what was given: one line that says what was given, what was expected, and what
-    to do."""
+    """A user's mistake. Its message is one line: what was given, what was expected, and what to
+    do."""
 
     def __init__(self, message: str) -> None:
         # File names and other libraries' messages, which ours quote, may hold line breaks.
@@ -36,24 +35,24 @@ class TemplateError(DiffGemmaError):
 
 
 class DataError(DiffGemmaError):
-    """A data file that cannot be read, or a line in it that is no example."""
+    """A data file that cannot be read, or a line in it that is not a valid example."""
 
 
 class LossError(DiffGemmaError):
-    """A loss that is no number."""
+    """A loss that is not finite."""
 
 
 class BackendError(DiffGemmaError, ImportError):
-    """MLX is not installed, or it finds nothing to compute with."""
+    """MLX is not installed, or it has no backend for this machine."""
 
 
 def backend_error(error: ImportError) -> BackendError | None:
-    """Return what to say of a failed import of MLX, or None if something else was imported.
+    """Return the error for a failed import of MLX, or None if the failed import was another.
 
     The wheels of MLX for Linux hold no backend: without an extra that brings one, `mlx.core` is
     missing or does not find its library.
     """
-    # Where a library is missing, the name is "core", and the path tells whose.
+    # If a shared library is missing, the name is "core", and the path shows that it is MLX's.
     if "mlx" not in ((error.name or "").split(".")[0], Path(error.path or "").parent.name):
         return None
     if platform.system() == "Linux":

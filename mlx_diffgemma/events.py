@@ -1,8 +1,7 @@
-"""What a run tells its listener, in order of happening: prefill, then steps and a commit per
-canvas, then the end.
+"""The events of a run, in order: prefill, then steps and a commit per canvas, then the end.
 
 Arrays are `[B, L]` (batch, canvas) and lazy: nothing is computed for a listener that does not read
-them. Under `canvas_width="answer"` a step's arrays end where the step's look at the canvas ended.
+them. Under `canvas_width="answer"` a step's arrays hold only the columns that the step computed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepDone:
-    """One denoise step. Rows that had settled before it repeat their last values."""
+    """One denoise step. Rows that have already settled repeat their last values."""
 
     canvas_index: int
     step: int  # from 0
@@ -39,11 +38,11 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanvasCommitted:
-    """A canvas is final. Behind a row's first end token `tokens` holds padding."""
+    """A canvas is final. After a row's first end token `tokens` holds padding."""
 
     canvas_index: int
-    # [B, L] int32; narrower where `max_new_tokens` cuts the canvas, or where it was narrow and
-    # lost its end token in the last step that it had.
+    # [B, L] int32; narrower where `max_new_tokens` cuts the canvas, or where a narrow canvas lost
+    # its end token in its last step.
     tokens: mx.array
     steps: int  # denoise steps run on this canvas
     row_steps: tuple[int, ...]  # steps until each row settled; 0 for a row that had ended before
@@ -53,11 +52,11 @@ class CanvasCommitted:
 class Finished:
     """The run is over. One entry per row."""
 
-    reason: tuple[Literal["stop", "length"], ...]  # an end token, or no room for more
+    reason: tuple[Literal["stop", "length"], ...]  # an end token, or the limit was reached
     new_tokens: tuple[int, ...]  # the end token counts, padding does not
     row_steps: tuple[int, ...]  # denoise steps over all canvases
     row_canvases: tuple[int, ...]
-    row_positions: tuple[int, ...]  # canvas columns looked at, summed over steps: the work done
+    row_positions: tuple[int, ...]  # canvas columns computed, summed over steps: the work done
 
     @property
     def tokens_per_forward(self) -> tuple[float, ...]:
@@ -69,13 +68,13 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrialStarted:
-    """`fill` starts a batch: its steps follow. The rows differ in the lengths of slots."""
+    """`fill` starts a batch, whose steps follow. Its rows differ in the lengths of slots."""
 
     window: int  # from 0; a long template is written window by window
     slots: tuple[str, ...]  # names of the slots that the window writes
     lengths: tuple[tuple[int, ...], ...]  # per row, tokens of each slot
-    pinned: mx.array  # [B, L] bool, where the text is given
-    is_final: bool  # False: lengths are compared, and what is written is dropped
+    pinned: mx.array  # [B, L] bool, True where the text is given
+    is_final: bool  # False: the batch only compares lengths, and its text is dropped
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""Configuration and settings: what files and users say, checked once. Imports no mlx."""
+"""Configuration and settings from files and users, each checked once. Imports no mlx."""

@@ -1,4 +1,4 @@
-"""One setting, one entry: all that is known of a setting stands on its dataclass field.
+"""The entry of a setting: its help, default, bounds and options, kept on its dataclass field.
 
 Checks, resolving, the commands' options and the reference page are made from the entries.
 """
@@ -18,25 +18,25 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What is known of a setting beside its name and type."""
+    """A setting's help, default, bounds and options; its name and type are the field's."""
 
     help: str  # one sentence, for options and the reference
     default: Any = None  # the value where neither user nor checkpoint gives one
     at_least: float | None = None
-    above: float | None = None  # a bound that is excluded itself
+    above: float | None = None  # exclusive bound
     at_most: float | None = None
-    below: float | None = None  # likewise excluded
-    all_is: int | None = None  # a value out of bounds that means all there are
+    below: float | None = None  # exclusive bound
+    all_is: int | None = None  # a value outside the bounds that means "all"
     checkpoint: str | None = None  # its key in generation_config.json, dots between levels
     only_with: tuple[str, Any] | None = None  # the setting and value without which it has no effect
-    commands: tuple[str, ...] = ()  # the commands that take it as an option
-    flags: tuple[str, ...] = ()  # of the option, where they are not made from the name
-    command_default: Any = None  # where a command's default is not the library's
+    commands: tuple[str, ...] = ()  # commands that have it as an option
+    flags: tuple[str, ...] = ()  # of the option, if not made from the name
+    command_default: Any = None  # if it differs from the library's
     shown_default: str | None = None  # in words, where `default` does not say it
 
 
 def setting(entry: Entry, *, is_open: bool = False) -> Any:
-    """Return a dataclass field with its entry. An open one is None until somebody resolves it."""
+    """Return a dataclass field with its entry. An open field is None until it is resolved."""
     return field(default=None if is_open else entry.default, metadata={"entry": entry})
 
 
@@ -47,7 +47,7 @@ def entries(cls: Any) -> dict[str, Entry]:
 
 @cache
 def kinds(cls: Any) -> Mapping[str, Any]:
-    """Return the type of each setting's value: without None, and without type variables."""
+    """Return the type of each setting's value, without None and type variables."""
     hints = get_type_hints(cls)
     return {name: _without_none(hints[name]) for name in entries(cls)}
 
@@ -90,7 +90,7 @@ def _check_value(name: str, value: Any, entry: Entry, kind: Any) -> None:
         if (
             not isinstance(value, int if kind is int else (int, float))
             or isinstance(value, bool)
-            or not abs(value) <= sys.float_info.max  # a whole number may be beyond any float
+            or not abs(value) <= sys.float_info.max  # a whole number may be too large for a float
             or not (-math.inf if low is None else low) <= value
             or value == entry.above
             or not value <= (math.inf if entry.at_most is None else entry.at_most)

@@ -1,4 +1,4 @@
-"""Name the format that a config.json says its weights are packed in.
+"""Find the format in which config.json says that the weights are packed.
 
 MLX's own packing is read by `QuantizationConfig`. All others are written by tools for other
 runtimes; the converter reads two of them.
@@ -16,13 +16,13 @@ from typing import Any
 
 Raw = Mapping[str, Any]
 
-NVFP4, FP8 = "nvfp4", "fp8"  # what the converter calls the layouts that it reads
+NVFP4, FP8 = "nvfp4", "fp8"  # the converter's names for the layouts that it reads
 SUPPORTED = (
     "bfloat16, float16, float32 and MLX packing load; "
     "ModelOpt NVFP4 and FP8 with one scale per channel convert"
 )
 _BLOCKS = ("quantization", "quantization_config", "compression_config")
-_OTHERS = {"quant_algo", "config_groups", "producer"}  # keys of blocks that are none of MLX's
+_OTHERS = {"quant_algo", "config_groups", "producer"}  # keys that MLX's own blocks do not have
 _TITLES = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -63,7 +63,7 @@ class PackedFormat:
     """A format that does not load directly."""
 
     name: str
-    layouts: tuple[str, ...]  # of the converter, any of which may be found; empty: it reads none
+    layouts: tuple[str, ...]  # the converter's layouts that this may be; empty: it reads none
 
 
 def foreign_format(config: Raw) -> PackedFormat | None:
@@ -79,7 +79,7 @@ def foreign_format(config: Raw) -> PackedFormat | None:
 
 
 def mlx_block(config: Raw) -> Any:
-    """Return the block that says how MLX packed the weights, unchecked; None where there is none.
+    """Return the unchecked block that says how MLX packed the weights, or None.
 
     `quantization_config` is a copy of `quantization` in files that mlx-lm wrote, and another tool's
     block in others. GPTQ's and AWQ's have `bits` and `group_size` too.
@@ -91,7 +91,7 @@ def mlx_block(config: Raw) -> Any:
 
 
 def without_packing(config: Raw) -> dict[str, Any]:
-    """Return a config.json that says nothing about packing."""
+    """Return a config.json without the keys about packing."""
     plain = {key: value for key, value in config.items() if key not in _BLOCKS}
     if isinstance(text := plain.get("text_config"), Mapping):
         plain["text_config"] = {key: value for key, value in text.items() if key not in _BLOCKS}
@@ -109,7 +109,7 @@ def refusal(found: PackedFormat, source: str) -> str:
 
 
 def source_of(folder: Path) -> str:
-    """Return what a user calls a folder: the repo id of a snapshot in the Hub's cache, else the
+    """Return a user's name for a folder: the repo id of a snapshot in the Hub's cache, else the
     path."""
     repo = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repo.startswith("models--"):
@@ -157,7 +157,7 @@ def _modelopt(settings: Raw) -> PackedFormat:
 
 
 def _compressed_tensors(block: Raw) -> PackedFormat | None:
-    """One scheme for each group of modules; a file may quantize its KV cache alone."""
+    """Name the schemes of all groups of modules; a file may also quantize only its KV cache."""
     groups = block.get("config_groups")
     if not isinstance(groups, Mapping):
         is_plain = block.get("format") == "dense"

@@ -1,4 +1,5 @@
-"""The settings of a run: every default, every check, and whose value counts. Imports no mlx."""
+"""The settings of a run: their defaults, their checks, and the order in which values win. Imports
+no mlx."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ StopOn = Literal["canvas", "answer"]
 CanvasWidth = Literal["fixed", "answer"]
 SelfConditioning = Literal["dense", "sparse"]
 
-# What a policy fills in where the user says nothing; the checkpoint's own numbers come after it.
+# Values of each policy. The user's values come before them, the checkpoint's after.
 POLICIES: dict[Policy, dict[str, Any]] = {
     "reference": {},
     "fast": {
@@ -28,25 +29,25 @@ POLICIES: dict[Policy, dict[str, Any]] = {
     },
 }
 
-_COLDEST = 1e-4  # below, logits over temperature leave float32
+_COLDEST = 1e-4  # below it, logits / temperature overflow float32
 _ALL = ("generate", "fill", "edit")  # every command that runs the model
 _GENERATE = ("generate",)
 _BY_ENTROPY, _BY_CONFIDENCE = ("acceptance", "entropy"), ("acceptance", "confidence")
 _SPARSE = ("self_conditioning", "sparse")
 
-# Keys of generation_config.json that mean nothing here.
+# Keys of generation_config.json without a meaning here.
 _INERT = frozenset(
     "max_length pad_token_id bos_token_id eos_token_id transformers_version sampler_config "
     "_from_model_config return_dict_in_generate cache_implementation cache_config "
     "disable_compile _commit_hash".split()
 )
 
-# What a setting may be instead of a value: None while it is open, nothing once it is resolved.
+# The type of a setting without a value: None while it is open, Never once it is resolved.
 Open = TypeVar("Open")
 
 
 class Checkpoint(Protocol):
-    """What settings need of a checkpoint: `ModelConfig` has it."""
+    """The facts about a checkpoint that settings need; `ModelConfig` has them."""
 
     @property
     def canvas_length(self) -> int: ...
@@ -66,8 +67,8 @@ def _setting(help: str, **known: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings(Generic[Open]):
-    """All settings of a run. Each stands here once: name, type, default, bounds, help, who decides
-    it, and which commands take it.
+    """All settings of a run. Each is written once, here: name, type, default, bounds, help, whether
+    policy or checkpoint sets it, and its commands.
 
     Source of the model's own defaults: transformers 5.23, generation_diffusion_gemma.py,
     _get_default_generation_params.
@@ -80,7 +81,7 @@ class _Settings(Generic[Open]):
         checkpoint="max_new_tokens",
         commands=_GENERATE,
         flags=("--max-tokens", "-m"),
-        command_default=1024,  # the checkpoint's 256 surprise people
+        command_default=1024,  # the checkpoint's 256 are too few for most answers
     )
     temperature: float | Open = _setting(
         "Multiplies the schedule; 0 proposes the likeliest tokens instead of drawing.",
@@ -240,13 +241,13 @@ class _Settings(Generic[Open]):
 class GenerationSettings(_Settings[None]):
     """How to denoise. Names follow the checkpoint's generation_config.json.
 
-    None means: what the policy or the checkpoint says, and where both are silent, the default of
-    the setting's entry. `resolve` fills them in.
+    None means the policy's value, else the checkpoint's, else the default of the setting's entry.
+    `resolve` fills them in.
     """
 
     def resolve(self, checkpoint: Checkpoint) -> ResolvedSettings:
-        """Fill in every open setting: the user's value, else the policy's, the checkpoint's, the
-        default's. A missing seed is drawn.
+        """Return the settings with every open one filled in: by the policy, else the checkpoint,
+        else the default. A missing seed is drawn.
 
         Raises:
           ConfigError: if values contradict each other or the checkpoint, or have no effect.
@@ -258,7 +259,7 @@ class GenerationSettings(_Settings[None]):
             values["schedule_steps"] = values["max_denoising_steps"]
         if values["seed"] is None:
             values["seed"] = secrets.randbits(32)
-        if self.sparse_tokens is None:  # the default may be more than a small vocabulary has
+        if self.sparse_tokens is None:  # the default may exceed a small vocabulary
             values["sparse_tokens"] = min(values["sparse_tokens"], checkpoint.vocab_size)
         self._refuse_idle(values)
         _refuse_contradictions(values, self.extra_eos_token_ids, checkpoint)
@@ -270,7 +271,8 @@ class GenerationSettings(_Settings[None]):
         )
 
     def _filled(self, own: GenerationSettings) -> dict[str, Any]:
-        """Each setting's value, None where nobody gives one. `own` are the checkpoint's."""
+        """Return each setting's value, or None if it has none. `own` holds the checkpoint's
+        values."""
         policy: Policy = self.policy or default_of("policy")
         cls: Any = type(self)
         values: dict[str, Any] = {}
@@ -288,7 +290,7 @@ class GenerationSettings(_Settings[None]):
         return values
 
     def _refuse_idle(self, values: Mapping[str, Any]) -> None:
-        """A setting that has no effect is a mistake."""
+        """Refuse a setting that has no effect."""
         for name, entry in entries(type(self)).items():
             if entry.only_with is None or getattr(self, name) is None:
                 continue
@@ -325,25 +327,25 @@ class GenerationSettings(_Settings[None]):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings(_Settings[Never]):
-    """Settings with every value filled in: what the loop runs on."""
+    """Settings with every value filled in, as the loop needs them."""
 
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
 
     @property
     def looks_for_end(self) -> bool:
-        """Whether anything depends on where the draft's first end token stands."""
+        """Whether any setting depends on the position of the draft's first end token."""
         return "answer" in (self.stop_on, self.canvas_width)
 
 
 def default_of(name: str) -> Any:
-    """Return a setting's value where neither user nor checkpoint gives one."""
+    """Return a setting's value if neither user nor checkpoint gives one."""
     return entries(GenerationSettings)[name].default
 
 
 def decider_of(name: str, entry: Entry) -> str:
-    """Return who decides a setting that the user leaves open, before its default does: "policy",
-    "checkpoint", or "" for nobody."""
+    """Return what sets an open setting before its default does: "policy", "checkpoint", or "" for
+    neither."""
     if any(name in fills for fills in POLICIES.values()):
         return "policy"
     return "checkpoint" if entry.checkpoint else ""

@@ -1,4 +1,4 @@
-"""The checkpoint's configuration: every key it may hold, every check. Imports no mlx."""
+"""The checkpoint's configuration: its keys and their checks. Imports no mlx."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .reading import (
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
-GLOBAL_HEAD_DIM = 512  # transformers' fallback where config.json has neither spelling
+GLOBAL_HEAD_DIM = 512  # transformers' fallback if config.json has neither spelling
 PAD_TOKEN_ID = 0
-_MOST_LAYERS = 10_000  # a damaged file must not make us build a list without end
+_MOST_LAYERS = 10_000  # bounds the lists that a damaged file makes us build
 
-# Keys of published files that say nothing to a text runtime. Any other unknown key is named in one
-# warning.
+# Keys of published files that a text runtime does not need. One warning names all other unknown
+# keys.
 _INERT_TOP = frozenset(
     "architectures dtype torch_dtype initializer_range transformers_version "
     "vision_soft_tokens_per_image audio_config audio_token_id video_token_id generation_config "
@@ -94,8 +94,8 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> TextConfig:
-        """Both spellings of the per-layer keys are read; unknown keys warn, values we cannot
-        honour are refused."""
+        """Read `text_config`, with either spelling of the per-layer keys. Unknown keys warn;
+        unsupported values are refused."""
         counts = {
             name: integer(raw, name, where)
             for name in (
@@ -171,8 +171,8 @@ class ModelConfig:
     def from_dict(
         cls, raw: Raw, generation: Raw | None = None, *, where: str = "config.json"
     ) -> ModelConfig:
-        """`generation` is generation_config.json; without it, the copy that mlx-vlm puts into
-        config.json is read."""
+        """Read config.json and `generation` (generation_config.json); without the latter, the copy
+        that mlx-vlm puts into config.json."""
         if raw.get("model_type") != "diffusion_gemma":
             raise ConfigError(
                 f"{where}: model_type is {raw.get('model_type')!r}, expected 'diffusion_gemma'"
@@ -227,7 +227,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Reads config.json and, where there is one, generation_config.json.
+        """Read config.json and, if there is one, generation_config.json.
 
         Raises:
           ConfigError: if a file is missing, is not JSON, or holds an impossible value.
@@ -269,7 +269,7 @@ def _layer_types(raw: Raw, count: int, where: str) -> tuple[LayerType, ...]:
 def _layers(
     raw: Raw, types: tuple[LayerType, ...], head_dim: int, kv_heads: int, where: str
 ) -> tuple[LayerConfig, ...]:
-    """Head sizes per layer from `per_layer_config`, or from `global_head_dim` and
+    """Return head sizes per layer, from `per_layer_config` or from `global_head_dim` and
     `num_global_key_value_heads`."""
     has_old = "global_head_dim" in raw or raw.get("num_global_key_value_heads") is not None
     global_head_dim = (

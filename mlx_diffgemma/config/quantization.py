@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 from .reading import Raw, integer
 
-# bits and group sizes that MLX packs, per mode
+# mode -> the bits and group sizes that MLX packs
 QUANTIZATION_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
     "mxfp4": ((4,), (32,)),
@@ -27,8 +27,8 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> Quantization:
-        """`{"group_size": 64, "bits": 4}` is affine: a missing mode never means the file's global
-        one."""
+        """Read one block. `{"group_size": 64, "bits": 4}` is affine: a missing mode never means the
+        file's global one."""
         mode = raw.get("mode", "affine")
         if not isinstance(mode, str) or mode not in QUANTIZATION_MODES:
             raise ConfigError(
@@ -49,7 +49,7 @@ class QuantizationConfig:
     """The `quantization` block: a setting for every module, and overrides by module path."""
 
     default: Quantization
-    overrides: Mapping[str, Quantization | None]  # None: the module is left as it is
+    overrides: Mapping[str, Quantization | None]  # None: the module is not packed
 
     def for_module(self, *paths: str) -> Quantization | None:
         """Return the setting of a module whose weights come with scales, under any of its names."""

@@ -1,4 +1,4 @@
-"""Reading JSON files and checking single values in them."""
+"""Functions that read JSON files and check single values in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST = 2**31 - 1  # dimension that MLX can count
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+    """Return the JSON object of a file.
 
     Raises:
       ConfigError: if the file cannot be read, is not JSON, or holds no object; it names the file.
@@ -66,7 +66,7 @@ def positive(raw: Raw, key: str, where: str, default: float) -> float:
 def refuse_unless(
     raw: Raw, key: str, allowed: tuple[Any, ...], where: str, *, default: Any
 ) -> None:
-    """Raise ConfigError for a value that we cannot honour."""
+    """Raise ConfigError for an unsupported value."""
     value = raw.get(key, default)
     if value not in allowed:
         raise ConfigError(
@@ -75,6 +75,6 @@ def refuse_unless(
 
 
 def refuse_other_tokens(token: Any, vocab_size: int, where: str) -> None:
-    """Raise ConfigError for what is no token id of the vocabulary."""
+    """Raise ConfigError for a value that is not a token id of the vocabulary."""
     if not (isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size):
         raise ConfigError(f"{where} {token!r} is outside the vocabulary of {vocab_size}")

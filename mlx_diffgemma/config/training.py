@@ -1,4 +1,4 @@
-"""The settings of a training run: every default, every check, YAML files. Imports no mlx.
+"""The settings of a training run: their defaults, their checks, and YAML files. Imports no mlx.
 
 Names are mlx-lm's where it has the same setting, so that its YAML files can be used.
 """
@@ -23,19 +23,19 @@ SELF_CONDITIONING = tuple(
     f"model.decoder.self_conditioning.{part}_proj" for part in ("gate", "up", "down")
 )
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
-# Within a layer, or from the root of the model. The router is left as it is, experts too.
+# Paths within a layer, or from the root of the model. By default router and experts get none.
 DEFAULT_KEYS = (*ATTENTION, *DENSE, *SELF_CONDITIONING)
-# mlx-lm's keys that mean nothing here, and what they may say then.
+# mlx-lm's keys without a meaning here, and the values that they may have.
 _INERT: dict[str, tuple[Any, ...]] = {
     "report_to": (None,),
     "project_name": (None,),
     "trust_remote_code": (None, False),
 }
-# And one that is right whatever it says: the cache of freed memory is bounded anyway.
+# This one may have any value: the cache of freed memory is bounded anyway.
 _IGNORED = frozenset({"clear_cache_threshold"})
 
 
-_TRAIN = ("train",)  # the command that takes a setting as an option
+_TRAIN = ("train",)  # the command that has the settings as options
 
 
 def _setting(help: str, default: Any = None, **known: Any) -> Any:
@@ -43,7 +43,7 @@ def _setting(help: str, default: Any = None, **known: Any) -> Any:
 
 
 def _option(help: str, default: Any = None, **known: Any) -> Any:
-    """A setting that the command has an option for."""
+    """Return a setting's field; the command has an option for it."""
     return _setting(help, default, commands=_TRAIN, **known)
 
 
@@ -53,10 +53,10 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraParameters:
-    """What adapters look like; the keys of mlx-lm's `lora_parameters`."""
+    """The form of adapters; the keys are those of mlx-lm's `lora_parameters`."""
 
     rank: int = _setting("Columns of each factor.", 8, at_least=1)
-    scale: float = _setting("What the factors' product is multiplied with.", 20.0, above=0)
+    scale: float = _setting("Factor on the product of the two factors.", 20.0, above=0)
     dropout: float = _setting(
         "Share of the inputs that training leaves out.", 0.0, at_least=0, below=1
     )
@@ -92,7 +92,7 @@ class LoraParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How to train. Counts of iterations are of batches, as in mlx-lm."""
+    """How to train. An iteration is a batch, as in mlx-lm."""
 
     fine_tune_type: FineTuneType = _option("Train adapters, or all weights.", "lora")
     num_layers: int = _option(
@@ -119,7 +119,7 @@ class TrainSettings:
     optimizer: Optimizer = _option("adam, adamw, muon, sgd or adafactor.", "adam")
     optimizer_config: Mapping[str, Any] | None = _setting("More arguments, by optimizer.")
     max_grad_norm: float = _option(
-        "Longest gradient; a longer one is shortened. 0: any.", 1.0, at_least=0
+        "Largest norm of the gradient; a larger one is scaled down. 0: no limit.", 1.0, at_least=0
     )
     max_seq_length: int = _option(
         "Most tokens of an example, its canvases included.", 2048, at_least=2
@@ -140,13 +140,13 @@ class TrainSettings:
         "Weight of the causal loss on the clean text; 0: none.", 1.0, at_least=0
     )
     self_conditioning_probability: float = _option(
-        "Share of examples that see what the model thought of them first.",
+        "Share of examples with self-conditioning from a first forward pass.",
         0.5,
         at_least=0,
         at_most=1,
     )
     gradients_through_context: bool = _option(
-        "Whether the canvas loss also trains what the text's keys and values say.",
+        "Whether the canvas loss also trains through the text's keys and values.",
         True,
     )
     val_batches: int = _option(
@@ -157,10 +157,10 @@ class TrainSettings:
     steps_per_eval: int = _option("Batches between validations.", 200, at_least=1)
     save_every: int = _option("Batches between checkpoints.", 100, at_least=1)
     grad_checkpoint: bool = _option(
-        "Compute layers twice, and keep less of them.", False, flags=("--grad-checkpoint",)
+        "Compute layers twice to save memory.", False, flags=("--grad-checkpoint",)
     )
     seed: int = _option(
-        "Of the order of the data and of all that is drawn.", 0, at_least=0, at_most=2**31 - 1
+        "Seed of the data's order and of all draws.", 0, at_least=0, at_most=2**31 - 1
     )
 
     def __post_init__(self) -> None:
@@ -176,14 +176,14 @@ class TrainSettings:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TrainSettings:
-        """From a YAML file's keys or a command's flags; what is None stays at its default."""
+        """Return settings from a YAML file's keys or a command's flags; None means the default."""
         values = {key: value for key, value in raw.items() if value is not None}
         if "lora_parameters" in values:
             values["lora_parameters"] = LoraParameters.from_dict(values["lora_parameters"])
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
-        """As adapter_config.json and checkpoints have it."""
+        """Return the settings as adapter_config.json and checkpoints hold them."""
         raw = asdict(self)
         raw["lora_parameters"]["keys"] = list(raw["lora_parameters"]["keys"])
         if self.fine_tune_type == "full":
@@ -193,7 +193,8 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """What a run does, with which model and data, and where: what a recipe says beside settings."""
+    """What a run does, with which model, data and folder: the part of a recipe beside the
+    settings."""
 
     model: str | None = _option("Local folder or Hub repo id.", shown_default="")
     train: bool = _option("Train.", False, flags=("--train",), shown_default="")
@@ -205,7 +206,7 @@ class TrainJob:
     )
     adapter_path: str = _option("Folder of the run.", "adapters")
     resume: bool = _option(
-        "Go on where the run in --adapter-path stands.",
+        "Continue the run in --adapter-path.",
         False,
         flags=("--resume",),
         shown_default="",
@@ -227,7 +228,8 @@ class TrainJob:
 
 
 def job_and_settings(given: Mapping[str, Any]) -> tuple[TrainJob, TrainSettings]:
-    """Sort the keys of a recipe and a command's options; what is None stays at its default.
+    """Split the keys of a recipe and a command's options into job and settings; None means the
+    default.
 
     Raises:
       ConfigError: if a value is impossible, or something is missing.
@@ -241,7 +243,7 @@ def job_and_settings(given: Mapping[str, Any]) -> tuple[TrainJob, TrainSettings]
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """The keys of a YAML file.
+    """Return the keys of a YAML file.
 
     Raises:
       ConfigError: if it cannot be read, or has a key that is not a setting.
@@ -270,7 +272,7 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def _loader() -> Any:
-    """YAML 1.1 reads 1e-5 as a string; people do not."""
+    """Return a YAML loader that reads 1e-5 as a number; YAML 1.1 reads a string."""
     import yaml
 
     class Loader(yaml.SafeLoader):
