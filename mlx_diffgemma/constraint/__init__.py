@@ -1,1 +1,1 @@
-"""Which strings a canvas may hold. Knows nothing of the model."""
+"""Constraints on the strings that a canvas may hold. Knows no model."""

@@ -1,6 +1,5 @@
-"""Which token strings a slot may hold: a finite automaton over tokens, from a list of options or
-a regular expression, and the likeliest string of a given length that it accepts. Knows ids, not
-text."""
+"""A finite automaton over tokens, from a list of options or a regular expression, that accepts the
+token strings of a slot and finds the likeliest one of a given length. Knows ids, not text."""
 
 from __future__ import annotations
 
@@ -14,17 +13,17 @@ from ..errors import TemplateError
 from ..language.pattern import find_problem, syntax_problem
 
 _NO_TEXT = "no text of this checkpoint's tokens matches it"
-_TINIEST = 1e-38  # a probability that float32 lost still orders paths, and never forbids one
+_TINIEST = 1e-38  # a probability of 0 in float32 becomes this, so that it forbids no path
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Moves:
-    """The ways out of one state, sorted by where they lead."""
+    """The moves from one state, sorted by target state."""
 
     tokens: np.ndarray  # int64 [moves]
     targets: np.ndarray  # int64 [groups]
-    starts: np.ndarray  # int64 [groups], where in `tokens` those to each target begin
-    counts: np.ndarray  # int64 [groups], how many they are
+    starts: np.ndarray  # int64 [groups], where each target's tokens begin in `tokens`
+    counts: np.ndarray  # int64 [groups], number of each target's tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,12 +39,12 @@ class Automaton:
     def of_moves(
         cls, initial: int, finals: Iterable[int], moves: Mapping[int, Mapping[int, int]]
     ) -> Automaton:
-        """From state -> token -> next state."""
+        """Return the automaton of a table: state -> token -> next state."""
         return cls(initial, frozenset(finals), {s: _sorted(ways) for s, ways in moves.items()})
 
     @classmethod
     def of_options(cls, options: Iterable[Sequence[int]]) -> Automaton:
-        """Accepts exactly these token strings: a trie."""
+        """Return what accepts exactly these token strings: a trie."""
         moves: dict[int, dict[int, int]] = {0: {}}
         finals = set()
         for option in options:
@@ -77,9 +76,9 @@ class Automaton:
         tokens: dict[bytes, list[int]] = {bytes([byte]): [own + byte] for byte in range(256)}
         for token, spelling in spellings.items():
             tokens.setdefault(spelling, []).append(token)
-        # outlines-core drops the ways out of a state that accepts already: behind `\z` no state
-        # does before the end of the text. It also refuses expressions that may look around, as
-        # `\z` does, before their first character: so a NUL stands first.
+        # outlines-core drops the moves from an accepting state. With `\z` at the end, no state
+        # accepts before the end of the text. It also refuses expressions that may begin with an
+        # assertion such as `\z`, so a NUL comes first.
         try:
             index = Index(rf"\x00(?:{pattern})\z", Vocabulary(own + 256, tokens))
         except ValueError as error:
@@ -100,12 +99,12 @@ class Automaton:
         return automaton
 
     def lengths(self, most: int) -> list[int]:
-        """Lengths from 1 to `most`, in tokens, of which there is a string."""
+        """Return the lengths in tokens, from 1 to `most`, that some accepted string has."""
         return [n for n in range(1, most + 1) if self.initial in self._can_end(n)]
 
     def allowed(self, length: int) -> list[np.ndarray]:
-        """The tokens at each place of the strings of one length: sorted ids. Every token belongs to
-        some string, but not every combination of tokens is one."""
+        """Return the sorted ids at each place of the strings of one length. Every token belongs to
+        some string, but not every combination of tokens is a string."""
         sets: list[np.ndarray] = []
         here = {self.initial}
         size = 1 + max(int(ways.tokens.max(initial=0)) for ways in self.moves.values())
@@ -118,22 +117,22 @@ class Automaton:
                 there.update(ways.targets[leads_on].tolist())
             members = np.flatnonzero(found).astype(np.int32)
             same = sets[-1] if sets and np.array_equal(sets[-1], members) else members
-            sets.append(same)  # of many places often the same ones: kept once
+            sets.append(same)  # many places often have the same ids: these are kept once
             here = there
         return sets
 
     def best(self, probabilities: np.ndarray) -> np.ndarray:
-        """The likeliest string with one token per row, were the rows independent.
+        """Return the likeliest string with one token per row, for independent rows.
 
         Args:
-          probabilities: float32 [n, V], or anything in proportion to them; there must be a
-            string of n tokens.
+          probabilities: float32 [n, V], or values proportional to them; some accepted string must
+            have n tokens.
 
         Returns:
           int32 [n].
         """
         n = len(probabilities)
-        reached = [{self.initial}]  # states at each place that can still end in time
+        reached = [{self.initial}]  # states at each place that can still reach an end
         for i in range(n - 1):
             ends = self._can_end(n - i - 1)
             targets = {t for s in reached[-1] for t in self.moves[s].targets.tolist()}
@@ -157,7 +156,8 @@ class Automaton:
     def _totals(
         self, state: int, probabilities: np.ndarray, later: Mapping[int, float]
     ) -> np.ndarray:
-        """For each target of a state: the best way there, and on from there to an end."""
+        """Return for each target of a state the score of the best move to it and path from it to an
+        end."""
         ways = self.moves[state]
         if not ways.tokens.size:
             return np.empty(0)
@@ -166,7 +166,7 @@ class Automaton:
         return np.log(np.maximum(best, _TINIEST)) + onward
 
     def _has_string(self) -> bool:
-        """Whether some string of at least one token is accepted."""
+        """Return whether some string of at least one token is accepted."""
         seen, waiting = set[int](), [self.initial]
         while waiting:
             targets = set(self.moves[waiting.pop()].targets.tolist()) - seen
@@ -177,7 +177,7 @@ class Automaton:
         return False
 
     def _can_end(self, length: int) -> frozenset[int]:
-        """States from which exactly `length` more tokens lead to an end."""
+        """Return the states from which exactly `length` more tokens reach an end."""
         if length == 0:
             return self.finals
         if length not in self._ends:
@@ -189,7 +189,7 @@ class Automaton:
 
 
 def _refused(pattern: str, message: str) -> TemplateError:
-    """What outlines-core's message means for whoever wrote the pattern."""
+    """Return outlines-core's error as a message for the author of the pattern."""
     if "incompatible" in message:
         return _unusable(pattern, _NO_TEXT)
     if problem := syntax_problem(pattern):

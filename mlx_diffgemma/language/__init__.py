@@ -1,1 +1,1 @@
-"""Text <-> token ids. Knows nothing of the model."""
+"""Conversion between text and token ids. Knows no model."""

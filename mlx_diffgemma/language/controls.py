@@ -1,9 +1,9 @@
-"""Control tokens: which there are, and which of a rendered prompt somebody typed.
+"""Control tokens: their list, and which of them in a rendered prompt come from a user's text.
 
-A chat template is a program that we do not read. To learn which control tokens of its output come
-from a variable, such as a message or a tool's description, it is run a second time with a mark
-behind each typed token. Only the places of the marks are used; the text is always that of the
-unmarked run, so that a mark can never change it.
+A chat template is a program, and we do not analyse it. To learn which control tokens of its output
+come from a variable, such as a message or a tool's description, we run it a second time with a mark
+after each typed token. Only the positions of the marks are used; the text is always that of the
+unmarked run, so a mark cannot change it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..errors import PromptError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A template cuts a thought out of an old answer, from the first of these to the second.
+# A template removes the thought from an earlier answer, from the first of these to the second.
 THOUGHT_BEGIN, THOUGHT_END = "<|channel>", "<channel|>"
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return every special token of a tokenizer, as it is spelled."""
+    """Return the spelling of every special token of a tokenizer."""
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
@@ -37,14 +37,14 @@ def matching(specials: Mapping[str, int]) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Marks:
-    """Two characters that a prompt does not hold, and how they mark what is typed.
+    """Two characters that do not occur in a prompt, to mark typed tokens.
 
     `behind` follows each typed token, and each other character that could end one, since a template
     may join a token from two texts. It must not change how a template sorts or compares: a mark
     that always follows the same character leaves the order of any two texts as it was.
 
-    `before` is for the end of a thought in a message. Who splits an answer there keeps what is
-    behind it, and a mark would stay with the rest.
+    `before` is for the end of a thought in a message. A template that splits an answer there keeps
+    the text after it, and a mark after the token would stay in that text.
     """
 
     specials: Mapping[str, int]
@@ -53,7 +53,7 @@ class Marks:
 
     @classmethod
     def unused(cls, specials: Mapping[str, int], texts: Any) -> Marks:
-        """Choose characters that none of the texts holds, however they are nested.
+        """Return marks whose characters occur in none of the texts, however deeply nested.
 
         Raises:
           PromptError: if there are none.
@@ -65,7 +65,7 @@ class Marks:
             pair = chr(code), chr(code + 1)
             if not any(character in spelled for character in pair):
                 return cls(specials, *pair)
-        raise PromptError("the prompt uses every Egyptian hieroglyph; one has to be left for us")
+        raise PromptError("the prompt uses every Egyptian hieroglyph; leave two of them out")
 
     def text(self, text: str, *, is_cut: bool = False) -> str:
         """Return a text with its marks; `is_cut` where a template may cut thoughts out of it."""
@@ -108,11 +108,11 @@ class Marks:
         return {self.value(key): self.value(item, is_cut=True) for key, item in message.items()}
 
     def typed(self, text: str, marked: str) -> list[bool]:
-        """Tell for each special token of a rendered text, in order, whether it was typed.
+        """Return for each special token of a rendered text, in order, whether it was typed.
 
         Args:
-          text: what the template makes of the variables.
-          marked: what it makes of the marked ones.
+          text: the template's output for the variables.
+          marked: its output for the marked variables.
 
         Raises:
           PromptError: if the marks changed which tokens the template writes.
@@ -137,7 +137,7 @@ class Marks:
 
 
 def split_at(specials: Mapping[str, int], text: str, typed: Sequence[bool]) -> list[str | int]:
-    """Cut a text at its special tokens that were not typed: texts and ids, in order."""
+    """Return a text split at its special tokens that were not typed: texts and ids, in order."""
     parts: list[str | int] = []
     start = 0
     for found, is_typed in zip(matching(specials).finditer(text), typed, strict=True):

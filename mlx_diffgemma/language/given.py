@@ -1,4 +1,4 @@
-"""What a caller gives as a prompt: text, messages or token ids, in each of their forms."""
+"""The forms of a prompt: text, messages or token ids. Checks which one a caller gives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MEDIA = {
 
 
 def given_ids(prompt: object) -> list[int] | None:
-    """Return the token ids of a prompt that is given as ids, None for text and messages.
+    """Return the token ids of a prompt that consists of ids, or None for text and messages.
 
     Raises:
       PromptError: if it is none of the three, has several rows, or is empty.
@@ -75,15 +75,15 @@ def _input_ids(encoding: Mapping[str, Any]) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """An array as lists; anything else as it is."""
+    """Return an array as lists, and anything else unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def given_messages(prompt: Any) -> list[Message]:
-    """Return the messages of a prompt that is text or messages, each checked.
+    """Return the checked messages of a prompt that is text or messages.
 
     Raises:
-      PromptError: if it is empty, or a message has no role or holds what is not text.
+      PromptError: if it is empty, or a message has no role or holds something other than text.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -105,13 +105,13 @@ def given_messages(prompt: Any) -> list[Message]:
 
 
 def _says_something(message: Message) -> bool:
-    """Whether a message has anything in it, such as content or a tool call, but its role."""
+    """Return whether a message has anything beside its role, such as content or a tool call."""
     values = [value for key, value in message.items() if key != "role"]
     return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def _check_content(message: Message) -> None:
-    """A template drops a part that it does not know, or writes one token for all of a sound."""
+    """Refuse content that a template would drop, or would replace by a single token."""
     content, role = message.get("content"), message["role"]
     if content is None or isinstance(content, str):
         return

@@ -1,5 +1,4 @@
-"""What a regular expression of a slot may not use, found before anything is compiled. Knows text
-only."""
+"""Checks of a slot's regular expression for unsupported syntax, before it is compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +15,8 @@ class Problem(NamedTuple):
 
 _SYNTAX = "; the syntax is that of Rust's regex crate"
 _WHOLE = "the whole slot is matched anyway; leave out"
-# Outside of a character class: what begins so -> why it is refused. The first that fits counts.
+# Outside of a character class: beginning of a construct -> why it is refused. The first match
+# counts.
 _REFUSED = (
     (r"\\[1-9]|\\[kg][<{'0-9]|\(\?P=", "back-references are not supported"),
     (r"\(\?<?[=!]", "look-ahead and look-behind are not supported"),
@@ -39,7 +39,7 @@ _STEP = re.compile(r"\\(?:[pPxuU]\{[^}]*\}|.)|.", re.DOTALL)
 
 
 def find_problem(pattern: str) -> Problem | None:
-    """Return the first thing in an expression that cannot be used, if any is known.
+    """Return the first unsupported construct of an expression, or None if none is found.
 
     None does not mean that the expression is valid: its compiler finds the other mistakes.
     """
@@ -62,8 +62,8 @@ def find_problem(pattern: str) -> Problem | None:
 
 
 def syntax_problem(pattern: str) -> Problem | None:
-    """Return what Python's parser says about an expression that its compiler has refused, where
-    the two mean the same by it."""
+    """Return the error of Python's parser for an expression that the compiler has refused, if both
+    read it alike."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -73,7 +73,7 @@ def syntax_problem(pattern: str) -> Problem | None:
 
 
 def _end_of_class(pattern: str, start: int) -> int:
-    """Where the expression goes on behind a character class; classes may hold classes."""
+    """Return the index after a character class; classes may be nested."""
     depth, at = 0, start
     while at < len(pattern):
         if pattern[at] == "[":

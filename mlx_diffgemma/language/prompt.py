@@ -1,4 +1,4 @@
-"""Messages -> token ids, through the checkpoint's own chat template.
+"""Conversion of messages to token ids, with the checkpoint's chat template.
 
 Text in messages and in every other variable of the template stays text: a user who types `<turn|>`
 gets those characters, not the end of a turn. This is the one default in which we differ from
@@ -25,7 +25,7 @@ from .tokenizer import declaration_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A template is a program: given messages it was not made for, it may fail in any of these ways.
+# A template is a program. On messages that it does not expect it may raise any of these.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -35,7 +35,7 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
-# Tokens that stand for what this runtime can neither see nor hear.
+# Tokens that stand for images, audio and video, which this runtime does not support.
 _MEDIA_TOKENS = {
     "<|image|>": "images are not supported yet",
     "<|audio|>": "audio is not supported",
@@ -65,7 +65,7 @@ def encode_prompt(
     Args:
       tokenizer: from `load` or `load_tokenizer`.
       prompt: a string is one user turn, a list of messages a chat. Token ids are used as they are:
-        a list or an array of one row, or what the tokenizer or its `apply_chat_template` returns.
+        a list or an array of one row, or the result of the tokenizer or its `apply_chat_template`.
       options: how messages become tokens; without effect on token ids.
 
     Raises:
@@ -122,7 +122,7 @@ def _encode_messages(
     text = _render(tokenizer, messages, variables) + prefix
     if options.allow_special_tokens or not matching(specials).search(text):
         return _encode(tokenizer, text)
-    # The caller's choice of a template is a program, and no text.
+    # A template that the caller chose is a program, not text.
     program = {key: value for key, value in variables.items() if key == "chat_template"}
     texts = {key: value for key, value in variables.items() if key != "chat_template"}
     template = getattr(tokenizer, "chat_template", "")
@@ -139,7 +139,7 @@ def _encode_messages(
 
 
 def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """Warn where a string looks as if it had passed the chat template before."""
+    """Warn if a string looks like the output of the chat template."""
     found = matching(special_tokens(tokenizer))
     if not found.match(prompt.lstrip()):
         return
@@ -159,8 +159,8 @@ def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """What every token that is text adds to it, in UTF-8; a byte token may be part of a
-    character. Special tokens are not text."""
+    """Return the UTF-8 bytes of every text token; a byte token may be part of a character. Special
+    tokens are not text."""
     special = set(special_tokens(tokenizer).values())
     return {
         token: _spelled(spelling)
@@ -170,14 +170,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
 
 
 def _spelled(spelling: str) -> bytes:
-    """As SentencePiece spells: a block for a space, <0x0A> for a byte."""
+    """Return the bytes of SentencePiece's spelling: a block for a space, <0x0A> for a byte."""
     if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", spelling):
         return bytes.fromhex(byte[1])
     return spelling.replace("▁", " ").encode("utf-8", "replace")
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of text alone; what looks like a special token is text too.
+    """Return the token ids of a text, in which spelled special tokens are text too.
 
     Raises:
       PromptError: if it is not Unicode.
@@ -186,13 +186,13 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
-    """Return the ids of texts that are one token each, such as further end tokens.
+    """Return the ids of texts that are one token each, such as extra end tokens.
 
     Raises:
-      PromptError: if a text is more than one token, or none, or if the texts are one string.
+      PromptError: if a text is not exactly one token, or `texts` is a single string.
     """
     if isinstance(texts, str):
-        raise PromptError(f"give a list of tokens, such as [{texts!r}], and not one string")
+        raise PromptError(f"give a list of tokens, such as [{texts!r}], not a single string")
     ids = []
     for text in texts:
         if len(encoded := _encode(tokenizer, text)) != 1:
@@ -230,7 +230,7 @@ def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int
     of any text, `split_special_tokens` or not, and Gemma's control tokens are such pieces.
     """
     specials = {i: name for name, i in special_tokens(tokenizer).items()}
-    specials.pop(tokenizer.unk_token_id, None)  # stands for characters that have no token
+    specials.pop(tokenizer.unk_token_id, None)  # replaces characters that have no token
     out: list[int] = []
     for token in ids:
         if token in specials and len(name := specials[token]) > 1:

@@ -1,4 +1,4 @@
-"""Stop strings: text ends before the first of them, however it comes in pieces."""
+"""Stop strings: the text ends before the first of them, also where it is split between pieces."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..errors import PromptError
 
 
 def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Return stop strings as a tuple; a string alone is one of them.
+    """Return stop strings as a tuple; a single string counts as one.
 
     Raises:
-      PromptError: if one is empty or no text.
+      PromptError: if one is empty or not a string.
     """
     if isinstance(stop, str):
         stop = [stop]
@@ -23,8 +23,8 @@ def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class Stops:
-    """Finds the stop string that is complete first; of two that end together, the longer one. What
-    may still become one is held back."""
+    """Finds the stop string that is complete first, or the longer of two that end together. Text
+    that may still become a stop string is held back."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
@@ -32,11 +32,11 @@ class Stops:
         self.found: str | None = None
 
     def push(self, piece: str) -> str:
-        """Return what is certain to stand before a stop string; nothing once one was found."""
+        """Return the text that is certainly before any stop string; nothing once one was found."""
         if self.found is not None:
             return ""
         text = self._held + piece
-        # (end, start) of each string's first place.
+        # (end, start) of each string's first occurrence.
         places = [
             (start + len(string), start)
             for string in self._strings
@@ -51,12 +51,12 @@ class Stops:
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """Return what was held back: no more text comes."""
+        """Return the text that was held back, since no more follows."""
         held, self._held = self._held, ""
         return held
 
     def _beginning(self, text: str) -> int:
-        """How many characters at the end of a text begin a stop string."""
+        """Return how many characters at the end of a text may begin a stop string."""
         longest = min(len(text), max(map(len, self._strings), default=1) - 1)
         for count in range(longest, 0, -1):
             if any(string.startswith(text[-count:]) for string in self._strings):

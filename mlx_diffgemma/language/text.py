@@ -1,4 +1,4 @@
-"""ids -> pieces of text that will not change any more, across canvas borders."""
+"""Conversion of committed ids to final pieces of text, across canvas borders."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .stops import Stops
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Control tokens that belong to the answer: whoever runs tools needs to see them.
+# Control tokens that belong to the answer: programs that run tools need them.
 _SHOWN = frozenset({"<|tool_call>", "<tool_call|>", '<|"|>'})
-# What stands behind THOUGHT_BEGIN where a thought begins; any other channel belongs to the answer.
+# The text after THOUGHT_BEGIN where a thought begins; any other channel belongs to the answer.
 # Source: transformers 5.23, cli/serving/utils.py, the response template of this family.
 _THOUGHT = "thought\n"
 
 
 class TextStream:
-    """Turns committed ids into text, piece by piece.
+    """Converts committed ids to text, piece by piece.
 
-    Thoughts and answer are told apart by ids: the markers of a channel are control tokens, and its
-    name behind the first of them is plain text up to a line break. The channel `thought` is the
-    thought. Text of a channel of another name is part of the answer, name and all.
+    Ids separate thoughts from the answer: the markers of a channel are control tokens, and its name
+    after the first of them is plain text up to a line break. The channel `thought` is the thought.
+    Text of a channel of another name is part of the answer, name and all.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class TextStream:
         prompt: Sequence[int] = (),
         stop: Sequence[str] = (),
     ):
-        """`prompt` tells whether the template has left a thought open. The answer ends before the
-        first of the strings `stop`; thoughts may hold them."""
+        """Begin behind `prompt`, where the template may have left a thought open. The answer ends
+        before the first of the strings `stop`; thoughts may contain them."""
         self._tokenizer = tokenizer
         specials = special_tokens(tokenizer)
         self._open, self._close = specials.get(THOUGHT_BEGIN), specials.get(THOUGHT_END)
@@ -66,11 +66,11 @@ class TextStream:
 
     @property
     def has_ended(self) -> bool:
-        """Whether no more text can come: an end token or a stop string was found."""
+        """Whether the text is complete: an end token or a stop string was found."""
         return self._ended or self.is_stopped
 
     def push(self, ids: Iterable[int]) -> list[Text]:
-        """Return the text that is final once these ids are; nothing after an end token or a stop
+        """Return the text that these ids make final; nothing after an end token or a stop
         string."""
         pieces: list[Text] = []
         for token in ids:
@@ -89,7 +89,7 @@ class TextStream:
         return self._before_stop(pieces + self._flush(final=self._ended), final=self._ended)
 
     def finish(self) -> list[Text]:
-        """Return what was held back: the run is over."""
+        """Return the text that was held back, since the run is over."""
         return self._before_stop(self._flush(final=True), final=True)
 
     def _before_stop(self, pieces: list[Text], *, final: bool) -> list[Text]:
@@ -136,7 +136,8 @@ class TextStream:
         return re.fullmatch(r"<0x[0-9A-F]{2}>", self._spelling(token) or "") is not None
 
     def _spelling(self, token: int) -> str | None:
-        """As in the vocabulary; None for an id of the model that the tokenizer does not have."""
+        """Return a token's spelling in the vocabulary, or None for an id that only the model
+        has."""
         spelling = self._tokenizer.convert_ids_to_tokens(token)
         return None if spelling is None else str(spelling)
 
@@ -144,7 +145,8 @@ class TextStream:
 def draft_pieces(
     tokenizer: PreTrainedTokenizerBase, event: StepDone, eos_token_ids: Iterable[int]
 ) -> list[tuple[str, bool]]:
-    """The first row's draft as (text, accepted) pieces up to its first end token; for eyes only."""
+    """Return the first row's draft as (text, accepted) pieces up to its first end token, for
+    display."""
     hidden = set(special_tokens(tokenizer).values())
     ends = set(eos_token_ids)
     pieces: list[tuple[str, bool]] = []
@@ -157,12 +159,12 @@ def draft_pieces(
     return pieces
 
 
-# Where one colour of certainty ends and the next begins.
+# Borders between the colours of certainty.
 CERTAINTY_BANDS = (0.25, 0.5, 0.75, 0.95)
 
 
 class Spellings:
-    """How single tokens look, for eyes only: control tokens and bytes by their names."""
+    """Spellings of single tokens for display: control tokens and bytes by their names."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -188,13 +190,13 @@ class Spellings:
 
 @dataclass(frozen=True, slots=True)
 class CanvasToken:
-    """One position of a draft, for eyes only."""
+    """One position of a draft, for display."""
 
     text: str
     kind: Literal["text", "control", "end", "pad"]
     accepted: bool
     band: int  # of certainty, from 0; see CERTAINTY_BANDS
-    pinned: bool = False  # given, and not the model's
+    pinned: bool = False  # given, not written by the model
 
 
 def canvas_tokens(
@@ -204,7 +206,7 @@ def canvas_tokens(
     pad_token_id: int,
     pinned: Sequence[bool] | None = None,
 ) -> list[CanvasToken]:
-    """Return the first row's draft, all of it; `pinned` tells what of it was given."""
+    """Return all of the first row's draft, for display; `pinned` marks the given positions."""
     kinds: dict[int, Literal["end", "pad"]] = {pad_token_id: "pad"}
     kinds |= dict.fromkeys(eos_token_ids, "end")
     bands = np.digitize(

@@ -1,4 +1,4 @@
-"""A checkpoint's folder -> its tokenizer."""
+"""Loading of a checkpoint's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..errors import PromptError, SourceError
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Silence the advice that transformers logs when it is imported without torch: nothing here
-    needs torch. Its log levels and the environment stay as they were."""
+    """Silence the advice that transformers logs when it is imported without torch, which nothing
+    here needs. Restore its log levels and the environment."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -56,7 +56,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     else that of chat_template.json, which older processors were saved with.
 
     Args:
-      folder: has tokenizer.json, or a sentencepiece tokenizer.model where that is all there is.
+      folder: has tokenizer.json, or else a sentencepiece tokenizer.model.
 
     Raises:
       SourceError: if there is no tokenizer, or it or its template cannot be read.
@@ -68,7 +68,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the tokenizers library raises nothing more exact
+    except Exception as error:  # the tokenizers library raises nothing more specific
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(f"the tokenizer in {folder} cannot be read: {reason}") from error
     if not tokenizer.chat_template and (folder / _PROCESSOR_TEMPLATE).is_file():
@@ -83,7 +83,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def _processor_template(path: Path) -> str | dict[str, str]:
-    """The template of a chat_template.json, or its templates by name."""
+    """Return the template of a chat_template.json, or its templates by name."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -107,8 +107,8 @@ def _processor_template(path: Path) -> str | dict[str, str]:
 
 
 def declaration_of(tool: Any) -> Any:
-    """Return the declaration of a tool: of a Python function as transformers makes it from its
-    docstring and types, anything else as it is.
+    """Return the declaration of a tool: transformers makes a Python function's from its docstring
+    and types; anything else is returned unchanged.
 
     Raises:
       PromptError: if the function's docstring or types say too little.

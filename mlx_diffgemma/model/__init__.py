@@ -1,5 +1,5 @@
-"""The network and its three verbs: prefill, denoise, commit. It does not sample, loop, print or
-know text.
+"""The network and its three operations: prefill, denoise, commit. It does not sample, loop, print
+or know text.
 
 Legend of shapes, here and in every file of this folder:
 B batch, L canvas, S context, V vocabulary, M width, N query heads, K key/value heads, H head size,

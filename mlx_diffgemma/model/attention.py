@@ -1,5 +1,4 @@
-"""Attention of one layer, for committed tokens and for the canvas alike: the mask tells the two
-apart."""
+"""Attention of one layer, for committed tokens and for the canvas; only the masks differ."""
 
 from __future__ import annotations
 
@@ -17,13 +16,14 @@ from .masks import Mask
 from .products import linear
 from .rope import rotate
 
-# What was there before, own keys and values [B, K, L, H] -> all that may be seen, [B, K, S + L, H],
-# and what is kept.
+# Earlier keys and values, own ones [B, K, L, H] -> all that queries may attend to, [B, K, S + L,
+# H], and what is kept.
 Place = Callable[[LayerContext | None, mx.array, mx.array], tuple[LayerContext, LayerContext]]
 
 
 class Attention(nn.Module):
-    """Queries over the context's keys and their own. Where own keys go is the caller's business."""
+    """Attention of queries to the context's keys and their own. The caller decides where own keys
+    are stored."""
 
     def __init__(self, config: TextConfig, layer: LayerConfig):
         super().__init__()
@@ -51,15 +51,15 @@ class Attention(nn.Module):
         mask: Mask,
         position: int | mx.array,
     ) -> tuple[mx.array, LayerContext]:
-        """Attends from x [B, L, M]; `position` is that of its first token.
+        """Attend from x [B, L, M]; `position` is that of its first token.
 
         Returns:
-          The output [B, L, M], and what `place` wants kept.
+          The output [B, L, M], and what `place` keeps.
         """
         B, L, _ = x.shape
         N, K, H = self.heads, self.kv_heads, self.head_dim
-        # All heads are normalised and rotated at once. Values are the raw projection, in full
-        # layers the keys': the key's norm and rotation are its own.
+        # All heads are normalised and rotated at once. Values are the raw projection (in full
+        # layers that of the keys), without the keys' norm and rotation.
         normed = unit_rms(self._project(x).reshape(B, L, -1, H).astype(mx.float32), self.eps)
         scale = self.qk_scale if "qk_scale" in self else self.norm_scale()
         rotating = (normed[:, :, : N + K] * scale).astype(x.dtype)
@@ -70,13 +70,14 @@ class Attention(nn.Module):
         return linear(self.o_proj, out.swapaxes(1, 2).reshape(B, L, -1)), kept
 
     def norm_scale(self) -> mx.array:
-        """The learned scales of the norms of queries and keys, head by head: [N + K, H]."""
+        """Return the learned scales of the norms of queries and keys, per head: [N + K, H]."""
         shapes = ((self.heads, self.head_dim), (self.kv_heads, self.head_dim))
         weights = (self.q_norm.weight, self.k_norm.weight)
         return mx.concatenate([mx.broadcast_to(w, s) for w, s in zip(weights, shapes, strict=True)])
 
     def _project(self, x: mx.array) -> mx.array:
-        """Heads of queries, keys and, in sliding layers, values: [B, L, (N + K or N + 2K) * H]."""
+        """Return the heads of queries, keys and, in sliding layers, values: [B, L, (N + K or N +
+        2K) * H]."""
         if "qkv_proj" in self:  # `fused.py` made one product of three
             return linear(self.qkv_proj, x)
         names = [name for name in ("q_proj", "k_proj", "v_proj") if name in self]
@@ -84,8 +85,8 @@ class Attention(nn.Module):
 
 
 def attend(queries: mx.array, seen: LayerContext, mask: Mask) -> mx.array:
-    """softmax(q k) v, [B, N, L, H]. Scale 1: queries and keys are normalised, so there is no
-    1/sqrt(H)."""
+    """Return softmax(q k) v, [B, N, L, H]. The scale is 1: queries and keys are normalised, so
+    there is no 1/sqrt(H)."""
     if not is_cpu() or queries.dtype != mx.float32:
         return mx.fast.scaled_dot_product_attention(
             queries, seen.keys, seen.values, scale=1.0, mask=mask
@@ -97,7 +98,7 @@ def attend(queries: mx.array, seen: LayerContext, mask: Mask) -> mx.array:
     if mask is not None:
         allowed = mx.arange(S) <= mx.arange(S - L, S)[:, None] if mask == "causal" else mask
         scores = mx.where(allowed, scores, -mx.inf)
-    # The largest score takes nothing back: it cancels.
+    # No gradient through the largest score: it cancels.
     weights = exp_below_zero(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     return (weights.reshape(B, K, -1, S) @ seen.values).reshape(B, N, L, H) / total

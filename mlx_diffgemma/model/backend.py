@@ -1,8 +1,8 @@
-"""What MLX runs on, and so which graph it gets: the only place that asks.
+"""The choice of the graph by MLX's backend. No other file asks which backend it is.
 
-The CPU backend multiplies packed weights one number at a time, has no grouped product worth the
-name, and evaluates while it is asked to. There the model unpacks slices and multiplies those, and
-nothing is built ahead.
+The CPU backend multiplies packed weights one number at a time, has no fast grouped product, and
+evaluates synchronously. There the model unpacks slices and multiplies those, and builds no step
+ahead.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _in_training = ContextVar("in_training", default=False)
 
 
 def is_cpu() -> bool:
-    """Whether graphs are built for the CPU backend."""
+    """Return whether graphs are built for the CPU backend."""
     return not _as_on_gpu.get() and mx.default_device() == mx.cpu
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Builds the graph that GPUs get, whatever this machine has; for tests and counts."""
+    """Build the graph for GPUs on any machine; for tests and counts."""
     token = _as_on_gpu.set(True)
     try:
         yield
@@ -35,14 +35,14 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def is_training() -> bool:
-    """Whether gradients are going to be taken: nothing may be evaluated on the way, and what has
-    no derivative may not be used."""
+    """Return whether gradients will be taken: the graph may then not evaluate anything or use
+    operations without a derivative."""
     return _in_training.get()
 
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Builds graphs that gradients can be taken of."""
+    """Build graphs of which gradients can be taken."""
     token = _in_training.set(True)
     try:
         yield
@@ -51,20 +51,21 @@ def training() -> Iterator[None]:
 
 
 def begin(x: mx.array) -> None:
-    """Starts to compute what is going to be needed, on the CPU backend: building the graph of a
-    small model takes a fifth of a step, and another core may as well work meanwhile. GPUs have
-    the last step to work on."""
+    """Start to compute an array early on the CPU backend: building the graph of a small model takes a
+    fifth of a step, and another core can compute meanwhile. GPUs are still busy with the last
+    step."""
     if is_cpu() and not is_training():
         mx.async_eval(x)
 
 
 def _another(function: Callable[..., Any]) -> Callable[..., Any]:
-    """MLX keeps traces by function: a second trace of the same one would be the first."""
+    """Return a distinct function: MLX keeps traces by function, so the same one would return its
+    first trace."""
     return lambda *arguments: function(*arguments)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`mx.compile` for any shape, traced once per backend."""
+    """Apply `mx.compile` for any shape, with one trace per backend."""
 
     @cache
     def trace_for(is_cpu: bool) -> Callable[..., Any]:
@@ -78,11 +79,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled_per_shape(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`mx.compile` with a trace per shape of the first array, the least used ones forgotten.
+    """Apply `mx.compile` with a trace per shape of the first array; drop the least recently used
+    ones.
 
-    Compiled without shapes, every operand is broadcast, and a chain of more than five operations
-    falls apart into several kernels. Compiled with them, MLX would keep a trace for every length
-    of prompt that it ever saw.
+    Without shapes, every operand is broadcast, and a chain of more than five operations is split
+    into several kernels. With shapes, MLX itself would keep a trace for every length of prompt.
     """
 
     @lru_cache(maxsize=64)

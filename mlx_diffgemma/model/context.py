@@ -1,5 +1,5 @@
-"""Keys and values of committed tokens. A value: extending returns a new one, so keeping an old one
-is a snapshot. Behind an open one, a canvas has room for its own."""
+"""Keys and values of committed tokens. A context is immutable: extending returns a new one, so an
+old one is a snapshot. An open context has room for a canvas after its text."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class LayerContext:
     values: mx.array
 
     def join(self, keys: mx.array, values: mx.array) -> LayerContext:
-        """These and the ones given, along the places."""
+        """Return these and the given ones, joined along the places."""
         return LayerContext(
             mx.concatenate([self.keys, keys], axis=2),
             mx.concatenate([self.values, values], axis=2),
         )
 
     def with_room(self, places: int) -> LayerContext:
-        """A copy with `places` more at its end; what they hold does not matter."""
+        """Return a copy with `places` more at its end, whose content does not matter."""
         B, K, _, H = self.keys.shape
         room = mx.zeros((B, K, places, H), self.keys.dtype)
         return self.join(room, room)
 
     def written(self, start: int, keys: mx.array, values: mx.array) -> LayerContext:
-        """With the given keys and values from place `start` on. The memory is the same where
-        nobody else holds these arrays any more."""
+        """Return these with the given keys and values from place `start` on. The memory is reused
+        if nothing else refers to these arrays."""
         end = start + keys.shape[2]
         new = LayerContext(copy.copy(self.keys), copy.copy(self.values))
         new.keys[:, :, start:end] = keys
@@ -40,7 +40,7 @@ class LayerContext:
         return new
 
     def first(self, places: int) -> LayerContext:
-        """The first places only."""
+        """Return the first places only."""
         if places == self.keys.shape[2]:
             return self
         return LayerContext(self.keys[:, :, :places], self.values[:, :, :places])
@@ -48,7 +48,8 @@ class LayerContext:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """What the model has read. Places count the padding on the left, positions do not."""
+    """The tokens that the model has read. Places count the padding on the left, positions do
+    not."""
 
     layers: tuple[LayerContext, ...]
     length: int  # places so far
@@ -59,16 +60,17 @@ class Context:
 
     @property
     def position(self) -> int | mx.array:
-        """Position of the next token: one for all rows, or int32 [B]."""
+        """The position of the next token: one for all rows, or int32 [B]."""
         return self.length if self.padding is None else self.length - self.padding
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Everything to evaluate."""
+        """All arrays, to evaluate them."""
         return [array for layer in self.layers for array in (layer.keys, layer.values)]
 
     def repeated(self, rows: int) -> Context:
-        """One row's context for several rows, which share its memory until they are opened."""
+        """Return one row's context for several rows, which share its memory until they are
+        opened."""
         layers = tuple(
             LayerContext(
                 *(mx.broadcast_to(a, (rows, *a.shape[1:])) for a in (layer.keys, layer.values))
@@ -85,8 +87,9 @@ class Context:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenContext:
-    """A context whose layers have room for a canvas behind their text; each step writes its keys
-    and values there anew. Also a value, but writing is only cheap while a single one is held."""
+    """A context whose layers have room for a canvas after their text; each step overwrites its keys
+    and values. It is immutable too, and writing only avoids a copy while nothing else refers to
+    it."""
 
     layers: tuple[LayerContext, ...]  # [B, K, kept + room, H]
     kept: tuple[int, ...]  # places of text in each layer
@@ -94,7 +97,7 @@ class OpenContext:
 
     @classmethod
     def of(cls, context: Context, room: int) -> OpenContext:
-        """Copies the context once. Nothing of the original is needed any more."""
+        """Copy the context once. The original is not needed any more."""
         return cls(
             tuple(layer.with_room(room) for layer in context.layers),
             tuple(layer.keys.shape[2] for layer in context.layers),
@@ -102,7 +105,7 @@ class OpenContext:
         )
 
     def closed(self) -> Context:
-        """The context that was opened, without the canvas."""
+        """Return the context that was opened, without the canvas."""
         layers = zip(self.layers, self.kept, strict=True)
         return Context(
             tuple(layer.first(kept) for layer, kept in layers),

@@ -1,5 +1,5 @@
-"""The stack of layers and its verbs. One set of weights runs causally over text and
-bidirectionally over the canvas."""
+"""The stack of layers, and prefill, denoise and commit on it. One set of weights runs causally over
+text and bidirectionally over the canvas."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ RunLayer = Callable[..., tuple[mx.array, LayerContext]]  # a layer, then its arg
 
 
 class Decoder(nn.Module):
-    """All weights but the encoder's layer scalars; named as on disk."""
+    """All weights except the encoder's layer scalars, under their names on disk."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -97,7 +97,7 @@ class EncoderText(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The causal run has its own layer scalars; every other weight is the decoder's."""
+    """The layer scalars of the causal pass; all its other weights are the decoder's."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -122,7 +122,8 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = Stack(config.text)
-        # How a layer is run: as it is, or by training so that its inner arrays need not be kept.
+        # How a layer is run: directly, or, for gradient checkpointing, without keeping its inner
+        # arrays.
         self.run_layer: RunLayer = _as_it_is
 
     @property
@@ -132,7 +133,7 @@ class DiffusionGemma(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What is computed in, outside the parts that are always float32."""
+        """The type of computation, outside the parts that are always float32."""
         return self.model.decoder.layers[-1].layer_scalar.dtype
 
     def prefill(
@@ -144,12 +145,13 @@ class DiffusionGemma(nn.Module):
         step_size: int = default_of("prefill_step_size"),
         progress: Callable[[int, int], None] | None = None,
     ) -> Context:
-        """Reads tokens causally; with a context, continues it, which equals one call on the whole.
+        """Read tokens causally, after `context` if there is one, as one call on the whole text
+        would.
 
         Args:
           tokens: int32 [B, S], S >= 1; rows of different lengths are padded on the left, with any
             token.
-          context: what was read before; it stays as it is.
+          context: the text before; it is not changed.
           lengths: int32 [B], tokens of each row without padding; only for a new context.
           step_size: places read at a time; bounds the memory of masks and scores, not the result.
           progress: called with (places read, places in all) after each piece.
@@ -166,7 +168,7 @@ class DiffusionGemma(nn.Module):
             context = Context((), 0, B, None if lengths is None else _padding(lengths, B, S))
         elif lengths is not None:
             raise ValueError(
-                "lengths belong to a new context; one that is continued keeps its padding"
+                "lengths are only for a new context; a continued one keeps its padding"
             )
         elif context.batch != B:
             raise ValueError(f"tokens have {B} rows, the context has {context.batch}")
@@ -184,13 +186,13 @@ class DiffusionGemma(nn.Module):
         return context
 
     def commit(self, canvas: mx.array, context: Context) -> Context:
-        """Reads a finished canvas, int32 [B, L], behind the context."""
+        """Read a finished canvas, int32 [B, L], after the context."""
         return self.prefill(canvas, context)
 
     def denoise(
         self, canvas: mx.array, context: Context, *, self_conditioning: mx.array | None = None
     ) -> mx.array:
-        """One look at the canvas with everything in sight; the context is read and not written.
+        """Run one bidirectional forward pass over the canvas; the context is read and not changed.
 
         Args:
           canvas: int32 [B, L].
@@ -209,13 +211,13 @@ class DiffusionGemma(nn.Module):
         return _softcap(outputs, self.config.text.final_logit_softcapping)
 
     def open(self, context: Context, canvas_length: int) -> OpenContext:
-        """The context with room for a canvas, for the steps of one canvas."""
+        """Return the context with room for a canvas, for that canvas's steps."""
         return OpenContext.of(context, canvas_length)
 
     def look(
         self, canvas: mx.array, context: OpenContext, *, self_conditioning: mx.array | None = None
     ) -> tuple[mx.array, OpenContext]:
-        """`denoise` for a loop: keys and values of the canvas go where those of the last step were.
+        """Run `denoise` in a loop: the canvas's keys and values overwrite those of the last step.
 
         Args:
           canvas: int32 [B, L], no wider than the room in the context.
@@ -236,7 +238,7 @@ class DiffusionGemma(nn.Module):
         if self_conditioning is not None and self_conditioning.shape != wanted:
             raise ValueError(f"self_conditioning must be {wanted}, got {self_conditioning.shape}")
         opened = [context]
-        del context  # what nobody else holds is written in place
+        del context  # arrays without other references are written in place
         x, context = self.canvas_states(canvas, opened.pop(), self_conditioning=self_conditioning)
         decoder = self.model.decoder
         return head(decoder.embed_tokens, decoder.norm(x)), context
@@ -244,15 +246,16 @@ class DiffusionGemma(nn.Module):
     def canvas_states(
         self, canvas: mx.array, context: OpenContext, *, self_conditioning: mx.array | None = None
     ) -> tuple[mx.array, OpenContext]:
-        """What the last layer makes of a canvas, [B, L, M], before the norm and the head; else as
-        `look`."""
+        """Return the last layer's output for a canvas, [B, L, M], before the norm and the head;
+        else as `look`."""
         decoder, L = self.model.decoder, canvas.shape[1]
         text, kept_places = context.text, context.kept
-        # What nobody else holds is written in place, so nothing of it may be held here either.
+        # Arrays without other references are written in place, so this function must not keep any
+        # either.
         layers = list(reversed(context.layers))
         context = replace(context, layers=())
         x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
-        masks: dict[int, mx.array | None] = {}  # one for all layers that keep as much
+        masks: dict[int, mx.array | None] = {}  # shared by layers that keep as many places
         written = []
         for layer, kept in zip(decoder.layers, kept_places, strict=True):
             if kept not in masks:
@@ -272,8 +275,8 @@ class DiffusionGemma(nn.Module):
         return x, replace(context, layers=tuple(written))
 
     def soft_embedding(self, processed_logits: mx.array) -> mx.array:
-        """The mean embedding under softmax(processed_logits): float32 [B, L, V] -> [B, L, M] in
-        the model's type.
+        """Return the mean embedding under softmax(processed_logits): float32 [B, L, V] -> [B, L, M]
+        in the model's type.
 
         The logits are rounded to the model's type first, since the reference stores them so
         between steps.
@@ -283,10 +286,10 @@ class DiffusionGemma(nn.Module):
         )
 
     def mean_embedding(self, weights: mx.array, total: mx.array | None = None) -> mx.array:
-        """The embeddings' mean under weights [B, L, V] in the model's type -> [B, L, M].
+        """Return the embeddings' mean under weights [B, L, V] in the model's type -> [B, L, M].
 
         Args:
-          weights: of every token; probabilities, or anything in proportion to them.
+          weights: of every token; probabilities, or values proportional to them.
           total: float32 [B, L], the sums of the weights; None where they are 1.
         """
         soft = weighted_rows(self.model.decoder.embed_tokens, weights)
@@ -297,8 +300,8 @@ class DiffusionGemma(nn.Module):
     def sparse_embedding(
         self, ids: mx.array, probabilities: mx.array, mean_row: mx.array
     ) -> mx.array:
-        """As `soft_embedding`, from the likeliest tokens alone; the probability that is left goes
-        to the mean of all embeddings.
+        """Return `soft_embedding` from the likeliest tokens alone; the remaining probability weighs
+        the mean of all embeddings.
 
         Args:
           ids: int32 [B, L, k].
@@ -307,26 +310,27 @@ class DiffusionGemma(nn.Module):
         """
         rows = self.model.decoder.embed_tokens(ids).astype(self.dtype)  # [B, L, k, M]
         weights = probabilities[..., None, :].astype(self.dtype)
-        # Sums of rounded weights may leave a little less than nothing.
+        # With rounded weights the rest may be slightly negative.
         rest = mx.maximum(1 - probabilities.sum(axis=-1, keepdims=True), 0).astype(self.dtype)
         return self._scale_embedding((weights @ rows)[..., 0, :] + rest * mean_row)
 
     def mean_row(self) -> mx.array:
-        """The mean of all embeddings, before their scale: [M]. One pass over the table."""
+        """Return the mean of all embeddings, before their scale: [M]. It costs one pass over the
+        table."""
         vocab_size = self.config.text.vocab_size
         even = mx.full((1, 1, vocab_size), 1 / vocab_size, self.dtype)
         return weighted_rows(self.model.decoder.embed_tokens, even)[0, 0]
 
     def encode(self, tokens: mx.array, context: Context) -> tuple[mx.array, Context]:
-        """One piece of `prefill`: no self-conditioning and none of its norm, and the encoder's
+        """Read one piece of `prefill`: without self-conditioning and its norm, with the encoder's
         layer scalars.
 
         Args:
           tokens: int32 [B, S].
-          context: what was read before; an empty one for nothing.
+          context: the text before; empty if there is none.
 
         Returns:
-          What the last layer makes of each token, [B, S, M], before the norm and the head, and the
+          The last layer's output for each token, [B, S, M], before the norm and the head, and the
           longer context.
         """
         text, count = self.config.text, tokens.shape[1]
@@ -346,7 +350,7 @@ class DiffusionGemma(nn.Module):
                     padding=context.padding,
                 )
             mask = masks[is_sliding]
-            begin(x)  # not what the last layer makes of it: only its keys and values are needed
+            begin(x)  # without the last layer's output: only keys and values are needed
             x, seen = self.run_layer(
                 layer, x, past, _joined, mask, context.position, scalars[i].layer_scalar
             )
@@ -361,7 +365,7 @@ class DiffusionGemma(nn.Module):
         return x, Context(tuple(layers), context.length + count, context.batch, context.padding)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """The embeddings of tokens: int32 [B, S] -> [B, S, M] in the model's type."""
+        """Return the embeddings of tokens: int32 [B, S] -> [B, S, M] in the model's type."""
         # Quantized tables give their scales' type; everything after follows the model's.
         return self._scale_embedding(self.model.decoder.embed_tokens(tokens))
 
@@ -381,7 +385,7 @@ def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, LayerContext]:
 def _joined(
     past: LayerContext | None, keys: mx.array, values: mx.array
 ) -> tuple[LayerContext, LayerContext]:
-    """Committed tokens see the past and themselves, and all of it is kept."""
+    """Committed tokens attend to the past and themselves, and all keys and values are kept."""
     seen = LayerContext(keys, values) if past is None else past.join(keys, values)
     return seen, seen
 
@@ -389,14 +393,15 @@ def _joined(
 def _behind(
     kept: int, past: LayerContext | None, keys: mx.array, values: mx.array
 ) -> tuple[LayerContext, LayerContext]:
-    """A canvas sees the text and itself, in the room behind the text."""
+    """A canvas attends to the text and itself; its keys and values go into the room after the
+    text."""
     assert past is not None
     written = past.written(kept, keys, values)
     return written.first(kept + keys.shape[2]), written
 
 
 def _padding(lengths: mx.array, batch: int, places: int) -> mx.array | None:
-    """int32 [B] of places without a token, or None where every row is full."""
+    """Return each row's places without a token, int32 [B], or None if every row is full."""
     host = np.array(lengths)
     if host.shape != (batch,) or host.min() < 1 or host.max() > places:
         raise ValueError(

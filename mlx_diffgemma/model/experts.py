@@ -1,4 +1,4 @@
-"""The mixture of experts: a router that picks k of E per token, and the experts' weights in
+"""The mixture of experts: a router that picks k of E experts per token, and their weights in
 three-dimensional arrays."""
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from .products import expert_matrix, linear
 # From this many (token, expert) pairs on, they are sorted by expert: MLX's sorted kernels read
 # each expert once.
 SORT_FROM_PAIRS = 64
-# On the CPU backend, from this many multiplications per pair on, a product per expert is worth
-# waiting for the router.
+# On the CPU backend, from this many multiplications per pair on, a product per expert saves more
+# than waiting for the router costs.
 _PRODUCT_PER_EXPERT_FROM = 1 << 16
-# And up to this many per token for all experts together, nobody needs to choose among them.
+# Up to this many per token for all experts together, computing all of them is cheaper than
+# choosing.
 _ALL_UP_TO = 1 << 20
 
 
 class Router(nn.Module):
-    """Reads the residual stream itself, un-normed by any learned norm, and normalises it on its
-    own."""
+    """Chooses experts from the raw residual stream, which no learned norm precedes, and normalises
+    it itself."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -42,11 +43,11 @@ class Router(nn.Module):
         )
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x [T, M] -> expert indices [T, k] and their weights, float32 [T, k]."""
+        """Map x [T, M] to expert indices [T, k] and their weights, float32 [T, k]."""
         scaled = unit_rms(x, self.eps) * self.scale * self.root
         logits = linear(self.proj, scaled).astype(mx.float32)  # [T, E]
         chosen = mx.argpartition(logits, kth=-self.top_k, axis=-1)[..., -self.top_k :]
-        if is_training():  # or the choice itself would be asked for a derivative
+        if is_training():  # the choice itself has no derivative
             chosen = mx.stop_gradient(chosen)
         # A softmax over the chosen logits equals one over all of them, renormalised.
         weights = mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1)
@@ -64,8 +65,8 @@ class Experts(nn.Module):
         self.count, self.multiplications = E, 3 * M * F
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """x [T, M], chosen [T, k], weights float32 [T, k] -> the weighted sum [T, M], added up in
-        float32."""
+        """Map x [T, M], chosen [T, k], weights float32 [T, k] to the weighted sum [T, M], added up
+        in float32."""
         T, k = chosen.shape
         is_large = self.multiplications >= _PRODUCT_PER_EXPERT_FROM
         if is_cpu() and is_large and not is_training():
@@ -77,7 +78,8 @@ class Experts(nn.Module):
         return _weighted_sum(out.reshape(T, k, -1), weights).astype(x.dtype)
 
     def _grouped_products(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """The chosen experts' outputs for every token, [T * k, M], by MLX's grouped products."""
+        """Return the chosen experts' outputs for every token, [T * k, M], by MLX's grouped
+        products."""
         k = chosen.shape[1]
         pairs = chosen.flatten()  # [T * k]
         is_sorted = pairs.size >= SORT_FROM_PAIRS
@@ -97,8 +99,8 @@ class Experts(nn.Module):
         return out
 
     def _product_per_expert(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """The same, one dense product per expert that somebody chose. The host must know how many
-        rows each has, so this waits for the router: for the CPU backend only."""
+        """Return the same by one dense product per chosen expert. The host must know each one's
+        number of rows, so this waits for the router: for the CPU backend only."""
         pairs = np.array(chosen).flatten()
         order = np.argsort(pairs, kind="stable")
         ends = np.cumsum(np.bincount(pairs, minlength=self.count)).tolist()
@@ -120,14 +122,15 @@ class Experts(nn.Module):
         return mx.concatenate(out)[mx.array(back)]
 
     def _are_cheap_together(self, x: mx.array) -> bool:
-        """Whether all experts' products for all tokens cost less than calling one per pair."""
+        """Return whether all experts' products for all tokens cost less than one call per pair."""
         parts = (self.gate_up_proj, self.down_proj)
         plain = all(type(p) is SwitchLinear and p.weight.dtype == x.dtype for p in parts)
         return plain and x.dtype == mx.float32 and self.count * self.multiplications <= _ALL_UP_TO
 
     def _all_at_once(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """The weighted sum [T, M] from every expert's output for every token, those not chosen
-        with weight 0: for small experts on the CPU backend, which calls the BLAS for each pair."""
+        """Return the weighted sum [T, M] of every expert's output for every token, with weight 0
+        for those not chosen: for small experts on the CPU backend, which calls the BLAS for each
+        pair."""
         T, E = x.shape[0], self.count
         dense = mx.put_along_axis(mx.zeros((T, E)), chosen, weights, axis=1)
         out = (x @ self.gate_up_proj.weight.flatten(0, 1).T).reshape(T, E, -1)
@@ -139,7 +142,7 @@ class Experts(nn.Module):
 
 @compiled_per_shape
 def _weighted_sum(out: mx.array, weights: mx.array) -> mx.array:
-    """out [T, k, M], weights float32 [T, k] -> float32 [T, M]. One kernel that adds in pairs, so
+    """Map out [T, k, M], weights float32 [T, k] to float32 [T, M]. One kernel adds in pairs, so
     that no product of the size of `out` is written."""
     terms = [out[:, i].astype(mx.float32) * weights[:, i : i + 1] for i in range(out.shape[1])]
     while len(terms) > 1:
@@ -150,7 +153,8 @@ def _weighted_sum(out: mx.array, weights: mx.array) -> mx.array:
 
 @compiled_per_shape
 def _weighted_geglu(gate: mx.array, up: mx.array, weights: mx.array) -> mx.array:
-    """Exactly 0 where the weight is, whatever an expert that was not chosen makes of a token."""
+    """Return weighted geglu, exactly 0 where the weight is 0, even if that expert's output is not
+    finite."""
     return mx.where(weights == 0, 0.0, geglu(gate, up) * weights)
 
 

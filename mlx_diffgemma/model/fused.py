@@ -1,6 +1,6 @@
-"""One product where the checkpoint has several on the same input: queries, keys and values; gate
-and up. And norms' scales in the float32 that they are used in. Made after loading; names on disk
-stay, and a model under adapters is left alone."""
+"""Fusion of products on the same input after loading: queries, keys and values; gate and up. Norms'
+scales become float32, in which they are used. Names on disk do not change, and modules with
+adapters are not fused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .layers import MLP, RMSNorm
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuses what has one packing and no adapter, in place, module by module."""
-    # Only the owners are listed: a list of all modules would hold on to what is replaced.
+    """Fuse products with equal packing and no adapter, in place, module by module."""
+    # Only the owners are listed: a list of all modules would keep the replaced ones in memory.
     owners = [m for m in model.modules() if isinstance(m, (Attention, MLP, RMSNorm, Router))]
     for module in owners:
         if isinstance(module, Attention):
@@ -35,19 +35,19 @@ def fuse(model: nn.Module) -> None:
 
 
 def _fuse(owner: nn.Module, names: Sequence[str], fused: str) -> bool:
-    """Replaces linear modules by one with their rows one after the other, where they are alike."""
+    """Replace linear modules of equal packing by one with their rows concatenated."""
     if fused in owner:
         return False
     parts = [owner[name] for name in names]
     first = parts[0]
-    # An adapter may be on one of them alone.
+    # Possibly only some of them have an adapter.
     are_plain = all(type(part) in (nn.Linear, nn.QuantizedLinear) for part in parts)
     if not are_plain or len({_kind(part) for part in parts}) > 1:
         return False
     arrays = {
         name: mx.concatenate([part[name] for part in parts], axis=0) for name in first.parameters()
     }
-    mx.eval(arrays)  # the parts must be able to go
+    mx.eval(arrays)  # so that the parts can be freed
     first.update(arrays)  # keeps its packing
     owner[fused] = first
     for name in names:

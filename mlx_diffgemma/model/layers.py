@@ -1,5 +1,5 @@
-"""Small parts that more than one block uses: norms, gated activation, feed-forward. Elementwise
-work is compiled: without shapes where it is short, since that never costs a new trace."""
+"""Parts that several blocks use: norms, gated activation, feed-forward. Elementwise work is
+compiled, short chains without shapes, which never costs a new trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .products import linear
 
 
 def unit_rms(x: mx.array, eps: float) -> mx.array:
-    """RMS norm without a learned scale, in float32 inside, rounded once. [..., M] -> [..., M]."""
+    """Return the RMS norm without a learned scale, in float32, rounded once. [..., M] -> [...,
+    M]."""
     return _unit_rms(x, eps)
 
 
@@ -26,23 +27,25 @@ class RMSNorm(nn.RMSNorm):
         return _rms(x, self.weight, self.eps)
 
     def added_to(self, residual: mx.array, x: mx.array) -> mx.array:
-        """residual + norm(x)."""
+        """Return residual + norm(x)."""
         return _add_rms(residual, x, self.weight, self.eps)
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up with the tanh approximation (`gelu_pytorch_tanh`), rounded once before *."""
+    """Return gelu(gate) * up with the tanh approximation (`gelu_pytorch_tanh`), rounded once before
+    *."""
     return cast(mx.array, _trained_geglu(gate, up)) if is_training() else _geglu(gate, up)
 
 
 def softcap(outputs: mx.array, cap: float) -> mx.array:
-    """cap * tanh(outputs / cap), float32. MLX's tanh everywhere: a longer chain of operations would
-    fall apart into several kernels, and write arrays of the size of the logits between them."""
+    """Return cap * tanh(outputs / cap), float32. MLX's tanh everywhere: a longer chain of
+    operations would be split into several kernels, with arrays of the size of the logits between
+    them."""
     return mx.tanh(outputs.astype(mx.float32) / cap) * cap
 
 
 def geglu_gradients(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, ...]:
-    """What geglu passes back: to the gate, and to `up`."""
+    """Return the gradients of geglu for the gate and for `up`."""
     return _geglu_gradients(gate, up, cotangent)
 
 
@@ -94,7 +97,7 @@ def _trained_geglu(gate: mx.array, up: mx.array) -> mx.array:
 def _trained_geglu_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, ...]:
-    """In two kernels, where MLX would take the tanh apart into its operations."""
+    """Return the gradients in two kernels; MLX would differentiate each operation of the tanh."""
     return geglu_gradients(*primals, cotangent)
 
 

@@ -1,5 +1,5 @@
-"""Products with weights that may be packed. On the CPU backend packed weights are unpacked to
-float32 slice by slice; elsewhere MLX's packed kernels multiply them as they are."""
+"""Products with weights that may be packed. The CPU backend unpacks packed weights to float32 slice
+by slice; elsewhere MLX's kernels multiply them packed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .backend import is_cpu
 
-# Of unpacked weights at a time. Large enough for the BLAS, small enough for several to be in
-# flight without anybody noticing.
+# Of unpacked weights at a time: large enough for the BLAS, small enough that several in flight take
+# little memory.
 SLICE_BYTES = 32 << 20
 
 Packed = nn.QuantizedLinear | nn.QuantizedEmbedding
 
 
 def linear(module: nn.Module, x: mx.array) -> mx.array:
-    """x @ W.T for a linear module: [..., inputs] -> [..., outputs]."""
+    """Return x @ W.T for a linear module: [..., inputs] -> [..., outputs]."""
     if is_cpu() and isinstance(module, nn.QuantizedLinear):
         return _times_rows(x, module)
     if "lora_a" in module:  # mlx-lm's LoRALinear, around a module that may be packed
@@ -29,14 +29,14 @@ def linear(module: nn.Module, x: mx.array) -> mx.array:
 
 
 def head(table: nn.Module, x: mx.array) -> mx.array:
-    """x @ E.T for the embedding table: [B, L, M] -> [B, L, V]."""
+    """Return x @ E.T for the embedding table: [B, L, M] -> [B, L, V]."""
     if is_cpu() and isinstance(table, nn.QuantizedEmbedding):
         return _times_rows(x, table)
     return table.as_linear(x)
 
 
 def weighted_rows(table: nn.Module, weights: mx.array) -> mx.array:
-    """weights @ E, the sum of the table's rows: [B, L, V] -> [B, L, M]."""
+    """Return weights @ E, the weighted sum of the table's rows: [B, L, V] -> [B, L, M]."""
     if not isinstance(table, nn.QuantizedEmbedding):
         return weights @ table.weight
     if is_cpu():
@@ -54,12 +54,13 @@ def weighted_rows(table: nn.Module, weights: mx.array) -> mx.array:
         transpose=False,
         group_size=table.group_size,
         bits=table.bits,
-        mode=table.mode,  # a table read in another mode than its own is silently wrong
+        mode=table.mode,  # another mode than the table's own gives wrong values without an error
     )
 
 
 def expert_matrix(module: nn.Module, expert: int) -> mx.array:
-    """The weights of one expert, [outputs, inputs], unpacked to float32 where they are packed."""
+    """Return the weights of one expert, [outputs, inputs], unpacked to float32 if they are
+    packed."""
     if "lora_a" in module:
         delta = (module.scale * module.lora_b[expert]) @ module.lora_a[expert]
         return expert_matrix(module.linear, expert) + delta
@@ -69,8 +70,8 @@ def expert_matrix(module: nn.Module, expert: int) -> mx.array:
 
 
 def unpacked(module: nn.Module) -> nn.Module:
-    """A plain module with the weights of a packed linear one in float32, as they are multiplied
-    here."""
+    """Return a plain module with a packed linear module's weights in float32, as this file
+    multiplies them."""
     weight = _unpack(module, slice(None))
     plain: nn.Module
     if isinstance(module, QuantizedSwitchLinear):
@@ -93,7 +94,7 @@ def _times_rows(x: mx.array, module: Packed) -> mx.array:
 
 
 def _slices(module: Packed) -> Iterator[tuple[int, mx.array]]:
-    """(first row, some rows unpacked to float32), through all of the weights."""
+    """Yield (first row, some rows unpacked to float32) for all of the weights."""
     outputs = module.weight.shape[0]
     inputs = module.scales.shape[-1] * module.group_size
     step = max(1, SLICE_BYTES // (4 * inputs))
@@ -103,7 +104,7 @@ def _slices(module: Packed) -> Iterator[tuple[int, mx.array]]:
 
 def _unpack(module: nn.Module, rows: slice) -> mx.array:
     scales, biases = module.scales[rows], module.get("biases")
-    if biases is not None:  # bfloat16 would round what is unpacked; other modes' scales are codes
+    if biases is not None:  # bfloat16 would round the weights; other modes' scales are codes
         scales, biases = scales.astype(mx.float32), biases[rows].astype(mx.float32)
     return mx.dequantize(
         module.weight[rows],

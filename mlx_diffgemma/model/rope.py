@@ -13,7 +13,8 @@ from .backend import compiled, is_cpu
 
 @cache
 def periods(rope: RopeConfig, head_dim: int) -> mx.array:
-    """Positions per radian of each pair, float32 [H/2]; infinite where a pair does not rotate.
+    """Return the positions per radian of each pair, float32 [H/2]; infinite where a pair does not
+    rotate.
 
     "proportional" rotates the first `partial_rotary_factor` of the pairs, and its exponents still
     run over the whole
@@ -31,7 +32,7 @@ def periods(rope: RopeConfig, head_dim: int) -> mx.array:
 
 
 def rotate(x: mx.array, position: int | mx.array, rope: RopeConfig) -> mx.array:
-    """Rotates [B, heads, S, H]; `position` is that of the first token, one for all rows or int32
+    """Rotate [B, heads, S, H]; `position` is that of the first token, one for all rows or int32
     [B]."""
     S, H = x.shape[-2:]
     if not is_cpu():
@@ -44,7 +45,7 @@ def rotate(x: mx.array, position: int | mx.array, rope: RopeConfig) -> mx.array:
             offset=position,
             freqs=periods(rope, H),
         )
-    # There MLX makes sines and cosines of every layer anew. Layers of a kind share them here.
+    # There MLX recomputes sines and cosines in every layer. Here layers of a kind share them.
     if isinstance(position, int):
         cosines, sines = _table(rope, H, position, S)
     else:
@@ -53,7 +54,7 @@ def rotate(x: mx.array, position: int | mx.array, rope: RopeConfig) -> mx.array:
     return _turned(x, mx.concatenate([second, first], axis=-1), cosines, sines)
 
 
-@lru_cache(maxsize=4)  # two kinds of layers, for the canvas at hand and what comes next
+@lru_cache(maxsize=4)  # two kinds of layers, for this canvas and the next tokens
 def _table(rope: RopeConfig, head_dim: int, position: int, count: int) -> tuple[mx.array, mx.array]:
     waves = _waves(rope, head_dim, mx.array(position), count)
     mx.eval(waves)
@@ -63,8 +64,8 @@ def _table(rope: RopeConfig, head_dim: int, position: int, count: int) -> tuple[
 def _waves(
     rope: RopeConfig, head_dim: int, position: mx.array, count: int
 ) -> tuple[mx.array, mx.array]:
-    """Cosines and sines for both halves of a head, those of the first half negative: float32
-    [..., count, H], for positions [..., 1, 1]."""
+    """Return cosines and sines for both halves of a head, with negative sines for the first half:
+    float32 [..., count, H], for positions [..., 1, 1]."""
     places = (mx.arange(count)[:, None] + position).astype(mx.float32)
     angles = places * (1 / periods(rope, head_dim))
     cosines, sines = mx.cos(angles), mx.sin(angles)

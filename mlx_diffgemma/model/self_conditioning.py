@@ -1,4 +1,4 @@
-"""What the last step thought, added to what the canvas says. Canvas passes only, never committed
+"""Self-conditioning: adds the last step's prediction to the canvas embeddings, never to committed
 tokens."""
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from .layers import MLP, RMSNorm, unit_rms
 
 
 class SelfConditioning(MLP):
-    """Mixes a soft embedding into the canvas embeddings. The norm at its end holds in the first
-    step too."""
+    """Mixes a soft embedding into the canvas embeddings. Its final norm applies in the first step
+    too."""
 
     def __init__(self, config: TextConfig):
         super().__init__(config.hidden_size, config.intermediate_size)
@@ -19,8 +19,8 @@ class SelfConditioning(MLP):
         self.eps = config.rms_norm_eps
 
     def __call__(self, embeddings: mx.array, soft: mx.array | None = None) -> mx.array:
-        """embeddings and soft [B, L, M] -> [B, L, M]. None is a soft embedding of zeros, which
-        adds exactly nothing."""
+        """Mix embeddings and soft [B, L, M] -> [B, L, M]. None is a soft embedding of zeros, which
+        adds exactly 0."""
         if soft is not None:
             embeddings = embeddings + super().__call__(self.pre_norm(soft))
         return unit_rms(embeddings, self.eps)
