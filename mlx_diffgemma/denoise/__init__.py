@@ -1,1 +1,1 @@
-"""Token ids -> token ids: the denoising loop and its parts. Knows no text."""
+"""The denoising loop and its parts, from token ids to token ids. Knows no text."""

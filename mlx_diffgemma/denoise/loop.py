@@ -1,5 +1,5 @@
-"""The only loop: prefill, then per canvas denoise, accept and renoise until settled, then commit.
-Knows ids, not text."""
+"""The denoising loop: prefill, then per canvas denoise, accept and renoise until settled, then
+commit. Knows ids, not text."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def denoise_tokens(
     stop: Callable[[np.ndarray], Sequence[bool]] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[LoopEvent, None, None]:
-    """Runs a batch of prompts to its end. Closing the generator stops the run; no further step is
+    """Run a batch of prompts to its end. Closing the generator stops the run; no further step is
     computed.
 
     Args:
-      model: the model, whose checkpoint fills in what the settings leave open.
+      model: the model, whose checkpoint fills in open settings.
       tokens: int32 [B, S]; rows of different lengths are padded on the left, with any token.
       settings: how to denoise.
       lengths: int32 [B], tokens of each row without padding; None where all rows are full.
-      noise: where draws come from; by default `SeededNoise` of the settings' seed.
-      pinned: what is given of the answers. Pinned tokens stand unchanged in every canvas and in
-        every draft; they are never noised, accepted or counted in the stop rule.
+      noise: the source of draws; by default `SeededNoise` of the settings' seed.
+      pinned: the given parts of the answers. Pinned tokens are the same in every canvas and every
+        draft; they are never noised, accepted or counted in the stop rule.
       stop: called with each committed canvas, int32 [B, up to L], before it is yielded; a row for
-        which it returns True has ended with it, as if an end token stood there.
+        which it returns True ends with it, as with an end token.
       prompt_progress_callback: called with (places read, places in all) during prefill.
 
     Yields:
@@ -73,7 +73,7 @@ def denoise_tokens(
     mx.clear_cache()
     yield PrefillDone(int(real.sum()), time.perf_counter() - started)
     contexts = [context]
-    del context  # so that its memory can go as soon as the first canvas has its copy
+    del context  # so that its memory is freed once the first canvas has its copy
     yield from denoise_context(
         model, contexts, settings, longest=int(real.max()), noise=noise, pinned=pinned, stop=stop
     )
@@ -89,11 +89,13 @@ def denoise_context(
     pinned: Pinned | None = None,
     stop: Callable[[np.ndarray], Sequence[bool]] | None = None,
 ) -> Generator[LoopEvent, None, None]:
-    """`denoise_tokens` behind a context that has been read already: everything after PrefillDone.
+    """Run `denoise_tokens` after a context that has been read already: everything after
+    PrefillDone.
 
     Args:
       model: the model.
-      contexts: the context alone. It is taken out of the list; whoever wants it again keeps it.
+      contexts: a list of only the context, which is removed from it; to reuse the context, keep
+        another reference.
       settings: how to denoise.
       longest: tokens of the longest row; by default all places of the context.
       noise: as for `denoise_tokens`.
@@ -111,10 +113,10 @@ def denoise_context(
     run = Run(model, settings, noise, model.mean_row() if is_sparse else None)
     position = 0  # of the canvas in the answer
     for canvas_index in itertools.count():
-        # In a list: each step writes its context over the last one's, and whoever still held that
-        # would turn the writing into copying.
+        # In a list: each step overwrites the last one's context, and any other reference to that
+        # would make it a copy.
         opened = [model.open(context, settings.canvas_length)]
-        del context  # the opened one holds a copy, and gives it back
+        del context  # the opened one holds a copy and returns it
         if pinned is not None:
             here = pinned.canvas(position, settings.canvas_length, run.vocab_size)
             run = replace(run, pinned=here)
@@ -137,7 +139,7 @@ def denoise_context(
 def _denoise_canvas(
     run: Run, opened: list[OpenContext], canvas_index: int, rows: Rows
 ) -> Generator[StepDone, None, Step]:
-    """Denoises one canvas and returns its last step. Rows that have ended start settled."""
+    """Denoise one canvas and return its last step. Rows that have ended start settled."""
     rows.steps_run, settings = 0, run.settings
     B, L = len(rows.ended), settings.canvas_length
     draft, live = mx.full((B, L), settings.pad_token_id, dtype=mx.int32), ~rows.ended
@@ -154,7 +156,7 @@ def _denoise_canvas(
         empty = is_end[:, 0] & ~rows.ended
         if not empty.any():
             break
-        if is_end.shape[1] < L:  # a row that lost its end while narrow has no text for the rest
+        if is_end.shape[1] < L:  # a narrow row without an end token lacks the rest
             empty |= ~is_end.any(axis=1) & ~rows.ended
         last = replace(last, settled=mx.array(~empty))
         again = replace(run, noise=run.noise.reroll(attempt))
@@ -170,8 +172,8 @@ def _settle(
     rows: Rows,
     live: np.ndarray,
 ) -> Generator[StepDone, None, Step]:
-    """Steps from random tokens until every row has settled, or no step is left; returns the last
-    one. `live` are the rows that have not settled, bool [B]."""
+    """Step from random tokens until every row has settled or no step is left; return the last one.
+    `live` marks the rows that have not settled, bool [B]."""
     settings, shape = run.settings, (len(live), run.settings.canvas_length)
     start = run.noise.start(canvas_index, shape, run.vocab_size)
     if run.pinned is not None:
@@ -180,7 +182,7 @@ def _settle(
     drafts: tuple[mx.array, ...] = ()
     planner = Planner(settings, rows)
     plan = planner.first()
-    # Strings of an automaton are chosen on the host, which so waits for every step anyway.
+    # The host chooses an automaton's strings, so it waits for every step anyway.
     is_lazy = not is_cpu() and not (run.pinned and run.pinned.spans)
 
     ahead: tuple[Step, OpenContext] | None = None
@@ -193,12 +195,12 @@ def _settle(
         assert now.event is not None and now.check is not None
         is_last = step + 1 == settings.max_denoising_steps
         listened = (now.event.entropy, *(now.event.candidates or ()))
-        # The next canvas too, or what it is drawn from would stay in memory until then.
+        # The next canvas too, or the arrays that it is drawn from would stay in memory until then.
         mx.async_eval(now.draft, now.check, *(() if is_last else (now.canvas,)), *listened)
         drafts = (*drafts, now.draft)[-max(1, settings.stability_threshold) :]
         if is_lazy and not is_last:
-            # Built before this step is looked at, so that the device need not wait for Python;
-            # dropped if it settled or the plan changes.
+            # Built before the host reads this step, so that the device need not wait for Python;
+            # dropped if the step has settled or the plan changes.
             beyond = list(opened)
             ahead = take_step(run, beyond, canvas_index, step + 1, now, drafts, plan), beyond.pop()
         rows.count(live, plan.width)
@@ -209,22 +211,22 @@ def _settle(
             break
         if not is_last and (new_plan := planner.next(check)) != plan:
             plan, ahead = new_plan, None
-    # Logits would live on through the commit: in the belief, and in the canvas that was drawn.
+    # Otherwise the belief and the drawn canvas would keep logits in memory through the commit.
     return replace(now, canvas=now.draft, belief=None, check=None, event=None)
 
 
 def _checked(noise: Noise | None, settings: ResolvedSettings) -> Noise:
     noise = SeededNoise(settings.seed) if noise is None else noise
     if settings.empty_rerolls and not isinstance(noise, SeededNoise):
-        raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws to offer")
+        raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws")
     if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
         raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
     return noise
 
 
 def _check_prompt(tokens: mx.array, lengths: mx.array | None, config: ModelConfig) -> np.ndarray:
-    """Tokens of each row, after a look at every one of them: a token outside the table would be
-    read as garbage."""
+    """Return the number of tokens of each row, after a check of every token: one outside the table
+    would be read as garbage."""
     host = np.array(tokens)
     if host.ndim != 2 or host.size == 0:
         raise PromptError(

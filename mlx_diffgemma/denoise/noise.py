@@ -1,5 +1,5 @@
-"""All randomness of a run, behind one small interface, so that a test can replay another
-framework's draws."""
+"""All random draws of a run, behind an interface with which tests replay another framework's
+draws."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import numpy as np
 
 from .sampler import chunk_size, draw, statistics
 
-# What a draw is for: part of its key, so that no two draws of a run share one.
+# The purpose of a draw: part of its key, so that no two draws of a run share one.
 _START, _SAMPLE, _RENOISE = range(3)
-_FIRST = 0  # stands for the step of a draw that has none
+_FIRST = 0  # the step in the key of a draw without one
 
 
 class Noise(Protocol):
-    """Draws by canvas and step, both from 0, so that a loop may leave out draws that it does not
+    """Draws by canvas and step, both from 0, so that a loop may skip draws that it does not
     need."""
 
     def start(self, canvas_index: int, shape: tuple[int, int], vocab_size: int) -> mx.array:
-        """The canvas before its first step: uniform tokens, int32 [B, L]."""
+        """Return the canvas before its first step: uniform tokens, int32 [B, L]."""
 
     def sample(self, canvas_index: int, step: int, logits: mx.array) -> mx.array:
-        """A proposal, int32 [B, L], drawn from temperature-scaled logits [B, L, V]; under
+        """Return a proposal, int32 [B, L], drawn from temperature-scaled logits [B, L, V]; under
         `canvas_width="answer"` for as many columns as the logits have."""
 
     def renoise(
         self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int
     ) -> mx.array:
-        """Uniform tokens, int32 [B, L], for what the step did not accept."""
+        """Return uniform tokens, int32 [B, L], for positions that the step did not accept."""
 
 
 class SeededNoise:
-    """Row i under seed s draws what a single run under seed s + i draws, whatever its neighbours
-    do."""
+    """Row i under seed s has the draws of a single run under seed s + i, independent of its
+    neighbours."""
 
     def __init__(self, seed: int, attempt: int = 0):
         self.seed, self.attempt = seed, attempt
 
     def reroll(self, attempt: int) -> Self:
-        """Other draws under a seed derived from this one; attempt 0 is the first try."""
+        """Return other draws, under a seed derived from this one; attempt 0 is the first try."""
         return type(self)(self.seed, attempt)
 
     def start(self, canvas_index: int, shape: tuple[int, int], vocab_size: int) -> mx.array:
@@ -53,8 +53,8 @@ class SeededNoise:
     def gumbels(
         self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int
     ) -> tuple[mx.array, mx.array]:
-        """What `sample` draws with: Gumbel noise for `sampler.draw`, so that a loop that has the
-        masses of the chunks need not make the logits."""
+        """Return the Gumbel noise that `sample` uses, for `sampler.draw`: a loop that has the
+        masses of the chunks need not compute the logits."""
         size = chunk_size(vocab_size)
         batch, length = shape
         keys = self._keys((canvas_index, step, _SAMPLE), batch)
@@ -79,7 +79,8 @@ class SeededNoise:
         )
 
     def _keys(self, draw: tuple[int, int, int], batch: int) -> list[mx.array]:
-        """One key per row, hashed from its seed and what the draw is for: no key is used twice."""
+        """Return one key per row, hashed from its seed and the draw's purpose: no key is used
+        twice."""
         words = [
             np.random.SeedSequence([self.seed + row, self.attempt, *draw]).generate_state(
                 1, np.uint64

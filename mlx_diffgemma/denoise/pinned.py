@@ -1,8 +1,8 @@
-"""What of an answer is given: tokens that stand, and what the free positions may hold.
+"""The given parts of an answer: pinned tokens, and the sets of tokens that free positions may hold.
 
-Pinning is not the freezing that was found to leave warts (a token that the model accepted early and
-may not take back): pinned text is not the model's guess but the caller's, so there is nothing to
-take back, and the free positions around it stay open until the canvas has settled.
+Pinning is not freezing, which keeps tokens that the model accepted too early and left errors when
+tried: pinned text is the caller's, not a guess of the model, and the free positions around it stay
+open until the canvas has settled.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..constraint.automaton import Automaton
 from ..errors import TemplateError
 from .sampler import Statistics
 
-FREE = -1  # in place of a pinned token
-ANY = -1  # in place of the index of a set of tokens
+FREE = -1  # instead of a pinned token
+ANY = -1  # instead of the index of a set of tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Positions of one row that hold a string of an automaton, together."""
+    """Positions of one row that together hold a string of an automaton."""
 
     row: int
     start: int
@@ -34,18 +34,18 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Pinned:
-    """What is given of the answers of a batch, by position from their beginning; what comes behind
-    the last given position is free."""
+    """The given parts of a batch's answers, by position from their beginning; positions after the
+    last given one are free."""
 
     tokens: np.ndarray  # int32 [B, N], FREE where the model writes
-    # Sets of tokens, sorted ids; and which of them each position may hold, int32 [B, N] or None.
+    # Sets of tokens, as sorted ids; and the index of each position's set, int32 [B, N] or None.
     sets: Sequence[np.ndarray] = ()
     choices: np.ndarray | None = None
-    # Each is decided as a whole and lies within one canvas. Its positions need sets too.
+    # Each span is decided as a whole and lies within one canvas. Its positions need sets too.
     spans: Sequence[Span] = ()
 
     def canvas(self, start: int, length: int, vocab_size: int) -> PinnedCanvas:
-        """The part of it that one canvas holds; `start` is that of its first position."""
+        """Return the part in one canvas; `start` is the canvas's first position."""
         B, stop = len(self.tokens), start + length
 
         def cut(given: np.ndarray, fill: int) -> np.ndarray:
@@ -70,7 +70,7 @@ class Pinned:
 
 @dataclass(frozen=True, eq=False)
 class PinnedCanvas:
-    """What is given in one canvas."""
+    """The given parts of one canvas."""
 
     host_tokens: np.ndarray  # int32 [B, L], FREE where the model writes
     sets: tuple[np.ndarray, ...]
@@ -80,35 +80,36 @@ class PinnedCanvas:
 
     @cached_property
     def tokens(self) -> mx.array:
-        """int32 [B, L]; what stands at free positions does not matter."""
+        """Pinned tokens, int32 [B, L]; the values at free positions do not matter."""
         return mx.array(np.maximum(self.host_tokens, 0).astype(np.int32))
 
     @cached_property
     def free(self) -> mx.array:
-        """bool [B, L]."""
+        """Free positions, bool [B, L]."""
         return mx.array(self.host_tokens == FREE)
 
     @property
     def has_free(self) -> np.ndarray:
-        """Whether anything is left to write, bool [B]."""
+        """Whether a row has free positions, bool [B]."""
         return (self.host_tokens == FREE).any(axis=1)
 
     @cached_property
     def _chosen(self) -> np.ndarray:
-        """The set of each position, ANY also where it is pinned."""
+        """The set of each position, ANY also at pinned ones."""
         return np.where(self.host_tokens == FREE, self.choices, ANY)
 
     def allowed(self, width: int) -> mx.array | None:
-        """What the first columns may hold, bool [B or 1, width or 1, V]; None for anything."""
-        if self._only is not None:  # one set for all that is free: nothing of the canvas's size
+        """Return which tokens the first columns may hold, bool [B or 1, width or 1, V]; None for
+        all."""
+        if self._only is not None:  # one set for all: no array of the canvas's size
             return self._only
         if not self._is_limited:
             return None
         return self._table[self._rows_of_table[:, :width]]
 
     def kept_to(self, tokens: mx.array) -> mx.array:
-        """Uniform tokens [B, L] as uniform tokens of what each position may hold; pinned ones
-        where there are any."""
+        """Map uniform tokens [B, L] to uniform tokens of each position's set, or to its pinned
+        token."""
         if self._is_limited:
             starts, sizes, members = self._members
             scaled = (tokens.astype(mx.int64) * sizes) // self.vocab_size
@@ -117,13 +118,13 @@ class PinnedCanvas:
         return self.over(tokens)
 
     def over(self, tokens: mx.array) -> mx.array:
-        """Tokens [B, W] with the pinned ones in their places."""
+        """Return tokens [B, W] with the pinned ones in their places."""
         W = tokens.shape[1]
         return mx.where(self.free[:, :W], tokens, self.tokens[:, :W])
 
     def choose(self, seen: Statistics) -> mx.array:
-        """The draft, with the likeliest string in each span: int32 [B, W]. A span that a narrow
-        look has cut is left as it is."""
+        """Return the draft with the likeliest string in each span: int32 [B, W]. A span that a
+        narrow canvas cuts is not changed."""
         draft = np.array(seen.draft)
         for span in self.spans:
             stop = span.start + span.length
@@ -134,7 +135,7 @@ class PinnedCanvas:
 
     @cached_property
     def in_span(self) -> mx.array:
-        """Positions that are decided together with others, bool [B, L]."""
+        """Positions that belong to a span, bool [B, L]."""
         inside = np.zeros(self.host_tokens.shape, bool)
         for span in self.spans:
             inside[span.row, span.start : span.start + span.length] = True
@@ -146,8 +147,8 @@ class PinnedCanvas:
 
     @cached_property
     def _only(self) -> mx.array | None:
-        """The one set of all free positions, bool [1, 1, V], where there is only one. It is not
-        looked at where a position is pinned."""
+        """Return the set of all free positions, bool [1, 1, V], if they share one. Pinned positions
+        do not count."""
         used = np.unique(self._chosen[self.host_tokens == FREE])
         if used.size != 1 or used[0] == ANY:
             return None
@@ -172,7 +173,8 @@ class PinnedCanvas:
 
     @cached_property
     def _members(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Where the members of each position's set begin, how many they are, and all of them."""
+        """Return where the members of each position's set begin, their numbers, and the members of
+        all sets."""
         counts = np.array([len(members) for members in self.sets])
         starts = np.cumsum(counts) - counts
         chosen = np.maximum(self._chosen, 0)

@@ -1,6 +1,5 @@
-"""What has become of each row of a batch, and what the host decides about the next step. Reads
-numbers that the loop has read already; asks the device for nothing of its own but a canvas that is
-done."""
+"""The state of each row of a batch, and the host's plan for the next step. Uses numbers that the
+loop has read already; reads only finished canvases from the device itself."""
 
 from __future__ import annotations
 
@@ -18,22 +17,22 @@ from .stopping import width_for
 
 
 class Rows:
-    """What has become of each row: how much it has written, and whether it has ended."""
+    """The state of each row: how much it has written, and whether it has ended."""
 
     def __init__(self, config: ModelConfig, settings: ResolvedSettings, longest: int, batch: int):
         room = check_room(config, settings, longest)
         self.settings = settings
         self.left = min(settings.max_new_tokens, room * settings.canvas_length)
-        # Free positions: a canvas cut short moves the later ones.
+        # Free positions: a shortened canvas moves the later ones.
         self.places = config.text.max_position_embeddings - longest
         self.ended = np.zeros(batch, bool)
-        self.steps_run = 0  # of the canvas at hand
+        self.steps_run = 0  # of the current canvas
         self.new_tokens, self.steps, self.positions, self.row_canvases = (
             np.zeros(batch, int) for _ in range(4)
         )
 
     def count(self, live: np.ndarray, width: int) -> None:
-        """One step that looked at `width` columns, for the rows that had not settled."""
+        """Count one step over `width` columns, for the rows that had not settled."""
         self.steps_run += 1
         self.positions += live * width
 
@@ -43,7 +42,7 @@ class Rows:
         return bool(self.ended.all()) or no_room
 
     def take(self, draft: mx.array, row_steps: mx.array) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Cuts a denoised canvas at `max_new_tokens`, pads behind end tokens, and counts.
+        """Cut a denoised canvas at `max_new_tokens`, pad it after end tokens, and count its tokens.
 
         Returns:
           The tokens [B, up to L], and the steps of each row.
@@ -63,7 +62,7 @@ class Rows:
         return tokens, tuple(steps.tolist())
 
     def end(self, are_over: Sequence[bool]) -> None:
-        """End rows for a reason that their tokens do not tell."""
+        """End rows for a reason that their tokens do not show."""
         self.ended |= np.array(are_over, bool)
 
     def finish(self) -> Finished:
@@ -78,20 +77,20 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the host decides about the next step."""
+    """The host's decisions about the next step."""
 
-    width: int  # columns that it looks at
+    width: int  # columns that it computes
     dense: int  # of them, those whose soft embedding is dense
-    widest: int  # columns that may be wanted at all: the canvas, or what is left of the budget
+    widest: int  # columns that may be needed: the canvas, or the rest of the budget
 
 
 class Planner:
-    """Plans each step of a canvas from what the host read about the last one."""
+    """Plans each step of a canvas from the numbers that the host read of the last one."""
 
     def __init__(self, settings: ResolvedSettings, rows: Rows):
         self.settings, self.ended = settings, rows.ended
         self.widest = settings.canvas_length
-        if settings.canvas_width == "answer":  # what is behind the budget is never written
+        if settings.canvas_width == "answer":  # columns past the budget are never written
             self.widest = width_for(min(rows.left, self.widest), self.widest)
 
     def first(self) -> Plan:
@@ -111,7 +110,7 @@ class Planner:
 
 
 def check_room(config: ModelConfig, settings: ResolvedSettings, longest: int) -> int:
-    """How many whole canvases fit behind a prompt."""
+    """Return how many whole canvases fit after a prompt."""
     limit, canvas = config.text.max_position_embeddings, settings.canvas_length
     room = (limit - longest) // canvas
     if room < 1:

@@ -1,9 +1,9 @@
-"""Head outputs -> statistics, proposal, acceptance, next canvas. Pure; noise is passed in.
+"""The sampler: from head outputs to statistics, proposal, acceptance and next canvas. Pure; noise
+is passed in.
 
-The outputs have V columns, so what costs is how often they are read and written. `statistics` reads
-them twice and writes two arrays of their size (three where the model computes in 16 bits); all else
-is made from those, or from a few of their columns, so that one of the two can take the outputs'
-memory.
+The outputs have V columns, so reading and writing them is the main cost. `statistics` reads them
+twice and writes two arrays of their size (three where the model computes in 16 bits); everything
+else uses those, or a few of their columns, so that one of the two can reuse the outputs' memory.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def scaled_logits(
     cap: float = NO_CAP,
     allowed: mx.array | None = None,
 ) -> mx.array:
-    """Outputs under the softcap, over the temperature: float32, of the same shape. What is not
-    allowed gets -inf."""
+    """Return softcapped outputs over the temperature: float32, of the same shape. Tokens that are
+    not allowed get -inf."""
     scaled = _scaled(outputs, _array(heat), cap)
     return scaled if allowed is None else mx.where(allowed, scaled, -mx.inf)
 
@@ -53,12 +53,12 @@ def statistics(
     cap: float = NO_CAP,
     allowed: mx.array | None = None,
 ) -> Statistics:
-    """What a step wants to know about the distribution of every position.
+    """Return the statistics of every position's distribution that a step needs.
 
-    All of it is measured from the likeliest token: with d the distance of a logit from the largest
-    one, Z = sum exp(d) and S = sum exp(d) d, the entropy is ln Z - S / Z. Both terms vanish
-    where a position is sure, so that nothing cancels; the stop rule compares their mean with
-    0.005 nats. The cap is monotone, so the largest output is the largest logit.
+    All of them are relative to the likeliest token: with d the distance of a logit from the largest
+    one, Z = sum exp(d) and S = sum exp(d) d, the entropy is ln Z - S / Z. Both terms vanish where a
+    position is sure, so that nothing cancels; the stop rule compares their mean with 0.005 nats.
+    The cap is monotone, so the largest output is the largest logit.
 
     Args:
       outputs: [B, L, V], the head's outputs, or logits.
@@ -100,13 +100,13 @@ def statistics(
 
 
 def _only(allowed: mx.array, x: mx.array) -> mx.array:
-    """Elsewhere nothing, also where something overflowed."""
+    """Return 0 where a token is not allowed, even where a value overflowed."""
     return mx.where(allowed, x, mx.zeros((), x.dtype))
 
 
 def draw(seen: Statistics, gumbels: tuple[mx.array, mx.array]) -> mx.array:
-    """A token for every position, drawn from its distribution in two levels: a chunk of the
-    vocabulary by its mass, then a token inside it. Exact, and no noise over all of the vocabulary.
+    """Draw a token for every position in two levels: a chunk of the vocabulary by its mass, then a
+    token inside it. Exact, without noise over the whole vocabulary.
 
     Args:
       seen: from `statistics`.
@@ -125,14 +125,14 @@ def draw(seen: Statistics, gumbels: tuple[mx.array, mx.array]) -> mx.array:
 
 
 def probability_of(tokens: mx.array, seen: Statistics) -> mx.array:
-    """The probability of one token per position, int32 [B, L]: float32 [B, L]."""
+    """Return the probability of one token per position, int32 [B, L]: float32 [B, L]."""
     ratio = mx.take_along_axis(seen.ratios, tokens[..., None], axis=-1)[..., 0]
     return ratio * seen.confidence
 
 
 @cache
 def chunk_size(vocab_size: int) -> int:
-    """The divisor of the vocabulary's size that is nearest to its root, from above."""
+    """Return the smallest divisor of the vocabulary's size that is at least its root."""
     root = math.isqrt(vocab_size - 1) + 1
     return next(size for size in range(root, vocab_size + 1) if vocab_size % size == 0)
 
@@ -140,8 +140,8 @@ def chunk_size(vocab_size: int) -> int:
 def decide(
     entropy: mx.array, proposal: mx.array, noise: mx.array, *, entropy_bound: float
 ) -> Decision:
-    """Keeps the most certain proposals until their joint entropy would pass the bound; all else
-    becomes noise.
+    """Keep the most certain proposals until their joint entropy would pass the bound; replace all
+    others by noise.
 
     Positions are visited from the lowest entropy up. One is kept while the entropy already spent
     *before* it is at
@@ -189,11 +189,11 @@ def hold(
     confidence: float,
     share: float,
 ) -> Held:
-    """Holds every proposal that has the given probability, and of the other positions that matter
-    the likeliest ones; all else becomes noise.
+    """Hold every proposal that has the given probability, and of the other positions that matter
+    the likeliest ones; replace all others by noise.
 
-    Nothing is frozen. A token is held on only as long as it is the likeliest at its place; when
-    the model changes its mind, the place is open again.
+    Nothing is frozen. A token is held only while it is the likeliest at its position; when another
+    becomes likelier, the position is open again.
 
     Args:
       proposal: [B, L] int32 tokens.
@@ -219,8 +219,8 @@ def hold(
 
 
 def shortlist(weights: mx.array, total: mx.array, count: int) -> tuple[mx.array, mx.array]:
-    """The likeliest tokens of each position, in any order: ids int32 and probabilities float32,
-    both [B, L, count].
+    """Return the likeliest tokens of each position, in any order: ids int32 and probabilities
+    float32, both [B, L, count].
 
     Exact, and one pass over the vocabulary: the `count` largest weights lie in the `count` chunks
     with the largest maxima.
@@ -251,9 +251,9 @@ def top_candidates(
     cap: float = NO_CAP,
     allowed: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The likeliest tokens of each position, best first: ids int32 and probabilities float32, both
-    [B, L, count]. `confidence` is that of `statistics`, computed here where it is not given. Where
-    fewer tokens are allowed, the rest have probability 0."""
+    """Return the likeliest tokens of each position, best first: ids int32 and probabilities
+    float32, both [B, L, count]. `confidence` is that of `statistics`, computed here if not given.
+    If fewer tokens are allowed, the rest have probability 0."""
     fitting = outputs if allowed is None else mx.where(allowed, outputs, -mx.inf)
     some = mx.argpartition(fitting, kth=-count, axis=-1)[..., -count:]
     values = _scaled(mx.take_along_axis(outputs, some, axis=-1), _array(heat), cap)
@@ -293,7 +293,7 @@ def _weigh(
 def _weigh_and_round(
     outputs: mx.array, top: mx.array, heat: mx.array, cap: float
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """As `_weigh`, and the weights that come from logits rounded to the type of the outputs."""
+    """Return `_weigh`'s results, and the weights from logits rounded to the outputs' type."""
     logits = _under_cap(outputs, heat, cap)
     distance = logits - top
     weights = mx.exp(distance)

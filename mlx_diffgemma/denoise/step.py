@@ -1,5 +1,5 @@
-"""One denoise step: a forward over the canvas, and what follows from it. Builds the graph; computes
-nothing and knows no loop."""
+"""One denoise step: a forward pass over the canvas, the proposal and its acceptance. Builds the
+graph; computes nothing and knows no loop."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .stopping import all_that_matter, answer_length, is_settled
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """What stays the same from step to step."""
+    """The values that all steps share."""
 
     model: DiffusionGemma
     settings: ResolvedSettings
     noise: Noise
     mean_row: mx.array | None  # [M], for sparse self-conditioning
-    pinned: PinnedCanvas | None = None  # of the canvas at hand
+    pinned: PinnedCanvas | None = None  # of the current canvas
 
     @property
     def vocab_size(self) -> int:
@@ -45,21 +45,22 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """Where a canvas stands after a step; lazy. W is how much of the canvas the step looked at."""
+    """The state of a canvas after a step; lazy. W is the number of columns that the step
+    computed."""
 
     canvas: mx.array  # [B, L] int32, the next step's input
     draft: mx.array  # [B, W] int32
     settled: mx.array  # [B] bool
     row_steps: mx.array  # [B] int32, steps until each row settled
-    belief: Belief | None = None  # what the next step is conditioned on
+    belief: Belief | None = None  # for the next step's self-conditioning
     held: mx.array | None = None  # [B, W] int32, see `sampler.hold`
-    check: mx.array | None = None  # int32 [B, 1 to 3], what the host must know; see `Plan`
+    check: mx.array | None = None  # int32 [B, 1 to 3], the numbers that the host reads; see `Plan`
     event: StepDone | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Belief:
-    """What a step thought, for the soft embedding of the next."""
+    """The prediction of a step, for the next one's self-conditioning."""
 
     weights: mx.array  # [B, W, V], the model's type
     total: mx.array  # [B, W] float32
@@ -70,7 +71,7 @@ class Belief:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Look:
-    """One forward over the canvas; W columns of it."""
+    """One forward pass over the canvas, W columns of it."""
 
     outputs: mx.array  # [B, W, V], the head's outputs before the softcap
     thought: Statistics  # of the outputs
@@ -80,13 +81,13 @@ class _Look:
 
     @property
     def scaled(self) -> tuple[mx.array, float, mx.array | None]:
-        """How outputs become logits, as the sampler's functions take it."""
+        """The arguments that turn outputs into logits in the sampler's functions."""
         return self.heat, self.cap, self.allowed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Judgement:
-    """What a step keeps, and which rows have settled."""
+    """The accepted tokens of a step, and the rows that have settled."""
 
     canvas: mx.array  # [B, W] int32, accepted proposals and fresh noise
     accepted: mx.array  # [B, W] bool
@@ -103,17 +104,17 @@ def take_step(
     drafts: tuple[mx.array, ...],
     plan: Plan,
 ) -> Step:
-    """Return the graph of one step, which puts its context in the place of the last one's. What
-    nobody reads, such as draws after the last step, is never computed.
+    """Return the graph of one step, which replaces the last one's context by its own. Unread
+    arrays, such as draws after the last step, are never computed.
 
     Args:
-      run: what stays the same from step to step.
-      opened: the context alone; the step takes it out and puts its own in.
+      run: the values that all steps share.
+      opened: a list of only the context; the step replaces it by its own.
       canvas_index: of the canvas, from 0.
       step: from 0.
-      before: the step before, or where the canvas starts.
+      before: the step before, or the start of the canvas.
       drafts: [B, W] each, of the last `stability_threshold` steps.
-      plan: how many columns to look at.
+      plan: how many columns to compute.
     """
     settings, pinned, W = run.settings, run.pinned, plan.width
     shape = (before.canvas.shape[0], before.canvas.shape[1])
@@ -121,7 +122,7 @@ def take_step(
     look = _look(run, opened, canvas, before, step, plan)
     seen = look.thought
     proposal = _propose(run, look, canvas_index, step, shape)
-    # Always for the whole canvas: a position draws the same, however wide the canvas is.
+    # Always for the whole canvas, so that a position's draw does not depend on the width.
     fresh = run.noise.renoise(canvas_index, step, shape, run.vocab_size)
     if pinned is not None:
         fresh = pinned.kept_to(fresh)
@@ -137,7 +138,7 @@ def take_step(
         assert length is not None
         needed = _needed(length, judged.accepted, plan.widest)
         check.append(needed)
-        # A narrow look that has lost its end has not seen all of the answer.
+        # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
     settled = before.settled | settled
     check.insert(0, settled.astype(mx.int32))
@@ -174,7 +175,7 @@ def _look(
     step: int,
     plan: Plan,
 ) -> _Look:
-    """Run the model over the canvas, conditioned on what the step before thought of it."""
+    """Run the model over the canvas, with self-conditioning on the step before."""
     pinned, W = run.pinned, plan.width
     heat = mx.array(temperature(step, run.settings))  # an array, so that no step costs a new trace
     soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)
@@ -196,14 +197,14 @@ def _propose(
     noise, W = run.noise, look.outputs.shape[1]
     if run.settings.temperature == 0:
         return look.thought.draft
-    if type(noise) is SeededNoise:  # the same draws as `sample` makes, without making the logits
+    if type(noise) is SeededNoise:  # the same draws as `sample`, without the logits
         chunks, inside = noise.gumbels(canvas_index, step, shape, run.vocab_size)
         return draw(look.thought, (chunks[:, :W], inside[:, :W]))
     return noise.sample(canvas_index, step, scaled_logits(look.outputs, *look.scaled))
 
 
 def _matters(run: Run, length: mx.array | None, width: int) -> mx.array | None:
-    """Which positions a canvas waits for, bool [B, W]; None for all of them."""
+    """Return which positions a canvas waits for, bool [B, W]; None for all of them."""
     matters = None
     if run.settings.stop_on == "answer":
         assert length is not None
@@ -225,7 +226,8 @@ def _judge(
     before: Step,
     matters: mx.array | None,
 ) -> _Judgement:
-    """Accept what is sure, refill the rest from `fresh`, and see which rows have settled."""
+    """Accept certain proposals, renoise the rest from `fresh`, and find the rows that have
+    settled."""
     settings, pinned, (B, W) = run.settings, run.pinned, draft.shape
     held = None
     if settings.acceptance == "confidence":
@@ -262,7 +264,7 @@ def _judge(
 def _with_given(
     thought: Statistics, proposal: mx.array, pinned: PinnedCanvas
 ) -> tuple[Statistics, mx.array]:
-    """Statistics and proposal with what is given in the place of what the model thinks there."""
+    """Return statistics and proposal with pinned tokens in place of the model's."""
     W = proposal.shape[1]
     free, draft, confidence = pinned.free[:, :W], thought.draft, thought.confidence
     if pinned.spans:
@@ -278,7 +280,8 @@ def _with_given(
 
 
 def _soft_embedding(run: Run, belief: Belief, plan: Plan) -> mx.array:
-    """[B, W, M], for the columns of the plan; zeros for columns that the last step did not see."""
+    """Return the soft embedding [B, W, M] for the plan's columns; 0 where the last step did not
+    compute one."""
     model, seen = run.model, belief.weights.shape[1]
     W = min(plan.width, seen)
     if belief.likeliest is not None and plan.dense < W:
@@ -302,8 +305,8 @@ def _soft_embedding(run: Run, belief: Belief, plan: Plan) -> mx.array:
 
 
 def _needed(length: mx.array, accepted: mx.array, widest: int) -> mx.array:
-    """Columns that each row needs, int32 [B]: up to its first end token where that has been
-    accepted, all of them otherwise."""
+    """Return the columns that each row needs, int32 [B]: up to its first end token if that has been
+    accepted, else all."""
     W = accepted.shape[1]
     last = mx.minimum(length, W)[:, None] - 1
     has_end = (length <= W) & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
@@ -311,7 +314,7 @@ def _needed(length: mx.array, accepted: mx.array, widest: int) -> mx.array:
 
 
 def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
-    """The first columns of [B, W], or all of them and more that hold `fill`."""
+    """Return the first columns of [B, W], or all of them padded with `fill`."""
     seen = tokens.shape[1]
     if seen < width:
         return mx.pad(tokens, [(0, 0), (0, width - seen)], constant_values=fill)

@@ -1,4 +1,4 @@
-"""Is this canvas settled, and how much of it is still needed? Pure."""
+"""The stop rule: whether a canvas has settled, and how much of it is still needed. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-_EIGHTHS = 8  # of a canvas: the widths it may shrink to
+_EIGHTHS = 8  # of a canvas: its possible narrow widths
 
 
 def is_settled(
@@ -18,14 +18,14 @@ def is_settled(
     confidence_threshold: float,
     matters: mx.array | None = None,
 ) -> mx.array:
-    """Whether each row's draft is stable and sure.
+    """Return whether each row's draft is stable and sure.
 
     Stable: every position equals the drafts of the last `stability_threshold` steps; earlier steps
     than that cannot be stable. Sure: the mean entropy lies below `confidence_threshold`.
 
     Args:
       draft: [B, L] int32, this step's likeliest tokens.
-      previous_drafts: those of the steps before it, oldest first.
+      previous_drafts: the drafts of the steps before, oldest first.
       entropy: [B, L] float32, nats.
       stability_threshold: steps, >= 0; 0 asks for no stability.
       confidence_threshold: nats.
@@ -49,20 +49,20 @@ def is_settled(
 
 
 def all_that_matter(holds: mx.array, matters: mx.array | None) -> mx.array:
-    """Whether something, bool [B, L], holds at every position that matters: [B] bool."""
+    """Return whether a claim, bool [B, L], is true at every position that matters: [B] bool."""
     return (holds if matters is None else holds | ~matters).all(axis=-1)
 
 
 def answer_length(draft: mx.array, eos_token_ids: Sequence[int]) -> mx.array:
-    """Positions up to each row's first end token, that one included: int32 [B]; one more than there
-    are where there is none."""
+    """Return the positions up to each row's first end token, included: int32 [B]; L + 1 for a row
+    without one."""
     is_end = (draft[..., None] == mx.array(list(eos_token_ids))).any(axis=-1)
     first = mx.argmax(is_end, axis=-1)
     return mx.where(is_end.any(axis=-1), first, draft.shape[1]).astype(mx.int32) + 1
 
 
 def width_for(needed: int, canvas_length: int) -> int:
-    """Columns to keep where `needed` of them hold the answer: one eighth of the canvas more, in
-    whole eighths. The margin is for answers that still grow a little."""
+    """Return the columns to keep for an answer of `needed` columns: one eighth of the canvas more,
+    rounded up to eighths. The margin allows the answer to grow a little."""
     eighth = -(-canvas_length // _EIGHTHS)
     return min(canvas_length, (-(-needed // eighth) + 1) * eighth)

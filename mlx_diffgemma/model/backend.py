@@ -51,9 +51,8 @@ def training() -> Iterator[None]:
 
 
 def begin(x: mx.array) -> None:
-    """Start to compute an array early on the CPU backend: building the graph of a small model takes a
-    fifth of a step, and another core can compute meanwhile. GPUs are still busy with the last
-    step."""
+    """Start to compute an array early on the CPU backend: building the graph of a small model takes
+    a fifth of a step, and another core can compute meanwhile. GPUs are busy with the last step."""
     if is_cpu() and not is_training():
         mx.async_eval(x)
 
