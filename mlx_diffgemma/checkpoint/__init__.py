@@ -1,1 +1,1 @@
-"""Folder or Hub repository -> model."""
+"""Loading of a model from a folder or Hub repository."""

@@ -1,5 +1,5 @@
-"""Adapters and a model: LoRA in mlx-lm's format, `adapters.safetensors` and `adapter_config.json`
-in a folder, and in PEFT's; and weights trained in full.
+"""Adapters on a model: LoRA in mlx-lm's format (a folder with `adapters.safetensors` and
+`adapter_config.json`) and in PEFT's, and weights trained in full.
 
 The causal pass and the canvas share every weight, so they share the adapter too.
 """
@@ -29,14 +29,14 @@ _ADAPTABLE = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear
 
 
 def add_adapters(model: DiffusionGemma, *, num_layers: int, lora: LoraParameters) -> None:
-    """Puts adapters, which change nothing yet, on the modules that `lora.keys` names, and freezes
-    all other weights.
+    """Put new adapters, which do not change the output yet, on the modules that `lora.keys` names,
+    and freeze all other weights.
 
     Args:
       model: not fused.
-      num_layers: only on the last ones, and outside of layers nowhere; -1 for all.
-      lora: rank, scale, dropout and keys: `self_attn.q_proj` is every layer's, a path from the
-        root is one module.
+      num_layers: adapt only this many last layers, and nothing outside of layers; -1 for all.
+      lora: rank, scale, dropout and keys; `self_attn.q_proj` names every layer's module, a path
+        from the root a single one.
 
     Raises:
       SourceError: if a key names no module of this model, or one that takes no adapter.
@@ -56,7 +56,7 @@ def add_adapters(model: DiffusionGemma, *, num_layers: int, lora: LoraParameters
             )
         if not isinstance(everywhere[key], _ADAPTABLE):
             raise SourceError(f"adapters: {key!r} is not a module that takes an adapter")
-        if key in within or num_layers == -1:  # outside of layers nothing, where some are chosen
+        if key in within or num_layers == -1:  # with num_layers, no module outside of layers
             keys.add(key)
     if not keys:
         raise SourceError("adapters: none of the keys names a module of these layers")
@@ -69,15 +69,15 @@ def add_adapters(model: DiffusionGemma, *, num_layers: int, lora: LoraParameters
 
 
 def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module, of all that have an adapter."""
+    """Return all modules with an adapter, by path."""
     return {name: m for name, m in model.named_modules() if "lora_a" in m}
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a folder of adapters says of itself.
+    """Return the config of a folder of adapters.
 
     Raises:
-      SourceError: if there is none, or it is none of ours or mlx-lm's.
+      SourceError: if there is none, or it is in no supported format.
     """
     path = Path(folder) / CONFIG
     if not Path(folder).is_dir():
@@ -119,7 +119,7 @@ def load_adapters(model: DiffusionGemma, folder: str | os.PathLike[str]) -> None
         _check_modules(adapted_modules(model), factors, Path(folder) / WEIGHTS)
     for path, module in adapted_modules(model).items():
         own = factors[path]
-        # The CPU backend's products of experts know float32 alone.
+        # The CPU backend's products of experts need float32.
         dtype = mx.float32 if is_cpu() else own.a.dtype
         module.lora_a, module.lora_b = own.a.astype(dtype), own.b.astype(dtype)
         module.scale = own.scale
@@ -129,8 +129,8 @@ def load_adapters(model: DiffusionGemma, folder: str | os.PathLike[str]) -> None
 def read_factors(
     folder: str | os.PathLike[str], config: Mapping[str, Any], shapes: Shapes
 ) -> dict[str, Factors]:
-    """Read what a folder of adapters adds to each module, by the module's path. Ranks are those of
-    the tensors, whatever one rank the config names.
+    """Read the factors that a folder of adapters has for each module, by the module's path. Ranks
+    are those of the tensors, not the config's single one.
 
     Args:
       folder: in mlx-lm's format or in PEFT's.
@@ -150,7 +150,7 @@ def read_factors(
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the weights, unpacked, of all modules that take an adapter."""
+    """Return the unpacked weights' shapes of all modules that take an adapter, by path."""
     shapes = {}
     for path, module in model.named_modules():
         if isinstance(module, _ADAPTABLE):
@@ -187,7 +187,7 @@ def _check_modules(expected: Mapping[str, Any], factors: Mapping[str, Factors], 
 
 
 def _wrap(model: DiffusionGemma, factors: Mapping[str, Factors]) -> None:
-    """Make modules adapters of mlx-lm's kinds, for factors to be put in; all else is frozen."""
+    """Wrap modules in mlx-lm's adapter classes, for the factors, and freeze all else."""
     from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
     model.freeze()
@@ -200,7 +200,7 @@ def _wrap(model: DiffusionGemma, factors: Mapping[str, Factors]) -> None:
 
 
 def _load_weights(model: DiffusionGemma, file: Path) -> None:
-    """Replace weights by those that were trained in full, in the model's own type."""
+    """Replace weights by fully trained ones, in the model's own type."""
     own = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
     for name, info in read_float_header(file).items():
         if name not in own:
@@ -225,10 +225,10 @@ def _num_layers(config: Mapping[str, Any], model: DiffusionGemma, folder: Any) -
 
 
 def lora_of(config: Mapping[str, Any], folder: str | os.PathLike[str]) -> LoraParameters:
-    """What an adapter_config.json says about its adapters.
+    """Return the LoRA parameters of an adapter_config.json.
 
     Raises:
-      SourceError: if it says something else than mlx-lm would.
+      SourceError: if they are not valid in mlx-lm's format.
     """
     try:
         return LoraParameters.from_dict(config.get("lora_parameters"))

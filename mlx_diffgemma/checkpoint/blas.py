@@ -1,5 +1,4 @@
-"""Which BLAS MLX's CPU backend multiplies with on Linux: its wheels bring the reference one, which
-is slow."""
+"""A hint on Linux if MLX's CPU backend uses the slow reference BLAS that its wheels bring."""
 
 from __future__ import annotations
 
@@ -7,14 +6,14 @@ import platform
 import re
 from pathlib import Path
 
-# Models with less to load, such as the bundled one, answer within a few seconds in any case.
+# Smaller models, such as the bundled one, answer within a few seconds in any case.
 _MATTERS_ABOVE = 50_000_000
 _FAST = re.compile(r"lib(openblas|mkl_rt|blis|flexiblas)")  # numpy's own is libscipy_openblas
 _MAPS = Path("/proc/self/maps")  # the files that this process has loaded
 
 
 def slow_blas(weight_bytes: int) -> str | None:
-    """Return one line on how to make the CPU backend faster, or None where it would not help.
+    """Return one line on how to make the CPU backend faster, or None if it would not help.
 
     Args:
       weight_bytes: what the model takes in memory.
@@ -37,5 +36,5 @@ def slow_blas(weight_bytes: int) -> str | None:
 
 
 def _debians() -> Path:
-    """Where Debian and Ubuntu put the library."""
+    """Return the path at which Debian and Ubuntu install the library."""
     return Path(f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0")

@@ -1,5 +1,4 @@
-"""The models in the Hub's local cache: which there are, and how to remove one. Reaches no
-network."""
+"""The models in the Hub's local cache: list and remove them. Uses no network."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def remove(repo: str) -> int:
     strategy = scan.delete_revisions(*(revision.commit_hash for revision in held[repo].revisions))
     strategy.execute()
     if held[repo].repo_path.exists():  # huggingface_hub only logs what it could not delete
-        raise SourceError(f"{held[repo].repo_path} could not be removed; is it yours to write?")
+        raise SourceError(f"{held[repo].repo_path} could not be removed; may you write to it?")
     return strategy.expected_freed_size
 
 
@@ -88,7 +87,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _object(file: Path) -> dict[str, object]:
-    """A file's JSON object; empty where it has none."""
+    """Return a file's JSON object, or an empty one if it has none."""
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a user calls a model -> a folder or a Hub repository."""
+"""The names of models: short names, folders and Hub repositories."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 
 from ..errors import SourceError
 
-MODEL_VARIABLE = "MLX_DIFFGEMMA_MODEL"  # names the model of commands that get none
-# What mlx-community publishes of the 26B model. The part after the last hyphen is the short name.
+MODEL_VARIABLE = "MLX_DIFFGEMMA_MODEL"  # the default model of commands
+# The 26B checkpoints that mlx-community publishes. The part after the last hyphen is the short
+# name.
 _PUBLISHED = "mlx-community/diffusiongemma-26B-A4B-it-"
 SHORT_NAMES = {
     name: _PUBLISHED + name
@@ -17,11 +18,11 @@ SHORT_NAMES = {
 
 
 def full_name(name: str) -> str:
-    """Return the repo id that a short name stands for, and anything else as it is. A folder of
-    that name wins over the repository.
+    """Return the repo id of a short name, and any other name unchanged. A folder of that name takes
+    precedence.
 
     Raises:
-      SourceError: if it is neither a folder nor a repo id, and looks like a misspelt short name.
+      SourceError: if the name is no folder and no repo id, but similar to a short name.
     """
     if "/" in name or os.path.exists(name):
         return name
@@ -36,5 +37,5 @@ def full_name(name: str) -> str:
 
 
 def short_name(repo: str) -> str | None:
-    """Return the short name of a repository, where it has one."""
+    """Return the short name of a repository, if it has one."""
     return repo.removeprefix(_PUBLISHED) if repo in SHORT_NAMES.values() else None

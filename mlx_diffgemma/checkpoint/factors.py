@@ -1,5 +1,4 @@
-"""What an adapter adds to the weights of one module: two factors and a scale, in mlx-lm's layout
-whatever the file's."""
+"""The factors and the scale that an adapter adds to one module's weights, in mlx-lm's layout."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """Of a linear module a [inputs, r] and b [r, outputs]; of experts a [E, r, inputs] and
-    b [E, outputs, r]."""
+    """One module's factors: of a linear module a [inputs, r] and b [r, outputs]; of experts a [E,
+    r, inputs] and b [E, outputs, r]."""
 
     a: mx.array
     b: mx.array
@@ -27,7 +26,7 @@ class Factors:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the two have one rank, and one number of experts."""
+        """Whether both have the same rank and the same number of experts."""
         if self.a.ndim != self.b.ndim or self.a.ndim not in (2, 3):
             return False
         if self.a.ndim == 2:
@@ -36,18 +35,18 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weights that they are added to: [outputs, inputs] or [E, outputs, inputs]."""
+        """The shape of the adapted weights: [outputs, inputs] or [E, outputs, inputs]."""
         if self.a.ndim == 2:
             return self.b.shape[1], self.a.shape[0]
         return self.b.shape[0], self.b.shape[1], self.a.shape[2]
 
     def added_to(self, weight: mx.array) -> mx.array:
-        """Return float32 weights with the factors' product added."""
+        """Return float32 weights plus the scaled product of the factors."""
         a, b = self.a.astype(mx.float32), self.b.astype(mx.float32)
         return weight + ((self.scale * b) @ a if a.ndim == 3 else (self.scale * b.T) @ a.T)
 
     def equals(self, other: Factors) -> bool:
-        """Tell whether both add the same, to the bit."""
+        """Return whether both are equal, bit by bit."""
         if self.scale != other.scale:
             return False
         pairs = ((self.a, other.a), (self.b, other.b))
@@ -55,10 +54,10 @@ class Factors:
 
 
 def read_float_header(file: Path) -> dict[str, TensorInfo]:
-    """Read the header of a file that holds plain weights alone.
+    """Read the header of a file that holds only float tensors.
 
     Raises:
-      SourceError: if there is none, or it holds something else.
+      SourceError: if there is none, or a tensor has another type.
     """
     if not file.is_file():
         raise SourceError(f"{file} is missing")
@@ -74,10 +73,10 @@ def read_float_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def check_fit(factors: Mapping[str, Factors], shapes: Shapes, file: Path) -> None:
-    """Check that every pair of factors fits the module it is named after. Ranks are their own.
+    """Check that every pair of factors fits its module's weights. Ranks may differ.
 
     Raises:
-      SourceError: if one does not.
+      SourceError: if a pair does not.
     """
     for path, own in factors.items():
         if path not in shapes:

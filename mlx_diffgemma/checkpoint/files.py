@@ -1,4 +1,4 @@
-"""Repo id or folder -> local folder. The only file that touches the network."""
+"""Local folders of repo ids, with downloads and uploads. The only file that uses the network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PICKLE = (
     "save the model as safetensors (transformers' save_pretrained does)"
 )
 _IMAGES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-# What people point at instead of a checkpoint. `{name}` is one of the files.
+# Things that users give instead of a checkpoint. `{name}` is one of the files.
 _OTHER_THINGS = {
     "*.gguf": "{name} is a GGUF file, which is made for llama.cpp; use a checkpoint of safetensors "
     "instead, such as mlx-community/diffusiongemma-26B-A4B-it-4bit",
@@ -54,14 +54,14 @@ _OTHER_THINGS = {
     "google/diffusiongemma-26B-A4B-it",
     "*.onnx": "{name} is an ONNX file; use a checkpoint of safetensors instead",
 }
-# What a text runtime needs of a repository; no pickle files, no code.
+# The files of a repository that a text runtime needs; no pickle files, no code.
 PATTERNS = ("config.json", *_TEXT, *_WEIGHTS)
-# What a converted checkpoint takes along from its source as it is.
+# The files that the converter copies unchanged from its source.
 SIDE_PATTERNS = (*_TEXT, *_IMAGES)
 
 
 def bundled_model() -> Path:
-    """Folder of the small trained model that comes with the package."""
+    """Return the folder of the small trained model that comes with the package."""
     return Path(str(resources.files("mlx_diffgemma.demo")))
 
 
@@ -72,7 +72,7 @@ def resolve(
     for_conversion: bool = False,
     headers_only: bool = False,
 ) -> Path:
-    """Return a folder as it is, or the local copy of a Hub repository, downloaded where needed.
+    """Return a folder unchanged, or the local copy of a Hub repository, downloaded if needed.
 
     Downloads resume, show their progress on stderr, and bring only the files that are needed.
     `HF_HUB_OFFLINE=1` uses what is cached.
@@ -81,19 +81,19 @@ def resolve(
       source: a folder, a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`, or its
         short name (`4bit`, `8bit`, ...).
       revision: branch, tag or commit of a repository.
-      for_conversion: bring what a copy of the checkpoint has, image processing included.
-      headers_only: bring the headers of weight files that are not cached, in a temporary folder
-        with files of the right length and nothing else in them.
+      for_conversion: fetch all files that the converter copies, image processing included.
+      headers_only: fetch only the headers of weight files that are not cached, into a temporary
+        folder with files of the right length and no tensor data.
 
     Raises:
-      SourceError: if there is no such folder or repository, it cannot be reached, or what is there
-        is something else than a checkpoint of safetensors.
+      SourceError: if there is no such folder or repository, it cannot be reached, or it is not a
+        checkpoint of safetensors.
     """
     text = full_name(os.fspath(source))
     try:
         folder = Path(text).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # forbidden, too long, nobody's home
+    except (OSError, RuntimeError, ValueError) as error:  # forbidden, too long, ~UNKNOWN
         raise SourceError(f"{text} cannot be looked up as a folder: {error}") from error
     if not text:
         raise SourceError("the name of the model is empty; give a folder or a Hub repo id")
@@ -184,8 +184,8 @@ def _download(
 
 
 def other_things(names: Iterable[str]) -> str | None:
-    """Say what files without `model*.safetensors` are, and what to use instead; None where they are
-    nothing that is known."""
+    """Return what files without `model*.safetensors` are, and what to use instead; None if they are
+    unknown."""
     names = sorted(names)
     for pattern, what in _OTHER_THINGS.items():
         if found := fnmatch.filter(names, pattern):
@@ -194,7 +194,7 @@ def other_things(names: Iterable[str]) -> str | None:
 
 
 def _refuse_other_things(source: str, names: list[str], folder: Path | None = None) -> None:
-    """Refuse what is known to be no checkpoint of safetensors."""
+    """Refuse folders that are known to be something other than a checkpoint of safetensors."""
     if fnmatch.filter(names, _WEIGHTS[0]) or _WEIGHTS[1] in names:
         return
     if what := other_things(names):
@@ -207,17 +207,17 @@ def _refuse_other_things(source: str, names: list[str], folder: Path | None = No
 
 
 def has_all_weights(local: Path) -> bool:
-    """Whether the weight files that a snapshot lists are all in the cache."""
+    """Return whether all weight files that a snapshot lists are in the cache."""
     try:
         listed = json.loads((local / _WEIGHTS[1]).read_text("utf-8"))["weight_map"].values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return any(local.glob(_WEIGHTS[0]))  # one file; a damaged index is refused by its reader
+        return any(local.glob(_WEIGHTS[0]))  # one file; the index's reader refuses a damaged one
     return all((local / name).is_file() for name in listed)
 
 
 def _with_headers(local: Path, repo: str) -> Path:
-    """A temporary copy of a snapshot, whose weight files have a header and a length, and no
-    more. Its path names repository and commit, as the cache's does."""
+    """Return a temporary copy of a snapshot, whose weight files hold only their header but have the
+    right length. Its path names repository and commit, as in the cache."""
     from huggingface_hub import HfApi
 
     temporary = Path(tempfile.mkdtemp(prefix=_HEADERS))
@@ -227,7 +227,7 @@ def _with_headers(local: Path, repo: str) -> Path:
     for path in local.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copy(path, folder / path.name)
-    # The commit, not the branch: it may have moved since the small files came.
+    # The commit, not the branch, which may have moved since the small files were fetched.
     found = HfApi().get_safetensors_metadata(repo, revision=local.name)
     for name, metadata in found.files_metadata.items():
         tensors = metadata.tensors
@@ -244,12 +244,12 @@ def _with_headers(local: Path, repo: str) -> Path:
 
 
 def is_temporary(folder: Path) -> bool:
-    """Return whether a folder has headers alone, and goes away with this process."""
+    """Return whether a folder is a temporary copy with headers only, removed with this process."""
     return any(part.startswith(_HEADERS) for part in folder.parts)
 
 
 def cached(repo: str, revision: str | None) -> Path | None:
-    """What the Hub's local cache has of a repository; never downloads."""
+    """Return the cached snapshot of a repository, if there is one; never download."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -260,7 +260,7 @@ def cached(repo: str, revision: str | None) -> Path | None:
 
 
 def upload(folder: Path, repo: str) -> None:
-    """Puts a folder on the Hub as `repo`, which is made where it does not exist.
+    """Upload a folder to the Hub as `repo`, which is created if needed.
 
     Raises:
       SourceError: if the Hub refuses or cannot be reached.
@@ -294,8 +294,8 @@ def _similar(folder: Path) -> str:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Through a file beside it and a rename, so that it is never half written; a link stays one,
-    and so do the permissions.
+    """Write a file by way of a temporary one and a rename, so that it is never half written. Links
+    and permissions are kept.
 
     Raises:
       SourceError: if it cannot be written.
@@ -318,7 +318,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def _mode(target: Path) -> int:
-    """As it was, or as for any new file."""
+    """Return the file's mode, or that of a new file."""
     if target.exists():
         return target.stat().st_mode & 0o7777
     mask = os.umask(0)

@@ -1,5 +1,5 @@
-"""What safetensors files say about themselves, without reading any tensor: names, types, shapes,
-places. No mlx here.
+"""Headers of safetensors files: names, types, shapes and positions of tensors, without their data.
+Imports no mlx.
 
 Source of the format: huggingface/safetensors README, "Format".
 """
@@ -33,12 +33,12 @@ HEADER_LIMIT = 100_000_000  # as in the safetensors library
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """The place of one tensor in a file, with its type and shape."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
+    start: int  # in bytes from the beginning of the file
     nbytes: int
 
     @property
@@ -47,10 +47,10 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one file.
+    """Return the tensors of one file.
 
     Raises:
-      WeightsError: if the file is truncated, or its header is damaged or lies about sizes.
+      WeightsError: if the file is truncated, or its header is damaged or has wrong sizes.
     """
     try:
         size = path.stat().st_size
@@ -75,7 +75,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(raw, dict):
         raise WeightsError(f"{path}: the safetensors header is damaged: it is not a JSON object")
     metadata = raw.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # MLX writes null where it was given none
+    metadata = {} if metadata is None else metadata  # MLX writes null if it has no metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path}: the safetensors header is damaged: __metadata__ is not text")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in raw.items()}
@@ -93,7 +93,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """The tensors of a checkpoint: one file, or shards with an index. Pickle files are never
+    """Return the tensors of a checkpoint: one file, or shards with an index. Pickle files are never
     opened.
 
     Raises:
@@ -170,8 +170,7 @@ def _tensor(path: Path, name: str, entry: Any, offset: int) -> TensorInfo:
 
 
 def _all_of_a_set(folder: Path, files: list[str]) -> list[str]:
-    """Names of a full set: `x-00001-of-00003` stands for three files, whether they are there or
-    not."""
+    """Return the names of all shards: `x-00001-of-00003` implies three files, present or not."""
     for name in files:
         if match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", name):
             stem, count = match[1], int(match[2])

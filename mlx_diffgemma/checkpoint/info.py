@@ -1,5 +1,5 @@
-"""What a checkpoint is, from its config and the headers of its files. Reads no tensor; imports no
-mlx."""
+"""The facts about a checkpoint that `info` shows, from its config and headers. Reads no tensor;
+imports no mlx."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .memory import needed_bytes
 from .names import VISION, part_of
 from .tied import read_assigned
 
-CONTEXTS = (4096, 32768)  # tokens for which the memory needed is told
+CONTEXTS = (4096, 32768)  # tokens of context for which the needed memory is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What `describe` finds."""
+    """The result of `describe`."""
 
     name: str  # folder, or repo id on the Hub
     folder: Path | None  # None where only headers were fetched from the Hub
     parameters: int  # everything on disk, vision included
-    active_parameters: int  # what one token meets in the text path
+    active_parameters: int  # used for one token in the text path
     parts: tuple[Part, ...]
     disk_bytes: int  # weight files
     tensors: int
@@ -64,7 +64,7 @@ def describe(folder: Path) -> Info:
     for name, info in tensors.items():
         part = part_of(name)
         nbytes[part] += info.nbytes
-        # A tied weight counts once, and what scales activations is no weight.
+        # A tied weight counts once, and scales of activations do not count.
         if name not in assigned.copies and assigned.ignored.get(name, VISION) == VISION:
             parameters[part] += _parameters(name, ours.get(name, name), tensors, config)
     loaded = sum(info.nbytes for info in assigned.used.values())
@@ -95,8 +95,8 @@ def describe(folder: Path) -> Info:
 
 
 def _parameters(stored: str, name: str, tensors: dict[str, TensorInfo], config: ModelConfig) -> int:
-    """Count the weights that a tensor stands for: packed ones as many as they unpack to, scales
-    none. `name` is ours."""
+    """Return the number of weights in a tensor: unpacked ones for packed tensors, none for scales.
+    `name` is ours."""
     info = tensors[stored]
     module, _, leaf = stored.rpartition(".")
     if f"{module}.scales" not in tensors:
@@ -109,7 +109,7 @@ def _parameters(stored: str, name: str, tensors: dict[str, TensorInfo], config: 
 
 
 def as_object(info: Info) -> dict[str, Any]:
-    """For JSON."""
+    """Return the facts as an object for JSON."""
     text = info.config.text
     return {
         "model": info.name,

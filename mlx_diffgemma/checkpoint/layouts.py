@@ -1,4 +1,4 @@
-"""Recognise the layout of a checkpoint: what its config.json declares, and what its tensors show.
+"""Recognition of a checkpoint's layout, from its config.json and its tensors.
 
 Imports no mlx.
 """
@@ -27,7 +27,7 @@ _READABLE = {
     NVFP4: PackedFormat("ModelOpt NVFP4", (NVFP4,)),
     FP8: PackedFormat("FP8 with one scale per channel", (FP8,)),
 }
-# Suffixes of formats that nothing here reads.
+# Suffixes of unsupported formats.
 _SUFFIXES = {
     ".weight_global_scale": "compressed-tensors NVFP4",
     ".weight_packed": "compressed-tensors packed integers",
@@ -44,7 +44,7 @@ _SUFFIXES = {
 
 
 def layout_of(config: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> str:
-    """Return how a checkpoint's weights are packed, as one of the layouts that the converter reads.
+    """Return the packing of a checkpoint's weights, as one of the converter's layouts.
 
     Raises:
       WeightsError: if it is another one, or the tensors are not packed as config.json declares.
@@ -67,7 +67,7 @@ def layout_of(config: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> st
 
 
 def check_loads(stored: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Check that no tensor shows a format that does not load, where config.json declares none.
+    """Check that no tensor is in a format that does not load, if config.json declares none.
 
     Raises:
       WeightsError: with the command that converts it, where there is one.
@@ -85,7 +85,7 @@ def _cannot(found: PackedFormat) -> str:
 
 
 def _shown(stored: Mapping[str, TensorInfo]) -> tuple[str | PackedFormat, str | None]:
-    """Return the layout that suffixes and types of tensors show, and a tensor that shows it."""
+    """Return the layout that suffixes and types of tensors imply, and a tensor as example."""
     examples: dict[str, str] = {}
     for name, info in stored.items():
         suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
@@ -105,7 +105,7 @@ def _shown(stored: Mapping[str, TensorInfo]) -> tuple[str | PackedFormat, str | 
 
 
 def _odd_scale(weight: TensorInfo, scale: TensorInfo) -> str | None:
-    """Name the format of a weight with such a `weight_scale`, where it is one that is not read."""
+    """Return the format of a weight with such a `weight_scale`, if it is unsupported."""
     if weight.dtype == "I8":
         return "INT8"
     if scale.dtype in ("U8", "F8_E8M0"):  # powers of two

@@ -1,4 +1,4 @@
-"""Folder or repo id -> model and tokenizer."""
+"""Loading of model and tokenizer from a folder or repo id."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load(
       tokenizer.
     """
     folder = resolve(path_or_repo, revision)
-    # What is quick to check comes first; the config before transformers looks at it on its own.
+    # Quick checks come first, and our check of the config before transformers' own.
     config = ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
     return build_model(folder, config, adapter_path=adapter_path, fused=fused), tokenizer
@@ -59,15 +59,14 @@ def load_model(
     adapter_path: str | os.PathLike[str] | None = None,
     fused: bool = True,
 ) -> DiffusionGemma:
-    """Load the model alone, from a folder that may have no tokenizer. Warn where memory will be
-    short.
+    """Load only the model, from a folder that may have no tokenizer. Warn if memory is short.
 
     Args:
       folder: a checkpoint's.
       adapter_path: folder of adapters, or of weights trained in full, in mlx-lm's format.
-      fused: queries, keys and values become one product after loading, gate and up likewise,
-        where no adapter is on them; False leaves every module under its checkpoint's name, as
-        training needs.
+      fused: fuse queries, keys and values into one product after loading, and gate and up, unless
+        they have an adapter; False keeps every module under its checkpoint's name, as training
+        needs.
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
@@ -81,10 +80,10 @@ def build_model(
     adapter_path: str | os.PathLike[str] | None = None,
     fused: bool = True,
 ) -> DiffusionGemma:
-    """As `load_model`, from a config that was read already: its warnings come once."""
+    """Run `load_model` on a config that was read already, so that its warnings come once."""
     used = list(read_assigned(folder)[1].used.values())
     weights, element_bytes = sum(info.nbytes for info in used), 2
-    if mx.default_device() == mx.cpu:  # what is not packed becomes float32 there
+    if mx.default_device() == mx.cpu:  # there, unpacked weights become float32
         weights += sum(info.nbytes for info in used if info.dtype in ("BF16", "F16"))
         element_bytes = 4
         if hint := slow_blas(weights):

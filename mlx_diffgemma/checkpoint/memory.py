@@ -1,4 +1,4 @@
-"""How much memory there is, how much a model needs, and MLX's limits while it runs."""
+"""Memory: the device's, a model's estimated need, and MLX's limits during a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LOGITS_COPIES = 3
 
 
 def context_bytes(config: TextConfig, tokens: int, element_bytes: int = 2) -> int:
-    """Keys and values of `tokens` committed tokens; sliding layers keep at most `sliding_window -
-    1`."""
+    """Return the bytes of keys and values of `tokens` committed tokens; sliding layers keep at most
+    `sliding_window - 1`."""
     total = 0
     for layer in config.layers:
         kept = min(tokens, config.sliding_window - 1) if layer.is_sliding else tokens
@@ -33,19 +33,18 @@ def needed_bytes(
     *,
     element_bytes: int = 2,
 ) -> int:
-    """An estimate: weights, context, and the largest arrays of a step or of the prefill before it.
-
-    `element_bytes` is the size of what is computed in: 2 on a GPU, 4 on the CPU backend.
+    """Return an estimate: weights, context, and the largest arrays of a step or of the prefill.
+    `element_bytes` is the size of the computation's type: 2 on a GPU, 4 on the CPU backend.
     """
     logits = _LOGITS_COPIES * 4 * canvas_length * config.vocab_size
-    # Scores and their softmax, of one full layer: heads of its size have no fused kernel.
+    # Scores and their softmax in one full layer, whose head size has no fused kernel.
     piece = min(tokens, default_of("prefill_step_size"))
     scores = 2 * config.num_attention_heads * piece * tokens * element_bytes
     return weight_bytes + context_bytes(config, tokens, element_bytes) + max(logits, scores)
 
 
 def recommended_bytes() -> int:
-    """What the device recommends to use at most; the machine's memory where it says nothing."""
+    """Return the memory that the device recommends to use at most, else the machine's memory."""
     import mlx.core as mx
 
     info = mx.device_info()
@@ -57,19 +56,19 @@ def recommended_bytes() -> int:
 
 
 _before: tuple[int, int | None] = (0, None)
-_runs = 0  # inside `generation_limits`; the first one in sets the limits, the last one out resets
+_runs = 0  # inside `generation_limits`; the first one sets the limits, the last one resets them
 
 
 @contextmanager
 def generation_limits() -> Iterator[None]:
-    """Metal: all recommended memory may stay wired, as in mlx-lm. Everywhere: a bounded cache of
-    freed memory. Runs may overlap."""
+    """Limit MLX's memory during a run. On Metal all recommended memory may stay wired, as in
+    mlx-lm; everywhere the cache of freed memory is bounded. Runs may overlap."""
     global _runs, _before
     import mlx.core as mx
 
     if _runs == 0:
         cache_limit = mx.set_cache_limit(CACHE_LIMIT_BYTES)
-        mx.set_cache_limit(min(cache_limit, CACHE_LIMIT_BYTES))  # not above what somebody had set
+        mx.set_cache_limit(min(cache_limit, CACHE_LIMIT_BYTES))  # not above an earlier limit
         is_metal = mx.metal.is_available()
         _before = cache_limit, mx.set_wired_limit(recommended_bytes()) if is_metal else None
     _runs += 1
@@ -81,5 +80,5 @@ def generation_limits() -> Iterator[None]:
             cache_limit, wired_limit = _before
             mx.set_cache_limit(cache_limit)
             if wired_limit is not None:
-                mx.synchronize()  # nothing may still be running when memory is unwired
+                mx.synchronize()  # no work may be running when memory is unwired
                 mx.set_wired_limit(wired_limit)

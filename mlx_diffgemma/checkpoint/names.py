@@ -1,4 +1,5 @@
-"""Source name pattern -> our name, or "ignored because". Data only, for loading and for converting.
+"""The table of tensor names, from source patterns to our names or a reason to ignore them, for
+loading and converting.
 
 Our names are those of the mlx-community checkpoints: the official ones, with `.weight` behind the
 expert arrays.
@@ -60,7 +61,7 @@ RULES = (
     Rule(rf"lm_head({_PACKED})", r"model.decoder.embed_tokens\1"),
     Rule(r"(model\.decoder\.self_conditioning\.pre_norm\.weight)", r"\1"),
     Rule(rf"(model\.decoder\.self_conditioning\.(?:gate|up|down)_proj{_PACKED})", r"\1"),
-    # Whatever packs or calibrates it, vision is left out as a whole.
+    # Vision is left out as a whole, with its scales and calibration.
     Rule(r"(?:model\.)?(?:encoder\.)?(?:vision_tower|embed_vision)\.[\w.]+", None, VISION),
     Rule(rf"{_STACK}({_LAYER}(?:\w+\.)+input_(?:global_)?scale)", None, ACTIVATIONS),
     Rule(
@@ -75,7 +76,7 @@ _COMPILED = tuple((re.compile(rule.pattern), rule) for rule in RULES)
 
 
 def translate(name: str) -> str | Ignored:
-    """Our name of a source tensor, or why it is left out.
+    """Return our name of a source tensor, or why it is left out.
 
     Raises:
       WeightsError: if no rule knows the name.
@@ -90,7 +91,8 @@ def translate(name: str) -> str | Ignored:
 
 
 def keep_as(name: str) -> str | Ignored:
-    """As `translate`, for a copy: what is only not loaded yet keeps its name.
+    """Return `translate`'s name for a converted copy, in which tensors that are not loaded yet keep
+    their names.
 
     Raises:
       WeightsError: if no rule knows the name.
@@ -100,8 +102,8 @@ def keep_as(name: str) -> str | Ignored:
 
 
 def part_of(name: str) -> str:
-    """Which part of the model a tensor, under its source name or ours, belongs to: a row of
-    `info`'s table."""
+    """Return the part of the model that a tensor, under its source name or ours, belongs to: a row
+    of `info`'s table."""
     if "vision" in name:
         return "vision"
     if ".experts." in name:

@@ -23,7 +23,7 @@ _PICKLED = "adapter_model.bin"
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 _ENCODER, _DECODER = "model.encoder.language_model.layers.", "model.decoder.layers."
 _EXPERTS = ("gate_up_proj", "down_proj")
-# Options that make an adapter something else than two factors and a scale.
+# Options under which an adapter is more than two factors and a scale.
 _REFUSED = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -39,9 +39,9 @@ _REFUSED = {
     "lora_bias": "a bias on the factors",
     "fan_in_fan_out": "transposed weights",
 }
-# Begin from a changed base model, which the adapter's file does not hold.
+# Initialisations that change the base model, which the adapter's file does not contain.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What a name that is no factor of a linear module or of experts belongs to.
+# Kinds of tensors that are not factors of a linear module or of experts, by a part of their names.
 _OTHER = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "an adapter on an embedding",
@@ -51,8 +51,8 @@ _OTHER = {
 
 
 def is_peft(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
-    """Tell whether PEFT made a folder. Some trainers write its keys beside mlx-lm's, with mlx-lm's
-    file: that is mlx-lm's format."""
+    """Return whether a folder is in PEFT's format. Some trainers write its keys beside mlx-lm's,
+    with mlx-lm's file: that is mlx-lm's format."""
     if "lora_parameters" in config or "fine_tune_type" in config:
         return False
     return "peft_type" in config or any(
@@ -64,8 +64,8 @@ def read_peft(
     folder: str | os.PathLike[str], config: Mapping[str, Any], shapes: Shapes
 ) -> dict[str, Factors]:
     """Read the factors of each module, by our paths. Encoder and decoder share their weights here,
-    so an adapter must be the same on both, or be the decoder's alone; the latter warns where it was
-    not trained on shared weights for certain.
+    so an adapter must be equal on both, or be on the decoder alone, which warns unless it was
+    certainly trained on shared weights.
 
     Args:
       folder: with both files.
@@ -73,7 +73,7 @@ def read_peft(
       shapes: of the model's weights, which tell which of an expert block's arrays is meant.
 
     Raises:
-      SourceError: if the folder holds something that cannot be added to these weights.
+      SourceError: if the adapter is not supported or does not fit these weights.
     """
     file = Path(folder) / PEFT_WEIGHTS
     _check_config(config, Path(folder) / "adapter_config.json")
@@ -111,7 +111,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _paired(file: Path) -> dict[str, tuple[str, str]]:
-    """Module -> the names of its two factors."""
+    """Return the names of each module's two factors."""
     halves: dict[str, dict[str, str]] = {}
     adapters = set()
     for name in read_float_header(file):
@@ -136,8 +136,8 @@ def _paired(file: Path) -> dict[str, tuple[str, str]]:
 def _factors(
     name: str, a: mx.array, b: mx.array, config: Mapping[str, Any], shapes: Shapes, file: Path
 ) -> tuple[str, Factors]:
-    """A module's path under transformers' names, and its factors: PEFT's are A [r, inputs] and
-    B [outputs, r], of experts A [E r, inputs] and B [outputs, r E]."""
+    """Return a module's path under transformers' names, and its factors. PEFT's are A [r, inputs]
+    and B [outputs, r], of experts A [E r, inputs] and B [outputs, r E]."""
     path = _path(name)
     if "vision" in path:
         raise SourceError(f"{file}: {path} is of the vision tower, which is not loaded yet")
@@ -155,7 +155,7 @@ def _factors(
             continue
         count, rank = shape[0], a.shape[0] // shape[0]
         scale = _scale(f"{path}.{leaf}", rank, config, file)
-        # B counts experts within ranks, A ranks within experts.
+        # In B's columns the expert index runs fastest, in A's rows the rank index.
         b = b.reshape(-1, rank, count).transpose(2, 0, 1)
         return f"{path}.{leaf}", Factors(a.reshape(count, rank, -1), b, scale)
     raise SourceError(
@@ -165,8 +165,8 @@ def _factors(
 
 
 def _path(name: str) -> str:
-    """The path in transformers' model; wrappers within wrappers are PEFT's, for several arrays of
-    one module."""
+    """Return the path in transformers' model. PEFT nests wrappers for several arrays of one
+    module."""
     path = name.removeprefix("base_model.model.")
     if path.startswith(("decoder.", "encoder.")):  # trained without the head
         path = f"model.{path}"
@@ -178,7 +178,7 @@ def _decoder_path(path: str) -> str:
 
 
 def _scale(path: str, rank: int, config: Mapping[str, Any], file: Path) -> float:
-    """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters; both may be set by pattern."""
+    """Return alpha / r, or alpha / sqrt(r) for rank-stabilised adapters; patterns may set both."""
     where = file.with_name("adapter_config.json")
     r = _by_pattern(config, "rank_pattern", "r", 8, path, where)
     alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", 8, path, where)
@@ -190,7 +190,8 @@ def _scale(path: str, rank: int, config: Mapping[str, Any], file: Path) -> float
 def _by_pattern(
     config: Mapping[str, Any], patterns: str, key: str, default: int, path: str, where: Path
 ) -> float:
-    """The value of the first pattern that matches the end of the path, else the one for all."""
+    """Return the value of the first pattern that matches the end of the path, else the common
+    one."""
     chosen = config.get(patterns) or {}
     if not isinstance(chosen, Mapping):
         raise SourceError(f"{where}: {patterns} must be an object, got {chosen!r}")
@@ -211,7 +212,7 @@ def _by_pattern(
 def _shared(
     found: Mapping[str, Factors], config: Mapping[str, Any], file: Path
 ) -> dict[str, Factors]:
-    """One adapter for both sides of shared weights."""
+    """Return one adapter for both sides of shared weights."""
     decoder = {path: own for path, own in found.items() if not path.startswith(_ENCODER)}
     for path in found:
         if not path.startswith(_ENCODER):
@@ -244,13 +245,13 @@ def _shared(
 
 
 def _twin(path: str) -> str:
-    """The encoder's name of a shared module; empty for what the decoder has alone."""
+    """Return the encoder's name of a shared module; empty if only the decoder has it."""
     return _ENCODER + path[len(_DECODER) :] if path.startswith(_DECODER) else ""
 
 
 def _is_targeted(path: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT would have put an adapter on a module of transformers' model. Where it would,
-    and there is none, the trainer's model had no such module apart from the decoder's."""
+    """Return whether PEFT would put an adapter on a module of transformers' model. If it would, and
+    there is none, the trainer's model shared that module with the decoder."""
     if _matches(path, config.get("exclude_modules")):
         return False
     return any(_matches(path, config.get(key)) for key in ("target_modules", "target_parameters"))

@@ -1,4 +1,4 @@
-"""Which stored tensor fills which of ours, where one weight may be stored under several names.
+"""The assignment of stored tensors to ours, where one weight may be stored under several names.
 
 Encoder and decoder share all weights but the layer scalars, and the head is the embedding. A file
 may hold such a weight under each of these names: equal copies are left out, others are refused,
@@ -20,8 +20,8 @@ from .headers import FLOATS, TensorInfo, read_headers
 from .layouts import check_loads
 from .names import Ignored, translate
 
-_PIECE = 1 << 22  # elements that are compared at a time
-# Leaves that only mean something together: what one name packs, another must pack alike.
+_PIECE = 1 << 22  # elements compared at a time
+# Leaves that belong together: tied names must be packed alike.
 _PACK = frozenset("weight scales biases weight_scale weight_scale_2".split())
 _PREFERRED = "model.decoder."
 _NUMPY = {"F16": np.float16, "F32": np.float32}
@@ -29,7 +29,7 @@ _NUMPY = {"F16": np.float16, "F32": np.float32}
 
 @dataclass(frozen=True)
 class Assigned:
-    """What becomes of every stored tensor, from headers alone."""
+    """The use of every stored tensor, from headers alone."""
 
     used: Mapping[str, TensorInfo]  # our name -> the tensor
     sources: Mapping[str, str]  # our name -> stored name
@@ -40,7 +40,7 @@ class Assigned:
 def assign(
     tensors: Mapping[str, TensorInfo], name_of: Callable[[str], str | Ignored] = translate
 ) -> Assigned:
-    """Give each of our names one stored tensor.
+    """Assign one stored tensor to each of our names.
 
     Args:
       tensors: stored name -> tensor.
@@ -102,7 +102,7 @@ def check_copies(tensors: Mapping[str, TensorInfo], copies: Mapping[str, str]) -
 def _copies(
     other: Mapping[str, str], kept: Mapping[str, str], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, str]:
-    """Stored name -> stored name of its original."""
+    """Return the stored name of each copy's original."""
     if alone := sorted(other.keys() ^ kept.keys()):
         name = other.get(alone[0]) or kept[alone[0]]
         raise WeightsError(
@@ -121,7 +121,7 @@ def _copies(
 
 
 def _equal(one: TensorInfo, two: TensorInfo) -> bool:
-    """Whether two tensors of one shape hold the same values."""
+    """Return whether two tensors of one shape hold the same values."""
     are_floats = {one.dtype, two.dtype} <= FLOATS
     try:
         with one.file.open("rb") as first, two.file.open("rb") as second:
@@ -140,7 +140,7 @@ def _equal(one: TensorInfo, two: TensorInfo) -> bool:
 
 
 def _read(file: BinaryIO, info: TensorInfo, start: int, stop: int) -> bytes:
-    """The bytes of elements [start, stop)."""
+    """Return the bytes of elements [start, stop)."""
     size = info.nbytes // info.elements
     file.seek(info.start + start * size)
     raw = file.read((stop - start) * size)
@@ -150,7 +150,7 @@ def _read(file: BinaryIO, info: TensorInfo, start: int, stop: int) -> bytes:
 
 
 def _values(raw: bytes, dtype: str) -> np.ndarray:
-    """As float32."""
+    """Return the values as float32."""
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, _NUMPY[dtype]).astype(np.float32)

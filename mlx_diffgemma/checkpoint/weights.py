@@ -1,5 +1,5 @@
-"""safetensors -> model. Strict both ways: every tensor is used or ignored by name, every parameter
-is filled once."""
+"""Loading of weights, strict both ways: every tensor is used or ignored by name, every parameter is
+filled once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from ..errors import WeightsError
 from .headers import FLOATS, TensorInfo
 from .tied import check_copies, read_assigned
 
-# Arrays are materialised in groups of this size: enough to keep the disk busy, little enough to
-# bound what is held twice.
+# Arrays are materialised in groups of this size: large enough to keep the disk busy, small enough
+# to bound the memory that is used twice.
 _GROUP_BYTES = 1 << 28
 
 
 def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
     """Fill the model from a folder, and pack the modules that come with scales.
 
-    On the CPU backend everything that is not packed becomes float32, since its gathered product
-    knows nothing else.
+    On the CPU backend all unpacked weights become float32, the only type of its gathered product.
 
     Raises:
       WeightsError: if a tensor is missing, unknown, or has the wrong shape or type, or is stored
@@ -42,8 +41,7 @@ def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
         _owner(model, module)[leaf] = array
         expected.pop(name)
     assert not expected, f"not filled: {sorted(expected)}"
-    # Everything must be real before it is used: lazy slices handed to gathered products have read
-    # as zeros.
+    # Arrays must be evaluated before use: gathered products have read lazy slices as zeros.
     mx.eval(model.parameters())
 
 
@@ -52,7 +50,7 @@ def fit_weights(
 ) -> tuple[Mapping[str, TensorInfo], Mapping[str, str], dict[str, Quantization]]:
     """Check a folder against the model, and pack the modules that come packed.
 
-    Reads headers alone, and what is stored twice, to compare it.
+    Reads only headers, and tensors that are stored twice, to compare them.
 
     Returns:
       Tensors under our names, our name -> source name, and module path -> its packing.
@@ -79,7 +77,7 @@ def fit_weights(
 
 
 def _packed_modules(sources: Mapping[str, str], config: ModelConfig) -> dict[str, Quantization]:
-    """Module path -> its packing, for every module that comes with scales."""
+    """Return the packing of every module that comes with scales, by path."""
     packed = {}
     for name, stored in sources.items():
         module, _, leaf = name.rpartition(".")
@@ -99,7 +97,7 @@ def _packed_modules(sources: Mapping[str, str], config: ModelConfig) -> dict[str
 def _check_packed(
     model: nn.Module, tensors: Mapping[str, TensorInfo], packed: Mapping[str, Quantization]
 ) -> None:
-    """Compares packed shapes with the model's, before MLX is asked to build such modules."""
+    """Compare packed shapes with the model's, before MLX builds such modules."""
     modules = dict(model.named_modules())
     for path, setting in packed.items():
         if path not in modules or not hasattr(modules[path], "to_quantized"):
@@ -136,7 +134,7 @@ def _check_fit(
     expected: Mapping[str, mx.array],
     packed: Mapping[str, Quantization],
 ) -> None:
-    """Names, shapes and types, from headers alone."""
+    """Check names, shapes and types, from headers alone."""
     if missing := sorted(set(expected) - set(tensors)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WeightsError(
@@ -167,8 +165,8 @@ def _check_fit(
 def _read(
     tensors: Mapping[str, TensorInfo], sources: Mapping[str, str], as_float32: set[str]
 ) -> Iterator[tuple[str, mx.array]]:
-    """Arrays under our names, file by file, evaluated in groups; a group is freed by its taker,
-    not held here."""
+    """Yield arrays under our names, file by file, evaluated in groups; the caller owns and frees a
+    group."""
     by_file: dict[Path, list[str]] = {}
     for name, info in tensors.items():
         by_file.setdefault(info.file, []).append(name)
