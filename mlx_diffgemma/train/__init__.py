@@ -1,1 +1,1 @@
-"""Training: the objective that the model was made with, adapters or all weights, exact resume."""
+"""Training of adapters or all weights, with the model's own objective and exact resume."""

@@ -1,5 +1,5 @@
-"""Examples -> batches: their order, their noise, their padding. On the host, and all of it from
-the seed and the number of the batch, so that a run can be taken up anywhere."""
+"""Batches of examples: their order, noise and padding. All of it follows from the seed and the
+batch's number, on the host, so that a run can resume anywhere."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .data import Example
 # Contexts are padded to multiples of this, and conditioned rows to a power of two: every new shape
 # of a batch costs a trace.
 _PLACES = 8
-# What a generator is seeded with beside the seed.
+# Second seed of each generator, beside the run's.
 _ORDER, _NOISE, _VALIDATION = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draw:
-    """Everything random about a batch."""
+    """All random draws of a batch."""
 
     canvas: np.ndarray  # int [B], which canvas of each example is denoised
-    level: np.ndarray  # float [B], the chance of every token to be replaced
+    level: np.ndarray  # float [B], the probability that a token is replaced
     replaced: np.ndarray  # bool [B, C]
     noise: np.ndarray  # int [B, C], uniform tokens
     conditioned: np.ndarray  # bool [B]
 
     def rows(self, start: int, end: int) -> Draw:
-        """Those of some examples."""
+        """Return the draws of some examples."""
         return Draw(*(getattr(self, field.name)[start:end] for field in fields(self)))
 
 
@@ -41,25 +41,25 @@ class Batch:
     context: mx.array  # int32 [B, S], prompts and earlier canvases, padded on the left
     padding: mx.array  # int32 [B], places on the left without a token
     rest: mx.array | None  # int32 [B, R], the canvas and those after it, clean; for a causal loss
-    targets: mx.array | None  # int32 [B, S + R], the next token of each place
+    targets: mx.array | None  # int32 [B, S + R], the next token at each place
     weights: mx.array | None  # float32 [B, S + R], sum 1: the mean over examples of their means
     noisy: mx.array  # int32 [B, C]
     clean: mx.array  # int32 [B, C]
     rows: mx.array | None  # int32 [n], rows that are conditioned, the first repeated; None: none
     place: mx.array | None  # int32 [B], where each row is among `rows`, -1 where it is not
-    tokens: int  # that were read: contexts, clean text and canvases, without padding
+    tokens: int  # tokens read: contexts, clean text and canvases, without padding
 
     def arrays(self) -> dict[str, mx.array]:
-        """By name, without what is None."""
+        """Return the arrays by name, without those that are None."""
         names = ("context", "padding", "rest", "targets", "weights", "noisy", "clean")
         found = {name: getattr(self, name) for name in (*names, "rows", "place")}
         return {name: array for name, array in found.items() if array is not None}
 
 
 class Order:
-    """Which examples each batch has, by its number from 0: all of them once per epoch, neighbours
-    by length among the examples of a pool of batches, but for the last few that fill no batch,
-    which are other ones in every epoch."""
+    """The examples of each batch, by its number from 0: every example once per epoch, with similar
+    lengths from one pool of batches. The last few that fill no batch are left out; they differ in
+    every epoch."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, pool: int):
         self._lengths, self._batch_size, self._seed = np.asarray(lengths), batch_size, seed
@@ -91,8 +91,8 @@ def draw(
     *,
     validation: bool = False,
 ) -> Draw:
-    """The noise of a batch: a uniform level for each example, and every token of one of its
-    canvases replaced by a uniform one with that chance.
+    """Return the noise of a batch: a uniform level for each example, which is the probability that
+    a token of its canvas becomes a uniform one.
 
     Source: MODEL 5.1; google-deepmind/gemma, hackable_diffusion_adapter/configs/sft_sudoku.py and
     hd/sft_model.py @050b1a7.
@@ -118,8 +118,7 @@ def make_batch(
     eos_token_id: int,
     pad_token_id: int,
 ) -> Batch:
-    """Lays examples out: every answer is filled with the end token to the end of its last
-    canvas."""
+    """Return a batch in which the end token fills every answer to the end of its last canvas."""
     B, C = len(examples), canvas_length
     starts, texts = [], []  # where each canvas starts in its text
     for example, canvas in zip(examples, drawn.canvas, strict=True):

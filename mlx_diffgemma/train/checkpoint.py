@@ -1,6 +1,7 @@
-"""What a run leaves in its folder: adapters as mlx-lm has them, and one file to go on from.
+"""The files of a training run: adapters in mlx-lm's format, and one checkpoint to resume from.
 
-A checkpoint is a single file, put in place by a rename: it is there whole, or the one before it is.
+A checkpoint is a single file, put in place by a rename: the folder holds a complete one, the new or
+the last.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..errors import SourceError
 
 STATE = "training_state.safetensors"
 _FORMAT = "1"
-# Settings that a run may change when it is taken up.
+# Settings that may change when a run is resumed.
 _FREE = frozenset(
     "iters val_batches test_batches steps_per_report steps_per_eval save_every "
     "grad_checkpoint model".split()
@@ -31,13 +32,13 @@ _FREE = frozenset(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
-    """Where a run stands."""
+    """The state of a run."""
 
     iteration: int  # batches trained on
     weights: dict[str, mx.array]
     optimizer: dict[str, Any]
     accumulated: dict[str, mx.array]  # gradients of an update that is not complete
-    trained_tokens: int = 0  # read since the run began, padding left out
+    trained_tokens: int = 0  # read since the run began, without padding
 
 
 def save(
@@ -48,14 +49,14 @@ def save(
     *,
     numbered: bool,
 ) -> Path:
-    """Writes the state, the weights in mlx-lm's format, and what they are.
+    """Write the state, the weights in mlx-lm's format, and their config.
 
     Args:
-      folder: of the run; made where it is not there.
-      state: everything a run needs to go on.
+      folder: of the run; created if needed.
+      state: everything that a run needs to resume.
       settings: its settings, written beside the weights.
-      facts: of the model and the data, which a run that goes on must share.
-      numbered: keep this state's weights under its number too, as mlx-lm does.
+      facts: of the model and the data, which must be the same on resume.
+      numbered: also keep this state's weights under its number, as mlx-lm does.
 
     Raises:
       SourceError: if the folder cannot be written to.
@@ -77,7 +78,7 @@ def save(
         _replace(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
         if numbered:
             _save(folder / f"{state.iteration:07d}_{WEIGHTS}", state.weights, {"format": "mlx"})
-        # The state last: where it stands at the end of a run, the weights do too.
+        # The state comes last: when it is at the end of a run, so are the weights.
         _save(folder / WEIGHTS, state.weights, {"format": "mlx"})
         _save(folder / STATE, arrays, metadata)
     except (OSError, RuntimeError) as error:
@@ -86,7 +87,7 @@ def save(
 
 
 def restore(folder: Path, settings: TrainSettings, facts: Mapping[str, Any]) -> State:
-    """The last state of a run.
+    """Return the last state of a run.
 
     Raises:
       SourceError: if there is none, or it belongs to other settings, another model or other data.
@@ -101,7 +102,7 @@ def restore(folder: Path, settings: TrainSettings, facts: Mapping[str, Any]) -> 
             raise ValueError(f"format {metadata.get('format')!r}")
         iteration = int(metadata["iteration"])
         trained_tokens = int(metadata.get("trained_tokens", 0))  # older states have none
-        # A setting that there was not yet stood at its default.
+        # A setting that did not exist yet had its default.
         before = TrainSettings().as_dict() | json.loads(metadata["settings"])
         known = json.loads(metadata["facts"])
     except (RuntimeError, ValueError, KeyError) as error:
@@ -123,7 +124,7 @@ def restore(folder: Path, settings: TrainSettings, facts: Mapping[str, Any]) -> 
 
 
 def trained_weights(model: nn.Module) -> dict[str, mx.array]:
-    """What training changes, by name."""
+    """Return the weights that training changes, by name."""
     return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters())))
 
 
@@ -136,7 +137,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _put(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the place and renames; what could not be written whole is taken away."""
+    """Write to a temporary file and rename it; remove it if writing fails."""
     partial = path.with_name(f".{path.name}")
     try:
         write(partial)

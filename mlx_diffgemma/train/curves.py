@@ -1,4 +1,4 @@
-"""What a run measured: a line of JSON per report, and a picture of all of them."""
+"""The measurements of a training run: a line of JSON per report, and a picture of the curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METRICS, PICTURE = "metrics.jsonl", "curves.png"
 
 
 class Metrics:
-    """The file of a run. One that is taken up loses what was measured behind the checkpoint."""
+    """A run's file of metrics. On resume, reports after the checkpoint are removed."""
 
     def __init__(self, folder: Path, *, iteration: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ class Metrics:
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
 
     def add(self, event: Trained | Validated | Saved) -> None:
-        """Appends a report; what is only saved is none."""
+        """Append a report; other events are ignored."""
         if isinstance(event, Saved):
             return
         kind = "train" if isinstance(event, Trained) else "valid"
@@ -35,7 +35,8 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; none where there is none. A last line cut short is left out."""
+    """Return the rows of a metrics file; none if it does not exist. An incomplete last line is left
+    out."""
     if not path.is_file():
         return []
     rows = []
@@ -48,7 +49,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(folder: Path) -> Path | None:
-    """Make curves.png from a run's metrics; None where nothing was measured.
+    """Draw curves.png from a run's metrics; return None if there are none.
 
     Raises:
       SourceError: if matplotlib is not installed, or the picture cannot be written.

@@ -1,4 +1,4 @@
-"""train.jsonl, valid.jsonl, test.jsonl -> examples as token ids. Every complaint names file and
+"""Examples as token ids, from train.jsonl, valid.jsonl and test.jsonl. Every error names file and
 line."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _END_OF_TURN = "<turn|>"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """A prompt and what is to be answered, up to the end of the turn."""
+    """A prompt and its answer, up to the end of the turn."""
 
     prompt: np.ndarray  # int32 [P], P >= 1
     answer: np.ndarray  # int32 [A], A >= 2: at least one token of text, then the end of the turn
@@ -32,7 +32,7 @@ class Example:
         return -(-len(self.answer) // canvas_length)
 
     def tokens(self, canvas_length: int) -> int:
-        """Its length in training: the last canvas counts as a whole."""
+        """The length in training, where the last canvas counts in full."""
         return len(self.prompt) + self.canvases(canvas_length) * canvas_length
 
 
@@ -111,7 +111,7 @@ def _example(
             raise DataError(f"{where}: prompt must be text, got {type(prompt).__name__}")
     elif "text" in record:
         raise DataError(
-            f"{where}: plain text has no prompt and no answer, and a canvas answers something; "
+            f"{where}: plain text has no prompt and no answer, which training needs; "
             "give messages, or prompt and completion"
         )
     else:
@@ -149,10 +149,10 @@ def _check(
 
 
 def fill_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills a canvas behind the end of the turn: `<eos>`."""
+    """Return the token that fills a canvas after the end of the turn: `<eos>`."""
     specials = special_tokens(tokenizer)
     if "<eos>" not in specials:
-        raise DataError("this tokenizer has no <eos>, which fills a canvas behind an answer")
+        raise DataError("this tokenizer has no <eos>, which fills a canvas after an answer")
     return specials["<eos>"]
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint and its adapters -> a checkpoint: shard by shard, under the source's names."""
+"""Fusion of adapters into a checkpoint's weights, shard by shard, under the source's names."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SHARD_BYTES = 5 << 30
 
 @dataclass(slots=True)
 class Fused:
-    """What was written."""
+    """The result of a fusion."""
 
     folder: Path
     changed: int = 0  # modules
     nbytes: int = 0
-    # What packing again lost of each fused module's weights: the root of the sum of squares, as a
-    # share of the weights'.
+    # Error from packing each fused module's weights again: root of the sum of squares, relative to
+    # the weights'.
     errors: dict[str, float] = field(default_factory=dict)
 
 
@@ -56,18 +56,18 @@ def fuse_checkpoint(
     dequantize: bool = False,
     revision: str | None = None,
 ) -> Fused:
-    """Writes a checkpoint whose weights hold what adapters added.
+    """Write a checkpoint with adapters fused into its weights.
 
     Args:
-      model: folder or repo id of what was trained.
+      model: folder or repo id of the model that was trained.
       adapter_path: folder of adapters, or of weights trained in full.
-      save_path: folder of the result, which must not be there yet.
+      save_path: folder of the result, which must not exist yet.
       dequantize: unpack everything; the result is in the official layout then.
       revision: of a repository.
 
     Returns:
-      What was written. Packed modules that have an adapter are unpacked, fused and packed again,
-      which loses a little; `errors` says how much.
+      The result. Packed modules with an adapter are unpacked, fused and packed again, with a small
+      loss, which `errors` gives.
 
     Raises:
       SourceError: if the adapters do not fit the checkpoint, or the result cannot be written.
@@ -91,13 +91,13 @@ def fuse_checkpoint(
 def _write_folder(
     source: Path, outputs: list[_Output], config: Mapping[str, Any], save_path: Path
 ) -> None:
-    """Write all files, and give them the folder's name when all are there."""
+    """Write all files, and give their folder its name when they are complete."""
     folder = save_path.with_name(f"{save_path.name}.partial")
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
         raise SourceError(
-            f"{folder} is there already, perhaps from a run that was cut off; remove it"
+            f"{folder} exists already, perhaps from an interrupted run; remove it"
         ) from error
     try:
         _write(outputs, folder)
@@ -111,7 +111,7 @@ def _write_folder(
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the place where the model once lay on somebody's disk."""
+    """Return a config without local paths of the model."""
     return {
         key: _shareable(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -122,7 +122,7 @@ def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
 def _outputs(
     source: Path, config: ModelConfig, adapters: Path, fused: Fused, *, dequantize: bool
 ) -> Iterator[_Output]:
-    """Every tensor of the result, not yet computed."""
+    """Return every tensor of the result, not yet computed."""
     tensors, assigned = read_assigned(source)
     check_copies(tensors, assigned.copies)
     kept = dict(assigned.sources) | {name: name for name in assigned.ignored}
@@ -164,14 +164,14 @@ def _outputs(
     assert not changes, sorted(changes)
 
 
-# float32 weights -> what they become.
+# float32 weights -> changed weights.
 _Change = Callable[[mx.array], mx.array]
 
 
 def _changes(
     adapters: Path, shapes: Mapping[str, TensorInfo], weights: Shapes
 ) -> dict[str, _Change]:
-    """By our name of a weight, what the adapters do to it.
+    """Return the change that the adapters make to each weight, by our name.
 
     Raises:
       SourceError: if they do not fit.
@@ -188,7 +188,7 @@ def _weight_shapes(
     tensors: Mapping[str, TensorInfo],
     config: ModelConfig,
 ) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the weights, unpacked, of all modules that take an adapter."""
+    """Return the unpacked weights' shapes of all modules that take an adapter, by path."""
     found = {}
     for path, names in modules.items():
         if "weight" not in names or isinstance(translate(f"{path}.weight"), Ignored):
@@ -220,7 +220,7 @@ _Read = Callable[[str], mx.array]
 
 
 def _read(tensors: Mapping[str, TensorInfo], name: str) -> mx.array:
-    """One tensor; the file's others stay unread, and this one is held by its taker alone."""
+    """Return one tensor. The file's others are not read, and only the caller keeps this one."""
     return cast(dict[str, mx.array], mx.load(str(tensors[name].file)))[name]
 
 
@@ -236,9 +236,9 @@ def _unpacked(
     change: _Change | None,
     dtype: mx.Dtype | None = mx.bfloat16,
 ) -> mx.array:
-    """The weights of a packed module, changed, in float32 and then in `dtype`."""
+    """Return a packed module's changed weights, computed in float32, in `dtype`."""
     scales, biases = read(names["scales"]), None
-    if packing.mode == "affine":  # bfloat16 would round what is unpacked
+    if packing.mode == "affine":  # bfloat16 would round the unpacked weights
         scales, biases = scales.astype(mx.float32), read(names["biases"]).astype(mx.float32)
     weight = mx.dequantize(
         read(names["weight"]),
@@ -254,7 +254,7 @@ def _unpacked(
 
 
 class _Repacked:
-    """A packed module, changed and packed again. Its parts are made together."""
+    """A packed module, changed and packed again. Its parts are computed together."""
 
     def __init__(
         self,
@@ -294,12 +294,12 @@ class _Repacked:
 
 
 def _official(name: str) -> str:
-    """The official name: experts are bare arrays there."""
+    """Return the official name, which for experts is that of a bare array."""
     return name.removesuffix(".weight") if ".experts." in name else name
 
 
 def _write(outputs: list[_Output], folder: Path) -> None:
-    """One file, or shards and an index."""
+    """Write one file, or shards and an index."""
     shards: list[list[_Output]] = [[]]
     held = 0
     for output in outputs:

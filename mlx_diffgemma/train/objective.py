@@ -1,8 +1,8 @@
-"""The objective: denoise one canvas with everything before it in sight, and predict every next
-token of the clean text.
+"""The objective: denoise one canvas given the text before it, and predict every next token of the
+clean text.
 
-Source: MODEL 5.1; google-deepmind/gemma, hackable_diffusion_adapter/hd/sft_model.py @050b1a7. Where
-there is no self-conditioning its signal is zeros, as in transformers, and not the mean embedding.
+Source: MODEL 5.1; google-deepmind/gemma, hackable_diffusion_adapter/hd/sft_model.py @050b1a7.
+  Without self-conditioning its signal is zeros, as in transformers, and not the mean embedding.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ..model.context import Context, LayerContext
 from ..model.layers import softcap
 from ..model.products import head
 
-# Of float32 logits that exist at a time; more of them are made in slices, and twice.
+# Of float32 logits at a time; more of them are computed in slices, and twice.
 _LOGITS_BYTES = 128 << 20
 
 
 def losses(
     model: DiffusionGemma, batch: Mapping[str, mx.array], settings: TrainSettings
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The objective on a batch, with its gradients.
+    """Return the objective on a batch; gradients can be taken of it.
 
     Args:
-      model: under adapters or not; not fused where weights are trained.
+      model: with or without adapters; not fused if weights are trained.
       batch: the arrays of a `Batch`, by name.
       settings: the weights of the two losses, and whether gradients pass through the context.
 
@@ -63,8 +63,8 @@ def losses(
 
 @contextmanager
 def layers_twice(model: DiffusionGemma, *, seed: int = 0) -> Iterator[None]:
-    """Gradient checkpointing: what layers computed on the way is not kept, but computed again.
-    Every layer's dropout is drawn from a seed of its own, so that it is the same both times."""
+    """Use gradient checkpointing: layers' inner arrays are not kept but computed again. Every
+    layer's dropout is drawn from a seed of its own, so that it is the same both times."""
     before, seeds = model.run_layer, count(seed)
     model.run_layer = lambda *arguments: _run_twice(next(seeds), *arguments)
     try:
@@ -74,8 +74,8 @@ def layers_twice(model: DiffusionGemma, *, seed: int = 0) -> Iterator[None]:
 
 
 def _thought(model: DiffusionGemma, batch: Mapping[str, mx.array], context: Context) -> mx.array:
-    """The soft embedding [B, C, M] of a first look at the canvas, without gradients; zeros for
-    rows that are not conditioned."""
+    """Return the soft embedding [B, C, M] of a first forward pass over the canvas, without
+    gradients; zeros for rows that are not conditioned."""
     rows, place = batch["rows"], batch["place"]
     known = _detached(context)
     seen = replace(
@@ -89,7 +89,7 @@ def _thought(model: DiffusionGemma, batch: Mapping[str, mx.array], context: Cont
     states = mx.stop_gradient(states)
 
     def embedded(piece: mx.array, places: slice) -> mx.array:
-        # Only the product with the table is trained, since the table is the second look's.
+        # Only the product with the table has gradients, since it belongs to the second pass.
         return model.soft_embedding(mx.stop_gradient(_logits(model, piece)))
 
     pieces = _in_slices(model, embedded, states)
@@ -117,7 +117,7 @@ def _logits(model: DiffusionGemma, states: mx.array) -> mx.array:
 def _cross_entropy(
     model: DiffusionGemma, states: mx.array, targets: mx.array, weights: mx.array
 ) -> mx.array:
-    """states [B, S, M], targets int32 and weights float32 [B, S] -> the weighted sum."""
+    """Map states [B, S, M], targets int32 and weights float32 [B, S] to the weighted sum."""
 
     def summed(states: mx.array, places: slice) -> mx.array:
         each = nn.losses.cross_entropy(_logits(model, states), targets[:, places])
@@ -129,8 +129,8 @@ def _cross_entropy(
 def _in_slices(
     model: DiffusionGemma, function: Callable[..., mx.array], states: mx.array
 ) -> list[mx.array]:
-    """`function(states, places)` on slices of states [B, S, M], each computed again for its
-    gradients if there is more than one."""
+    """Return `function(states, places)` on slices of states [B, S, M], each computed again for its
+    gradients if there are several."""
     B, S = states.shape[:2]
     step = max(1, _LOGITS_BYTES // (4 * B * model.config.text.vocab_size))
     if step >= S:
@@ -138,7 +138,7 @@ def _in_slices(
     decoder, out = model.model.decoder, []
     for start in range(0, S, step):
         places = slice(start, min(start + step, S))
-        # Integers are no arguments: a gradient would be asked for them.
+        # Integers are not arguments, which need a gradient.
         again = computed_twice(
             (decoder.embed_tokens, decoder.norm), partial(function, places=places)
         )
@@ -163,11 +163,11 @@ def _run_twice(seed: int, layer: nn.Module, *arguments: Any) -> tuple[mx.array, 
 def computed_twice(
     modules: tuple[nn.Module, ...], function: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`mx.checkpoint` for a function of arrays that also uses the weights of modules.
+    """Apply `mx.checkpoint` to a function of arrays that also uses the weights of modules.
 
-    Weights must be arguments, or their gradients would be lost; and the modules get their own back,
-    since one set of weights is used in several passes. (MLX 0.32 hands a checkpoint's arguments on
-    as they are, so that there it makes no difference.)
+    Weights must be arguments, or their gradients would be lost. The modules get their own back,
+    since several passes use one set of weights. (MLX 0.32 passes a checkpoint's arguments on
+    unchanged, so there it makes no difference.)
     """
 
     def with_weights(weights: list[Any], *arrays: mx.array) -> Any:
@@ -175,7 +175,7 @@ def computed_twice(
         for module, given in zip(modules, weights, strict=True):
             module.update(given)
         try:
-            with training():  # the second time is when gradients are taken, long after `losses`
+            with training():  # the second time is for the gradients, long after `losses`
                 return function(*arrays)
         finally:
             for module, own in zip(modules, before, strict=True):
@@ -184,7 +184,7 @@ def computed_twice(
     again = mx.checkpoint(with_weights)
 
     def call(*arrays: mx.array) -> Any:
-        # Copies of the tree: what is updated must not change under the trace.
+        # Copies of the tree, so that updates do not change the trace's arrays.
         weights = [tree_map(lambda a: a, module.trainable_parameters()) for module in modules]
         return again(weights, *arrays)
 

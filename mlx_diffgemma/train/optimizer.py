@@ -1,4 +1,4 @@
-"""Settings -> optimizer and schedule; mlx's own."""
+"""The optimizer and the learning rate's schedule of a run, from mlx."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ _KINDS: dict[str, Callable[..., optim.Optimizer]] = {
     "sgd": optim.SGD,
     "adafactor": optim.Adafactor,
 }
-# Of the learning rate, for what Muon is not for.
+# Of the learning rate, for weights that Muon does not train.
 _REST_SCALE = 0.1
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
-    """The optimizer of a run.
+    """Return the optimizer of a run.
 
-    Muon makes the update of a matrix orthogonal, which says nothing for vectors, tables, routers
-    and stacks of experts: these get AdamW, with the arguments of `adamw` and
-    `learning_rate_scale` (0.1) of the learning rate. MLX's Muon adds its weight decay to the
-    gradient before that, so that where a gradient is small it would be all of the update: it is 0
-    here where `muon` does not say otherwise.
+    Muon makes the update of a matrix orthogonal, which does not suit vectors, tables, routers and
+    stacks of experts: these get AdamW, with the arguments of `adamw` and `learning_rate_scale`
+    (0.1) of the learning rate. MLX's Muon adds its weight decay to the gradient before that, so it
+    would dominate the update where a gradient is small: here it is 0 unless `muon` sets it.
 
     Raises:
-      ConfigError: if it does not take what `optimizer_config` gives it.
+      ConfigError: if `optimizer_config` has arguments that it does not take.
     """
     rate: Rate = settings.learning_rate
     if settings.lr_schedule is not None:
@@ -52,7 +51,7 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
 def _made(
     settings: TrainSettings, kind: str, rate: Rate, scale: float | None = None
 ) -> optim.Optimizer:
-    """An optimizer with its own arguments, at a rate that they may scale where `scale` is given."""
+    """Return an optimizer with its own arguments, which may scale the rate if `scale` is given."""
     config: Any = settings.optimizer_config or {}
     try:
         arguments = dict(config.get(kind) or {})
@@ -73,6 +72,6 @@ def _scaled(rate: Rate, scale: float) -> Rate:
 
 
 def is_matrix(name: str, weight: mx.array) -> bool:
-    """Whether what comes out of a weight depends on it as a product: not so for tables, and a
-    router's few rows are scores."""
+    """Return whether a weight is used as a matrix: not so tables, and a router's few rows are
+    scores."""
     return weight.ndim == 2 and "embed_tokens" not in name and "router" not in name

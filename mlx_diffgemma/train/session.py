@@ -1,4 +1,4 @@
-"""A run from its names: loads model and data, trains, tests, and keeps its records."""
+"""A training run from its settings: loads model and data, trains, tests, and records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Session:
-    """One run of the command."""
+    """One run of the train command."""
 
     model: DiffusionGemma
     trainer: Trainer
@@ -53,7 +53,7 @@ class Session:
         start_file: str | None = None,
         tests_adapters: bool = True,
     ) -> Session:
-        """Loads everything, the quick and the likely to fail first.
+        """Load everything, with quick checks and likely failures first.
 
         Args:
           model: folder or repo id.
@@ -63,7 +63,7 @@ class Session:
           revision: of a repository.
           trains: whether to train; else the adapters in `folder` are tested.
           tests: whether test.jsonl is needed.
-          resumes: go on where `folder` stands.
+          resumes: continue the run in `folder`.
           start_file: weights to begin with.
           tests_adapters: False tests the model alone.
 
@@ -102,7 +102,7 @@ class Session:
         return cls(loaded, trainer, splits["test"], folder, metrics)
 
     def train(self) -> Iterator[Event]:
-        """The events of the run, each recorded."""
+        """Yield the events of the run, and record each."""
         for event in self.trainer.run():
             if self.metrics is not None:
                 try:
@@ -115,12 +115,12 @@ class Session:
             yield event
 
     def interrupted(self) -> Saved | None:
-        """Saves where an interrupted run stands; None where it was in the middle of an update, and
-        the last checkpoint stays."""
+        """Save the state of an interrupted run. Return None in the middle of an update, when the
+        last checkpoint stays."""
         return self.trainer.save() if self.trainer.is_whole else None
 
     def draw(self) -> Path | None:
-        """Draw the run so far; None where nothing was measured.
+        """Draw the run so far; return None if nothing was measured.
 
         Raises:
           SourceError: if the picture cannot be made.
@@ -128,7 +128,7 @@ class Session:
         return None if self.metrics is None else draw(self.folder)
 
     def test(self) -> tuple[float, float, float]:
-        """Losses on the test set: sum, canvas, causal; nats."""
+        """Return losses on the test set: sum, canvas, causal; nats."""
         return self.trainer.losses_on(self.test_set, self.trainer.settings.test_batches)
 
     @property
@@ -137,7 +137,7 @@ class Session:
 
     @property
     def parameters(self) -> int:
-        """All weights, packed ones counted one by one."""
+        """Return the number of all weights, packed ones counted one by one."""
         total = 0
         for _, module in self.model.named_modules():
             own = {name: a for name, a in module.items() if isinstance(a, mx.array)}
@@ -166,7 +166,7 @@ def _read_splits(
     trains: bool,
     tests: bool,
 ) -> dict[str, list[Example]]:
-    """The examples of each split that is needed, and of the others none."""
+    """Return the examples of each split that is needed, and none of the others."""
     has_valid = trains and (Path(data) / "valid.jsonl").is_file()
     needed = {"train": trains, "valid": has_valid, "test": tests}
     return {
@@ -185,8 +185,8 @@ def _read_splits(
 
 
 def _facts(model: str, source: Path, examples: list[Example]) -> dict[str, Any]:
-    """What a run that is taken up must share: the checkpoint's config and headers, and the data.
-    Adapters are shared, so they name a repository or a folder, and not where it lies."""
+    """Return the facts that must be the same on resume: the checkpoint's config and headers, and
+    the data. Adapters are shared, so they name a repository or a folder without its path."""
     headers = sorted((n, i.dtype, i.shape) for n, i in read_headers(source).items())
     checkpoint = hashlib.sha256((source / "config.json").read_bytes() + repr(headers).encode())
     data = hashlib.sha256()

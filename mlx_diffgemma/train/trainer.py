@@ -1,4 +1,4 @@
-"""The training loop. Yields what happens; writes checkpoints; knows no terminal."""
+"""The training loop. Yields events and writes checkpoints; knows no terminal."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Trained:
     causal_loss: float
     learning_rate: float
     iterations_per_second: float
-    tokens_per_second: float  # read, padding left out
-    trained_tokens: int  # since the run began, before any --resume too
+    tokens_per_second: float  # read, without padding
+    trained_tokens: int  # since the run began, also before a --resume
     peak_bytes: int
 
 
@@ -58,7 +58,7 @@ class Validated:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint is on the disk."""
+    """A checkpoint is on disk."""
 
     iteration: int
     path: Path
@@ -68,9 +68,9 @@ Event = Trained | Validated | Saved
 
 
 def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
-    """Makes a model ready to be trained: adapters on, or weights free, all else frozen.
+    """Prepare a model for training: add adapters or unfreeze weights, and freeze all else.
 
-    On the CPU backend, whose packed products are slow and have no gradients worth the name, packed
+    On the CPU backend, whose packed products are slow and have no practical gradients, packed
     weights are unpacked to float32 for the run, as they are for generating.
 
     Args:
@@ -78,7 +78,7 @@ def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
       settings: what to train.
 
     Raises:
-      ConfigError: if the model cannot be trained so.
+      ConfigError: if the model cannot be trained with these settings.
     """
     count = len(model.layers)
     if settings.num_layers > count:
@@ -100,14 +100,14 @@ def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
     else:
         if packed and is_cpu():
             _unpack_all(model)
-        # Where adapters begin is drawn; what follows draws by its own seeds.
+        # Adapters' first values are drawn here; later draws have their own seeds.
         mx.random.seed(settings.seed)
         add_adapters(model, num_layers=settings.num_layers, lora=settings.lora_parameters)
     model.train()
 
 
 def _unpack_all(model: DiffusionGemma) -> None:
-    """Replaces packed modules, one by one, but for the embeddings, whose rows are read rounded."""
+    """Replace packed modules, one by one, except the embeddings, whose rows are read rounded."""
     for path, module in model.named_modules():
         if "scales" in module and not isinstance(module, nn.QuantizedEmbedding):
             plain = unpacked(module)
@@ -116,7 +116,7 @@ def _unpack_all(model: DiffusionGemma) -> None:
 
 
 class Trainer:
-    """A run: a prepared model, its data, and where it stands."""
+    """A run: a prepared model, its data, and its state."""
 
     def __init__(
         self,
@@ -132,12 +132,12 @@ class Trainer:
         """
         Args:
           model: from `prepare`.
-          train: at least a batch of them; none where nothing is trained.
+          train: at least one batch of examples; none if nothing is trained.
           valid: held-out examples; may be none.
           settings: of the run.
           folder: where checkpoints go.
-          eos_token_id: what fills a canvas behind an answer.
-          facts: of model and data; a run that is taken up must have the same ones.
+          eos_token_id: fills a canvas after an answer.
+          facts: of model and data; they must be the same on resume.
 
         Raises:
           DataError: if there are fewer examples than a batch has.
@@ -152,8 +152,8 @@ class Trainer:
         self.canvas_length = settings.canvas_length or model.config.canvas_length
         lengths = [example.tokens(self.canvas_length) for example in train]
         self._order = Order(lengths, settings.batch_size, settings.seed, pool=settings.pool_batches)
-        # The processes of a distributed run (`mlx.launch`), each with its share of every batch; one
-        # where it is none.
+        # The processes of a distributed run (`mlx.launch`), each with its share of every batch;
+        # otherwise one.
         self._world = mx.distributed.init()
         if settings.batch_size % self._world.size():
             raise ConfigError(
@@ -173,11 +173,11 @@ class Trainer:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this process writes files and prints."""
         return self._world.rank() == 0
 
     def resume(self) -> None:
-        """Goes on where the folder's last checkpoint stands, to the bit.
+        """Continue exactly from the folder's last checkpoint.
 
         Raises:
           SourceError: if there is none that fits.
@@ -193,13 +193,13 @@ class Trainer:
         self.trained_tokens = state.trained_tokens
         if self.iteration >= self.settings.iters:
             raise ConfigError(
-                f"the run in {self.folder} stands at iteration {self.iteration} already; "
+                f"the run in {self.folder} is at iteration {self.iteration} already; "
                 f"iters of {self.settings.iters} leaves nothing to do"
             )
         mx.eval(self.model.parameters(), self.optimizer.state, self._accumulated)
 
     def stop(self) -> None:
-        """Makes `run` end, as by an interrupt, before the next batch; for signal handlers."""
+        """Make `run` end before the next batch, as by an interrupt; for signal handlers."""
         self._is_asked_to_stop = True
 
     @property
@@ -209,7 +209,7 @@ class Trainer:
         return not self._is_changing
 
     def save(self, *, numbered: bool = False) -> Saved:
-        """Writes a checkpoint of where the run stands."""
+        """Write a checkpoint of the run's state."""
         state = State(
             self.iteration,
             trained_weights(self.model),
@@ -224,23 +224,23 @@ class Trainer:
 
     @property
     def last_checkpoint(self) -> str:
-        """What there is to go on from, as the subject of a sentence."""
+        """The last checkpoint, as the subject of a sentence."""
         if self._saved_at is None:
             return "no checkpoint was written yet"
         return f"the last checkpoint in {self.folder} is of iteration {self._saved_at:,}"
 
     def run(self) -> Iterator[Event]:
-        """Trains to `settings.iters`, and saves at the end.
+        """Train to `settings.iters`, and save at the end.
 
-        A checkpoint that is due is written when the next batch's loss and gradients are known to be
-        finite: one whose last update broke the model is never written.
+        A due checkpoint is written once the next batch's loss and gradients are finite, so never
+        after an update that broke the model.
 
         Raises:
           LossError: if loss or gradients are not finite; the last checkpoint is kept.
-          KeyboardInterrupt: after `stop`; the run stands where the last batch ended.
+          KeyboardInterrupt: after `stop`; the last batch is complete.
         """
         settings, s, is_due = self.settings, _Sums(), False
-        # Of all weights one copy is enough.
+        # One copy of all weights is enough.
         is_numbered = settings.fine_tune_type == "lora"
         with generation_limits():
             if self.valid_set and self.iteration == 0:
@@ -263,7 +263,7 @@ class Trainer:
             yield self.save(numbered=is_numbered)
 
     def validate(self) -> Validated:
-        """The losses on the held-out examples."""
+        """Return the losses on the held-out examples."""
         started = time.perf_counter()
         found = self.losses_on(self.valid_set, self.settings.val_batches)
         return Validated(self.iteration, *found, time.perf_counter() - started)
@@ -275,7 +275,8 @@ class Trainer:
         return event
 
     def losses_on(self, examples: Sequence[Example], batches: int) -> tuple[float, float, float]:
-        """Mean losses over the first batches of examples, -1 for all: sum, canvas, causal."""
+        """Return mean losses over the first batches of examples, -1 for all: sum, canvas,
+        causal."""
         settings, size = self.settings, self.settings.batch_size
         starts = range(0, len(examples), size)
         if batches != -1:
@@ -319,10 +320,10 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _look(self) -> tuple[list[float], Any, int]:
-        """Losses and gradients of the next batch, and the tokens read; nothing is changed.
+        """Return losses and gradients of the next batch, and the tokens read; change nothing.
 
-        Not compiled: every length of batch would be traced anew, which takes minutes on the CPU
-        backend and then saves nothing.
+        Not compiled: every new length would need a trace, which takes minutes on the CPU backend
+        and saves nothing.
         """
         settings, model, processes = self.settings, self.model, self._world.size()
         examples = [self.train_set[i] for i in self._order[self.iteration]]
@@ -335,9 +336,9 @@ class Trainer:
         value_and_grad = nn.value_and_grad(model, lambda arrays: losses(model, arrays, settings))
         with layers_twice(model, seed=seed) if settings.grad_checkpoint else nullcontext():
             values, grads = value_and_grad(batch.arrays())
-        # Of the tokens too: each process has rows of other lengths.
+        # The tokens too: rows of each process have other lengths.
         sums = mx.distributed.all_sum(mx.stack([*values, mx.array(float(batch.tokens))]))
-        # In one order of memory, as a checkpoint has them: sums are rounded in that order.
+        # In the memory order of a checkpoint, which decides the rounding of sums.
         grads = average_gradients(tree_map(mx.contiguous, grads))
         mx.eval(sums, grads)
         *totals, tokens = cast(list[float], sums.tolist())
@@ -348,7 +349,7 @@ class Trainer:
         return found, grads, int(tokens)
 
     def _apply(self, grads: Any, tokens: int) -> None:
-        """Counts the batch and its tokens, and updates the weights where it completes an update."""
+        """Count the batch and its tokens, and update the weights if it completes an update."""
         settings = self.settings
         is_update = (self.iteration + 1) % settings.grad_accumulation_steps == 0
         self._is_changing = True
@@ -382,7 +383,7 @@ def _flat(tree: Any) -> dict[str, mx.array]:
 
 
 class _Sums:
-    """What a report tells, since the last one."""
+    """Sums for a report since the last one."""
 
     def __init__(self) -> None:
         self._clear()

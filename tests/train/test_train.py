@@ -206,7 +206,7 @@ def test_a_run_goes_on_with_its_own_settings_only(model_folder, tokenizer, tmp_p
     assert [e.iteration for e in longer.run() if isinstance(e, Saved)] == [14, 16]
     with pytest.raises(SourceError, match="to go on from"):
         trainer_of(model_folder, tokenizer, tmp_path / "none", data).resume()
-    with pytest.raises(ConfigError, match="stands at iteration 16 already"):
+    with pytest.raises(ConfigError, match="is at iteration 16 already"):
         trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=16).resume()
     (tmp_path / "run" / STATE).write_bytes(b"\x00" * 40)
     with pytest.raises(SourceError, match="cannot be read"):
