@@ -1,5 +1,5 @@
-"""Convert a published checkpoint to MLX arrays: planned from headers, in little memory, never half
-done.
+"""The converter of published checkpoints to MLX arrays: planned from headers, in little memory,
+never left half done.
 
 `convert` is imported on first use: `python -m mlx_diffgemma.convert` imports this package before it
 can say that it is loading MLX.

@@ -1,4 +1,4 @@
-"""The README of a converted checkpoint. It claims only what the source says of itself."""
+"""The model card of a converted checkpoint. It claims only what the source's card says."""
 
 from __future__ import annotations
 
@@ -86,6 +86,6 @@ def _front_matter(card: Path) -> dict[str, Any]:
         ValueError,
         RecursionError,
         yaml.YAMLError,
-    ):  # a card is no part of the weights
+    ):  # a damaged card must not stop a conversion
         return {}
     return front if isinstance(front, dict) else {}

@@ -1,6 +1,6 @@
-"""The folder of an unfinished conversion, and its journal: which moves are done.
+"""The folder of an unfinished conversion, and the journal of its finished moves.
 
-Beside the result lies `NAME.partial` while work goes on: the shards at their full length, and a
+`NAME.partial`, beside the result, exists during the work: the shards at their full length, and a
 journal with a line for every finished move. A line is written only after its bytes are on the disk.
 """
 
@@ -25,7 +25,7 @@ from .plan import Move, Plan
 
 @dataclass
 class Done:
-    """A finished move, as the journal remembers it."""
+    """A finished move, as the journal records it."""
 
     sha256: dict[str, str]
     error: tuple[float, float] = (0.0, 0.0)  # sums of squares: difference, value
@@ -33,7 +33,7 @@ class Done:
 
 @dataclass
 class Journal:
-    """Finished moves on disk, and the lock that keeps a second run away."""
+    """Finished moves on disk, and the lock that prevents a second run."""
 
     folder: Path
     plan: Plan
@@ -70,7 +70,7 @@ class Journal:
                     try:
                         self._recall(json.loads(line))
                     except (ValueError, TypeError, KeyError, RecursionError):
-                        break  # what follows damage is not believed
+                        break  # lines after a damaged one are not trusted
                 whole += len(line) + 1
             self._file.truncate(whole)
         else:
@@ -91,7 +91,7 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._file is not None
         with self._file:
-            if kind is not None and not self.done:  # there is nothing to go on from
+            if kind is not None and not self.done:  # there is nothing to resume
                 with suppress(OSError):
                     shutil.rmtree(self.folder / "out", ignore_errors=True)
                     clear(self.folder)
@@ -104,7 +104,7 @@ class Journal:
         self.done.update((move.target, done) for move, done in finished)
 
     def forget(self, moves: tuple[Move, ...]) -> None:
-        """Record that the shard of these moves is gone, for the next run too."""
+        """Record that the shard of these moves is missing, for the next run too."""
         lost = [move.target for move in moves if self.done.pop(move.target, None)]
         if lost:
             self._append({"forget": lost})
@@ -147,14 +147,14 @@ class Journal:
 
 
 def is_journal_of_ours(partial: Path) -> bool:
-    """Tell whether a folder holds what an unfinished conversion leaves, and nothing else."""
+    """Return whether a folder holds only files of an unfinished conversion."""
     return {path.name for path in partial.iterdir()} <= {"journal", "out"} and (
         partial / "journal"
     ).is_file()
 
 
 def has_work(partial: Path) -> bool:
-    """Tell whether a folder holds finished moves that the next run goes on from."""
+    """Return whether a folder holds finished moves for the next run to resume."""
     try:
         lines = (partial / "journal").read_bytes().count(b"\n")
     except OSError:
@@ -163,7 +163,7 @@ def has_work(partial: Path) -> bool:
 
 
 def clear(partial: Path) -> None:
-    """Remove what a finished conversion leaves; keep a folder that holds anything else."""
+    """Remove the files of a finished conversion; keep a folder that holds anything else."""
     if partial.is_dir() and is_journal_of_ours(partial):
         (partial / "journal").unlink()
         with suppress(OSError):

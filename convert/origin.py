@@ -1,8 +1,8 @@
-"""Where a source comes from: a name that may be shared, and a path that only this machine knows.
+"""The origin of a source: a name that may be shared, and a path that stays on this machine.
 
-`conversion.json` and the model card travel with a result, so they name the source and hold no path.
-The path of a local source lies in a cache of this machine, under the digest of the result's record.
-It is found again wherever the result is moved to, and no upload can contain it.
+`conversion.json` and the model card are part of a result, so they name the source and hold no path.
+The path of a local source is in a cache of this machine, under the digest of the result's record:
+it is found again wherever the result is moved to, and no upload can contain it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from mlx_diffgemma.checkpoint.files import SIDE_PATTERNS
 
 from .sources import Checkpoint
 
-# Where other tools keep the name that a checkpoint was loaded by, which may be a local path.
+# Keys under which other tools save the name that a checkpoint was loaded by, which may be a local
+# path.
 _NAME_KEYS = frozenset({"_name_or_path", "name_or_path"})
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a record says of its source: a repository at a commit, or a folder's name.
+    """Return the source's entry in a record: a repository at a commit, or a folder's name.
 
-    A folder's `fingerprint` changes with any of its files, so that another source of the same name
-    is told apart. A commit needs none.
+    A folder's `fingerprint` changes with any of its files, so that it identifies the source. A
+    commit needs none.
     """
     if (found := repository(checkpoint.folder)) is not None:
         name, revision = found
@@ -50,12 +51,12 @@ def repository(folder: Path) -> tuple[str, str] | None:
 
 
 def folder_name(folder: Path) -> str:
-    """Return the last part of a folder's full path, which `.` and `..` do not show."""
+    """Return the last part of a folder's full path, also for `.` and `..`."""
     return os.path.basename(os.path.abspath(folder))
 
 
 def fingerprint(checkpoint: Checkpoint) -> list[list[Any]]:
-    """Return name, size and time of change of every source file: one written to is another
+    """Return name, size and time of change of every source file: a changed file makes another
     source."""
     files = sorted({info.file for info in checkpoint.stored.values()})
     files += sorted(path for pattern in SIDE_PATTERNS for path in checkpoint.folder.glob(pattern))
@@ -64,7 +65,8 @@ def fingerprint(checkpoint: Checkpoint) -> list[list[Any]]:
 
 
 def remember(digest: str, checkpoint: Checkpoint) -> None:
-    """Keep the path of a local source for `recall`; a cache that cannot be written is no error."""
+    """Save the path of a local source for `recall`; a cache that cannot be written is not an
+    error."""
     if repository(checkpoint.folder) is None:
         file = _cache() / digest
         with suppress(OSError):
@@ -73,11 +75,11 @@ def remember(digest: str, checkpoint: Checkpoint) -> None:
 
 
 def recall(digest: str) -> Path | None:
-    """Return the folder that `remember` kept for a record, if it is still there."""
+    """Return the folder that `remember` saved for a record, if it still exists."""
     try:
         folder = Path(os.fsdecode((_cache() / digest).read_bytes()))
         return folder if folder.is_dir() else None
-    except (OSError, ValueError):  # a name that cannot be one
+    except (OSError, ValueError):  # a name that no file can have
         return None
 
 
@@ -98,5 +100,5 @@ def without_paths(value: Any) -> Any:
 
 
 def _is_path(value: Any) -> bool:
-    """Whether a name is neither empty, nor plain, nor a repo id."""
+    """Return whether a name is a path: not empty, not a plain name, not a repo id."""
     return isinstance(value, str) and not re.fullmatch(r"(?!\.)[\w.-]*(/[\w.-]+)?", value)

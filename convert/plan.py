@@ -1,4 +1,4 @@
-"""Plan a conversion from headers alone: every source and every target is covered once."""
+"""The plan of a conversion, from headers alone: every source and every target is covered once."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ SHARD_BYTES = 5_000_000_000
 SLICE_BYTES = 64 << 20  # of float32, read at a time
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_DTYPE = "bfloat16"
-_MOST_VISION_LAYERS = 1000  # a damaged file must not make us build a list without end
+_MOST_VISION_LAYERS = 1000  # bounds the lists that a damaged file makes us build
 _FORMAT = 1  # of plans and journals
-VISION = "vision"  # the part that no text run loads
+VISION = "vision"  # the part that text runs do not load
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One source tensor on its way to one, two or three outputs: weight, scales, biases."""
+    """One source tensor and its one, two or three outputs: weight, scales, biases."""
 
     target: str
     source: Source
@@ -88,14 +88,14 @@ class Move:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a conversion will do, before it does any of it."""
+    """All moves of a conversion, before the first is carried out."""
 
     checkpoint: Checkpoint
     recipe: Recipe | None
     dtype: str
     shards: tuple[tuple[Move, ...], ...]
     config: Mapping[str, Any]  # config.json of the result
-    left: tuple[str, ...]  # modules that the recipe could not divide
+    left: tuple[str, ...]  # modules whose width the recipe's groups do not divide
     model: ModelConfig
 
     @property
@@ -107,7 +107,7 @@ class Plan:
         return sum(output.nbytes for move in self.moves for output in move.outputs)
 
     def running_bytes(self, context_tokens: int) -> int:
-        """Return about how much memory the result needs; its vision part is not loaded."""
+        """Return an estimate of the memory that the result needs, without its vision part."""
         vision = sum(output.nbytes for m in self.moves if m.part == VISION for output in m.outputs)
         return needed_bytes(
             self.model.text,
@@ -124,7 +124,7 @@ class Plan:
         return tuple(f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
 
     def digest(self) -> str:
-        """Return a digest that is equal where a conversion would give the same bytes."""
+        """Return a digest that is equal for conversions to the same bytes."""
         facts = {
             "format": _FORMAT,
             "versions": versions(),
@@ -147,10 +147,10 @@ def versions() -> dict[str, str]:
 def make_plan(
     checkpoint: Checkpoint, *, recipe: Recipe | None, dtype: str | None, dequantize: bool
 ) -> Plan:
-    """Return every move, in the order in which the source lies on disk.
+    """Return the plan, with moves in the order of the source's bytes on disk.
 
     Raises:
-      DiffGemmaError: if the request makes no sense for this source, or does not fit it.
+      DiffGemmaError: if the request does not suit this source.
     """
     if recipe is not None and dequantize:
         raise ConfigError("-q packs and --dequantize unpacks; give one of them")
@@ -214,7 +214,7 @@ def vision_shapes(config: Mapping[str, Any], text_width: int) -> dict[str, tuple
     """Return names and shapes of the vision tower and its projection.
 
     Raises:
-      ConfigError: if vision_config does not say all that they follow from.
+      ConfigError: if vision_config does not determine them.
     """
     raw = config.get("vision_config")
     if not isinstance(raw, Mapping):
@@ -259,12 +259,13 @@ def vision_shapes(config: Mapping[str, Any], text_width: int) -> dict[str, tuple
 
 
 def _is_clip(name: str) -> bool:
-    """Calibration scalars of the vision tower, which a checkpoint may have or not."""
+    """Return whether a tensor is a calibration scalar of the vision tower, which a checkpoint may
+    lack."""
     return name.rpartition(".")[2] in ("input_min", "input_max", "output_min", "output_max")
 
 
 def _check_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse a rule that matches no module, which is a typing mistake."""
+    """Refuse a rule that matches no module, since it is probably misspelt."""
     modules = [
         name.rpartition(".")[0]
         for name, source in checkpoint.tensors.items()
@@ -339,7 +340,8 @@ def _shards(moves: list[Move]) -> tuple[tuple[Move, ...], ...]:
 def _result_config(
     raw: Mapping[str, Any], config: ModelConfig, moves: list[Move], dtype: str
 ) -> dict[str, Any]:
-    """The source's config.json with both spellings of head sizes, and the packing per module."""
+    """Return the source's config.json with both spellings of head sizes, and the packing per
+    module."""
     full = next(layer for layer in config.text.layers if not layer.is_sliding)
     text = {
         **raw["text_config"],

@@ -1,4 +1,4 @@
-"""Recipes as data: how each module is packed. The first rule that matches a module's path
+"""Recipes as data: the packing of each module. The first rule that matches a module's path
 decides."""
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ REST = Quantization(64, 8, "affine")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Modules whose path matches `pattern`, as in a shell; None leaves them as they are.
+    """Modules whose path matches `pattern`, as in a shell; None does not pack them.
 
-    A setting that the user named must fit every module; a default gives way where it does not.
+    A setting from the user must fit every module; a default is skipped where it does not fit.
     """
 
     pattern: str
@@ -35,7 +35,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How every module is packed."""
+    """The packing of every module."""
 
     name: str
     rules: tuple[Rule, ...]

@@ -1,4 +1,4 @@
-"""The files beside the weights, and the record of where a result came from."""
+"""The files beside the weights, and the record of a result's source."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _record(plan: Plan, out: Path, journal: Journal, source: dict[str, Any]) -> 
 
 
 def _shareable(path: Path) -> bytes:
-    """Return a file byte for byte, unless it is a config with a local path in it."""
+    """Return a file byte for byte, but a config without its local paths."""
     content = path.read_bytes()
     if not path.name.endswith("_config.json"):
         return content
@@ -92,18 +92,18 @@ def _shareable(path: Path) -> bytes:
 
 
 def digest_of(record: dict[str, Any]) -> str:
-    """Return the digest of a record, over everything in it but the digest itself."""
+    """Return the digest of a record, without its own digest."""
     rest = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished(target: Path) -> bool:
-    """Tell whether a folder is the result of a conversion."""
+    """Return whether a folder is the result of a conversion."""
     return (target / PROVENANCE).is_file()
 
 
 def difference(target: Path, plan: Plan, source: dict[str, Any]) -> str | None:
-    """Return why a finished result is not what a plan would make; None where it is."""
+    """Return why a finished result differs from a plan's, or None if it does not."""
     try:
         record = json.loads((target / PROVENANCE).read_bytes())
     except (ValueError, RecursionError):
@@ -127,7 +127,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Put the names in a folder on the disk."""
+    """Flush the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Read, pack and write tensors within a memory limit, and record each that is done."""
+"""Functions that read, pack and write tensors within a memory limit, and record finished ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mlx_diffgemma.errors import SourceError, WeightsError
 from .journal import Done, Journal
 from .plan import Move, Output, Plan
 
-_ERROR_SAMPLE = 16  # one row in so many is unpacked again, to measure the error
+_ERROR_SAMPLE = 16  # one row in this many is unpacked again, to measure the error
 _MLX_CACHE_BYTES = 256 << 20
-_FINITE_PIECE = 1 << 20  # values looked at together: they stay in the cache
-_PENDING = 6  # arrays that wait to be written; two slices of a packed tensor
-# How often finished tensors are recorded; an interruption costs these and the one at hand.
+_FINITE_PIECE = 1 << 20  # values processed together: they fit in the cache
+_PENDING = 6  # arrays waiting to be written; two slices of a packed tensor
+# How often finished tensors are recorded; an interruption loses these and the current one.
 _SYNC_BYTES = 256 << 20
 _SYNC_SECONDS = 2.0
 
@@ -79,7 +79,7 @@ def write_shards(
 
 @dataclass
 class _Writer:
-    """Hash, write and record in a thread, while the next rows are read and packed.
+    """Hashes, writes and records in a thread, while the next rows are read and packed.
 
     Moves are recorded in groups, since a sync for each would take longer than the work.
     """
@@ -102,7 +102,7 @@ class _Writer:
             for work in self._pending:
                 work.result()
             self._sync()
-        elif not self._failed:  # what is finished counts, whatever happened since
+        elif not self._failed:  # finished moves count, also after an error
             with suppress(OSError):
                 self._sync()
 
@@ -113,7 +113,7 @@ class _Writer:
     def finish(
         self, move: Move, digests: dict[str, hashlib._Hash], sums: tuple[float, float]
     ) -> None:
-        """Record a move, all of which was given to `write`."""
+        """Record a move whose bytes were all given to `write`."""
         self._do(self._finish, move, digests, sums)
 
     def _do(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -162,7 +162,7 @@ def _shard(
     journal: Journal,
     moves: tuple[Move, ...],
 ) -> Iterator[BinaryIO]:
-    """Open a shard at its full length with its header, made now or by an earlier run."""
+    """Open a shard at its full length with its header; create it if no earlier run did."""
     last = max((places[o.name] + o.nbytes for m in moves for o in m.outputs), default=len(header))
     if not path.is_file() or path.stat().st_size != last:
         journal.forget(moves)
@@ -176,7 +176,7 @@ def _shard(
 
 
 def layout(moves: tuple[Move, ...]) -> tuple[bytes, dict[str, int]]:
-    """Return the header of a shard, and where each tensor begins: wide elements first, aligned."""
+    """Return the header of a shard, and each tensor's offset: wide elements first, aligned."""
     outputs = [output for move in moves for output in move.outputs]
     outputs.sort(key=lambda output: -_element_bytes(output))
     entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
@@ -221,7 +221,8 @@ def _carry(move: Move, writer: _Writer, places: dict[str, int], dtype: str) -> N
 
 
 def _is_finite(plain: mx.array) -> bool:
-    """Test the bits of the exponent in bfloat16: MLX's own test takes as long as packing."""
+    """Return whether all values are finite, by the exponent's bits in bfloat16: MLX's own test
+    takes as long as packing."""
     if plain.dtype != mx.bfloat16:
         return bool(np.isfinite(np.array(plain)).all())
     bits = np.array(plain.view(mx.uint16), copy=False).reshape(-1)
@@ -236,7 +237,7 @@ def _pack(plain: mx.array, move: Move) -> list[mx.array]:
 
 
 def _sampled_error(plain: mx.array, packed: list[mx.array], move: Move) -> tuple[float, float]:
-    """Return the sums of squares of packing's error and of the values, over some of the rows."""
+    """Return the sums of squares of the packing error and of the values, over some of the rows."""
     assert move.setting is not None
     s = move.setting
     real, weight, scales, *biases = (

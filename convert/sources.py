@@ -1,6 +1,6 @@
-"""Published layouts -> plain float tensors under our names, read a few rows at a time.
+"""Readers of the published layouts: float tensors under our names, a few rows at a time.
 
-Each layout is recognised from config.json and the headers. What cannot be read is refused with the
+Each layout is recognised from config.json and the headers. An unsupported one is refused with the
 reason.
 """
 
@@ -37,22 +37,22 @@ _NVFP4_BLOCK = 16  # inputs that share a scale
 
 
 class Source(Protocol):
-    """A float tensor somewhere, whatever it takes to read it."""
+    """A float tensor in one of the layouts."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     @property
     def infos(self) -> tuple[TensorInfo, ...]:
-        """The stored tensors it is made of."""
+        """Return the stored tensors that it consists of."""
 
     def read(self, start: int, stop: int) -> mx.array:
-        """Rows [start, stop) along the first axis, as a float array; a scalar is one row."""
+        """Return rows [start, stop) along the first axis, as a float array; a scalar is one row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Stored as it is."""
+    """A plain tensor."""
 
     info: TensorInfo
 
@@ -177,22 +177,22 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source with every stored tensor accounted for."""
+    """A source in which every stored tensor is used or left out for a reason."""
 
     folder: Path
     layout: str
     config: dict[str, Any]
-    tensors: Mapping[str, Source]  # our name -> where it comes from
+    tensors: Mapping[str, Source]  # our name -> its source
     ignored: Mapping[str, str]  # stored name -> why it is left out
     stored: Mapping[str, TensorInfo]  # everything in the files
 
 
 def open_checkpoint(folder: Path, *, compare: bool = True) -> Checkpoint:
-    """Recognise the layout and list what there is, from headers alone.
+    """Recognise the layout and list the tensors, from headers alone.
 
     Args:
       folder: of the checkpoint.
-      compare: read what is stored under several names, to see that it is the same.
+      compare: read tensors that are stored under several names, to check that they are equal.
 
     Raises:
       DiffGemmaError: if the folder is not a checkpoint in a layout that can be read.
@@ -237,7 +237,7 @@ def open_checkpoint(folder: Path, *, compare: bool = True) -> Checkpoint:
 
 
 def _target(name: str) -> str | Ignored:
-    """Our name of a stored tensor, where packed formats and single experts have more of them."""
+    """Return our name of a stored tensor; packed formats and single experts have more names."""
     if match := _EXPERT.fullmatch(name):
         return f"model.decoder.{match[1]}"
     module, _, leaf = name.rpartition(".")
@@ -250,7 +250,7 @@ def _target(name: str) -> str | Ignored:
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> mx.array:
-    """Rows of a stored tensor in its own type."""
+    """Return rows of a stored tensor in its own type."""
     if info.dtype == "BF16":
         return mx.array(_raw_rows(info, start, stop, np.uint16)).view(mx.bfloat16)
     kinds = {"F32": np.float32, "F16": np.float16, "U32": np.uint32, "U8": np.uint8}
@@ -258,7 +258,7 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> mx.array:
 
 
 def e4m3(raw: np.ndarray) -> np.ndarray:
-    """F8_E4M3 as float32: sign, four bits of exponent with bias 7, three of mantissa, no
+    """Return F8_E4M3 as float32: sign, four bits of exponent with bias 7, three of mantissa, no
     infinity."""
     return _E4M3[raw]
 
@@ -343,7 +343,7 @@ def _fp8(module: str, weight: TensorInfo, scale: TensorInfo) -> Fp8:
 def _add_experts(
     tensors: dict[str, Source], experts: Mapping[tuple[str, int, str], dict[str, TensorInfo]]
 ) -> None:
-    """Experts stored one by one become the two fused tensors of their layer."""
+    """Combine experts stored one by one into the two fused tensors of their layer."""
     by_layer: dict[str, dict[int, dict[str, Source]]] = defaultdict(lambda: defaultdict(dict))
     for (layer, expert, projection), leaves in experts.items():
         path = f"{layer}.{expert}.{projection}_proj"
@@ -366,7 +366,7 @@ def _add_experts(
 
 
 def _scaled(path: str, leaves: dict[str, TensorInfo]) -> Source:
-    """Return a matrix that may come with scales, as its leaves say."""
+    """Return a matrix, with scales if its leaves include them."""
     weight, scale, scale_2 = (leaves.get(k) for k in ("weight", "weight_scale", "weight_scale_2"))
     if weight is None or len(weight.shape) != 2:
         raise WeightsError(f"{path}.weight is missing or not a matrix")

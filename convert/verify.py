@@ -1,4 +1,4 @@
-"""Check a result: names, shapes, checksums, sources, errors against the source, one denoise
+"""The check of a result: names, shapes, checksums, sources, errors against the source, one denoise
 step."""
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .write import unfinished
 _CHUNK = 8 << 20
 _ROWS = 64  # of a tensor, compared with the source
 _CANVAS = 16
-# Most that a tensor may differ from its source, relative to its size, by bits: several times what
-# packing normal weights costs, and far below what a wrong tensor in its place would. nvfp4 has no
-# scale for a whole tensor here, so that very small weights may become zero.
+# Largest allowed relative error of a tensor against its source, by bits: several times the error of
+# packing normal weights, and far below that of a wrong tensor. nvfp4 has no scale for a whole
+# tensor here, so very small weights may become zero.
 _BOUNDS: dict[int | str, float] = {
     8: 0.08, 6: 0.15, 5: 0.3, 4: 0.6, 3: 0.9, 2: 1.0, "nvfp4": 1.0
 }  # fmt: skip
@@ -48,7 +48,7 @@ _FITS = 0.8  # of the memory that the device recommends
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` found to be right, and what it could not check."""
+    """The result of `verify`, with notes on what it could not check."""
 
     folder: Path
     tensors: int
@@ -69,20 +69,21 @@ def verify(
 
     Args:
       mlx_path: folder of the result.
-      hf_path: folder or Hub repo id of the source; by default where this machine converted it from,
-        or the Hub's cache. A source that is not found is a note, and one named here an error.
+      hf_path: folder or Hub repo id of the source; by default the folder that this machine
+        converted, or the Hub's cache. A missing source is an error if it is named here, else a
+        note.
       revision: branch, tag or commit of a Hub repository.
       progress: called with (bytes checked, bytes in all, tensor).
-      stage: called with what is checked next.
+      stage: called with the name of the next check.
 
     Raises:
-      DiffGemmaError: one line that names the first thing that is wrong.
+      DiffGemmaError: one line that names the first mistake found.
     """
     if revision is not None and hf_path is None:
         raise ConfigError("a revision belongs to the Hub repository that --hf-path names")
     try:
         folder = Path(mlx_path).expanduser()
-    except RuntimeError as error:  # nobody's home
+    except RuntimeError as error:  # ~NAME of an unknown user
         raise SourceError(f"{mlx_path}: {error}") from error
     say = stage or (lambda text: None)
     try:
@@ -92,7 +93,7 @@ def verify(
         tensors = read_headers(folder)
         _check_headers(folder, record, tensors)
         config = ModelConfig.from_folder(folder)
-        fit_weights(DiffusionGemma(config), config, folder)  # refuses what loading would refuse
+        fit_weights(DiffusionGemma(config), config, folder)  # raises the errors of loading
         _check_sums(record, tensors, progress)
         _check_sources(record)
         if hf_path is None:
@@ -222,10 +223,10 @@ def _check_sources(record: dict[str, Any]) -> None:
 def _compared(
     folder: Path, record: dict[str, Any], source: Path | None, *, must: bool
 ) -> tuple[dict[str, float], list[str]]:
-    """Return the errors against the source, and a note where there are none.
+    """Return the errors against the source, and a note if there are none.
 
     Raises:
-      SourceError: if they cannot be measured and `must` be.
+      SourceError: if `must` is set and they cannot be measured.
     """
     if source is None:
         lost = f"the source, {_name(record)}, was not found; name it with --hf-path"
@@ -265,7 +266,7 @@ def _against_source(
             difference, value = difference + d, value + v
         setting = getattr(tensor, "setting", None)
         bound = _ROUNDING if setting is None else _BOUNDS.get(setting.mode, _BOUNDS[setting.bits])
-        if not math.sqrt(difference) <= bound * math.sqrt(value):  # also where one is not a number
+        if not math.sqrt(difference) <= bound * math.sqrt(value):  # also if one is NaN
             raise WeightsError(
                 f"{name} differs from {source} by {math.sqrt(difference):.3g}, more than {bound} "
                 f"of its size, {math.sqrt(value):.3g}: the source has changed, or the result is "
@@ -279,7 +280,7 @@ def _against_source(
 def _one_step(folder: Path, config: ModelConfig, tensors: dict[str, TensorInfo]) -> str:
     canvas_length = min(_CANVAS, config.canvas_length)
     loaded = sum(info.nbytes for info in tensors.values())
-    if mx.default_device() == mx.cpu:  # what is not packed becomes float32 there
+    if mx.default_device() == mx.cpu:  # there, weights that are not packed become float32
         loaded += sum(
             i.nbytes for n, i in tensors.items() if i.dtype == "BF16" and ".scales" not in n
         )

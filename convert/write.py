@@ -1,4 +1,5 @@
-"""Convert a checkpoint: crash-safe, resumable to the same bytes, and renamed once at the end."""
+"""The conversion of a checkpoint: crash-safe, resumable to the same bytes, and renamed once at the
+end."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from .sources import open_checkpoint
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     folder: Path
     plan: Plan
@@ -50,17 +51,17 @@ def convert(
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Summary:
-    """Convert a checkpoint; run again after any interruption, it goes on where it stopped.
+    """Convert a checkpoint; after an interruption, the same call resumes the work.
 
     Args:
       hf_path: folder or Hub repo id of the source.
-      mlx_path: folder of the result; it appears only when it is whole.
+      mlx_path: folder of the result; it appears only when it is complete.
       quantize: pack the weights.
       q_bits: bits of the experts (`mixed`) or of everything (`uniform`).
-      q_group_size: weights that share a scale, likewise.
+      q_group_size: number of weights that share a scale, likewise.
       q_mode: affine, mxfp4, mxfp8 or nvfp4, likewise.
       recipe: `mixed`, `uniform`, or a TOML file.
-      dtype: type of what is not packed, and of affine scales; bfloat16 by default.
+      dtype: type of weights that are not packed, and of affine scales; bfloat16 by default.
       dequantize: unpack an MLX checkpoint.
       revision: branch, tag or commit of a Hub repository.
       force: move a finished result aside, and start over where partial work does not fit.
@@ -96,7 +97,8 @@ def prepare(
     revision: str | None = None,
     dry_run: bool = False,
 ) -> Plan:
-    """Return the plan of `convert`, from headers alone; arguments and errors are the same.
+    """Return the plan of `convert`, from headers alone. Arguments and errors are those of
+    `convert`.
 
     A plan made for a dry run downloads no weights, and cannot be carried out.
     """
@@ -118,7 +120,7 @@ def carry_out(
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Summary:
-    """Do what a plan says, once; arguments and errors are those of `convert`."""
+    """Carry out a plan, once. Arguments and errors are those of `convert`."""
     started = time.perf_counter()
     target = _place(mlx_path, plan.checkpoint.folder)
     partial = partial_of(target)
@@ -130,7 +132,7 @@ def carry_out(
             return Summary(target, plan, 0.0, len(plan.moves), {}, was_there=True)
         if partial.is_dir() and not is_journal_of_ours(partial) and any(partial.iterdir()):
             raise SourceError(
-                f"{partial} is there and is no unfinished conversion; move it out of the way"
+                f"{partial} exists and is not an unfinished conversion; move it out of the way"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
@@ -146,7 +148,7 @@ def carry_out(
             remember(digest, plan.checkpoint)
             _put_in_place(partial / "out", target)
             errors = journal.errors()
-            clear(partial)  # while nobody else can take it up
+            clear(partial)  # while no other run can resume it
     except OSError as error:
         raise _failure(error, target) from error
     return Summary(target, plan, time.perf_counter() - started, resumed, errors)
@@ -158,17 +160,17 @@ def partial_of(target: Path) -> Path:
 
 
 def unfinished(mlx_path: Path) -> Path | None:
-    """Return the folder that holds unfinished work for a result; None where there is none."""
+    """Return the folder that holds unfinished work for a result, or None."""
     try:
         target = Path(os.path.abspath(mlx_path.expanduser()))
         partial = partial_of(target.resolve() if target.is_symlink() else target)
         return partial if has_work(partial) else None
-    except (RuntimeError, OSError, ValueError):  # no place for a result
+    except (RuntimeError, OSError, ValueError):  # no result can be there
         return None
 
 
 def _place(mlx_path: Path, source: Path) -> Path:
-    """Return the full path of a result, if one can be made there without touching the source."""
+    """Return the full path of a result, if it can be written without changing the source."""
     try:
         target = Path(os.path.abspath(mlx_path.expanduser()))
         target = target.resolve() if target.is_symlink() else target
@@ -178,7 +180,11 @@ def _place(mlx_path: Path, source: Path) -> Path:
         is_source = source == partial_of(target).resolve() or source.is_relative_to(
             target.resolve()
         )
-    except (RuntimeError, OSError, ValueError) as error:  # nobody's home, a circle, no name
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:  # ~NAME unknown, a circle of links, no name
         reason = getattr(error, "strerror", None) or error
         raise SourceError(f"{mlx_path} cannot be the folder of a result: {reason}") from error
     if is_source:
@@ -189,20 +195,20 @@ def _place(mlx_path: Path, source: Path) -> Path:
 
 
 def _is_there(target: Path, plan: Plan, source: dict[str, Any], *, force: bool) -> bool:
-    """Tell whether the result is finished.
+    """Return whether the result is finished.
 
     Raises:
-      SourceError: if something else is in its place.
+      SourceError: if the folder holds something else.
     """
     if is_finished(target):
         if not force and (why := difference(target, plan, source)) is not None:
-            raise SourceError(f"{target} is there already, and {why}; --force moves it aside")
+            raise SourceError(f"{target} exists already, and {why}; --force moves it aside")
         return not force
     if target.exists() and not target.is_dir():
         raise SourceError(f"{target} is a file; name a new folder for the result")
     if target.is_dir() and any(target.iterdir()):
         raise SourceError(
-            f"{target} is not empty and is no result of a conversion; name a new folder"
+            f"{target} is not empty and is not the result of a conversion; name a new folder"
         )
     return False
 
@@ -217,19 +223,19 @@ def _put_in_place(out: Path, target: Path) -> None:
 
 
 def _failure(error: OSError, target: Path) -> SourceError:
-    """Say what failed, and whether there is work to go on from."""
+    """Return the error, with whether there is work to resume."""
     partial = partial_of(target)
     with suppress(OSError):
         partial.rmdir()  # only if it is empty
     goes_on = has_work(partial)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        then = f", which goes on from {partial.name}" if goes_on else ""
+        then = f", which resumes from {partial.name}" if goes_on else ""
         return SourceError(
             f"the disk of {target.parent} is full; free some space and run the same command again"
             f"{then}"
         )
     then = (
-        f"{partial.name} keeps the work so far, and the same command goes on from it"
+        f"{partial.name} keeps the work so far, and the same command resumes it"
         if goes_on
         else "nothing was written"
     )

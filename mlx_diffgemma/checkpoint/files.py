@@ -93,7 +93,7 @@ def resolve(
     try:
         folder = Path(text).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # forbidden, too long, ~UNKNOWN
+    except (OSError, RuntimeError, ValueError) as error:  # forbidden, too long, ~NAME unknown
         raise SourceError(f"{text} cannot be looked up as a folder: {error}") from error
     if not text:
         raise SourceError("the name of the model is empty; give a folder or a Hub repo id")

@@ -83,7 +83,7 @@ def build_model(
     """Run `load_model` on a config that was read already, so that its warnings come once."""
     used = list(read_assigned(folder)[1].used.values())
     weights, element_bytes = sum(info.nbytes for info in used), 2
-    if mx.default_device() == mx.cpu:  # there, unpacked weights become float32
+    if mx.default_device() == mx.cpu:  # there, weights that are not packed become float32
         weights += sum(info.nbytes for info in used if info.dtype in ("BF16", "F16"))
         element_bytes = 4
         if hint := slow_blas(weights):

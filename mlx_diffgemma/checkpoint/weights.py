@@ -25,7 +25,8 @@ _GROUP_BYTES = 1 << 28
 def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
     """Fill the model from a folder, and pack the modules that come with scales.
 
-    On the CPU backend all unpacked weights become float32, the only type of its gathered product.
+    On the CPU backend all weights that are not packed become float32, the only type of its
+    gathered product.
 
     Raises:
       WeightsError: if a tensor is missing, unknown, or has the wrong shape or type, or is stored

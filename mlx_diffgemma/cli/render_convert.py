@@ -186,7 +186,7 @@ def _count(number: int, noun: str) -> str:
 def show_summary(summary: Summary) -> None:
     """Print what a conversion did."""
     if summary.was_there:
-        print(f"{summary.folder} is there already, from the same source with the same settings")
+        print(f"{summary.folder} exists already, from the same source with the same settings")
         return
     _show_parts(summary.plan, summary.errors)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (

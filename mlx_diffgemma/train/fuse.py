@@ -74,7 +74,7 @@ def fuse_checkpoint(
     """
     source = resolve(model, revision)
     if save_path.exists():
-        raise SourceError(f"{save_path} is there already; name another folder")
+        raise SourceError(f"{save_path} exists already; name another folder")
     config, raw = ModelConfig.from_folder(source), read_json(source / "config.json")
     fused = Fused(save_path)
     outputs = list(_outputs(source, config, Path(adapter_path), fused, dequantize=dequantize))

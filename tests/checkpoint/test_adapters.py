@@ -181,7 +181,7 @@ def test_fusing_holds_a_shard_at_a_time(tmp_path, monkeypatch):
 def test_a_result_that_is_there_is_left_alone(plain, tmp_path):
     adapters = with_adapters(plain, tmp_path / "adapters")
     (tmp_path / "there").mkdir()
-    with pytest.raises(SourceError, match="is there already; name another folder"):
+    with pytest.raises(SourceError, match="exists already; name another folder"):
         fuse_checkpoint(plain, adapters, tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
 
@@ -192,7 +192,7 @@ def test_a_fuse_that_fails_leaves_nothing_and_takes_nothing_away(plain, tmp_path
     partial = tmp_path / "fused.partial"
     partial.mkdir()
     (partial / "mine.txt").write_text("mine")
-    with pytest.raises(SourceError, match=r"fused\.partial is there already"):
+    with pytest.raises(SourceError, match=r"fused\.partial exists already"):
         fuse_checkpoint(source, adapters, tmp_path / "fused")
     assert (partial / "mine.txt").read_text() == "mine"
     shutil.rmtree(partial)

@@ -45,7 +45,7 @@ def test_a_conversion_ends_in_a_summary_and_verify_and_a_second_run_agree(source
     assert re.match(r"experts +4-bit affine g64 +[\d,]+ +4\.500 +0\.0\d+$", experts)
     assert re.match(rf"{out}: [\d.]+ s, peak resident memory [\d.]+ GB$", lines[-1])
     again = run("--hf-path", source, "--mlx-path", out, "-q")
-    assert again.stdout == f"{out} is there already, from the same source with the same settings\n"
+    assert again.stdout == f"{out} exists already, from the same source with the same settings\n"
     verified = run("--mlx-path", out, "--verify")
     assert verified.exit_code == 0, verified.output
     assert "checksums and sources are right" in verified.stdout

@@ -378,7 +378,7 @@ def test_a_folder_or_file_that_is_no_result_is_not_touched(source, out):
     out.mkdir()
     (out / "thesis.tex").write_text("years")
     for force in (False, True):
-        with pytest.raises(SourceError, match="is not empty and is no result of a conversion"):
+        with pytest.raises(SourceError, match="is not empty and is not the result of a conversion"):
             convert(source, out, force=force)
     assert [p.name for p in out.iterdir()] == ["thesis.tex"]
     (out / "thesis.tex").unlink()
@@ -462,7 +462,7 @@ def test_a_disk_that_fills_up_leaves_work_to_go_on_from(source, out, tmp_path, m
     monkeypatch.setattr(shards_module, "_SYNC_BYTES", 1)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        SourceError, match=r"is full; free .* same command again, which goes on from out\.partial"
+        SourceError, match=r"is full; free .* same command again, which resumes from out\.partial"
     ):
         convert(source, out)
     monkeypatch.setattr(os, "fsync", fsync)
@@ -598,7 +598,7 @@ def test_a_folder_that_only_has_the_name_of_partial_work_is_not_touched(source, 
     partial = out.with_name(f"{out.name}.partial")
     (partial / "out").mkdir(parents=True)
     (partial / "thesis.txt").write_text("years of work")
-    with pytest.raises(SourceError, match="is no unfinished conversion"):
+    with pytest.raises(SourceError, match="is not an unfinished conversion"):
         convert(source, out)
     partial.rename(partial.with_name("aside"))
     convert(source, out)
