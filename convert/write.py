@@ -184,7 +184,7 @@ def _place(mlx_path: Path, source: Path) -> Path:
         RuntimeError,
         OSError,
         ValueError,
-    ) as error:  # ~NAME unknown, a circle of links, no name
+    ) as error:  # ~NAME unknown, link circle, no name
         reason = getattr(error, "strerror", None) or error
         raise SourceError(f"{mlx_path} cannot be the folder of a result: {reason}") from error
     if is_source:
