@@ -532,7 +532,7 @@ FAULTS = (
     Fault(
         "backend: MLX without its library keeps the traceback",
         "errors.py",
-        ", Path(error.path or ).parent.name):",
+        ', Path(error.path or "").parent.name):',
         ",):",
         (INSTALL,),
     ),
@@ -567,8 +567,8 @@ FAULTS = (
     Fault(
         "models: other kinds of checkpoints are listed",
         "checkpoint/cache.py",
-        'config.get("model_type") != _MODEL_TYPE',
-        "not config",
+        '_object(newest / "config.json").get("model_type") != _MODEL_TYPE',
+        'not _object(newest / "config.json")',
         (CACHE, MODELS),
     ),
     Fault(
