@@ -27,7 +27,11 @@ TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.
 OBJECTIVE = "tests/parity/test_objective.py"
 SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
 CONVERT_CLI = "tests/convert/test_cli.py"
+CONTROLS, GIVEN = "tests/language/test_controls.py", "tests/language/test_given.py"
+TEXT, TOKENIZER = "tests/language/test_text.py", "tests/language/test_tokenizer.py"
+GENERATE = "tests/write/test_generate.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
+ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_peft.py"
 
 INSTALL, CACHE = "tests/test_install.py", "tests/checkpoint/test_cache.py"
 CHOICE, BLAS = "tests/checkpoint/test_choice.py", "tests/checkpoint/test_blas.py"
@@ -334,6 +338,41 @@ FAULTS = (
         (FILL,),
     ),
     Fault(
+        "match: a string ends at the first accepting state",
+        "constraint/automaton.py",
+        r'Index(rf"\x00(?:{pattern})\z",',
+        r'Index(rf"\x00(?:{pattern})",',
+        ("tests/constraint/test_automaton.py",),
+    ),
+    Fault(
+        "edit: a byte order mark has a column",
+        "write/edit.py",
+        "    mark, text = split_mark(text)\n",
+        '    mark = ""\n',
+        ("tests/write/test_edit.py",),
+    ),
+    Fault(
+        "trace: replaces any file",
+        "view/pages.py",
+        "return bool(head) and mark not in head",
+        "return False",
+        ("tests/view/test_trace.py",),
+    ),
+    Fault(
+        "draft: as tall as the terminal",
+        "cli/render.py",
+        "room = max(0, options.max_height - 1)",
+        "room = options.max_height",
+        ("tests/cli/test_render.py",),
+    ),
+    Fault(
+        "drafts: go on behind the end token",
+        "view/report.py",
+        "stop = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))",
+        "stop = len(ids)",
+        ("tests/view/test_report.py",),
+    ),
+    Fault(
         "fill: nothing ends the turn behind the template",
         "write/writer.py",
         "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
@@ -350,8 +389,8 @@ FAULTS = (
     Fault(
         "convert: config.json keeps a path that another tool wrote",
         "convert/plan.py",
-        "without_paths(checkpoint.config).items()",
-        "checkpoint.config.items()",
+        "without_packing(without_paths(checkpoint.config))",
+        "without_packing(checkpoint.config)",
         (SHARED,),
     ),
     Fault(
@@ -430,6 +469,55 @@ FAULTS = (
         "weights /= B * weights.sum(axis=1, keepdims=True)",
         "weights /= weights.sum()",
         (TRAIN_DATA,),
+    ),
+    Fault(
+        "adapters: PEFT's alpha is taken for the scale",
+        "checkpoint/peft.py",
+        'return float(alpha / r**0.5 if config.get("use_rslora") else alpha / r)',
+        "return float(alpha)",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: PEFT's B counts ranks within experts",
+        "checkpoint/peft.py",
+        "b = b.reshape(-1, rank, count).transpose(2, 0, 1)",
+        "b = b.reshape(-1, count, rank).transpose(1, 0, 2)",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: the encoder's factors are dropped in silence",
+        "checkpoint/peft.py",
+        "if not found[path].equals(decoder[twin]):",
+        "if False:",
+        (PEFT,),
+    ),
+    Fault(
+        "adapters: an adapter on one of gate and up alone",
+        "model/fused.py",
+        "are_plain = all(type(part) in (nn.Linear, nn.QuantizedLinear) for part in parts)",
+        "are_plain = type(first) in (nn.Linear, nn.QuantizedLinear)",
+        (ADAPTERS,),
+    ),
+    Fault(
+        "training: tokens are counted from the process's beginning",
+        "train/trainer.py",
+        "self.trained_tokens = state.trained_tokens",
+        "self.trained_tokens = 0",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: a stop names a checkpoint that was never written",
+        "train/trainer.py",
+        "self._saved_at: int | None = None",
+        "self._saved_at: int | None = 0",
+        (TRAIN,),
+    ),
+    Fault(
+        "training: adapters say where the model lay",
+        "train/session.py",
+        "Path(model).resolve().name if Path(model).exists() else model",
+        "str(source)",
+        (TRAIN,),
     ),
     Fault(
         "training: a run that is taken up forgets a half-made update",
@@ -558,17 +646,17 @@ FAULTS = (
         (CHOICE,),
     ),
     Fault(
-        "models: the environment wins over what is given",
-        "checkpoint/choice.py",
-        "default_model() if given is None else given",
-        "default_model() or given",
-        (CHOICE,),
+        "models: the environment is not read",
+        "cli/options.py",
+        "help=MODEL_HELP, envvar=MODEL_VARIABLE",
+        "help=MODEL_HELP",
+        (CHOICE, MODELS),
     ),
     Fault(
         "models: other kinds of checkpoints are listed",
         "checkpoint/cache.py",
-        '_object(newest / "config.json").get("model_type") != _MODEL_TYPE',
-        'not _object(newest / "config.json")',
+        '.get("model_type") != _MODEL_TYPE',
+        '.get("model_type") is None',
         (CACHE, MODELS),
     ),
     Fault(
@@ -584,6 +672,104 @@ FAULTS = (
         'r"lib(openblas',
         'r"lib(scipy_openblas|openblas',
         (BLAS,),
+    ),
+    Fault(
+        "prompts: marks before what is typed, which changes how names are sorted",
+        "language/controls.py",
+        "return found[0] + self.behind",
+        "return self.behind + found[0] + self.behind",
+        (CONTROLS,),
+    ),
+    Fault(
+        "prompts: keys of tools are not marked",
+        "language/controls.py",
+        "self.value(key): self.value(item, is_cut=is_cut) for key",
+        "key: self.value(item, is_cut=is_cut) for key",
+        (CONTROLS,),
+    ),
+    Fault(
+        "prompts: variables other than messages are not marked",
+        "language/prompt.py",
+        "marks.value(texts) | program",
+        "texts | program",
+        (CONTROLS, TRAIN_DATA),
+    ),
+    Fault(
+        "prompts: a template that the marks change is not refused",
+        "language/controls.py",
+        "if names != pattern.findall(text):",
+        "if False:",
+        (CONTROLS,),
+    ),
+    Fault(
+        "prompts: parts of tools' messages are not looked at",
+        "language/given.py",
+        "if content is None or isinstance(content, str):",
+        'if content is None or isinstance(content, str) or role == "tool":',
+        (GIVEN,),
+    ),
+    Fault(
+        "prompts: a padded encoding is read, padding and all",
+        "language/given.py",
+        "if not all(flag for row in rows for flag in row):",
+        "if False:",
+        (GIVEN,),
+    ),
+    Fault(
+        "prompts: a raw prompt gets a second <bos>",
+        "language/prompt.py",
+        "add_special_tokens=not has_bos",
+        "add_special_tokens=True",
+        (GIVEN,),
+    ),
+    Fault(
+        "templates: chat_template.json goes before tokenizer_config.json",
+        "language/tokenizer.py",
+        "if not tokenizer.chat_template and (folder",
+        "if (folder",
+        (TOKENIZER,),
+    ),
+    Fault(
+        "thoughts: any name that begins like it is a thought",
+        "language/text.py",
+        "if text.startswith(_THOUGHT) or",
+        "if text.startswith(_THOUGHT.strip()) or",
+        (TEXT,),
+    ),
+    Fault(
+        "thoughts: a name is decided before its line has ended",
+        "language/text.py",
+        "elif final or not _THOUGHT.startswith(text):",
+        "elif final or text:",
+        (TEXT,),
+    ),
+    Fault(
+        "stop strings: one character too few is held back",
+        "language/stops.py",
+        "default=1) - 1)",
+        "default=2) - 2)",
+        (TEXT,),
+    ),
+    Fault(
+        "stop strings: the first in the list wins, not the first that is complete",
+        "language/stops.py",
+        "stop, start = min(places)",
+        "stop, start = places[0]",
+        (TEXT,),
+    ),
+    Fault(
+        "stop strings: the run goes on behind one",
+        "denoise/rows.py",
+        "self.ended |= np.array(are_over, bool)",
+        "pass",
+        (GENERATE,),
+    ),
+    Fault(
+        "stop strings: one row ends all of a batch",
+        "denoise/rows.py",
+        "self.ended |= np.array(are_over, bool)",
+        "self.ended |= np.array(are_over, bool).any()",
+        (GENERATE,),
     ),
 )
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from pathlib import Path
 
 from ..errors import SourceError
-from .files import bundled_model
 
-MODEL_VARIABLE = "MLX_DIFFGEMMA_MODEL"
+MODEL_VARIABLE = "MLX_DIFFGEMMA_MODEL"  # names the model of commands that get none
 # What mlx-community publishes of the 26B model. The part after the last hyphen is the short name.
 _PUBLISHED = "mlx-community/diffusiongemma-26B-A4B-it-"
 SHORT_NAMES = {
@@ -18,31 +16,12 @@ SHORT_NAMES = {
 }
 
 
-def chosen_model(given: str | None) -> str | Path:
-    """Return the model that a command is to use, as `resolve` and `load` take it.
-
-    Args:
-      given: the value of `--model`; None takes what MLX_DIFFGEMMA_MODEL names, and the bundled
-        model where that is not set or empty.
-
-    Raises:
-      SourceError: if it is neither a folder nor a repo id, and looks like a misspelt short name.
-    """
-    name = default_model() if given is None else given
-    return bundled_model() if name is None else full_name(name)
-
-
-def default_model() -> str | None:
-    """Return the model that MLX_DIFFGEMMA_MODEL names, if it is set and not empty."""
-    return os.environ.get(MODEL_VARIABLE) or None
-
-
 def full_name(name: str) -> str:
     """Return the repo id that a short name stands for, and anything else as it is. A folder of
     that name wins over the repository.
 
     Raises:
-      SourceError: as `chosen_model`.
+      SourceError: if it is neither a folder nor a repo id, and looks like a misspelt short name.
     """
     if "/" in name or os.path.exists(name):
         return name

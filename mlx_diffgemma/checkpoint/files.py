@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import SourceError
+from .choice import full_name
 
 _HEADERS = "mlx_diffgemma-headers-"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -77,7 +78,8 @@ def resolve(
     `HF_HUB_OFFLINE=1` uses what is cached.
 
     Args:
-      source: a folder, or a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`.
+      source: a folder, a repo id such as `mlx-community/diffusiongemma-26B-A4B-it-4bit`, or its
+        short name (`4bit`, `8bit`, ...).
       revision: branch, tag or commit of a repository.
       for_conversion: bring what a copy of the checkpoint has, image processing included.
       headers_only: bring the headers of weight files that are not cached, in a temporary folder
@@ -87,7 +89,7 @@ def resolve(
       SourceError: if there is no such folder or repository, it cannot be reached, or what is there
         is something else than a checkpoint of safetensors.
     """
-    text = os.fspath(source)
+    text = full_name(os.fspath(source))
     try:
         folder = Path(text).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()

@@ -15,7 +15,6 @@ from ..model import DiffusionGemma
 from ..model.fused import fuse
 from .adapters import load_adapters
 from .blas import slow_blas
-from .choice import full_name
 from .files import resolve
 from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
 from .tied import read_assigned
@@ -47,8 +46,6 @@ def load(
       DiffGemmaError: one line that says what is wrong with the folder, its config, weights or
       tokenizer.
     """
-    if isinstance(path_or_repo, str):
-        path_or_repo = full_name(path_or_repo)
     folder = resolve(path_or_repo, revision)
     # What is quick to check comes first; the config before transformers looks at it on its own.
     config = ModelConfig.from_folder(folder)

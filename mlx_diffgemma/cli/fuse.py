@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint.choice import MODEL_VARIABLE, full_name
+from ..checkpoint.choice import MODEL_VARIABLE
 from .options import REVISION_HELP, command, run
 
 
@@ -14,7 +14,7 @@ def fuse(
     model: Annotated[
         str,
         typer.Option(
-            envvar=MODEL_VARIABLE, help="What was trained: local folder, Hub repo id or short name."
+            help="Local folder, Hub repo id or short name that was trained.", envvar=MODEL_VARIABLE
         ),
     ],
     adapter_path: Annotated[
@@ -31,7 +31,7 @@ def fuse(
     from .render_train import show_fused
 
     fused = fuse_checkpoint(
-        full_name(model), adapter_path, Path(save_path), dequantize=dequantize, revision=revision
+        model, adapter_path, Path(save_path), dequantize=dequantize, revision=revision
     )
     show_fused(fused)
 

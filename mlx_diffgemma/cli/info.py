@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL_HELP, REVISION_HELP, friendly_errors, run
+from .options import REVISION_HELP, ModelOption, command, run
 
 
+@command
 def info(
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    model: ModelOption = None,
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -17,17 +18,16 @@ def info(
 
     Of a Hub repository that is not cached, only headers are fetched.
     """
-    with friendly_errors():
-        from ..checkpoint.choice import chosen_model
-        from ..checkpoint.files import resolve
-        from ..checkpoint.info import as_object, describe
-        from .render import show_info
+    from ..checkpoint.files import bundled_model, resolve
+    from ..checkpoint.info import as_object, describe
+    from .render import show_info
 
-        found = describe(resolve(chosen_model(model), revision, headers_only=True))
-        if as_json:
-            typer.echo(json.dumps(as_object(found)))
-        else:
-            show_info(found)
+    source = bundled_model() if model is None else model
+    found = describe(resolve(source, revision, headers_only=True))
+    if as_json:
+        typer.echo(json.dumps(as_object(found)))
+    else:
+        show_info(found)
 
 
 def main() -> None:

@@ -63,12 +63,11 @@ def pull(
 ) -> None:
     """Fetch a model, or what of it is missing; its folder goes to stdout."""
     with friendly_errors():
-        from ..checkpoint.choice import full_name
         from ..checkpoint.files import resolve
 
         if os.path.exists(name):
             raise SourceError(f"{name} is a folder or a file here; nothing is to be fetched")
-        typer.echo(str(resolve(full_name(name), revision)))
+        typer.echo(str(resolve(name, revision)))
 
 
 @app.command()

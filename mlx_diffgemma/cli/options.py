@@ -19,6 +19,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from ..checkpoint.choice import MODEL_VARIABLE
 from ..config.entry import Entry, kinds
 from ..config.generation import GenerationSettings, decider_of
 from ..errors import DiffGemmaError, PromptError, TemplateError, backend_error
@@ -26,8 +27,8 @@ from .interrupt import ended_in_order, leave
 
 MODEL_HELP = (
     "Local folder, Hub repo id, or short name of a published one (4bit, 5bit, 6bit, 8bit, mxfp4, "
-    "mxfp8, nvfp4, bf16), unless a folder here has that name; by default what MLX_DIFFGEMMA_MODEL "
-    "names, else the small model that comes with the package."
+    "mxfp8, nvfp4, bf16), unless a folder here has that name; by default the small model that "
+    "comes with the package."
 )
 REVISION_HELP = "Branch, tag or commit of a Hub repository."
 
@@ -87,6 +88,7 @@ def gap_bounds(text: str | None) -> tuple[int, int] | None:
     return low, high
 
 
+ModelOption = Annotated[str | None, typer.Option(help=MODEL_HELP, envvar=MODEL_VARIABLE)]
 SystemPromptOption = Annotated[
     str | None, typer.Option("--system-prompt", help="System prompt for the chat template.")
 ]
@@ -99,7 +101,7 @@ VerboseOption = Annotated[
 class ModelOptions:
     """Which model a command runs."""
 
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None
+    model: ModelOption = None
     adapter_path: Annotated[
         str | None,
         typer.Option(help="Folder of adapters, as mlx_diffgemma.train makes them."),
@@ -107,18 +109,16 @@ class ModelOptions:
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None
 
     @property
-    def source(self) -> str | Path:
-        """The folder or repository id that was given, or the default."""
-        from ..checkpoint.choice import chosen_model
-
-        return chosen_model(self.model)
-
-    @property
     def is_bundled(self) -> bool:
         """Whether nobody chose a model."""
-        from ..checkpoint.choice import default_model
+        return self.model is None
 
-        return self.model is None and default_model() is None
+    @property
+    def source(self) -> str | Path:
+        """What was given, or the bundled model's folder."""
+        from ..checkpoint.files import bundled_model
+
+        return bundled_model() if self.model is None else self.model
 
     def load(self) -> tuple[Any, Any]:
         """Load model and tokenizer."""
@@ -202,7 +202,7 @@ def prompt_text(argument: str | None, option: str | None) -> str:
         )
     given = argument if option is None else option
     if given == "-" or (given is None and not _is_terminal(sys.stdin)):
-        return read_stdin()
+        return read_stdin().removeprefix("\ufeff")  # what editors put before text is not said
     if given is None:
         raise PromptError("a prompt is missing: give it in quotes, or - to read it from stdin")
     return given if option is None else unescape(option)

@@ -1,11 +1,12 @@
 """mlx_diffgemma.train: adapters or all weights, from a folder of examples."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..checkpoint.choice import chosen_model, default_model
+from ..checkpoint.choice import MODEL_VARIABLE
 from ..config.training import TrainJob, TrainSettings, job_and_settings, read_recipe
 from .interrupt import stopping
 from .options import command, run
@@ -23,7 +24,8 @@ def train(
 ) -> None:
     """Train adapters or all weights on examples; Ctrl-C saves, and --resume goes on to the bit."""
     recipe = {} if config is None else read_recipe(config)
-    _run(*job_and_settings({"model": default_model()} | recipe | job | settings))
+    named = os.environ.get(MODEL_VARIABLE)
+    _run(*job_and_settings(({"model": named} if named else {}) | recipe | job | settings))
 
 
 def _run(job: TrainJob, settings: TrainSettings) -> None:
@@ -32,7 +34,7 @@ def _run(job: TrainJob, settings: TrainSettings) -> None:
 
     assert job.model is not None and job.data is not None
     session = Session.open(
-        str(chosen_model(job.model)),
+        job.model,
         job.data,
         Path(job.adapter_path),
         settings,

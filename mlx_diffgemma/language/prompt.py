@@ -7,7 +7,6 @@ transformers on purpose; `allow_special_tokens` gives the reference's reading.
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from .controls import Marks, matching, split_at
 from .controls import special_tokens as special_tokens
 from .given import Message, given_ids, given_messages
 from .given import Prompt as Prompt
+from .tokenizer import declaration_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def _encode_messages(
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
     variables = {"enable_thinking": options.thinking, **options.chat_template_config}
     if variables.get("tools"):
-        variables["tools"] = [_tool_schema(tool) for tool in variables["tools"]]
+        variables["tools"] = [declaration_of(tool) for tool in variables["tools"]]
     prefix = options.response_prefix or ""
     specials = special_tokens(tokenizer)
     text = _render(tokenizer, messages, variables) + prefix
@@ -136,22 +136,6 @@ def _encode_messages(
     for part in split_at(specials, text, marks.typed(text, marked)):
         ids += encode_text(tokenizer, part) if isinstance(part, str) else [part]
     return ids
-
-
-def _tool_schema(tool: Any) -> Any:
-    """Return a function as the declaration that transformers makes of it."""
-    if not inspect.isroutine(tool):
-        return tool
-    from transformers.utils import get_json_schema
-    from transformers.utils.chat_template_utils import (
-        DocstringParsingException,
-        TypeHintParsingException,
-    )
-
-    try:
-        return get_json_schema(tool)
-    except (DocstringParsingException, TypeHintParsingException) as error:
-        raise PromptError(f"the tool {tool.__name__} cannot be declared: {error}") from error
 
 
 def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..errors import SourceError
+from ..errors import PromptError, SourceError
 
 
 @contextmanager
@@ -30,6 +32,11 @@ def _without_advice() -> Iterator[None]:
 # Other files import transformers for type checkers only, so that this import is the first.
 with _without_advice():
     from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import (
+        DocstringParsingException,
+        TypeHintParsingException,
+    )
 
 # A sentencepiece file does not say that these are special; nor do all resaved tokenizer.json files.
 _CONTROL_TOKENS = frozenset(
@@ -97,3 +104,18 @@ def _processor_template(path: Path) -> str | dict[str, str]:
         f"{path} must be an object whose chat_template is a template, an object of templates by "
         "name, or a list of objects with name and template"
     )
+
+
+def declaration_of(tool: Any) -> Any:
+    """Return the declaration of a tool: of a Python function as transformers makes it from its
+    docstring and types, anything else as it is.
+
+    Raises:
+      PromptError: if the function's docstring or types say too little.
+    """
+    if not inspect.isroutine(tool):
+        return tool
+    try:
+        return get_json_schema(tool)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise PromptError(f"the tool {tool.__name__} cannot be declared: {error}") from error

@@ -14,7 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..checkpoint.adapters import WEIGHTS, read_adapter_config, read_factors
-from ..checkpoint.factors import read_float_header
+from ..checkpoint.factors import Shapes, read_float_header
 from ..checkpoint.files import SIDE_PATTERNS, resolve
 from ..checkpoint.headers import INDEX, TensorInfo
 from ..checkpoint.names import Ignored, translate
@@ -135,7 +135,7 @@ def _outputs(
         for path, names in modules.items()
         for leaf, name in names.items()
     }
-    changes = _changes(adapters, shapes, config)
+    changes = _changes(adapters, shapes, _weight_shapes(modules, tensors, config))
     read = partial(_read, tensors)
     for path, names in modules.items():
         packing = None
@@ -169,7 +169,7 @@ _Change = Callable[[mx.array], mx.array]
 
 
 def _changes(
-    adapters: Path, shapes: Mapping[str, TensorInfo], config: ModelConfig
+    adapters: Path, shapes: Mapping[str, TensorInfo], weights: Shapes
 ) -> dict[str, _Change]:
     """By our name of a weight, what the adapters do to it.
 
@@ -179,20 +179,27 @@ def _changes(
     settings = read_adapter_config(adapters)
     if settings.get("fine_tune_type") == "full":
         return _replacements(adapters / WEIGHTS, shapes)
-    factors = read_factors(adapters, settings, _weight_shapes(shapes, config))
+    factors = read_factors(adapters, settings, weights)
     return {f"{path}.weight": own.added_to for path, own in factors.items()}
 
 
 def _weight_shapes(
-    shapes: Mapping[str, TensorInfo], config: ModelConfig
+    modules: Mapping[str, Mapping[str, str]],
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
 ) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the weights, unpacked, of all modules that take an adapter."""
     found = {}
-    for name, info in shapes.items():
-        path, _, leaf = name.rpartition(".")
-        is_matrix = leaf == "weight" and len(info.shape) > 1 and "embed_tokens" not in path
-        if is_matrix and not isinstance(translate(name), Ignored):
-            found[path] = _unpacked_shape(path, info, config)
+    for path, names in modules.items():
+        if "weight" not in names or isinstance(translate(f"{path}.weight"), Ignored):
+            continue
+        *rest, width = tensors[names["weight"]].shape
+        if "scales" in names and config.quantization is not None:
+            packing = config.quantization.for_module(names["weight"].rpartition(".")[0], path)
+            assert packing is not None
+            width = width * 32 // packing.bits
+        if rest and "embed_tokens" not in path:
+            found[path] = (*rest, width)
     return found
 
 
@@ -202,14 +209,6 @@ def _replacements(file: Path, shapes: Mapping[str, TensorInfo]) -> dict[str, _Ch
             raise SourceError(f"{file}: {name} with shape {list(info.shape)} is not the model's")
     arrays = cast(dict[str, mx.array], mx.load(str(file)))
     return {name: partial(_replaced, array) for name, array in arrays.items()}
-
-
-def _unpacked_shape(module: str, info: TensorInfo, config: ModelConfig) -> tuple[int, ...]:
-    if info.dtype != "U32" or config.quantization is None:
-        return info.shape
-    packing = config.quantization.for_module(module)
-    assert packing is not None
-    return (*info.shape[:-1], info.shape[-1] * 32 // packing.bits)
 
 
 def _replaced(array: mx.array, _: mx.array) -> mx.array:

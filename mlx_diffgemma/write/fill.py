@@ -63,7 +63,7 @@ class Filled:
 def fill(
     model: DiffusionGemma,
     tokenizer: PreTrainedTokenizerBase,
-    template: Template,
+    template: Template | str,
     *,
     prompt: Prompt | None = None,
     gap_tokens: tuple[int, int] | None = None,
@@ -77,7 +77,8 @@ def fill(
     Args:
       model: from `load`.
       tokenizer: from `load`.
-      template: from `Template.parse`; it is the model's turn, and ends it.
+      template: a string with slots, such as "a {{gap}}", or the result of `Template.parse`; it is
+        the model's turn, and ends it.
       prompt: the user's turn; by default a request that shows the template with blanks.
       gap_tokens: least and most tokens of gaps and matches that do not say it themselves; by
         default from 1 to what one canvas holds.
@@ -112,7 +113,7 @@ def fill(
 def stream_fill(
     model: DiffusionGemma,
     tokenizer: PreTrainedTokenizerBase,
-    template: Template,
+    template: Template | str,
     *,
     prompt: Prompt | None = None,
     gap_tokens: tuple[int, int] | None = None,
@@ -122,6 +123,12 @@ def stream_fill(
 ) -> Generator[Event | Filled, None, None]:
     """As `fill`, with the loop's events on the way: PrefillDone, then TrialStarted and the steps of
     every batch that is tried, one row per length, and at last Filled."""
+    if isinstance(template, str):
+        template = Template.parse(template)
+    if not isinstance(template, Template):
+        raise TemplateError(
+            f"a template is a string or comes from Template.parse, got {type(template).__name__}"
+        )
     resolved = settings.resolve(model.config)
     vocab_size = model.config.text.vocab_size
     spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}

@@ -17,12 +17,13 @@ class Printed:
     def __init__(self) -> None:
         self._numbers = _Numbers()
         self._has_text = False
-        print(_RULE)
 
     def observe(self, event: Event) -> None:
         """Print what an event adds."""
         self._numbers.observe(event)
-        if isinstance(event, Text) and event.channel == "answer":
+        if isinstance(event, PrefillDone):
+            print(_RULE)
+        elif isinstance(event, Text) and event.channel == "answer":
             self._has_text = True
             print(event.piece, end="", flush=True)
         elif isinstance(event, Finished):

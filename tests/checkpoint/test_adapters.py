@@ -10,8 +10,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters as load_as_mlx_lm
 
+from mlx_diffgemma import load_model
 from mlx_diffgemma.checkpoint.adapters import CONFIG, WEIGHTS, adapted_modules, add_adapters
-from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.config.training import DEFAULT_KEYS, EXPERTS, LoraParameters, TrainSettings
 from mlx_diffgemma.convert.write import convert
 from mlx_diffgemma.errors import SourceError
@@ -244,7 +244,10 @@ QUERY = "model.decoder.layers.0.self_attn.q_proj"
         (lambda f: (f / WEIGHTS).unlink(), "adapters.safetensors is missing"),
         (lambda f: edit_config(f, fine_tune_type="dora"), "'dora' is not supported"),
         (lambda f: edit_config(f, num_layers=9), "num_layers of 9 does not fit"),
-        (lambda f: edit_config(f, lora_parameters={"rank": 0}), "rank must be >= 1"),
+        (
+            lambda f: edit_config(f, lora_parameters={"rank": 0}),
+            "rank must be a whole number at least 1",
+        ),
         (
             lambda f: edit_config(f, lora_parameters={"rank": 3, "keys": ["mlp.side_proj"]}),
             "no module of this model is called 'mlp.side_proj'",

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from mlx_diffgemma import bundled_model, load
-from mlx_diffgemma.checkpoint.choice import SHORT_NAMES, chosen_model, full_name, short_name
+from mlx_diffgemma.checkpoint.choice import SHORT_NAMES, full_name, short_name
+from mlx_diffgemma.cli.fuse import fuse
+from mlx_diffgemma.cli.generate import generate
+from mlx_diffgemma.cli.info import info
+from mlx_diffgemma.cli.train import train
 from mlx_diffgemma.errors import SourceError
+from tests.cli.test_cli import invoke
 
 
 @pytest.fixture(autouse=True)
@@ -18,29 +23,13 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_what_is_given_comes_first_then_the_environment_then_the_bundled_model(monkeypatch):
-    assert chosen_model(None) == bundled_model()
-    monkeypatch.setenv("MLX_DIFFGEMMA_MODEL", "owner/name")
-    assert chosen_model(None) == "owner/name"
-    assert chosen_model("other/name") == "other/name"
-    monkeypatch.setenv("MLX_DIFFGEMMA_MODEL", "8bit")
-    assert chosen_model(None) == "mlx-community/diffusiongemma-26B-A4B-it-8bit"
-
-
-def test_an_empty_variable_is_none_and_an_empty_option_is_a_mistake(monkeypatch):
-    monkeypatch.setenv("MLX_DIFFGEMMA_MODEL", "")
-    assert chosen_model(None) == bundled_model()
-    with pytest.raises(SourceError, match="the name of the model is empty"):
-        load(chosen_model(""))
-
-
 @pytest.mark.parametrize("name", SHORT_NAMES)
 def test_a_short_name_is_a_repository_unless_a_folder_has_it(name, elsewhere):
     repo = f"mlx-community/diffusiongemma-26B-A4B-it-{name}"
-    assert chosen_model(name) == repo
+    assert full_name(name) == repo
     assert short_name(repo) == name
     (elsewhere / name).mkdir()
-    assert chosen_model(name) == name
+    assert full_name(name) == name
     assert short_name(f"somebody/diffusiongemma-26B-A4B-it-{name}") is None
 
 
@@ -64,3 +53,23 @@ def test_load_takes_short_names_and_folders_of_that_name(elsewhere):
     (elsewhere / "4bit").symlink_to(bundled_model())
     model, _ = load("4bit")
     assert model.config.canvas_length == 64
+
+
+def test_commands_take_what_is_given_then_the_environment_then_the_bundled_model(monkeypatch):
+    bundled = "no --model given: this is the bundled model"
+    asked = ("Squares from 2 to 3.", "--seed", "1")
+    assert bundled in invoke(generate, *asked).stderr
+    monkeypatch.setenv("MLX_DIFFGEMMA_MODEL", "")
+    assert bundled in invoke(generate, *asked).stderr
+    monkeypatch.setenv("MLX_DIFFGEMMA_MODEL", str(bundled_model()))
+    answered = invoke(generate, *asked)
+    assert answered.exit_code == 0 and bundled not in answered.stderr
+    monkeypatch.setenv("MLX_DIFFGEMMA_MODEL", "/nowhere/at/all")
+    for command in (generate, info, fuse):
+        refused = invoke(command, *(asked if command is generate else ()))
+        assert refused.exit_code == 2 and "/nowhere/at/all" in refused.stderr
+    data = ("--train", "--data", str(bundled_model()))
+    assert "/nowhere/at/all" in invoke(train, *data).stderr
+    assert invoke(generate, *asked, "--model", str(bundled_model())).exit_code == 0
+    refused = invoke(generate, *asked, "--model", "")
+    assert "the name of the model is empty" in refused.stderr

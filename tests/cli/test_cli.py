@@ -15,12 +15,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import GenerationSettings, bundled_model
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.info import info
 from mlx_diffgemma.cli.options import prompt_text
 from mlx_diffgemma.config.entry import entries
-from mlx_diffgemma.config.generation import GenerationSettings, default_of
+from mlx_diffgemma.config.generation import default_of
 
 ROOT = Path(__file__).parents[2]
 TABLE = ("--prompt", "Squares from 2 to 3.", "--seed", "3")
@@ -126,6 +126,16 @@ def test_an_extra_end_token_ends_the_answer():
     assert result.stdout == "|n|n\n"
 
 
+def test_a_stop_string_ends_the_answer_before_it():
+    assert TABLE_ANSWER.count("\n|-") == 1
+    for stop in ("\\n|-", "\n|-"):
+        result = invoke(generate, *TABLE, "--stop", "nowhere", "--stop", stop, "--json")
+        objects = [json.loads(line) for line in result.stdout.splitlines()]
+        assert "".join(o["text"] for o in objects if o["event"] == "text") == "|n|n*n|"
+        assert objects[-1]["reason"] == "stop"
+    assert_one_line(invoke(generate, *TABLE, "--stop", ""), "stop")
+
+
 def test_a_response_that_is_begun_is_continued():
     count = ("--prompt", "Count from 12 to 18.", "--seed", "3")
     result = invoke(generate, *count, "--prefill-response", "12 13 14 ")
@@ -157,6 +167,18 @@ def test_a_response_that_is_begun_is_continued():
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected):
     given = arguments if "--prompt" in arguments else ("--prompt", "hello", *arguments)
     assert_one_line(invoke(generate, *given), expected)
+
+
+def test_a_byte_order_mark_on_stdin_is_no_part_of_the_prompt():
+    marked, plain = (mark + b"Squares from 2 to 3." for mark in (b"\xef\xbb\xbf", b""))
+    answers = [
+        invoke(generate, *words, "--seed", "1", "--json", stdin=stdin).stdout.splitlines()[1]
+        for words, stdin in ((("--prompt", "-"), marked), ((), marked), (("-",), plain))
+    ]
+    assert {json.loads(line)["prompt_tokens"] for line in answers} == {36}
+    assert_one_line(invoke(generate, "-", stdin=b"\xef\xbb\xbf"), "the prompt is empty")
+    inside = invoke(generate, "-", "--json", stdin=b"Squares\xef\xbb\xbf from 2 to 3.")
+    assert json.loads(inside.stdout.splitlines()[1])["prompt_tokens"] > 36
 
 
 def test_stdin_that_is_not_utf8_is_refused():

@@ -49,9 +49,49 @@ def test_a_template_from_a_file_or_from_stdin_keeps_its_bytes(tmp_path):
         assert done.stdout_bytes.endswith("é\n".encode())
 
 
-def test_a_template_that_is_typed_has_line_breaks():
-    done = invoke(r"a\n{{gap:1}}\tb", "--seed", "1")
-    assert done.stdout.startswith("a\n") and done.stdout.endswith("\tb")
+def test_a_template_that_is_typed_is_kept_byte_for_byte():
+    done = invoke(r"\textbf{x} {{gap:2}} C:\new", "--seed", "1", "--prompt", r"Go.\n")
+    assert done.stdout.startswith(r"\textbf{x} ") and done.stdout.endswith(r" C:\new")
+
+
+def test_a_byte_order_mark_is_kept(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_bytes("\ufeff{{gap:1}}é".encode())
+    for done in (
+        invoke("--file", str(file), "--seed", "1"),
+        invoke("-", "--seed", "1", input=file.read_bytes()),
+    ):
+        assert done.stdout_bytes.startswith(b"\xef\xbb\xbf"), done.output
+        assert done.stdout_bytes.endswith("é".encode())
+
+
+def test_drafts_are_objects_of_their_own_and_tell_what_was_given(tmp_path):
+    done = invoke(*COUNT, "--json-drafts", "--trace", str(tmp_path / "run.html"))
+    prefill, *events, result = map(json.loads, done.stdout.splitlines())
+    assert prefill["event"] == "prefill" and result["text"] == "12 13 14 15 16 17 18"
+    trials = [event for event in events if event["event"] == "trial"]
+    assert trials[0]["lengths"] == [{"n": n} for n in range(2, 10)]
+    assert [trial["final"] for trial in trials] == [False] * (len(trials) - 1) + [True]
+    assert events[-1]["draft"] == "12 13 14 15 16 17 18"
+    tokens = events[-1]["tokens"]
+    assert "".join(token["text"] for token in tokens) == events[-1]["draft"]
+    given = "".join(token["text"] for token in tokens if token["pinned"])
+    assert given == "12 13  17 18"
+    assert all(token["certainty"] == 1 for token in tokens if token["pinned"])
+    kept = json.loads((tmp_path / "run.json").read_text())
+    assert kept["text"]["answer"] == result["text"] and len(kept["canvases"]) == len(trials)
+
+
+def test_watch_shows_a_line_per_step_where_there_is_no_terminal():
+    done = invoke(*COUNT, "--watch")
+    assert done.stdout == "12 13 14 15 16 17 18"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("canvas 1, ")]
+    assert lines[0].startswith("canvas 1, 8 lengths at once (shown: n 2), step 1: ")
+    assert " of 2 accepted, mean entropy" in lines[0]
+    assert lines[-1].startswith("canvas 1, final text (tokens of slots: n 8), step ")
+    assert lines[-1].endswith("draft: 12 13 14 15 16 17 18")
+    done = invoke(*COUNT, "--watch", "--json-drafts")
+    assert done.exit_code == 2 and "--watch shows what --json-drafts is to leave" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -64,7 +104,9 @@ def test_a_template_that_is_typed_has_line_breaks():
         (["--file", "missing.md"], "missing.md cannot be read"),
         (["{{gap}}", "--gap-tokens", "0..3"], "--gap-tokens must be M..N with 1 <= M <= N"),
         (["{{gap:99}}"], "slot 1 is to have at least 99 tokens, and a canvas holds 64"),
-        (["{{match: a^b}}"], "no text of this checkpoint's tokens matches it"),
+        (["{{match: a^b}}"], "column 11: match: the whole slot is matched anyway; leave out ^"),
+        ([r"{{match: [^\s\S]}}"], "no text of this checkpoint's tokens matches it"),
+        ([r"{{match: (a)\1}}"], "column 13: match: back-references are not supported: \\1"),
         (["{{gap}}", "--prompt", ""], "the prompt is empty"),
         (["{{gap}}", "--canvas-length", "65"], "canvas_length 65 is longer"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import huggingface_hub
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma.checkpoint.choice import full_name
 from mlx_diffgemma.cli.convert import convert
 from mlx_diffgemma.cli.edit import edit
 from mlx_diffgemma.cli.fill import fill
@@ -131,9 +133,11 @@ BUNDLED = str(bundled_model())
 def asked(monkeypatch) -> list[str]:
     """What commands ask `resolve` for: a repository would be downloaded."""
     names: list[str] = []
+    for module in ("train.session", "train.fuse", "convert.write", "checkpoint.load"):
+        importlib.import_module(f"mlx_diffgemma.{module}")  # with the function that is put back
 
     def resolve(source, revision=None, **_):
-        names.append(str(source))
+        names.append(full_name(str(source)))
         raise SourceError("asked")
 
     for module in ("load", "files"):

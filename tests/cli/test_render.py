@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text as Styled
+
+from mlx_diffgemma.cli.render import Fitted, View
 
 ROOT = Path(__file__).parents[2]
 ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -51,7 +56,7 @@ def test_a_terminal_sees_the_canvas_settle_then_the_answer_and_one_line_of_numbe
         b"tokens/forward",
         b"ms/step",
         b"peak",
-        b"end of turn",
+        b"end of answer",
     ):
         assert fact in last
 
@@ -70,9 +75,34 @@ def test_control_characters_of_a_draft_do_not_reach_the_terminal():
     assert _printable("a\x1b[2Jb\tc\nd\x9b") == "a·[2Jb·c\nd·"
 
 
-def test_thoughts_go_to_stderr_whole_and_do_not_touch_the_answer(capfdbinary):
-    from mlx_diffgemma.cli.render import View
+def test_accepted_tokens_are_plain_and_the_others_dim(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    view = View(verbose=True)
+    view.is_live, output = True, io.StringIO()
+    view._console = Console(file=output, force_terminal=True, color_system="standard", width=60)
+    view.thought("unfinished thought ")
+    view.draft([("kept ", True), ("other", False)], "canvas 1, step 1")
+    drawn = output.getvalue()
+    view.close()
+    assert "\x1b[2munfinished thought \x1b[0mkept \x1b[2;36mother\x1b[0m" in drawn
+    assert "\x1b[2;3mcanvas 1, step 1\x1b[0m" in drawn
 
+
+@pytest.mark.parametrize("height", [1, 2, 3, 5, 40])
+def test_a_picture_leaves_one_line_of_the_terminal_free(height):
+    console = Console(width=40, height=height, force_terminal=True)
+    picture = Fitted(Styled("word " * 200), Styled("canvas 1, step 1"))
+    with console.capture() as capture:
+        console.print(picture, end="")
+    lines = [ESCAPE.sub(b"", line.encode()).decode() for line in capture.get().splitlines()]
+    assert len(lines) == min(height - 1, 26)
+    if height > 1:
+        assert lines[-1].rstrip() == "canvas 1, step 1"
+    if 2 < height < 40:
+        assert lines[-2] == f"({25 - (height - 3)} more lines)"
+
+
+def test_thoughts_go_to_stderr_whole_and_do_not_touch_the_answer(capfdbinary):
     view = View(verbose=True)
     long = "a thought that is longer than a line of a terminal " * 3
     for piece in ("I think that ", "this is ", "it.\n", long, "and more"):

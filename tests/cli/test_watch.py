@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import bundled_model, load_tokenizer
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.render_watch import (
     BAND_STYLES,
@@ -27,7 +27,6 @@ from mlx_diffgemma.cli.render_watch import (
 from mlx_diffgemma.events import StepDone
 from mlx_diffgemma.language.prompt import special_tokens
 from mlx_diffgemma.language.text import CanvasToken, Spellings, canvas_tokens
-from mlx_diffgemma.language.tokenizer import load_tokenizer
 from tests.cli.test_cli import ROOT, TABLE, TABLE_ANSWER, assert_one_line, invoke
 from tests.cli.test_render import ESCAPE, run_in_terminal
 
@@ -135,6 +134,16 @@ def test_of_the_text_before_a_short_canvas_the_end_is_shown():
     frame = Frame("".join(f"old {i}\n" for i in range(30)), [word("new")], NUMBERS)
     lines = plain(drawn(frame, 120, 8))
     assert lines[:6] == ["old 26", "old 27", "old 28", "old 29", "new", "─" * 120]
+
+
+def test_given_text_is_dim_and_the_legend_says_so():
+    given = CanvasToken("given ", "text", True, 4, pinned=True)
+    numbers = StepNumbers(0, 0, 1, 1, 0.5, "8 lengths at once (shown: n 2)")
+    lines = drawn(Frame("", [given, word("own")], numbers), 200, color_system="standard")
+    assert lines[0] == "\x1b[2mgiven \x1b[0m\x1b[32mown\x1b[0m"
+    assert plain(lines)[2].startswith("canvas 1, 8 lengths at once (shown: n 2), step 1: 1 of 1 ")
+    assert "renoised, else accepted | given text | ∎ end" in plain(lines)[3]
+    assert "given text" not in "".join(plain(drawn(Frame("", [word("own")], NUMBERS), 200)))
 
 
 def test_a_drawn_picture_follows_a_new_size():

@@ -178,6 +178,7 @@ def test_verify_takes_the_source_that_is_named(source, out, tmp_path):
 
 # Each tensor takes a tenth of a second here, so that there is a middle to interrupt.
 SLOW = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as a shell's job
     "import time, mlx_diffgemma.convert.shards as w; carry = w._carry\n"
     "w._carry = lambda *a: (time.sleep(0.1), carry(*a))[1]; w._SYNC_SECONDS = 0\n"
     "from mlx_diffgemma.cli.convert import main; main()"

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, bundled_model, load, stream_generate
+from mlx_diffgemma import GenerationSettings, Template, bundled_model, load, stream_generate
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.errors import SourceError
-from mlx_diffgemma.events import CanvasCommitted, Finished, StepDone, Text
+from mlx_diffgemma.events import CanvasCommitted, Finished, StepDone, Text, TrialStarted
 from mlx_diffgemma.view.trace import CANDIDATES, FORMAT, Trace
+from mlx_diffgemma.write.fill import Filled, stream_fill
 from tests.cli.test_cli import TABLE, TABLE_ANSWER, assert_one_line, invoke, program
 
 MODEL, TOKENIZER = load(bundled_model())
@@ -365,7 +366,8 @@ def test_ctrl_c_keeps_what_was_seen(tmp_path):
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, failure):
     page = tmp_path / "run.html"
-    (tmp_path / "run.json").write_text("old")
+    old = '{"format": "mlx_diffgemma.trace/1", "old": true}'
+    (tmp_path / "run.json").write_text(old)
 
     def fail(*_):
         raise failure
@@ -374,7 +376,87 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     expected = SourceError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="No space" if expected is SourceError else None):
         traced(strange_events(), Spelled(STRANGE)).write(page)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("run.json", "old")]
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("run.json", old)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_ours"),
+    [
+        ("run.json", '{"name": "a package"}', False),
+        ("run.json", "", True),
+        ("run.json", '{"format": "mlx_diffgemma.trace/1", "model": "x"}', True),
+        ("run.json", '{"format": "another"}', False),
+        ("run.html", "<html><title>A page</title>", False),
+        ("run.html", "", True),
+        ("run.html", None, True),  # an older trace of ours
+    ],
+)
+def test_no_file_is_replaced_but_an_older_trace(tmp_path, name, content, is_ours):
+    trace = traced(strange_events(), Spelled(STRANGE))
+    file = tmp_path / name
+    file.write_text(trace.html() if content is None else content)
+    before = file.read_text()
+    arguments = "--prompt", "x", "--model", "./none", "--trace", str(tmp_path / "run.html")
+    result = invoke(generate, *arguments)
+    if is_ours:
+        assert_one_line(result, "no folder ./none")
+        assert trace.write(tmp_path / "run.html") == tmp_path / "run.json"
+        assert json.loads((tmp_path / "run.json").read_text())["format"] == FORMAT
+        return
+    assert_one_line(result, "is there and is no trace; choose another name")
+    with pytest.raises(SourceError, match="is no trace"):
+        trace.write(tmp_path / "run.html")
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(name, before)]
+
+
+def test_a_trace_tells_the_name_of_a_model_and_not_its_place(tmp_path):
+    cached = tmp_path / "hub" / "models--google--some-model" / "snapshots" / "0123abcd"
+    cached.mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    for source, name in (
+        (str(tmp_path / "mine"), "mine"),
+        (str(cached), "google/some-model"),
+        ("google/some-model", "google/some-model"),
+        (str(bundled_model()), "demo"),
+    ):
+        trace = traced(strange_events(), Spelled(STRANGE), model=source)
+        assert trace.as_object()["model"] == name
+        for written in (json.dumps(trace.as_object()), trace.html()):
+            assert str(tmp_path) not in written and str(bundled_model().parent) not in written
+
+
+def test_a_run_of_fill_is_kept_trial_by_trial_with_what_was_given():
+    template, trace = Template.parse("12 13 {{n = gap:2..4}} 17"), traced([])
+    settings = GenerationSettings(seed=1, top_candidates=CANDIDATES)
+    trials, steps = [], []
+    for event in stream_fill(MODEL, TOKENIZER, template, settings=settings):
+        if isinstance(event, Filled):
+            trace.conclude(event.text)
+            continue
+        trace.observe(event)
+        if isinstance(event, TrialStarted):
+            trials.append(event)
+            steps.append(0)
+        elif isinstance(event, StepDone):
+            steps[-1] += 1
+    kept, run = trace.as_object(), Page(trace.html()).run
+    assert kept["complete"] and kept["text"]["answer"].startswith("12 13 ")
+    assert [len(canvas["steps"]) for canvas in kept["canvases"]] == steps
+    assert [canvas["trial"]["final"] for canvas in kept["canvases"]] == [False, True]
+    first, last = (canvas["trial"] for canvas in kept["canvases"])
+    assert first["rows"] == 3 and last["rows"] == 1
+    assert first["lengths"] == {"n": 2} and last["lengths"]["n"] in (2, 3, 4)
+    assert run["canvases"][0]["trial"] == first
+    bits = iter(columns(run)["accepted"])
+    for canvas, event in zip(kept["canvases"], trials, strict=True):
+        assert canvas["pinned"] == event.pinned[0].tolist()
+        n = canvas["trial"]["lengths"]["n"]
+        for step in canvas["steps"]:
+            given = canvas["pinned"][: len(step["draft"])]
+            assert given.count(False) == step["free_tokens"] == n
+            assert step["accepted_tokens"] <= n
+            for accepted, is_given in zip(step["accepted"], given, strict=True):
+                assert next(bits) == accepted + 2 * is_given
 
 
 def test_a_finished_run_says_so():

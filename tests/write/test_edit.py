@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings
+from mlx_diffgemma import GenerationSettings, edit
+from mlx_diffgemma.cli.edit import _name_in_diff
 from mlx_diffgemma.cli.edit import edit as edit_command
 from mlx_diffgemma.errors import TemplateError
-from mlx_diffgemma.write.edit import Edited, Selection, edit
+from mlx_diffgemma.write.edit import Edited, Selection
 
 TEXT = "one\ntwo thrée\r\nfour\n"
 
@@ -95,7 +98,7 @@ def test_a_byte_order_mark_stays_and_the_model_does_not_see_it(selection):
     plain = edit(*bundled(), text, Selection(0, 4), "Count.", **chosen)
     assert marked.text == "\ufeff" + plain.text and marked.replacement == plain.replacement
     assert marked.filled.prompt_tokens == plain.filled.prompt_tokens
-    assert marked.diff("f").encode().startswith(b"--- a/f\n+++ b/f\n@@ -1 +1 @@\n-\xef\xbb\xbf12")
+    assert b"\n-\xef\xbb\xbf12 13" in marked.diff("f").encode()
 
 
 def test_everything_around_the_selection_stays():
@@ -202,6 +205,8 @@ def test_stdout_is_the_document_and_diff_a_diff(file):
         ([], "say what to rewrite, with --select or with --match"),
         (["--select", "1:1-1:2", "--match", "é"], "say what to rewrite"),
         (["--match", "13", "--diff", "--in-place"], "choose one of the two"),
+        (["--match", "13", "--diff", "--json"], "choose one of the two"),
+        (["--select", "1:2-3"], "is not line:column-line:column"),
         (["--match", "13", "--gap-tokens", "9..2"], "--gap-tokens must be M..N"),
     ],
 )
@@ -211,6 +216,53 @@ def test_bad_input_is_one_line_and_writes_nothing(file, arguments, message):
     assert done.exit_code == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert file.read_bytes() == before and done.stdout == ""
+
+
+def test_a_document_from_stdin_and_whole_lines():
+    document = "\ufeffé\n12 13 14 15\r\nend".encode()
+    arguments = ["-", "--select", "2", "--prompt", "Count.", "--seed", "1", "--gap-tokens", "5"]
+    done = CliRunner().invoke(edit_app(), arguments, input=document)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout_bytes.startswith("\ufeffé\n".encode())
+    assert done.stdout_bytes.endswith(b"\r\nend") and done.stdout_bytes != document
+    done = CliRunner().invoke(edit_app(), [*arguments, "--json"], input=document)
+    found = json.loads(done.stdout)
+    assert found["text"] == f"\ufeffé\n{found['replacement']}\r\nend"
+    assert found["selection"] == {"start": 3, "stop": 14, "text": "12 13 14 15"}
+    assert (found["tokens"], found["seed"], found["canvases"]) == (5, 1, 1)
+    assert 0 < found["certainty"] <= 1
+    done = CliRunner().invoke(edit_app(), [*arguments, "--in-place"], input=document)
+    assert done.exit_code == 2 and "--in-place needs a file" in done.stderr
+    done = CliRunner().invoke(edit_app(), [*arguments, "--diff"], input=document)
+    assert done.stdout_bytes.startswith(b"--- a/stdin\n+++ b/stdin\n@@ -1,3 +1,")
+
+
+@pytest.mark.parametrize("here", [".", "docs", "docs/deep"])
+def test_git_applies_a_diff_where_the_user_stands(here, tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    file = tmp_path / "docs" / "deep" / "é notes.md"
+    file.parent.mkdir(parents=True)
+    file.write_bytes("\ufeff12 13 14 15\r\nend".encode())
+    monkeypatch.chdir(tmp_path / here)
+    name = os.path.relpath(file)
+    arguments = [name, "--match", "13 14", "--prompt", "Count.", "--seed", "1", "--gap-tokens", "5"]
+    plain = CliRunner().invoke(edit_app(), arguments).stdout_bytes
+    diff = CliRunner().invoke(edit_app(), [*arguments, "--diff"]).stdout_bytes
+    assert f"+++ b/{name}\t\n".encode() in diff
+    subprocess.run(["git", "apply"], input=diff, check=True)
+    assert file.read_bytes() == plain != "\ufeff12 13 14 15\r\nend".encode()
+
+
+def test_a_file_elsewhere_is_named_from_the_top_of_its_repository(tmp_path, monkeypatch):
+    (tmp_path / "repository" / ".git").mkdir(parents=True)
+    (tmp_path / "repository" / "docs").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert _name_in_diff(Path("../repository/docs/a.md")) == "docs/a.md"
+    assert _name_in_diff(Path("../b.md")) == "b.md"
+    (tmp_path / "repository" / "link.md").symlink_to(tmp_path / "repository" / "docs" / "a.md")
+    monkeypatch.chdir(tmp_path / "repository")
+    assert _name_in_diff(Path("link.md")) == "docs/a.md"
 
 
 def edit_app():

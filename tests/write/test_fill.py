@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, fill
+from mlx_diffgemma import DiffGemmaError, GenerationSettings, Template, denoise_tokens, fill
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.constraint.automaton import Automaton
-from mlx_diffgemma.denoise.loop import denoise_context, denoise_tokens
+from mlx_diffgemma.denoise.loop import denoise_context
 from mlx_diffgemma.denoise.pinned import FREE, Pinned, Span
-from mlx_diffgemma.errors import DiffGemmaError, TemplateError
+from mlx_diffgemma.errors import TemplateError
 from mlx_diffgemma.events import CanvasCommitted, StepDone
 from mlx_diffgemma.language.prompt import encode_text, token_bytes
-from mlx_diffgemma.language.template import Slot, Template
+from mlx_diffgemma.language.template import Slot
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.write import writer
@@ -397,3 +397,17 @@ def test_less_than_was_asked_for_is_said():
     assert any("tokens were tried" in note for note in filled.notes)
     with pytest.raises(TemplateError, match="has 70 tokens, more than a canvas of 64 holds"):
         fill_bundled("{{one of: ab | " + "z" * 70 + "}}", "Go.")
+
+
+def test_a_string_is_a_template_and_what_is_none_is_refused():
+    settings = GenerationSettings(seed=1)
+    text = "Answer: {{one of: yes | no}}"
+    filled, parsed = (
+        fill(*bundled(), template, settings=settings) for template in (text, Template.parse(text))
+    )
+    assert filled == parsed and filled.text in ("Answer: yes", "Answer: no")
+    with pytest.raises(TemplateError, match="no slot"):
+        fill(*bundled(), "no slots")
+    for wrong in (None, b"a {{gap}}", ["a {{gap}}"], Slot("1", "gap")):
+        with pytest.raises(TemplateError, match=f"Template.parse, got {type(wrong).__name__}"):
+            next(stream_fill(*bundled(), wrong))
