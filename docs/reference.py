@@ -13,7 +13,7 @@ import argparse
 import ast
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
 from pathlib import Path
@@ -198,14 +198,9 @@ def commands_page() -> str:
     sections = []
     for name in command_names():
         command = get_command(app_of(name))
-        words = [f"mlx_diffgemma.{name}"]
-        words += [p.metavar or p.name.upper() for p in parameters(name) if is_argument(p)]
-        sections += [
-            f"## mlx_diffgemma.{name}",
-            " ".join((command.help or "").split()),
-            f"```text\n{' '.join([*words, '[OPTIONS]'])}\n```",
-            table(["argument or option", "what it does", "default"], option_rows(name)),
-        ]
+        sections += command_section("##", f"mlx_diffgemma.{name}", command)
+        for part, subcommand in getattr(command, "commands", {}).items():
+            sections += command_section("###", f"mlx_diffgemma.{name} {part}", subcommand)
     return join(
         "# Commands",
         GENERATED,
@@ -216,20 +211,31 @@ def commands_page() -> str:
     )
 
 
+def command_section(mark: str, title: str, command: Any) -> Iterator[str]:
+    """Yield what the page says about a command or a subcommand."""
+    words = [p.metavar or p.name.upper() for p in command.params if is_argument(p)]
+    yield f"{mark} {title}"
+    yield " ".join((command.help or "").split())
+    yield f"```text\n{' '.join([title, *words, '[OPTIONS]'])}\n```"
+    if command.params:
+        heads = ["argument or option", "what it does", "default"]
+        yield table(heads, map(option_row, command.params))
+
+
 def command_names() -> list[str]:
     """Return the commands that the package installs, in pyproject.toml's order."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [script.removeprefix("mlx_diffgemma.") for script in project["scripts"]]
 
 
-def function_of(name: str) -> Callable[..., None]:
-    """Return a command's function: `generate` of `mlx_diffgemma.cli.generate`."""
-    return getattr(import_module(f"mlx_diffgemma.cli.{name}"), name)
-
-
 def app_of(name: str) -> typer.Typer:
+    """Return a command as an app: `app` of `mlx_diffgemma.cli.NAME`, where it has subcommands, or
+    its function of the same name."""
+    module = import_module(f"mlx_diffgemma.cli.{name}")
+    if hasattr(module, "app"):
+        return module.app
     app = typer.Typer(add_completion=False)
-    app.command()(function_of(name))
+    app.command()(getattr(module, name))
     return app
 
 
@@ -242,18 +248,17 @@ def is_argument(parameter: Any) -> bool:
     return parameter.param_type_name == "argument"
 
 
-def option_rows(name: str) -> Iterator[list[str]]:
-    for parameter in parameters(name):
-        if is_argument(parameter):
-            shown = f"`{(parameter.metavar or parameter.name.upper()).strip('[]')}`"
-        else:
-            shown = ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
-        default = parameter.show_default if isinstance(parameter.show_default, str) else ""
-        if parameter.required:
-            default = "required"
-        elif not default and isinstance(parameter.default, str | int) and not is_flag(parameter):
-            default = f"{parameter.default}"
-        yield [shown, " ".join((parameter.help or "").split()), default]
+def option_row(parameter: Any) -> list[str]:
+    if is_argument(parameter):
+        shown = f"`{(parameter.metavar or parameter.name.upper()).strip('[]')}`"
+    else:
+        shown = ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
+    default = parameter.show_default if isinstance(parameter.show_default, str) else ""
+    if parameter.required:
+        default = "required"
+    elif not default and isinstance(parameter.default, str | int) and not is_flag(parameter):
+        default = f"{parameter.default}"
+    return [shown, " ".join((parameter.help or "").split()), default]
 
 
 def is_flag(parameter: Any) -> bool:

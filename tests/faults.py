@@ -27,8 +27,15 @@ TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.
 OBJECTIVE = "tests/parity/test_objective.py"
 SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
 CONVERT_CLI = "tests/convert/test_cli.py"
+CONTROLS, GIVEN = "tests/language/test_controls.py", "tests/language/test_given.py"
+TEXT, TOKENIZER = "tests/language/test_text.py", "tests/language/test_tokenizer.py"
+GENERATE = "tests/write/test_generate.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
 ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_peft.py"
+
+INSTALL, CACHE = "tests/test_install.py", "tests/checkpoint/test_cache.py"
+CHOICE, BLAS = "tests/checkpoint/test_choice.py", "tests/checkpoint/test_blas.py"
+MODELS = "tests/cli/test_models.py"
 
 
 @dataclass(frozen=True)
@@ -382,8 +389,8 @@ FAULTS = (
     Fault(
         "convert: config.json keeps a path that another tool wrote",
         "convert/plan.py",
-        "without_paths(checkpoint.config).items()",
-        "checkpoint.config.items()",
+        "without_packing(without_paths(checkpoint.config))",
+        "without_packing(checkpoint.config)",
         (SHARED,),
     ),
     Fault(
@@ -609,6 +616,160 @@ FAULTS = (
         "self._pool = pool * batch_size",
         "self._pool = len(lengths)",
         (TRAIN_DATA,),
+    ),
+    Fault(
+        "backend: MLX without its library keeps the traceback",
+        "errors.py",
+        ', Path(error.path or "").parent.name):',
+        ",):",
+        (INSTALL,),
+    ),
+    Fault(
+        "quiet: transformers tells that there is no torch",
+        "language/tokenizer.py",
+        'os.environ[name] = "1"',
+        "pass",
+        (INSTALL,),
+    ),
+    Fault(
+        "quiet: advice stays off in the environment",
+        "language/tokenizer.py",
+        "os.environ.pop(name, None)",
+        "pass",
+        (INSTALL,),
+    ),
+    Fault(
+        "models: a short name wins over a folder",
+        "checkpoint/choice.py",
+        'if "/" in name or os.path.exists(name):',
+        'if "/" in name:',
+        (CHOICE,),
+    ),
+    Fault(
+        "models: the environment is not read",
+        "cli/options.py",
+        "help=MODEL_HELP, envvar=MODEL_VARIABLE",
+        "help=MODEL_HELP",
+        (CHOICE, MODELS),
+    ),
+    Fault(
+        "models: other kinds of checkpoints are listed",
+        "checkpoint/cache.py",
+        '.get("model_type") != _MODEL_TYPE',
+        '.get("model_type") is None',
+        (CACHE, MODELS),
+    ),
+    Fault(
+        "models: rm does not ask",
+        "cli/models.py",
+        "if not yes:",
+        "if False:",
+        (MODELS,),
+    ),
+    Fault(
+        "OpenBLAS: numpy's own copy counts",
+        "checkpoint/blas.py",
+        'r"lib(openblas',
+        'r"lib(scipy_openblas|openblas',
+        (BLAS,),
+    ),
+    Fault(
+        "prompts: marks before what is typed, which changes how names are sorted",
+        "language/controls.py",
+        "return found[0] + self.behind",
+        "return self.behind + found[0] + self.behind",
+        (CONTROLS,),
+    ),
+    Fault(
+        "prompts: keys of tools are not marked",
+        "language/controls.py",
+        "self.value(key): self.value(item, is_cut=is_cut) for key",
+        "key: self.value(item, is_cut=is_cut) for key",
+        (CONTROLS,),
+    ),
+    Fault(
+        "prompts: variables other than messages are not marked",
+        "language/prompt.py",
+        "marks.value(texts) | program",
+        "texts | program",
+        (CONTROLS, TRAIN_DATA),
+    ),
+    Fault(
+        "prompts: a template that the marks change is not refused",
+        "language/controls.py",
+        "if names != pattern.findall(text):",
+        "if False:",
+        (CONTROLS,),
+    ),
+    Fault(
+        "prompts: parts of tools' messages are not looked at",
+        "language/given.py",
+        "if content is None or isinstance(content, str):",
+        'if content is None or isinstance(content, str) or role == "tool":',
+        (GIVEN,),
+    ),
+    Fault(
+        "prompts: a padded encoding is read, padding and all",
+        "language/given.py",
+        "if not all(flag for row in rows for flag in row):",
+        "if False:",
+        (GIVEN,),
+    ),
+    Fault(
+        "prompts: a raw prompt gets a second <bos>",
+        "language/prompt.py",
+        "add_special_tokens=not has_bos",
+        "add_special_tokens=True",
+        (GIVEN,),
+    ),
+    Fault(
+        "templates: chat_template.json goes before tokenizer_config.json",
+        "language/tokenizer.py",
+        "if not tokenizer.chat_template and (folder",
+        "if (folder",
+        (TOKENIZER,),
+    ),
+    Fault(
+        "thoughts: any name that begins like it is a thought",
+        "language/text.py",
+        "if text.startswith(_THOUGHT) or",
+        "if text.startswith(_THOUGHT.strip()) or",
+        (TEXT,),
+    ),
+    Fault(
+        "thoughts: a name is decided before its line has ended",
+        "language/text.py",
+        "elif final or not _THOUGHT.startswith(text):",
+        "elif final or text:",
+        (TEXT,),
+    ),
+    Fault(
+        "stop strings: one character too few is held back",
+        "language/stops.py",
+        "default=1) - 1)",
+        "default=2) - 2)",
+        (TEXT,),
+    ),
+    Fault(
+        "stop strings: the first in the list wins, not the first that is complete",
+        "language/stops.py",
+        "stop, start = min(places)",
+        "stop, start = places[0]",
+        (TEXT,),
+    ),
+    Fault(
+        "stop strings: the run goes on behind one",
+        "denoise/rows.py",
+        "self.ended |= np.array(are_over, bool)",
+        "pass",
+        (GENERATE,),
+    ),
+    Fault(
+        "stop strings: one row ends all of a batch",
+        "denoise/rows.py",
+        "self.ended |= np.array(are_over, bool)",
+        "self.ended |= np.array(are_over, bool).any()",
+        (GENERATE,),
     ),
 )
 

@@ -4,6 +4,7 @@ styling."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -41,6 +42,7 @@ WINGS = {
     "demo": "",
 }
 ORDER = list(WINGS)
+PUBLIC_FROM_ELSEWHERE = re.compile(r"from mlx_diffgemma\.([\w.]+) import (\([^)]*\)|.*)")
 # These call a command and are called by nobody.
 ENTRIES = {"__main__", "as_module"}
 
@@ -59,11 +61,12 @@ def is_entry(name: str) -> bool:
     return bool(set(name.split(".")[2:]) & ENTRIES)
 
 
-def imports(name: str) -> Iterator[str]:
-    """What a module imports, anywhere in it; not what is there for type checkers only."""
+def imports(name: str, *, typing_too: bool = False) -> Iterator[str]:
+    """What a module imports, anywhere in it; what is there for type checkers only on request."""
 
     def walk(node: ast.AST) -> Iterator[ast.AST]:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if is_typing and not typing_too:
             return
         yield node
         for child in ast.iter_child_nodes(node):
@@ -108,7 +111,7 @@ def test_imports_point_upstream():
     for name in modules():
         if name == "mlx_diffgemma.__init__" or is_entry(name):  # resolves names on first use
             continue
-        for target in imports(name):
+        for target in imports(name, typing_too=True):
             if target.split(".")[0] == "mlx_diffgemma" and target != "mlx_diffgemma":
                 assert place(target) < place(name), f"{name} imports {target}, which is downstream"
 
@@ -121,8 +124,15 @@ def test_only_commands_import_the_converter():
 
 def test_one_file_imports_transformers():
     """It keeps quiet what transformers has to say; others name its types only."""
-    files = [name for name in modules() if any(t.startswith("transformers") for t in imports(name))]
-    assert files == ["mlx_diffgemma.language.tokenizer"]
+    importing = [
+        name
+        for name, path in modules().items()
+        for node in ast.parse(path.read_text()).body  # functions run later
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        and "from transformers" in ast.unparse(node)
+    ]
+    assert importing == ["mlx_diffgemma.language.tokenizer"]
 
 
 def test_the_package_imports_neither_tests_nor_benchmarks():
@@ -260,3 +270,26 @@ def test_only_commands_print_and_verbose_as_mlx_lm_does():
         assert "sys.stdout" not in path.read_text(), name
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.Name) and node.id == "print"), (name, node.lineno)
+
+
+def test_no_file_and_no_function_is_long():
+    for name, path in modules().items():
+        source = path.read_text()
+        assert source.count("\n") <= 450, f"{name}: cut it by meaning"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{name}: {node.name}"
+
+
+def test_what_is_public_is_imported_from_the_package_itself():
+    folders = ("bench", "docs", "recipes", "tests")
+    code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for path in [*code, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        found = PUBLIC_FROM_ELSEWHERE.findall(path.read_text(encoding="utf-8"))
+        deep = [
+            (home, word)
+            for home, words in found
+            for word in re.findall(r"\w+", words)
+            if mlx_diffgemma._HOME.get(word) == home
+        ]
+        assert not deep, f"{path.name}: import these from mlx_diffgemma: {deep}"

@@ -30,7 +30,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -47,10 +46,8 @@ BF16, PACKED = (
     "google/diffusiongemma-26B-A4B-it",
     "mlx-community/diffusiongemma-26B-A4B-it-4bit",
 )
-# What a test adds to a command so that it ends soon. The last value of an option counts.
-SHORTER = {
-    "train": ["--iters", "2", "--batch-size", "1", "--grad-accumulation-steps", "1"],
-}
+# What a test adds to a long training run. The last value of an option counts.
+SHORTER = ["--iters", "2", "--batch-size", "1", "--grad-accumulation-steps", "1"]
 # Tools that pages use beside our commands.
 TOOLS = {"printf", "mkdir", "cat"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -185,11 +182,15 @@ class Shell:
             return finished.stdout
         name, arguments = found
         check_options(name, arguments)
-        if "--upload-repo" in arguments:  # the only thing that cannot be tried
+        if "--upload-repo" in arguments or (name == "models" and arguments):  # needs the Hub
             return ""
-        app = typer.Typer()
-        app.command()(REFERENCE.function_of(name))
-        result = CliRunner().invoke(app, [*arguments, *SHORTER.get(name, [])], input=stdin)
+        arguments = [
+            self.stand_ins[PACKED] if before == "--model" and word == "4bit" else word
+            for before, word in zip(["", *arguments], arguments, strict=False)
+        ]
+        if name == "train" and not re.search(r"--iters \d( |$)", " ".join(arguments)):
+            arguments = [*arguments, *SHORTER]
+        result = CliRunner().invoke(REFERENCE.app_of(name), arguments, input=stdin)
         assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}\n{result.exception!r}"
         return result.stdout
 
@@ -215,9 +216,9 @@ def check_setup(words: list[str]) -> None:
 
 
 def flags_of(name: str) -> set[str]:
-    app = typer.Typer()
-    app.command()(REFERENCE.function_of(name))
-    options = get_command(app).params
+    command = get_command(REFERENCE.app_of(name))
+    parts = [command, *getattr(command, "commands", {}).values()]
+    options = [option for part in parts for option in part.params]
     return {flag for p in options for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SourceError
 from .choice import SHORT_NAMES
-from .headers import INDEX
+from .files import has_all_weights
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, HFCacheInfo
@@ -84,10 +84,7 @@ def _described(repo: CachedRepoInfo) -> CachedModel | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the weight files that the index names are all there, or the only one."""
-    weight_map = _object(folder / INDEX).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else {"model.safetensors"}
-    return (folder / "config.json").is_file() and all((folder / name).is_file() for name in names)
+    return (folder / "config.json").is_file() and has_all_weights(folder)
 
 
 def _object(file: Path) -> dict[str, object]:

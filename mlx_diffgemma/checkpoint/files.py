@@ -147,7 +147,7 @@ def _download(
     try:
         wanted = [p for p in patterns if not (headers_only and p.endswith(".safetensors"))]
         local = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-        if _has_all_weights(local):
+        if has_all_weights(local):
             return local
         if not HF_HUB_OFFLINE:
             there = HfApi().list_repo_files(repo, revision=local.name)
@@ -206,7 +206,7 @@ def _refuse_other_things(source: str, names: list[str], folder: Path | None = No
             raise SourceError(f"{source} has no config.json; did you mean {inside[0]}?")
 
 
-def _has_all_weights(local: Path) -> bool:
+def has_all_weights(local: Path) -> bool:
     """Whether the weight files that a snapshot lists are all in the cache."""
     try:
         listed = json.loads((local / _WEIGHTS[1]).read_text("utf-8"))["weight_map"].values()

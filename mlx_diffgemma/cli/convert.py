@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..checkpoint.choice import full_name
 from ..errors import ConfigError
 from .options import REVISION_HELP, friendly_errors, run
 
@@ -73,7 +74,7 @@ _GO_WITH_VERIFY = {"mlx_path", "verify", "hf_path", "revision"}
 def convert(
     context: typer.Context,
     hf_path: Annotated[
-        str | None, typer.Option(help="Source: local folder or Hub repo id.")
+        str | None, typer.Option(help="Source: local folder, Hub repo id or short name.")
     ] = None,
     mlx_path: Annotated[str, typer.Option(help="Folder of the result.")] = "mlx_model",
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
@@ -95,6 +96,7 @@ def convert(
     """Convert a checkpoint to MLX arrays, in little memory; run again, it goes on where it
     stopped."""
     with friendly_errors():
+        hf_path = None if hf_path is None else full_name(hf_path)
         if verify:
             _verify(context, mlx_path, hf_path, revision)
             return

@@ -16,6 +16,7 @@ from .options import (
     prompt_text,
     run,
     seeded,
+    unescape,
 )
 from .output import Follower, OutputOptions, follower, kept
 
@@ -48,6 +49,13 @@ class ChatOptions:
     extra_eos_token: Annotated[
         list[str] | None, typer.Option(help="One more end token; may be given several times.")
     ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text before which the answer ends; \\n and \\t are read as line break and tab. "
+            "May be given several times."
+        ),
+    ] = None
 
     def variables(self) -> dict[str, Any]:
         """The value of --chat-template-config."""
@@ -59,6 +67,12 @@ class ChatOptions:
         if not isinstance(value, dict):
             raise ConfigError(f"--chat-template-config must be a JSON object, got {text}")
         return value
+
+    def stop_strings(self) -> tuple[str, ...]:
+        """The values of --stop."""
+        from ..language.stops import stop_strings
+
+        return stop_strings([unescape(text) for text in self.stop or []])
 
     def prompt_options(self) -> Any:
         from ..language.prompt import PromptOptions
@@ -102,9 +116,10 @@ def generate(
     view = output.view()
     try:
         page, message = output.page(), prompt_text(text, prompt)
+        stop = chat.stop_strings()
         chat.variables()  # what is quick to check comes before the model is loaded
         notes = ["no --model given: this is the bundled model, trained on small puzzles only"]
-        notes = notes * (model.model is None)
+        notes = notes * model.is_bundled
         if settings.seed is None:
             settings = seeded(settings)
             notes.append(f"seed {settings.seed}")
@@ -122,6 +137,7 @@ def generate(
                 loaded,
                 message,
                 settings,
+                stop,
                 chat.prompt_options(),
                 follows,
                 notes,
@@ -135,6 +151,7 @@ def _answer(
     model: Any,
     prompt: str,
     settings: GenerationSettings,
+    stop: tuple[str, ...],
     options: Any,
     run: Follower,
     notes: list[str],
@@ -150,6 +167,7 @@ def _answer(
         model,
         run.tokenizer,
         prompt,
+        stop=stop,
         settings=settings,
         prompt_options=options,
         prompt_progress_callback=view.reading,

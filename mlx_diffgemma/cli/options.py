@@ -26,8 +26,9 @@ from ..errors import DiffGemmaError, PromptError, TemplateError, backend_error
 from .interrupt import ended_in_order, leave
 
 MODEL_HELP = (
-    "Local folder, Hub repo id, or short name of a published one, such as 4bit (a folder of that "
-    "name comes first); by default the small model that comes with the package."
+    "Local folder, Hub repo id, or short name of a published one (4bit, 5bit, 6bit, 8bit, mxfp4, "
+    "mxfp8, nvfp4, bf16), unless a folder here has that name; by default the small model that "
+    "comes with the package."
 )
 REVISION_HELP = "Branch, tag or commit of a Hub repository."
 
@@ -108,8 +109,13 @@ class ModelOptions:
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None
 
     @property
+    def is_bundled(self) -> bool:
+        """Whether nobody chose a model."""
+        return self.model is None
+
+    @property
     def source(self) -> str | Path:
-        """The folder or repository id that was given, or the bundled model's folder."""
+        """What was given, or the bundled model's folder."""
         from ..checkpoint.files import bundled_model
 
         return bundled_model() if self.model is None else self.model

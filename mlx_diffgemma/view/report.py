@@ -37,7 +37,7 @@ class Summary:
 
     def line(self) -> str:
         """All of it in one line."""
-        reason = {"stop": "end of turn", "length": "token limit"}[self.reason]
+        reason = {"stop": "end of answer", "length": "token limit"}[self.reason]
         peak = (
             f"{self.peak_bytes / 1e9:.2f} GB"
             if self.peak_bytes >= 1e9

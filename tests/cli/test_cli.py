@@ -126,6 +126,16 @@ def test_an_extra_end_token_ends_the_answer():
     assert result.stdout == "|n|n\n"
 
 
+def test_a_stop_string_ends_the_answer_before_it():
+    assert TABLE_ANSWER.count("\n|-") == 1
+    for stop in ("\\n|-", "\n|-"):
+        result = invoke(generate, *TABLE, "--stop", "nowhere", "--stop", stop, "--json")
+        objects = [json.loads(line) for line in result.stdout.splitlines()]
+        assert "".join(o["text"] for o in objects if o["event"] == "text") == "|n|n*n|"
+        assert objects[-1]["reason"] == "stop"
+    assert_one_line(invoke(generate, *TABLE, "--stop", ""), "stop")
+
+
 def test_a_response_that_is_begun_is_continued():
     count = ("--prompt", "Count from 12 to 18.", "--seed", "3")
     result = invoke(generate, *count, "--prefill-response", "12 13 14 ")

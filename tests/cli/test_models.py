@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import huggingface_hub
@@ -9,8 +10,19 @@ import huggingface_hub.utils._cache_manager as manager
 import pytest
 from typer.testing import CliRunner
 
+from mlx_diffgemma import bundled_model
+from mlx_diffgemma.checkpoint.choice import full_name
+from mlx_diffgemma.cli.convert import convert
+from mlx_diffgemma.cli.edit import edit
+from mlx_diffgemma.cli.fill import fill
+from mlx_diffgemma.cli.fuse import fuse
+from mlx_diffgemma.cli.generate import generate
+from mlx_diffgemma.cli.info import info
 from mlx_diffgemma.cli.models import app
+from mlx_diffgemma.cli.train import train
+from mlx_diffgemma.errors import SourceError
 from tests.checkpoint.test_cache import OURS, WHOLE, put
+from tests.cli.test_cli import invoke
 
 
 @pytest.fixture
@@ -63,6 +75,7 @@ def test_pull_fetches_the_repository_of_a_short_name(hub, monkeypatch, tmp_path)
     def snapshot_download(repo, *, revision, allow_patterns):
         asked.append((repo, revision))
         assert "model*.safetensors" in allow_patterns
+        (tmp_path / "model.safetensors").touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -109,3 +122,63 @@ def test_rm_touches_neither_other_models_nor_folders(hub, tmp_path, monkeypatch)
         done = models("rm", name, "--yes")
         assert done.exit_code == 2 and f"it has {OURS}" in done.stderr, name
     assert len(list(hub.glob("models--*"))) == 2 and (tmp_path / "8bit").is_dir()
+
+
+# --- the model of every command ---
+
+BUNDLED = str(bundled_model())
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """What commands ask `resolve` for: a repository would be downloaded."""
+    names: list[str] = []
+    for module in ("train.session", "train.fuse", "convert.write", "checkpoint.load"):
+        importlib.import_module(f"mlx_diffgemma.{module}")  # with the function that is put back
+
+    def resolve(source, revision=None, **_):
+        names.append(full_name(str(source)))
+        raise SourceError("asked")
+
+    for module in ("load", "files"):
+        monkeypatch.setattr(f"mlx_diffgemma.checkpoint.{module}.resolve", resolve)
+    for module in ("train.session", "train.fuse", "convert.write"):
+        monkeypatch.setattr(f"mlx_diffgemma.{module}.resolve", resolve)
+    return names
+
+
+COMMANDS = {
+    "generate": (generate, ["Sort: 2 1"], "--model"),
+    "fill": (fill, ["a {{gap}}"], "--model"),
+    "edit": (edit, ["notes.txt", "--select", "1:1-1:2", "--prompt", "b"], "--model"),
+    "info": (info, [], "--model"),
+    "train": (train, ["--train", "--data", "data"], "--model"),
+    "fuse": (fuse, [], "--model"),
+    "convert": (convert, [], "--hf-path"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_short_names_and_the_default(name, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("a b\n")
+    monkeypatch.delenv("MLX_DIFFGEMMA_MODEL", raising=False)
+    command, words, flag = COMMANDS[name]
+    assert invoke(command, *words, flag, "4bit").stderr == "error: asked\n"
+    assert asked.pop() == OURS
+    monkeypatch.setenv("MLX_DIFFGEMMA_MODEL", "8bit")
+    done = invoke(command, *words)
+    if name == "convert":  # the default is a model to run; what is converted is always named
+        assert "--hf-path is missing" in done.stderr
+        return
+    assert asked.pop() == OURS.replace("4bit", "8bit")
+    invoke(command, *words, flag, "./other")
+    assert asked.pop() == "./other"
+
+
+def test_the_bundled_model_is_announced_only_where_nobody_chose_it(monkeypatch):
+    words = ("Sort: 2 1", "--seed", "1")
+    monkeypatch.delenv("MLX_DIFFGEMMA_MODEL", raising=False)
+    assert "no --model given" in invoke(generate, *words).stderr
+    monkeypatch.setenv("MLX_DIFFGEMMA_MODEL", BUNDLED)
+    assert "no --model given" not in invoke(generate, *words).stderr

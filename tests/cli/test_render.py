@@ -56,7 +56,7 @@ def test_a_terminal_sees_the_canvas_settle_then_the_answer_and_one_line_of_numbe
         b"tokens/forward",
         b"ms/step",
         b"peak",
-        b"end of turn",
+        b"end of answer",
     ):
         assert fact in last
 
