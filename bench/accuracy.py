@@ -29,9 +29,8 @@ from typing import Any
 import mlx.core as mx
 from common import finish, record
 
-from mlx_diffgemma import GenerationSettings, batch_generate, bundled_model, load
+from mlx_diffgemma import GenerationSettings, batch_generate, bundled_model, encode_prompt, load
 from mlx_diffgemma.config.model import ModelConfig
-from mlx_diffgemma.language.prompt import encode_prompt
 
 BOUND = 2.0  # standard errors
 

@@ -42,9 +42,8 @@ from typing import Any
 import mlx.core as mx
 from common import finish, record
 
-from mlx_diffgemma import GenerationSettings, bundled_model, load, stream_generate
+from mlx_diffgemma import GenerationSettings, bundled_model, encode_prompt, load, stream_generate
 from mlx_diffgemma.events import Finished, Text
-from mlx_diffgemma.language.prompt import encode_prompt
 
 MAX_NEW_TOKENS = 256
 ENOUGH = 300  # prompts, of all tasks; fewer say nothing

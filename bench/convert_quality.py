@@ -35,8 +35,7 @@ import numpy as np
 from accuracy import Answer, summarise
 from common import finish, record
 
-from mlx_diffgemma import GenerationSettings, batch_generate, bundled_model, load
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import GenerationSettings, batch_generate, bundled_model, load, load_model
 from mlx_diffgemma.checkpoint.names import part_of
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert.shards import squared_error

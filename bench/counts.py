@@ -51,15 +51,19 @@ from mlx_vlm.models.diffusion_gemma import ModelConfig as TheirConfig
 from mlx_vlm.models.diffusion_gemma.language import LanguageModel
 from mlx_vlm.utils import load_model as load_theirs
 
-from mlx_diffgemma import GenerationSettings, bundled_model, load
+from mlx_diffgemma import (
+    GenerationSettings,
+    SeededNoise,
+    bundled_model,
+    denoise_tokens,
+    encode_prompt,
+    load,
+)
 from mlx_diffgemma.config.generation import POLICIES
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise import loop as our_loop
 from mlx_diffgemma.denoise import step as our_step
-from mlx_diffgemma.denoise.loop import denoise_tokens
-from mlx_diffgemma.denoise.noise import SeededNoise
 from mlx_diffgemma.events import StepDone
-from mlx_diffgemma.language.prompt import encode_prompt
 from mlx_diffgemma.model import DiffusionGemma, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.model.context import Context, LayerContext

@@ -21,11 +21,10 @@ import numpy as np
 from common import finish, peak_rss_bytes, record
 from make_checkpoint import write_checkpoint
 
+from mlx_diffgemma import GenerationSettings, load_model
 from mlx_diffgemma.checkpoint.headers import read_headers
-from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.checkpoint.memory import generation_limits
 from mlx_diffgemma.checkpoint.names import Ignored, translate
-from mlx_diffgemma.config.generation import GenerationSettings
 from mlx_diffgemma.denoise.schedule import temperature
 
 PEAK_BYTES = 17.0e9

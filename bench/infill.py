@@ -30,10 +30,10 @@ import mlx.core as mx
 from answer import choose, wilson
 from common import finish, record
 
-from mlx_diffgemma import GenerationSettings, bundled_model, load, stream_generate
+from mlx_diffgemma import GenerationSettings, Template, bundled_model, fill, load, stream_generate
 from mlx_diffgemma.events import Finished, Text
-from mlx_diffgemma.language.template import Slot, Template
-from mlx_diffgemma.write.fill import Filled, fill
+from mlx_diffgemma.language.template import Slot
+from mlx_diffgemma.write.fill import Filled
 
 GRIDS = ("sudoku4", "sudoku6")
 TASKS = ("count", "sort", "table", "words", "code")

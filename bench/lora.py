@@ -28,13 +28,17 @@ import mlx.core as mx
 import numpy as np
 from common import finish, record
 
-from mlx_diffgemma import GenerationSettings, bundled_model, load
+from mlx_diffgemma import (
+    GenerationSettings,
+    bundled_model,
+    denoise_tokens,
+    encode_prompt,
+    load,
+    load_tokenizer,
+)
 from mlx_diffgemma.config.training import LoraParameters, TrainSettings
 from mlx_diffgemma.convert import convert
-from mlx_diffgemma.denoise.loop import denoise_tokens
 from mlx_diffgemma.events import CanvasCommitted
-from mlx_diffgemma.language.prompt import encode_prompt
-from mlx_diffgemma.language.tokenizer import load_tokenizer
 from mlx_diffgemma.train.fuse import fuse_checkpoint
 from mlx_diffgemma.train.session import Session
 from mlx_diffgemma.train.trainer import Validated

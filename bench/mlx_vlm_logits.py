@@ -32,14 +32,16 @@ from common import finish, record
 from mlx_vlm.convert import convert
 from mlx_vlm.utils import load_model as load_theirs
 
-from mlx_diffgemma import bundled_model
-from mlx_diffgemma.checkpoint.load import load_model
-from mlx_diffgemma.config.generation import GenerationSettings
-from mlx_diffgemma.denoise.loop import denoise_tokens
+from mlx_diffgemma import (
+    GenerationSettings,
+    bundled_model,
+    denoise_tokens,
+    encode_prompt,
+    load_model,
+    load_tokenizer,
+)
 from mlx_diffgemma.denoise.schedule import temperature
 from mlx_diffgemma.events import StepDone
-from mlx_diffgemma.language.prompt import encode_prompt
-from mlx_diffgemma.language.tokenizer import load_tokenizer
 from mlx_diffgemma.model import DiffusionGemma
 
 BOUND = 1e-3

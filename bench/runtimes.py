@@ -36,11 +36,9 @@ import numpy as np
 from make_checkpoint import config_26b, write_checkpoint
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma import GenerationSettings, bundled_model
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import GenerationSettings, bundled_model, denoise_tokens, load_model
 from mlx_diffgemma.checkpoint.memory import generation_limits
 from mlx_diffgemma.checkpoint.names import Ignored, translate
-from mlx_diffgemma.denoise.loop import denoise_tokens
 from mlx_diffgemma.events import CanvasCommitted, PrefillDone, StepDone
 from mlx_diffgemma.model import DiffusionGemma
 

@@ -24,12 +24,9 @@ import mlx.core as mx
 import numpy as np
 from common import finish, record
 
-from mlx_diffgemma import bundled_model, load
-from mlx_diffgemma.config.generation import GenerationSettings
-from mlx_diffgemma.denoise.noise import SeededNoise
+from mlx_diffgemma import GenerationSettings, SeededNoise, bundled_model, encode_prompt, load
 from mlx_diffgemma.denoise.sampler import Statistics, decide, shortlist, statistics
 from mlx_diffgemma.denoise.schedule import temperature
-from mlx_diffgemma.language.prompt import encode_prompt
 from mlx_diffgemma.model import DiffusionGemma
 
 EDGES = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # nats

@@ -33,7 +33,7 @@ from common import finish, peak_rss_bytes, record
 from make_checkpoint import config_26b, official_tensors, packed_tensors
 from runtimes import checkpoint, read_config
 
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import load_model
 from mlx_diffgemma.config.model import LayerConfig, ModelConfig, TextConfig
 from mlx_diffgemma.config.training import LoraParameters, TrainSettings
 from mlx_diffgemma.train.checkpoint import trained_weights

@@ -22,8 +22,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import typer
 from typer.main import get_command
 
+from mlx_diffgemma import GenerationSettings
 from mlx_diffgemma.config.entry import Entry, choices, kinds
-from mlx_diffgemma.config.generation import POLICIES, GenerationSettings, decider_of
+from mlx_diffgemma.config.generation import POLICIES, decider_of
 from mlx_diffgemma.config.training import LoraParameters, TrainSettings
 
 DOCS = Path(__file__).parent

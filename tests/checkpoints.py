@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import load_model
 from mlx_diffgemma.model import DiffusionGemma
 
 VISION = {  # transformers builds a tower whatever the files hold, so it is told to build a tiny one

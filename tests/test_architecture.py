@@ -42,7 +42,7 @@ WINGS = {
     "demo": "",
 }
 ORDER = list(WINGS)
-PUBLIC_FROM_ELSEWHERE = re.compile(r"from mlx_diffgemma\.([\w.]+) import (\([^)]*\)|.*)")
+PUBLIC_FROM_ELSEWHERE = re.compile(r"from mlx_diffgemma\.([\w.]+) import (\([^)]*\)|[^#\n]*)")
 # These call a command and are called by nobody.
 ENTRIES = {"__main__", "as_module"}
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 import yaml
 
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import load_model
 
 NAME = "model.decoder.layers.0.mlp.up_proj.weight"
 RECIPES = Path(__file__).parent.parent / "recipes" / "bundled"

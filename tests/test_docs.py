@@ -348,8 +348,8 @@ def test_the_readme_makes_no_claim_about_apple_hardware_or_speed():
 def test_a_new_setting_appears_in_the_reference(monkeypatch):
     from dataclasses import dataclass, fields
 
+    from mlx_diffgemma import GenerationSettings
     from mlx_diffgemma.config.entry import Entry, setting
-    from mlx_diffgemma.config.generation import GenerationSettings
 
     @dataclass(frozen=True, kw_only=True)
     class More(GenerationSettings):

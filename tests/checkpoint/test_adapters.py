@@ -10,8 +10,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters as load_as_mlx_lm
 
+from mlx_diffgemma import load_model
 from mlx_diffgemma.checkpoint.adapters import CONFIG, WEIGHTS, adapted_modules, add_adapters
-from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.config.training import DEFAULT_KEYS, EXPERTS, LoraParameters, TrainSettings
 from mlx_diffgemma.convert.write import convert
 from mlx_diffgemma.errors import SourceError

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import DiffGemmaError, bundled_model
 from mlx_diffgemma.checkpoint.headers import INDEX, TYPES, TensorInfo, read_header, read_headers
-from mlx_diffgemma.errors import DiffGemmaError, WeightsError
+from mlx_diffgemma.errors import WeightsError
 
 # two tensors, 8 + 6 bytes
 HEADER: dict[str, Any] = {

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_diffgemma import DiffGemmaError, load_model
 from mlx_diffgemma.checkpoint.info import describe
-from mlx_diffgemma.checkpoint.load import load_model
-from mlx_diffgemma.errors import DiffGemmaError
 from tests.convert.cases import bf16, f32, fp8_dynamic, nvfp4, official, u8
 from tests.convert.test_sources import Q_PROJ, put, rewrite
 

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from mlx_diffgemma import bundled_model
-from mlx_diffgemma.checkpoint.load import load, load_model
-from mlx_diffgemma.checkpoint.memory import WARN_ABOVE
-from mlx_diffgemma.errors import ConfigError, DiffGemmaError, SourceError, WeightsError
-from mlx_diffgemma.language.prompt import (
+from mlx_diffgemma import (
+    DiffGemmaError,
     PromptOptions,
+    bundled_model,
     encode_prompt,
-    encode_text,
-    special_tokens,
+    load,
+    load_model,
+    load_tokenizer,
 )
-from mlx_diffgemma.language.tokenizer import load_tokenizer
+from mlx_diffgemma.checkpoint.memory import WARN_ABOVE
+from mlx_diffgemma.errors import ConfigError, SourceError, WeightsError
+from mlx_diffgemma.language.prompt import encode_text, special_tokens
 
 CONTROL = (
     "<|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> "

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma import load_model
 from mlx_diffgemma.checkpoint.adapters import CONFIG, WEIGHTS
-from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.checkpoint.peft import PEFT_WEIGHTS
 from mlx_diffgemma.errors import SourceError
 from mlx_diffgemma.train.fuse import fuse_checkpoint

@@ -13,9 +13,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma import load_model as load_any
 from mlx_diffgemma.checkpoint import tied
 from mlx_diffgemma.checkpoint.info import describe
-from mlx_diffgemma.checkpoint.load import load_model as load_any
 from mlx_diffgemma.errors import WeightsError
 
 load_model = functools.partial(load_any, fused=False)

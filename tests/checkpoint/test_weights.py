@@ -13,8 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma import load_model as load_any
 from mlx_diffgemma.checkpoint.headers import INDEX
-from mlx_diffgemma.checkpoint.load import load_model as load_any
 from mlx_diffgemma.checkpoint.names import Ignored, translate
 from mlx_diffgemma.checkpoint.weights import load_weights
 from mlx_diffgemma.config.model import ModelConfig

@@ -15,12 +15,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import GenerationSettings, bundled_model
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.info import info
 from mlx_diffgemma.cli.options import prompt_text
 from mlx_diffgemma.config.entry import entries
-from mlx_diffgemma.config.generation import GenerationSettings, default_of
+from mlx_diffgemma.config.generation import default_of
 
 ROOT = Path(__file__).parents[2]
 TABLE = ("--prompt", "Squares from 2 to 3.", "--seed", "3")

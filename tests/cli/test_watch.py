@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import bundled_model, load_tokenizer
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.render_watch import (
     BAND_STYLES,
@@ -27,7 +27,6 @@ from mlx_diffgemma.cli.render_watch import (
 from mlx_diffgemma.events import StepDone
 from mlx_diffgemma.language.prompt import special_tokens
 from mlx_diffgemma.language.text import CanvasToken, Spellings, canvas_tokens
-from mlx_diffgemma.language.tokenizer import load_tokenizer
 from tests.cli.test_cli import ROOT, TABLE, TABLE_ANSWER, assert_one_line, invoke
 from tests.cli.test_render import ESCAPE, run_in_terminal
 

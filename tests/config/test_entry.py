@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 import pytest
 import typer
 
+from mlx_diffgemma import GenerationSettings
 from mlx_diffgemma.cli.options import command
 from mlx_diffgemma.config.entry import Entry, check, choices, entries, kinds, range_of, setting
-from mlx_diffgemma.config.generation import GenerationSettings
 from mlx_diffgemma.config.training import TrainSettings
 from mlx_diffgemma.errors import ConfigError
 from tests.cli.test_cli import invoke

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import GenerationSettings, bundled_model
 from mlx_diffgemma.config.entry import entries
-from mlx_diffgemma.config.generation import GenerationSettings, ResolvedSettings, default_of
+from mlx_diffgemma.config.generation import ResolvedSettings, default_of
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise.schedule import temperature
 from mlx_diffgemma.errors import ConfigError

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma import bundled_model
-from mlx_diffgemma.config.generation import GenerationSettings
+from mlx_diffgemma import GenerationSettings, bundled_model
 from mlx_diffgemma.config.model import LayerConfig, ModelConfig, RopeConfig
 from mlx_diffgemma.config.quantization import Quantization, QuantizationConfig
 from mlx_diffgemma.config.reading import read_json

@@ -29,10 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import DiffGemmaError, load_model
 from mlx_diffgemma.convert import convert, origin
 from mlx_diffgemma.convert.verify import verify
-from mlx_diffgemma.errors import DiffGemmaError
 from tests.convert.cases import fp8_dynamic, load_all, nvfp4, official
 
 SMALL: dict[str, Any] = {  # quick to load, and still packed in groups of 16 and 32

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_diffgemma import DiffGemmaError
 from mlx_diffgemma.convert.write import prepare
-from mlx_diffgemma.errors import DiffGemmaError
 from tests.convert.cases import official
 from tests.convert.fuzz import SMALL, VALUES, Tally, case, run
 

@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma import DiffGemmaError
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.convert import plan as plan_module
 from mlx_diffgemma.convert.write import prepare
-from mlx_diffgemma.errors import ConfigError, DiffGemmaError, WeightsError
+from mlx_diffgemma.errors import ConfigError, WeightsError
 from tests.checkpoints import draw_tensors
 from tests.convert.cases import bf16, is_expert, load_all, official, tiny_config
 from tests.convert.test_sources import put, rewrite

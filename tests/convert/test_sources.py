@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import DiffGemmaError, load_model
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert.sources import e4m3, open_checkpoint
-from mlx_diffgemma.errors import ConfigError, DiffGemmaError, WeightsError
+from mlx_diffgemma.errors import ConfigError, WeightsError
 from tests.convert.cases import (
     bf16,
     f32,

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import load_model
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert.plan import vision_shapes
 from mlx_diffgemma.convert.verify import verify

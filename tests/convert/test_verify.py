@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import DiffGemmaError, bundled_model
 from mlx_diffgemma.checkpoint.headers import read_header, read_headers
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert import plan as plan_module
 from mlx_diffgemma.convert import verify as verify_module
 from mlx_diffgemma.convert.record import digest_of
 from mlx_diffgemma.convert.verify import verify
-from mlx_diffgemma.errors import ConfigError, DiffGemmaError, SourceError, WeightsError
+from mlx_diffgemma.errors import ConfigError, SourceError, WeightsError
 from tests.convert.cases import official
 
 FIRST, SECOND = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))

@@ -12,8 +12,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_diffgemma import load_model
 from mlx_diffgemma.checkpoint.headers import read_header
-from mlx_diffgemma.checkpoint.load import load_model
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert import plan as plan_module
 from mlx_diffgemma.convert import record as record_module

@@ -10,11 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.config.generation import GenerationSettings
+from mlx_diffgemma import GenerationSettings, SeededNoise, denoise_tokens
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise import step as step_module
-from mlx_diffgemma.denoise.loop import denoise_tokens
-from mlx_diffgemma.denoise.noise import SeededNoise
 from mlx_diffgemma.denoise.sampler import shortlist, statistics
 from mlx_diffgemma.errors import ConfigError, PromptError
 from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone

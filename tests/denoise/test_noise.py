@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.denoise.noise import SeededNoise
+from mlx_diffgemma import SeededNoise
 
 VOCAB = 50
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_diffgemma.config.generation import GenerationSettings, ResolvedSettings
+from mlx_diffgemma import GenerationSettings
+from mlx_diffgemma.config.generation import ResolvedSettings
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise.schedule import noise_proportion, temperature
 from tests.checkpoints import draw_config

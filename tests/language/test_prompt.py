@@ -6,11 +6,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma import PromptOptions, bundled_model
+from mlx_diffgemma import PromptOptions, bundled_model, encode_prompt, load_tokenizer
 from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.language.controls import special_tokens
-from mlx_diffgemma.language.prompt import encode_prompt, single_tokens
-from mlx_diffgemma.language.tokenizer import load_tokenizer
+from mlx_diffgemma.language.prompt import single_tokens
 
 # Shows all that published templates do: strips thoughts from answers, joins parts without a
 # separator, writes tool calls with nested arguments.

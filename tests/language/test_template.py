@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_diffgemma import Template
 from mlx_diffgemma.errors import TemplateError
-from mlx_diffgemma.language.template import Slot, Template
+from mlx_diffgemma.language.template import Slot
 
 
 def test_the_three_kinds_of_slots_names_and_literals():

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import bundled_model, load_tokenizer
 from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.events import StepDone, Text
 from mlx_diffgemma.language.controls import special_tokens
 from mlx_diffgemma.language.stops import Stops, stop_strings
 from mlx_diffgemma.language.text import TextStream, draft_pieces
-from mlx_diffgemma.language.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(bundled_model())
 SPECIALS = special_tokens(TOKENIZER)

@@ -13,13 +13,16 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, PromptOptions
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import (
+    GenerationSettings,
+    PromptOptions,
+    denoise_tokens,
+    encode_prompt,
+    load_model,
+)
 from mlx_diffgemma.config.model import ModelConfig, RopeConfig
-from mlx_diffgemma.denoise.loop import denoise_tokens
 from mlx_diffgemma.denoise.sampler import shortlist, statistics
 from mlx_diffgemma.events import CanvasCommitted, Finished
-from mlx_diffgemma.language.prompt import encode_prompt
 from mlx_diffgemma.model import Context, DiffusionGemma, experts, products
 from mlx_diffgemma.model.attention import attend
 from mlx_diffgemma.model.backend import as_on_gpu

@@ -22,8 +22,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (  # no
     DiffusionGemmaTextRouter,
 )
 
-from mlx_diffgemma.checkpoint.load import load_model  # noqa: E402
-from mlx_diffgemma.config.generation import GenerationSettings  # noqa: E402
+from mlx_diffgemma import GenerationSettings, load_model  # noqa: E402
 from mlx_diffgemma.denoise.schedule import temperature  # noqa: E402
 from tests.checkpoints import draw_config, write_checkpoint  # noqa: E402
 

@@ -19,8 +19,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from transformers import DynamicCache  # noqa: E402
 
+from mlx_diffgemma import load_model  # noqa: E402
 from mlx_diffgemma.checkpoint.adapters import add_adapters  # noqa: E402
-from mlx_diffgemma.checkpoint.load import load_model  # noqa: E402
 from mlx_diffgemma.checkpoint.names import translate  # noqa: E402
 from mlx_diffgemma.config.training import (  # noqa: E402
     DEFAULT_KEYS,

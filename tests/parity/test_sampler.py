@@ -19,7 +19,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (  # 
     StableAndConfidentStoppingCriteria,
 )
 
-from mlx_diffgemma.config.generation import GenerationSettings, default_of  # noqa: E402
+from mlx_diffgemma import GenerationSettings  # noqa: E402
+from mlx_diffgemma.config.generation import default_of  # noqa: E402
 from mlx_diffgemma.config.model import ModelConfig  # noqa: E402
 from mlx_diffgemma.denoise.sampler import decide, statistics  # noqa: E402
 from mlx_diffgemma.denoise.schedule import temperature  # noqa: E402

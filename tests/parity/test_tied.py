@@ -18,7 +18,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (  # no
     DiffusionGemmaForBlockDiffusion,
 )
 
-from mlx_diffgemma.checkpoint.load import load_model  # noqa: E402
+from mlx_diffgemma import load_model  # noqa: E402
 from mlx_diffgemma.checkpoint.names import Ignored, translate  # noqa: E402
 from mlx_diffgemma.errors import WeightsError  # noqa: E402
 from tests.checkpoints import draw_config, write_checkpoint  # noqa: E402

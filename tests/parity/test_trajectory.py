@@ -22,11 +22,15 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (  # no
     DiffusionGemmaForBlockDiffusion,
 )
 
-from mlx_diffgemma import PromptOptions, bundled_model, load  # noqa: E402
-from mlx_diffgemma.config.generation import GenerationSettings  # noqa: E402
-from mlx_diffgemma.denoise.loop import denoise_tokens  # noqa: E402
+from mlx_diffgemma import (  # noqa: E402
+    GenerationSettings,
+    PromptOptions,
+    bundled_model,
+    denoise_tokens,
+    encode_prompt,
+    load,
+)
 from mlx_diffgemma.events import CanvasCommitted, StepDone  # noqa: E402
-from mlx_diffgemma.language.prompt import encode_prompt  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("error::FutureWarning")]
 torch.set_num_threads(1)  # models this small only wait for one another's threads

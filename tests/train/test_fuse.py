@@ -10,8 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma import bundled_model
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import bundled_model, load_model
 from mlx_diffgemma.errors import WeightsError
 from mlx_diffgemma.train.fuse import fuse_checkpoint
 

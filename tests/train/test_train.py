@@ -16,10 +16,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.checkpoint.load import load_model
+from mlx_diffgemma import load_model, load_tokenizer
 from mlx_diffgemma.config.training import EXPERTS, LoraParameters, TrainSettings
 from mlx_diffgemma.errors import ConfigError, DataError, LossError, SourceError
-from mlx_diffgemma.language.tokenizer import load_tokenizer
 from mlx_diffgemma.train.checkpoint import STATE, trained_weights
 from mlx_diffgemma.train.curves import METRICS, PICTURE, Metrics, read
 from mlx_diffgemma.train.data import fill_token

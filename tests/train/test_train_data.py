@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_diffgemma import bundled_model
+from mlx_diffgemma import bundled_model, load_tokenizer
 from mlx_diffgemma.config.training import TrainSettings
 from mlx_diffgemma.errors import DataError
-from mlx_diffgemma.language.tokenizer import load_tokenizer
 from mlx_diffgemma.train.batches import Draw, Order, draw, make_batch
 from mlx_diffgemma.train.data import Example
 from tests.train.train_cases import LINES, split_of, write_lines

@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, bundled_model, load, stream_generate
+from mlx_diffgemma import GenerationSettings, Template, bundled_model, load, stream_generate
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.errors import SourceError
 from mlx_diffgemma.events import CanvasCommitted, Finished, StepDone, Text, TrialStarted
-from mlx_diffgemma.language.template import Template
 from mlx_diffgemma.view.trace import CANDIDATES, FORMAT, Trace
 from mlx_diffgemma.write.fill import Filled, stream_fill
 from tests.cli.test_cli import TABLE, TABLE_ANSWER, assert_one_line, invoke, program

@@ -17,11 +17,11 @@ import typer
 from typer.testing import CliRunner
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings
+from mlx_diffgemma import GenerationSettings, edit
 from mlx_diffgemma.cli.edit import _name_in_diff
 from mlx_diffgemma.cli.edit import edit as edit_command
 from mlx_diffgemma.errors import TemplateError
-from mlx_diffgemma.write.edit import Edited, Selection, edit
+from mlx_diffgemma.write.edit import Edited, Selection
 
 TEXT = "one\ntwo thrée\r\nfour\n"
 

@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, fill
+from mlx_diffgemma import DiffGemmaError, GenerationSettings, Template, denoise_tokens, fill
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.constraint.automaton import Automaton
-from mlx_diffgemma.denoise.loop import denoise_context, denoise_tokens
+from mlx_diffgemma.denoise.loop import denoise_context
 from mlx_diffgemma.denoise.pinned import FREE, Pinned, Span
-from mlx_diffgemma.errors import DiffGemmaError, TemplateError
+from mlx_diffgemma.errors import TemplateError
 from mlx_diffgemma.events import CanvasCommitted, StepDone
 from mlx_diffgemma.language.prompt import encode_text, token_bytes
-from mlx_diffgemma.language.template import Slot, Template
+from mlx_diffgemma.language.template import Slot
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.write import writer
