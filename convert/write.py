@@ -180,11 +180,7 @@ def _place(mlx_path: Path, source: Path) -> Path:
         is_source = source == partial_of(target).resolve() or source.is_relative_to(
             target.resolve()
         )
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-    ) as error:  # ~NAME unknown, link circle, no name
+    except (RuntimeError, OSError, ValueError) as error:  # ~NAME unknown, link circle, no name
         reason = getattr(error, "strerror", None) or error
         raise SourceError(f"{mlx_path} cannot be the folder of a result: {reason}") from error
     if is_source:
