@@ -1,4 +1,4 @@
-r"""A small language for text with gaps: literal text, and slots that the model writes.
+r"""The template language: literal text, and slots that the model writes.
 
     {{gap}}  {{gap:8}}  {{gap:4..12}}       free text: any length, 8 tokens, 4 to 12 tokens
     {{one of: yes | no}}                    one of these texts; spaces around them do not count
@@ -7,9 +7,9 @@ r"""A small language for text with gaps: literal text, and slots that the model 
     \{{                                     a literal {{; before a slot, \\ is a literal \
 
 A slot ends at the first `}}` outside of its own braces; a backslash makes the next character in it
-plain, so that `\|`, `\{` and `\}` may stand in options and expressions. Everything else is literal
-text. Expressions have the syntax of Rust's regex crate; `pattern.py` lists what is not supported. A
-byte order mark at the beginning is kept, and the model does not see it. Knows text, not tokens.
+plain, so options and expressions may contain `\|`, `\{` and `\}`. Everything else is literal text.
+Expressions have the syntax of Rust's regex crate; `pattern.py` lists what is not supported. A byte
+order mark at the beginning is kept; the model does not see it. Knows text, not tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What the model writes."""
+    """A part that the model writes."""
 
     name: str
     kind: OneOf["gap", "one of", "match"]
@@ -42,7 +42,7 @@ class Slot:
 
     @property
     def label(self) -> str:
-        """Its place and name, to begin a message with."""
+        """The place and name, to begin a message with."""
         return f"{self.place}: slot {self.name}" if self.place else f"slot {self.name}"
 
 
@@ -55,10 +55,10 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """Read the language above. Slots without a name are called by their number, from 1.
+        """Read a template. The names of unnamed slots are their numbers, from 1.
 
         Raises:
-          TemplateError: naming line and column of what cannot be read, or if there is no slot.
+          TemplateError: if something cannot be read, with line and column, or if there is no slot.
         """
         mark, text = split_mark(text)
         parts: list[str | Slot] = []
@@ -90,7 +90,7 @@ class Template:
         return tuple(part for part in self.parts if isinstance(part, Slot))
 
     def shown(self) -> str:
-        """Return the template with blanks for slots, as a person would read it."""
+        """Return the template with blanks for slots."""
         return "".join(part if isinstance(part, str) else SHOWN_BLANK for part in self.parts)
 
     def filled(self, texts: dict[str, str]) -> str:
@@ -106,7 +106,7 @@ def split_mark(text: str) -> tuple[str, str]:
 
 
 def _end_of_slot(text: str, start: int) -> int:
-    """Where the `}}` of a slot stands that begins behind its `{{` at `start`."""
+    """Return the index of the `}}` that ends the slot with content from `start` on."""
     depth, at = 0, start
     while at < len(text):
         if text[at] == "\\":

@@ -1,1 +1,1 @@
-"""What a run looks like from outside: numbers, JSON objects, the trace page."""
+"""Views of a run: its numbers, JSON objects and the trace page."""

@@ -1,4 +1,4 @@
-"""Where a trace may be written: never over a file that is not a trace."""
+"""The check of a trace's file names: a trace never replaces a file that is not a trace."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..errors import ConfigError, SourceError
 
 FORMAT = "mlx_diffgemma.trace/1"
 TITLE = "<title>A run of mlx_diffgemma</title>"  # in trace.html
-_HEAD = 2048  # bytes that tell what a file is
+_HEAD = 2048  # bytes read to recognise a file
 
 
 def check_page(page: Path) -> Path:
     """Refuse a page that cannot be written, or that would replace another file.
 
     Returns:
-      The plain object's place beside it.
+      The path of the plain object beside it.
 
     Raises:
       ConfigError: if the name does not end in .html.
@@ -44,7 +44,7 @@ def check_page(page: Path) -> Path:
 
 
 def _is_another(file: Path, mark: bytes) -> bool:
-    """Whether a file is there that is neither empty nor begins as ours do."""
+    """Return whether a file exists that is neither empty nor a trace."""
     if not os.path.lexists(file) or not file.exists():
         return False
     if not file.is_file():
@@ -58,8 +58,8 @@ def _is_another(file: Path, mark: bytes) -> bool:
 
 
 def model_name(source: str | Path) -> str:
-    """What to call a model in a file that may be passed on: a repository by its id, a folder by its
-    last part."""
+    """Return a model's name for a file that may be shared: a repository's id, or a folder's last
+    part."""
     folder = Path(source).expanduser()
     if not folder.exists():
         return str(source)

@@ -1,4 +1,4 @@
-"""What a run looks like from outside: its numbers, and its events as plain objects for JSON."""
+"""The numbers of a run, and its events as plain objects for JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The numbers of a finished run of one prompt. One of them alone misleads."""
+    """The numbers of a finished run of one prompt. A single one of them is misleading."""
 
     prompt_tokens: int
     prompt_tokens_per_second: float
@@ -36,7 +36,7 @@ class Summary:
     reason: str
 
     def line(self) -> str:
-        """All of it in one line."""
+        """Return all of it in one line."""
         reason = {"stop": "end of answer", "length": "token limit"}[self.reason]
         peak = (
             f"{self.peak_bytes / 1e9:.2f} GB"
@@ -54,7 +54,7 @@ class Summary:
 
 
 class Stopwatch:
-    """Listens to a run of one prompt. Times are the listener's: work between events included."""
+    """Measures a run of one prompt. Times include the work between events."""
 
     def __init__(self) -> None:
         mx.reset_peak_memory()
@@ -62,7 +62,7 @@ class Stopwatch:
         self._started = self._last = 0.0
 
     def observe(self, event: Event) -> Summary | None:
-        """The summary, once the run has finished."""
+        """Return the summary once the run has finished, else None."""
         self._last = time.perf_counter()
         if isinstance(event, PrefillDone):
             self._prefill, self._started = event, self._last
@@ -95,7 +95,7 @@ class Drafts:
         self._pinned: list[bool] = []
 
     def observe(self, event: Event) -> None:
-        """Learn from a `TrialStarted` what the steps after it have pinned."""
+        """Remember the pinned positions of a `TrialStarted` for the steps after it."""
         if isinstance(event, TrialStarted):
             self._pinned = np.array(event.pinned[0]).tolist()
 
@@ -171,8 +171,8 @@ def as_object(
 
 
 def edited_object(edited: Edited) -> dict[str, Any]:
-    """Return an edited document as a JSON object: the whole text, what was selected and what
-    replaces it, then the work as for `filled_object`."""
+    """Return an edited document as a JSON object: the whole text, the selection and its
+    replacement, then the work as for `filled_object`."""
     facts = filled_object(edited.filled)
     (slot,) = facts.pop("slots").values()
     selection = edited.selection
@@ -211,7 +211,7 @@ def filled_object(filled: Filled) -> dict[str, Any]:
 
 
 def filled_lines(filled: Filled) -> list[str]:
-    """What is worth knowing about it, a line each: notes, then slots, then the work."""
+    """Return a report on a filled template, in lines: notes, then slots, then the work."""
     lines = [*filled.notes]
     for slot in filled.slots.values():
         line = f"slot {slot.name}: {len(slot.tokens)} tokens, certainty {slot.certainty:.0%}"

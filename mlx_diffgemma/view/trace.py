@@ -1,5 +1,5 @@
-"""A run kept step by step, for looking at afterwards: a plain object (run.json) and a page that
-needs nothing else (run.html). Keeps row 0 of each step.
+"""The trace of a run, step by step: a plain object (run.json) and a self-contained page (run.html).
+Keeps row 0 of each step.
 
 run.json:
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = 5  # per position, unless the vocabulary is smaller
 _PLACE_OF_DATA = "@@RUN@@"  # in trace.html
-_THOUSANDTHS = 1000  # what the page keeps of probabilities and nats
+_THOUSANDTHS = 1000  # the page's precision of probabilities and nats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,8 +90,8 @@ class _Canvas:
 
 
 class Trace:
-    """Listens to a run of one prompt, or of `fill` or `edit`. Ask for `CANDIDATES` in the settings,
-    or the page has none to show."""
+    """Records a run of one prompt, or of `fill` or `edit`. The page shows candidates only if the
+    settings ask for `CANDIDATES`."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Trace:
         self._is_complete = False
 
     def observe(self, event: Event) -> None:
-        """Take an event in; reads a step's arrays."""
+        """Record an event. This reads a step's arrays."""
         match event:
             case TrialStarted():
                 trial = {
@@ -138,17 +138,17 @@ class Trace:
                 self._is_complete = True
 
     def conclude(self, answer: str) -> None:
-        """Take in the result of `fill` or `edit`, which no event tells."""
+        """Record the result of `fill` or `edit`, which no event holds."""
         self._text["answer"] = answer
         self._is_complete = True
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to look at."""
+        """Whether nothing has been recorded."""
         return not any(canvas.steps for canvas in self._canvases)
 
     def as_object(self) -> dict[str, Any]:
-        """The content of run.json; see the head of this file."""
+        """Return the content of run.json; see the head of this file."""
         ids = self._ids()
         return {
             **self._head(),
@@ -166,14 +166,14 @@ class Trace:
         }
 
     def html(self) -> str:
-        """The page, whole."""
+        """Return the page."""
         template = files(__package__).joinpath("trace.html").read_text(encoding="utf-8")
         before, after = template.split(_PLACE_OF_DATA)
         return before + _inside_script(json.dumps(self._for_page())) + after
 
     def write(self, page: Path) -> Path:
-        """Write the page, and the plain object beside it, whose place is returned. A file is there
-        whole or not at all, and no file but an older trace is replaced.
+        """Write the page, and the plain object beside it; return the latter's path. Files are never
+        half written, and only older traces are replaced.
 
         Raises:
           DiffGemmaError: if one of them cannot be written.
@@ -197,7 +197,7 @@ class Trace:
         }
 
     def _ids(self) -> list[int]:
-        """Every token id that occurs, in order."""
+        """Return every token id that occurs, in order."""
         parts = [np.array(canvas.tokens or [], np.int32) for canvas in self._canvases]
         for canvas in self._canvases:
             for step in canvas.steps:
@@ -210,7 +210,7 @@ class Trace:
         return str(self._tokenizer.decode(canvas.tokens, clean_up_tokenization_spaces=False))
 
     def _for_page(self) -> dict[str, Any]:
-        """What the page reads: the head plain, words and columns packed."""
+        """Return the page's data: the head plain, words and columns packed."""
         ids = self._ids()
         steps = [step for canvas in self._canvases for step in canvas.steps]
         return {
@@ -272,9 +272,9 @@ def _rounded(values: np.ndarray) -> Any:
 
 
 def _columns(steps: list[_Step], ids: np.ndarray) -> bytes:
-    """The numbers of all positions of all steps, column behind column and byte behind byte, which
-    is what packs well: 1 byte with bit 0 for accepted and bit 1 for pinned; certainty and entropy,
-    2 bytes in thousandths; draft 3, as the word's place in the table; then per candidate 3 and 2
+    """Return the numbers of all positions of all steps, column by column and byte by byte, which
+    compresses well: 1 byte with bit 0 for accepted and bit 1 for pinned; certainty and entropy, 2
+    bytes in thousandths; draft 3, as the word's place in the table; then per candidate 3 and 2
     likewise. Little end first. Draft and certainty are kept as their XOR with the first
     candidate's."""
 
@@ -291,7 +291,7 @@ def _columns(steps: list[_Step], ids: np.ndarray) -> bytes:
         return b""
     words, shares = np.searchsorted(ids, joined("candidates")), thousandths(joined("probabilities"))
     draft, certainty = np.searchsorted(ids, joined("draft")), thousandths(joined("certainty"))
-    if words.shape[1]:  # nearly always the draft is the first candidate, and zeros take no room
+    if words.shape[1]:  # the draft is nearly always the first candidate, and zeros compress well
         draft, certainty = draft ^ words[:, 0], certainty ^ shares[:, 0]
     bits = joined("accepted").astype(np.int64) + 2 * joined("pinned")
     parts = [planes(bits, 1), planes(certainty, 2)]
@@ -305,7 +305,7 @@ def _packed(data: bytes) -> str:
 
 
 def _inside_script(text: str) -> str:
-    """JSON that no HTML parser mistakes for an end of the script or a comment."""
+    """Return JSON that no HTML parser mistakes for an end of the script or a comment."""
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

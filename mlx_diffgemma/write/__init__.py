@@ -1,1 +1,1 @@
-"""The tasks: answer a prompt, fill a template, edit a text."""
+"""The tasks: answering a prompt, filling a template, editing a text."""

@@ -1,4 +1,5 @@
-"""Rewriting a part of a document: all around it is pinned, and stays byte for byte."""
+"""Editing: the model rewrites a selection of a document, and the text around it stays byte for
+byte."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _OPEN, _CLOSE = "[[[", "]]]"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A part of a text, in characters from its beginning."""
+    """A part of a text, as offsets in characters."""
 
     start: int
     stop: int
@@ -38,7 +39,7 @@ class Selection:
         """Return the part from "line:column-line:column" or the whole lines of "line-line".
 
         Lines and columns count from 1; a byte order mark has no column. The second place of a pair
-        with columns is the first one behind the part. Whole lines come without the line break at
+        with columns is the first one after the part. Whole lines come without the line break at
         their end; "12" is short for "12-12".
 
         Raises:
@@ -64,14 +65,14 @@ class Selection:
 
     @classmethod
     def of_match(cls, text: str, part: str) -> Selection:
-        """Return the only place where a text stands.
+        """Return the only place where a text occurs.
 
         Raises:
           TemplateError: if there is none, or more than one.
         """
         _, part = split_mark(part)
         if not part:
-            raise TemplateError("there is nothing to look for: the text to match is empty")
+            raise TemplateError("the text to match is empty")
         starts = [found.start() for found in re.finditer(f"(?={re.escape(part)})", text)]
         if (count := len(starts)) != 1:
             found = "is not in the document" if not count else f"stands {count} times in it"
@@ -93,8 +94,8 @@ class Edited:
         return self.filled.slots[_NAME].text
 
     def diff(self, name: str) -> str:
-        """Return what changed as a unified diff, for `git apply` and `patch -p1`; empty where
-        nothing did.
+        """Return the change as a unified diff, for `git apply` and `patch -p1`; empty if there is
+        none.
 
         Args:
           name: the path of the file, with `/` between folders, from the folder in which the diff
@@ -132,7 +133,7 @@ def edit(
       gap_tokens: least and most tokens of the new part; by default from half of the old one to
         twice as much and 8 more.
       settings: how to denoise.
-      prompt_options: how the instruction is read.
+      prompt_options: how the instruction becomes tokens.
       listener: called with the loop's events, see `stream_fill`.
 
     Raises:
@@ -183,7 +184,7 @@ def _request(instruction: str, before: str, old: str, behind: str) -> str:
 
 
 def _offset(text: str, line: int, column: int | None, places: str) -> int:
-    """Where a place is, or the end of its line without a column."""
+    """Return the offset of a place, or of its line's end if there is no column."""
     mark, text = split_mark(text)
     lines = text.split("\n")
     if not 1 <= line <= len(lines):
@@ -200,8 +201,8 @@ def _offset(text: str, line: int, column: int | None, places: str) -> int:
 
 
 def _header(name: str) -> str:
-    """A file's name as git and patch read it: in quotes where it holds what would confuse them,
-    with a tab behind it where a space could end it."""
+    """Return a file's name for git and patch: in quotes if it has special characters, with a tab
+    after it if it has a space."""
     raw = os.fsencode(name)
     if all(byte >= 0x20 and byte not in b'"\\\x7f' for byte in raw) and name.isprintable():
         return f"{name}\t" if " " in name else name
@@ -212,5 +213,5 @@ def _header(name: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """As editors and diff count them: only line feeds end a line."""
+    """Return lines as editors and diff count them: only line feeds end a line."""
     return re.findall(r"[^\n]*\n|[^\n]+", text)

@@ -1,5 +1,5 @@
-"""Filling the slots of a template: the literals are pinned, lengths that are not known are tried as
-rows of one batch, and what does not fit in one canvas is written canvas by canvas."""
+"""Filling the slots of a template. Literals are pinned, unknown lengths are tried as rows of one
+batch, and a template longer than one canvas is written canvas by canvas."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _END_OF_TURN = "<turn|>"
 
 @dataclass(frozen=True, slots=True)
 class FilledSlot:
-    """What was written into a slot."""
+    """The text of one slot, with its tokens and scores."""
 
     name: str
     text: str
     tokens: tuple[int, ...]
     certainty: float  # geometric mean of its tokens' probabilities in the last step
     # Lengths in tokens that were tried -> mean log-probability of the text around it, nats per
-    # token; empty where there was nothing to choose.
+    # token; empty if only one was possible.
     lengths: dict[int, float]
 
 
@@ -53,11 +53,11 @@ class Filled:
 
     text: str
     slots: dict[str, FilledSlot]
-    notes: tuple[str, ...]  # what a reader should know, a line each
+    notes: tuple[str, ...]  # notes for the user, a line each
     prompt_tokens: int
     canvases: int
     steps: int  # denoise steps, of all batches
-    positions: int  # canvas columns looked at, summed over rows and steps: the work done
+    positions: int  # canvas columns computed, summed over rows and steps: the work done
 
 
 def fill(
@@ -72,7 +72,7 @@ def fill(
     listener: Callable[[Event], None] | None = None,
     is_shown: bool = False,
 ) -> Filled:
-    """Fill a template. Its literal text is in the result byte for byte.
+    """Fill a template. Its literal text stays byte for byte.
 
     Args:
       model: from `load`.
@@ -80,10 +80,10 @@ def fill(
       template: a string with slots, such as "a {{gap}}", or the result of `Template.parse`; it is
         the model's turn, and ends it.
       prompt: the user's turn; by default a request that shows the template with blanks.
-      gap_tokens: least and most tokens of gaps and matches that do not say it themselves; by
-        default from 1 to what one canvas holds.
-      settings: how to denoise; `max_new_tokens` has no effect, the template says how long it is.
-      prompt_options: how the prompt is read.
+      gap_tokens: least and most tokens of gaps and matches without their own; by default from 1 to
+        what one canvas holds.
+      settings: how to denoise; `max_new_tokens` has no effect, since the template sets the length.
+      prompt_options: how the prompt becomes tokens.
       listener: called with the loop's events, see `stream_fill`.
       is_shown: whether the prompt shows the template already; otherwise it is put behind a prompt
         that is a string, where the template may be longer than a canvas.
@@ -121,8 +121,8 @@ def stream_fill(
     prompt_options: PromptOptions = PromptOptions(),
     is_shown: bool = False,
 ) -> Generator[Event | Filled, None, None]:
-    """As `fill`, with the loop's events on the way: PrefillDone, then TrialStarted and the steps of
-    every batch that is tried, one row per length, and at last Filled."""
+    """Yield the loop's events during `fill`: PrefillDone, then TrialStarted and the steps of every
+    batch, one row per length, and at last Filled."""
     if isinstance(template, str):
         template = Template.parse(template)
     if not isinstance(template, Template):
@@ -182,7 +182,7 @@ def stream_fill(
 def _told(
     prompt: Prompt | None, template: Template, is_long: bool, is_shown: bool
 ) -> tuple[Prompt, tuple[str, ...]]:
-    """What the user's turn says, and what is to be said about it."""
+    """Return the user's turn, and the notes about it."""
     if prompt is None:
         prompt = f"Fill in the blanks:\n\n{template.shown()}"
     elif is_long and isinstance(prompt, str) and not is_shown:
@@ -253,7 +253,8 @@ def _options(
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:
-    """The token that ends a turn, and the one that fills a canvas behind it, as in training."""
+    """Return the token that ends a turn, and the one that fills a canvas after it, as in
+    training."""
     fallback = settings.eos_token_ids[0]
     eos = tokenizer.eos_token_id
     fill = eos if isinstance(eos, int) else fallback

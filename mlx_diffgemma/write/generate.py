@@ -1,4 +1,4 @@
-"""Prompts in, text out: the functions most programs need."""
+"""Answering prompts: `generate`, `stream_generate` and `batch_generate`."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def generate(
       model: from `load`.
       tokenizer: from `load`.
       prompt: a string is one user turn, a list of messages a chat. Token ids may be a list of ints,
-        an array of one row, or what the tokenizer's `apply_chat_template` returns.
+        an array of one row, or the result of the tokenizer's `apply_chat_template`.
       max_tokens: most new tokens, as in mlx-lm; the same as the settings' `max_new_tokens`.
-      verbose: print the answer as it comes, and then the speed, on stdout.
+      verbose: print the answer while it is written, and then the speed, on stdout.
       stop: strings that end the answer; it ends before the one that is complete first.
       settings: how to denoise; what is left open, the checkpoint decides.
       prompt_options: system prompt, thinking, and how contents are read.
@@ -96,11 +96,11 @@ def stream_generate(
     noise: Noise | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[Event, None, None]:
-    """Yield the loop's events, and `Text` behind each `CanvasCommitted`.
+    """Yield the loop's events, and `Text` after each `CanvasCommitted`.
 
-    Closing the generator stops the run. A piece of text never holds a part of a stop string, and
-    what may still become one is held back. The run ends with the canvas that completes one, with
-    the reason "stop"; all tokens of that canvas count.
+    Closing the generator stops the run. A piece of text never contains a part of a stop string;
+    text that may still become one is held back. The run ends with the canvas that completes one,
+    with the reason "stop"; all tokens of that canvas count.
 
     Args:
       model: from `load`.
@@ -211,7 +211,7 @@ def batch_generate(
 
 
 class _Answers:
-    """The texts of a run's rows; it tells the loop which of them have ended."""
+    """The texts of a run's rows, which tell the loop when a row has ended."""
 
     def __init__(self, streams: list[TextStream]) -> None:
         self._streams = streams
@@ -224,12 +224,12 @@ class _Answers:
         return [stream.is_stopped for stream in self._streams]
 
     def finish(self) -> list[list[Text]]:
-        """Return what was held back of each row."""
+        """Return each row's text that was held back."""
         return [stream.finish() for stream in self._streams]
 
     @property
     def done(self) -> int:
-        """Rows whose text is complete."""
+        """The number of rows whose text is complete."""
         return sum(stream.has_ended for stream in self._streams)
 
 
@@ -245,7 +245,7 @@ def _limited(settings: GenerationSettings, max_tokens: int | None) -> Generation
 
 
 def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts of a batch, after a check that it is none of the forms of a single one."""
+    """Return the prompts of a batch; refuse all forms of a single prompt."""
     items: object = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     if isinstance(items, (str, bytes, bytearray, Mapping)) or not isinstance(items, Sequence):
         raise PromptError(
@@ -268,7 +268,7 @@ def _is_encoding(item: object) -> bool:
 
 
 def _check_ids(ids: Sequence[int], model: DiffusionGemma) -> None:
-    """Before they are packed as int32, which would wrap a large one into the vocabulary."""
+    """Check ids before they become int32, which would wrap a large one into the vocabulary."""
     vocab_size = model.config.text.vocab_size
     if bad := [token for token in ids if not 0 <= token < vocab_size]:
         raise PromptError(f"token {bad[0]} is outside the vocabulary of {vocab_size}")

@@ -1,4 +1,5 @@
-"""What `verbose=True` prints on stdout, as mlx-lm prints it. Nothing else in the library prints."""
+"""The output of `verbose=True` on stdout, in mlx-lm's format. Nothing else in the library
+prints."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ _RULE = "=" * 10
 
 
 class Printed:
-    """Prints the answer to one prompt as it comes, then the run's numbers."""
+    """Prints the answer to one prompt while it is written, then the run's numbers."""
 
     def __init__(self) -> None:
         self._numbers = _Numbers()
         self._has_text = False
 
     def observe(self, event: Event) -> None:
-        """Print what an event adds."""
+        """Print the text that an event adds."""
         self._numbers.observe(event)
         if isinstance(event, PrefillDone):
             print(_RULE)
@@ -44,7 +45,7 @@ class PrintedBatch:
         self._say(f"Finished processing 0/{prompts} ...", end="\r")
 
     def observe(self, event: Event, done: int) -> None:
-        """Print what an event adds; `done` prompts have their answers."""
+        """Print an event's progress; `done` prompts have their answers."""
         self._numbers.observe(event)
         if isinstance(event, Finished):
             self._say(f"Finished processing {self._prompts}/{self._prompts}")
@@ -59,7 +60,7 @@ class PrintedBatch:
 
 
 class _Numbers:
-    """Tokens and seconds of a run, whose listener's work counts as the run's."""
+    """Tokens and seconds of a run; the listener's time counts too."""
 
     def __init__(self) -> None:
         self._prompt_tokens = self._new_tokens = 0

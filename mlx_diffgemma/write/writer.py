@@ -1,5 +1,5 @@
-"""Writing slots: windows of a template's tokens, lengths that are tried as rows of one batch, and
-the score that tells them apart. Knows ids, not text."""
+"""The search for slots' lengths: windows of a template's tokens, lengths tried as rows of one
+batch, and their score. Knows ids, not text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..denoise.sampler import probability_of, statistics
 from ..events import Event, Finished, StepDone, TrialStarted
 from ..model import Context, DiffusionGemma
 
-# Lengths are tried in batches of at most ROWS rows, fewer where their logits would be more than
-# MOST_LOGITS numbers: all that are possible, or ALL_OF that are spread over them and then those
-# beside the best. With several slots of unknown length, one slot after the other, ROUNDS times. A
-# trial takes TRIAL_STEPS denoise steps, and its score LOOKS more. The certainty of a settled text
-# says nothing, since the model agrees with whatever has settled. So half of what was written is
-# made noise again, and what counts is how probable the pinned text around it is then: around a
-# slot of the wrong length it looks out of place.
+# Lengths are tried in batches of at most ROWS rows, fewer if their logits would exceed MOST_LOGITS
+# numbers: all possible lengths, or ALL_OF spread over them and then the best one's neighbours.
+# Several slots of unknown length take turns, ROUNDS times. A trial takes TRIAL_STEPS denoise steps,
+# and its score LOOKS more. The certainty of a settled text is no score, since the model agrees with
+# any text that has settled. So half of the written tokens are made noise again, and the score is
+# the probability of the pinned text around them: next to a slot of the wrong length it is
+# improbable.
 ROWS = 8
 MOST_LOGITS = 1 << 28  # 1 GiB in float32
 ALL_OF = 24
@@ -39,17 +39,17 @@ _GROWTH = 8  # tokens
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """What a slot may be, in tokens."""
+    """The possible contents of a slot, in tokens."""
 
     name: str
     lengths: list[int]  # ascending
-    asked: int | None  # the longest that the template or its user names
+    asked: int | None  # the longest length that the template or the user asks for
     automaton: Automaton | None  # None for free text
     text_tokens: np.ndarray  # ids of all tokens that are text, sorted
     _sets: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     def sets(self, length: int) -> list[np.ndarray]:
-        """The tokens that each place may hold."""
+        """Return the tokens that each position may hold."""
         if self.automaton is None:
             return [self.text_tokens] * length
         if length not in self._sets:
@@ -62,7 +62,7 @@ Piece = list[int] | Choice
 
 @dataclass(slots=True, eq=False)
 class Written:
-    """What became of a slot."""
+    """The result of a slot."""
 
     tokens: tuple[int, ...]
     certainty: float
@@ -71,23 +71,23 @@ class Written:
 
 @dataclass(slots=True, eq=False)
 class _Trial:
-    """One row that was denoised, and what came of it."""
+    """One denoised row and its result."""
 
     texts: list[np.ndarray]  # tokens of each open slot of the window
     certainties: list[np.ndarray]
-    canvas: np.ndarray  # [L], all of it
-    written: np.ndarray  # bool [L], what of it was not given
-    judged: np.ndarray  # float64 [L], the weight that each place has in the score
+    canvas: np.ndarray  # [L], the whole row
+    written: np.ndarray  # bool [L], the positions that were not given
+    judged: np.ndarray  # float64 [L], the weight of each position in the score
 
 
 @dataclass(slots=True, eq=False)
 class Writer:
-    """Writes the pieces one window after the other. A window is what one canvas holds from the
-    first slot on that is still open, or the whole rest where that fits."""
+    """Writes the pieces window by window. A window is the part that one canvas holds, from the
+    first open slot on, or the whole rest if that fits."""
 
     model: DiffusionGemma
     settings: ResolvedSettings
-    ends: tuple[int, int]  # the end of the turn, and what fills a canvas behind it
+    ends: tuple[int, int]  # the end of the turn, and the token that fills a canvas after it
     text_tokens: np.ndarray  # ids of all tokens that are text
     rest: list[Piece]
     context: Context
@@ -99,7 +99,7 @@ class Writer:
     notes: list[str] = field(default_factory=list)
 
     def write(self) -> Generator[Event, None, None]:
-        """Fills every slot, in order."""
+        """Fill every slot, in order."""
         while any(isinstance(piece, Choice) for piece in self.rest):
             self._advance()
             inside = _fitting(self.rest, self.settings.canvas_length)
@@ -114,8 +114,8 @@ class Writer:
                 self.done.append(Written(tuple(tokens.tolist()), mean, tried))
 
     def _advance(self) -> None:
-        """Commits what stands before the next slot, unless one canvas holds the whole rest: so a
-        window sees as much as it can of what comes behind."""
+        """Commit the text before the next slot, unless one canvas holds the whole rest: so a window
+        shows as much of the text after it as possible."""
         if least_tokens(self.rest) <= self.settings.canvas_length:
             return
         first = next(i for i, piece in enumerate(self.rest) if isinstance(piece, Choice))
@@ -132,7 +132,8 @@ class Writer:
     def _search(
         self, choices: list[Choice]
     ) -> Generator[Event, None, tuple[_Trial, list[dict[int, float]]]]:
-        """The best lengths found for the slots of a window, and every score by slot and length."""
+        """Return the best lengths found for the slots of a window, and every score by slot and
+        length."""
         room = self._room()
         logits = self.settings.canvas_length * self.model.config.text.vocab_size
         most = max(1, min(ROWS, MOST_LOGITS // logits))
@@ -150,7 +151,7 @@ class Writer:
                     rows = [(*lengths[:i], n, *lengths[i + 1 :]) for n in batch]
                     trials = yield from self._denoise(choices, rows, TRIAL_STEPS)
                     tried.update(zip(batch, self._scores(trials), strict=True))
-                scores[i] = tried  # beside the neighbours as they are now
+                scores[i] = tried  # with the other slots' current lengths
                 n = max(tried, key=lambda n: tried[n]) if tried else possible[0]
                 lengths = (*lengths[:i], n, *lengths[i + 1 :])
             if lengths == before:
@@ -159,7 +160,7 @@ class Writer:
         return best, scores
 
     def _note_bounds(self, choice: Choice, possible: list[int]) -> None:
-        """Says where less is tried than was asked for."""
+        """Note where fewer tokens are tried than were asked for."""
         if choice.asked is not None and possible[-1] < choice.asked:
             note = (
                 f"slot {choice.name}: at most {possible[-1]} of {choice.asked} tokens were tried, "
@@ -169,9 +170,9 @@ class Writer:
                 self.notes.append(note)
 
     def _scores(self, trials: Sequence[_Trial]) -> list[float]:
-        """How probable the pinned text of each trial is, nats per token, half of the rest being
-        noise; plus how probable options and expressions are, likewise, since their length decides
-        what they say. Where there is neither, how probable the rest is."""
+        """Return the log-probability of each trial's pinned text, nats per token, while half of the
+        rest is noise; plus that of options and expressions, since their length decides their
+        content. Without either, return that of the rest."""
         canvas = np.stack([trial.canvas for trial in trials])
         written = np.stack([trial.written for trial in trials])
         judged = np.stack([trial.judged for trial in trials])
@@ -189,8 +190,8 @@ class Writer:
         return (total / LOOKS).tolist()
 
     def _room(self) -> int:
-        """Tokens that the slots of the window may have together. What stands behind them must be
-        in sight, up to half a canvas of it: a slot that fills the window would suit any text."""
+        """Return the tokens that the slots of the window may have together. Up to half a canvas of
+        the text after them must be visible: a slot that fills the window would suit any text."""
         L = self.settings.canvas_length
         slots = [
             i
@@ -217,7 +218,7 @@ class Writer:
             max_new_tokens=min(L, needed),
             max_denoising_steps=most if trial_steps is None else min(trial_steps, most),
             empty_rerolls=0,
-            eos_token_ids=self.ends[:1],  # a line break in the text is no end, whoever says so
+            eos_token_ids=self.ends[:1],  # extra end tokens, such as a line break, do not count
         )
         yield TrialStarted(
             self.canvases,
@@ -247,7 +248,7 @@ class Writer:
         for row in range(len(rows)):
             texts = [draft[row, start:stop] for start, stop in places[row]]
             sure = [certainty[row, start:stop] for start, stop in places[row]]
-            canvas = np.maximum(canvases[row], 0)  # columns that were not looked at are pinned
+            canvas = np.maximum(canvases[row], 0)  # columns that were not computed are pinned
             written = pinned.tokens[row] == FREE
             constrained = np.zeros(L, bool)
             for choice, (start, stop) in zip(choices, places[row], strict=True):
@@ -260,7 +261,7 @@ class Writer:
     def _pin(
         self, choices: list[Choice], rows: list[tuple[int, ...]]
     ) -> tuple[Pinned, list[list[tuple[int, int]]], int]:
-        """The window of each row, where its slots stand in it, and the columns that it needs."""
+        """Return the window of each row, the places of its slots, and the columns that it needs."""
         L = self.settings.canvas_length
         sets: list[np.ndarray] = []
         known: dict[int, int] = {}  # id of a set -> its index
@@ -297,12 +298,12 @@ class Writer:
 
 
 def least_tokens(pieces: Sequence[Piece]) -> int:
-    """Tokens at least, with the end of the turn."""
+    """Return the least number of tokens, with the end of the turn."""
     return 1 + sum(len(p) if isinstance(p, list) else p.lengths[0] for p in pieces)
 
 
 def may_be_cut(pieces: Sequence[Piece], canvas_length: int) -> bool:
-    """Whether some length that may be tried pushes text out of sight."""
+    """Return whether some possible length pushes text out of the canvas."""
     literal = sum(len(piece) for piece in pieces if isinstance(piece, list))
     last = max(i for i, piece in enumerate(pieces) if not isinstance(piece, list))
     is_long = least_tokens(pieces) > canvas_length
@@ -310,8 +311,8 @@ def may_be_cut(pieces: Sequence[Piece], canvas_length: int) -> bool:
 
 
 def _fitting(pieces: Sequence[Piece], canvas_length: int) -> int:
-    """How many pieces, up to a slot and with it, one canvas holds; all of them where it holds the
-    end of the turn too. Later slots than the first get some tokens to grow into."""
+    """Return how many pieces, up to and including a slot, one canvas holds; all of them if it holds
+    the end of the turn too. Slots after the first get some tokens to grow into."""
     if least_tokens(pieces) <= canvas_length:
         return len(pieces)
     at, inside = 0, 0
@@ -327,7 +328,8 @@ def _fitting(pieces: Sequence[Piece], canvas_length: int) -> int:
 
 
 def _start(choices: Sequence[Choice], room: int) -> tuple[int, ...]:
-    """Lengths to begin with: each slot's share of the room, or the nearest that is possible."""
+    """Return the first lengths to try: each slot's share of the room, or the nearest possible
+    length."""
     least = sum(choice.lengths[0] for choice in choices)
     share = (room - least) // (2 * len(choices))
     return tuple(
@@ -336,8 +338,8 @@ def _start(choices: Sequence[Choice], room: int) -> tuple[int, ...]:
 
 
 def _next_lengths(possible: list[int], tried: Mapping[int, float], most: int) -> list[int]:
-    """Up to `most` lengths to try next: first all that are possible, or some spread over them, each
-    step from one to the next longer than the last; then those beside the best."""
+    """Return up to `most` lengths to try next: first all possible ones, or some spread over them
+    with growing steps; then the best one's neighbours."""
     first = _spread(possible)
     if left := [n for n in first if n not in tried]:
         return left[:most]

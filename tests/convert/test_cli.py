@@ -145,7 +145,7 @@ def test_force_moves_aside_and_the_summary_counts_what_was_resumed(source, out, 
     monkeypatch.setattr(shards_module, "_carry", failing)
     command = ("--hf-path", source, "--mlx-path", out, "-q", "--force")
     assert_one_line(
-        run(*command), "is full; free some space and run the same command again, which goes on"
+        run(*command), "is full; free some space and run the same command again, which resumes"
     )
     monkeypatch.undo()
     result = run(*command)

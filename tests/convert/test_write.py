@@ -516,7 +516,7 @@ def test_work_is_promised_only_where_there_is_some(source, out, monkeypatch, cod
     monkeypatch.setattr(shards_module, "_raw", broken)
     with pytest.raises(SourceError) as caught:
         convert(source, out)
-    assert "partial keeps" not in str(caught.value) and "goes on" not in str(caught.value)
+    assert "partial keeps" not in str(caught.value) and "resumes" not in str(caught.value)
     assert list(out.parent.iterdir()) == []
     assert (code == errno.EIO) == str(caught.value).endswith(
         "Input/output error; nothing was written"
