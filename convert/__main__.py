@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma.convert: the command."""
+"""Run the convert command: python -m mlx_diffgemma.convert."""
 
 from mlx_diffgemma.cli.convert import main
 

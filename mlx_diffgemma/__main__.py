@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma COMMAND: every command under one name."""
+"""Run any command under one name: python -m mlx_diffgemma COMMAND."""
 
 import typer
 

@@ -1,3 +1,3 @@
-"""The commands, one thin file each."""
+"""The commands, each in its own short file."""
 
 from . import interrupt as interrupt

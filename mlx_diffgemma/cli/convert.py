@@ -1,4 +1,4 @@
-"""mlx_diffgemma.convert: re-pack a checkpoint, or check one."""
+"""mlx_diffgemma.convert: convert a checkpoint, or check a converted one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RecipeOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="Type of what is not packed.", show_default="bfloat16")
+    str | None, typer.Option(help="Type of weights that are not packed.", show_default="bfloat16")
 ]
 DequantizeOption = Annotated[
     bool, typer.Option("--dequantize", "-d", help="Unpack an MLX checkpoint.")
@@ -93,8 +93,8 @@ def convert(
     verify: VerifyOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Convert a checkpoint to MLX arrays, in little memory; run again, it goes on where it
-    stopped."""
+    """Convert a checkpoint to MLX arrays, in little memory; the same command resumes interrupted
+    work."""
     with friendly_errors():
         hf_path = None if hf_path is None else full_name(hf_path)
         if verify:
@@ -173,7 +173,7 @@ def _verify(
 
 
 def _reading(progress: Progress, hf_path: str) -> None:
-    """Say what is read; a download draws its own bars, so nothing else moves beside them."""
+    """Print what is read; a download draws its own bars, so there is no other beside them."""
     if os.path.isdir(os.path.expanduser(hf_path)):
         progress.stage(f"reading the headers of {hf_path}")
     else:
@@ -182,7 +182,7 @@ def _reading(progress: Progress, hf_path: str) -> None:
 
 @contextmanager
 def _telling(rest: Callable[[], str]) -> Iterator[None]:
-    """Answer Ctrl-C and SIGTERM with one line that says how to go on, and exit code 130."""
+    """Answer Ctrl-C and SIGTERM with one line on how to resume, and exit code 130."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -197,7 +197,7 @@ def _how_to_go_on(target: Path) -> str:
     from mlx_diffgemma.convert.write import unfinished
 
     if partial := unfinished(target):
-        return f"{partial} keeps the work so far; to go on, run: {_command()}"
+        return f"{partial} keeps the work so far; to resume, run: {_command()}"
     return _nothing()
 
 
@@ -206,7 +206,7 @@ def _nothing() -> str:
 
 
 def _command(without: str = "") -> str:
-    """Return the command line of this run, to be pasted into the same shell."""
+    """Return the command line of this run, ready to paste into the shell."""
     name, words = Path(sys.argv[0]).name, [word for word in sys.argv[1:] if word != without]
     if name == "__main__.py":  # python -m
         words = [word for word in sys.orig_argv if word != without]

@@ -1,4 +1,4 @@
-"""mlx_diffgemma.edit: rewrite a part of a file."""
+"""mlx_diffgemma.edit: rewrite a selection of a file."""
 
 import os
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ STDIN = Path("-")
 
 @dataclass(frozen=True)
 class ResultOptions:
-    """Where the edited document goes."""
+    """The output of the edited document."""
 
     diff: Annotated[
         bool,
@@ -69,11 +69,12 @@ def edit(
         str | None,
         typer.Option(
             help="Whole lines, such as 12-14, or line:column-line:column, from 1, the second of "
-            "which is the first place behind the selection."
+            "which is the first place after the selection."
         ),
     ] = None,
     match: Annotated[
-        str | None, typer.Option(help="The selection as its text, which stands once in the file.")
+        str | None,
+        typer.Option(help="The selection's text, which must occur exactly once in the file."),
     ] = None,
     gap_tokens: Annotated[
         str | None,
@@ -153,7 +154,7 @@ def _deliver(
     view: Any,
     seed: int | None,
 ) -> None:
-    """Write the file, or print what was asked for."""
+    """Write the file, or print the result."""
     if result.in_place:
         from ..checkpoint.files import write_whole
 
@@ -172,8 +173,8 @@ def _deliver(
 
 
 def _name_in_diff(file: Path) -> str:
-    """The file's path from here, where `git apply` and `patch -p1` look for it; from the top of its
-    repository, or its bare name, where it is not in this folder."""
+    """Return the file's path for `git apply` and `patch -p1`: relative to this folder; if it is
+    outside, to the top of its repository, or its bare name."""
     if file == STDIN:
         return "stdin"
     place, here = file.resolve(), Path(os.getcwd()).resolve()

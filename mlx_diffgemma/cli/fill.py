@@ -1,4 +1,4 @@
-"""mlx_diffgemma.fill: write what is missing in a template."""
+"""mlx_diffgemma.fill: fill the slots of a template."""
 
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +22,7 @@ from .options import (
 )
 from .output import Follower, OutputOptions, follower, kept
 
-GAP_HELP = "Least and most tokens of slots that do not say it themselves, such as 8..40."
+GAP_HELP = "Least and most tokens of slots without their own, such as 8..40."
 
 
 @command
@@ -33,7 +33,9 @@ def fill(
             help="Text with slots such as {{gap}}, byte for byte; '-' reads it from stdin."
         ),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with the template instead.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file with the template, instead of the argument.")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +101,7 @@ def fill(
 
 
 def _followed(events: Any, follows: Follower) -> Any:
-    """The filled template that a stream of events ends with."""
+    """Return the filled template, the last of a stream of events."""
     from ..write.fill import Filled
 
     filled = None

@@ -1,4 +1,4 @@
-"""mlx_diffgemma.fuse: adapters into a checkpoint's weights."""
+"""mlx_diffgemma.fuse: fuse adapters into a checkpoint's weights."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,8 @@ def fuse(
     model: Annotated[
         str,
         typer.Option(
-            help="Local folder, Hub repo id or short name that was trained.", envvar=MODEL_VARIABLE
+            help="Local folder, Hub repo id or short name of the model that was trained.",
+            envvar=MODEL_VARIABLE,
         ),
     ],
     adapter_path: Annotated[
@@ -22,11 +23,14 @@ def fuse(
     ] = "adapters",
     save_path: Annotated[str, typer.Option(help="Folder of the result.")] = "fused_model",
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Unpack all weights; else packed ones stay so.")
+        bool,
+        typer.Option(
+            "--dequantize", help="Unpack all weights; by default packed ones stay packed."
+        ),
     ] = False,
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
 ) -> None:
-    """Write a checkpoint that needs no adapters any more."""
+    """Write a checkpoint with the adapters fused into its weights."""
     from ..train.fuse import fuse_checkpoint
     from .render_train import show_fused
 

@@ -23,18 +23,21 @@ from .output import Follower, OutputOptions, follower, kept
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How the prompt becomes tokens, and what ends an answer."""
+    """The options on how the prompt becomes tokens, and on what ends an answer."""
 
     system_prompt: SystemPromptOption = None
     thinking: Annotated[
         bool, typer.Option("--thinking/--no-thinking", help="Let the model think first, on stderr.")
     ] = False
     prefill_response: Annotated[
-        str | None, typer.Option(help="Text that the answer is to begin with.")
+        str | None, typer.Option(help="Text that the answer begins with.")
     ] = None
     ignore_chat_template: Annotated[
         bool,
-        typer.Option("--ignore-chat-template", help="Use the prompt raw, control tokens and all."),
+        typer.Option(
+            "--ignore-chat-template",
+            help="Use the prompt as raw text, in which control tokens take effect.",
+        ),
     ] = False
     chat_template_config: Annotated[
         str | None, typer.Option(help="More variables for the chat template, a JSON object.")
@@ -58,7 +61,7 @@ class ChatOptions:
     ] = None
 
     def variables(self) -> dict[str, Any]:
-        """The value of --chat-template-config."""
+        """Return the value of --chat-template-config."""
         text = self.chat_template_config
         try:
             value = json.loads(text) if text is not None else {}
@@ -69,7 +72,7 @@ class ChatOptions:
         return value
 
     def stop_strings(self) -> tuple[str, ...]:
-        """The values of --stop."""
+        """Return the values of --stop."""
         from ..language.stops import stop_strings
 
         return stop_strings([unescape(text) for text in self.stop or []])
@@ -117,7 +120,7 @@ def generate(
     try:
         page, message = output.page(), prompt_text(text, prompt)
         stop = chat.stop_strings()
-        chat.variables()  # what is quick to check comes before the model is loaded
+        chat.variables()  # quick checks come before the model is loaded
         notes = ["no --model given: this is the bundled model, trained on small puzzles only"]
         notes = notes * model.is_bundled
         if settings.seed is None:
@@ -157,7 +160,7 @@ def _answer(
     notes: list[str],
     start: dict[str, Any] | None,
 ) -> None:
-    """Run one prompt and show its events; what was shown stays, whatever ends the run."""
+    """Run one prompt and show its events. The output stays, however the run ends."""
     from ..events import StepDone, Text
     from ..view.report import Stopwatch
     from ..write.generate import stream_generate
@@ -176,7 +179,7 @@ def _answer(
         for number, event in enumerate(events):
             summary = stopwatch.observe(event)
             run.observe(event)
-            if number == 0:  # nothing is said about a run before it is sure that there is one
+            if number == 0:  # no output about a run before it is certain to start
                 for line in notes:
                     view.note(line)
                 if start is not None:

@@ -1,4 +1,4 @@
-"""mlx_diffgemma.info: what a checkpoint is."""
+"""mlx_diffgemma.info: show the facts about a checkpoint."""
 
 import json
 from typing import Annotated
@@ -14,7 +14,7 @@ def info(
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Tell a checkpoint's size, layout and memory needs from the headers of its files.
+    """Show a checkpoint's size, layout and memory needs, from the headers of its files.
 
     Of a Hub repository that is not cached, only headers are fetched.
     """

@@ -1,5 +1,5 @@
-"""Signals: Ctrl-C before a command runs ends the program without a word, SIGTERM and SIGHUP end it
-in good order, Ctrl-Z stops it with the terminal given back."""
+"""Signals: Ctrl-C before a command runs ends the program silently, SIGTERM and SIGHUP end it after
+cleaning up, Ctrl-Z stops it and restores the terminal."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def leave(*_: object) -> None:
-    """The answer to Ctrl-C while imports run, of which a traceback would say nothing."""
+    """End the program on Ctrl-C during imports, without a useless traceback."""
     os._exit(130)
 
 
@@ -25,7 +25,8 @@ if (
 
 @contextmanager
 def stopping(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C asks to stop, which waits for a good moment; the second does not wait."""
+    """Let the first Ctrl-C request a stop, which waits for a good moment; the second does not
+    wait."""
 
     def ask(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,8 +41,8 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind what runs inside, which restores the terminal, and end the program
-    with exit code 128 + n. The second one does not wait."""
+    """Let SIGTERM and SIGHUP unwind the code inside, which restores the terminal, and end the
+    program with exit code 128 + n. A second one does not wait."""
     numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
     caught: list[int] = []
 
@@ -59,7 +60,7 @@ def ended_in_order() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if caught:  # whatever went wrong on the way out, for example because the terminal is gone
+        if caught:  # any error while unwinding, for example because the terminal is gone
             raise SystemExit(128 + caught[0]) from None
         raise
     finally:
@@ -68,8 +69,8 @@ def ended_in_order() -> Iterator[None]:
 
 
 def on_suspend(give_back: Callable[[], bool]) -> Callable[[], None]:
-    """Call `give_back` before Ctrl-Z stops the program; where it returns False, the caller is busy
-    and will raise the signal again. Returns what undoes this."""
+    """Call `give_back` before Ctrl-Z stops the program; if it returns False, the caller is busy and
+    will raise the signal again. Return a function that undoes this."""
     number = getattr(signal, "SIGTSTP", None)
     if (
         number is None

@@ -1,4 +1,4 @@
-"""mlx_diffgemma.models: the models in the Hub's local cache."""
+"""mlx_diffgemma.models: list, fetch and remove models in the Hub's local cache."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def models(context: typer.Context, as_json: JsonOption = False) -> None:
 
 @app.command("list")
 def show(as_json: JsonOption = False) -> None:
-    """List what is cached, with sizes. This is what happens without a subcommand."""
+    """List the cached models with sizes. This is the default subcommand."""
     with friendly_errors():
         from ..checkpoint.cache import cached_models
         from ..checkpoint.choice import short_name
@@ -61,12 +61,12 @@ def pull(
     name: NameArgument,
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
 ) -> None:
-    """Fetch a model, or what of it is missing; its folder goes to stdout."""
+    """Fetch a model, or its missing files, and print its folder on stdout."""
     with friendly_errors():
         from ..checkpoint.files import resolve
 
         if os.path.exists(name):
-            raise SourceError(f"{name} is a folder or a file here; nothing is to be fetched")
+            raise SourceError(f"{name} is a folder or a file here; there is nothing to fetch")
         typer.echo(str(resolve(name, revision)))
 
 
@@ -75,12 +75,12 @@ def rm(
     name: NameArgument,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
 ) -> None:
-    """Remove a model from the cache, every revision of it."""
+    """Remove all revisions of a model from the cache."""
     with friendly_errors():
         from ..checkpoint.cache import cached_models, remove
         from ..checkpoint.choice import SHORT_NAMES
 
-        # A folder is never meant here: folders are not in the cache.
+        # Folders are not in the cache, so the name never means one.
         repo = SHORT_NAMES.get(name, name)
         held = {model.repo: model for model in cached_models()}
         if repo not in held:
@@ -88,7 +88,9 @@ def rm(
             raise SourceError(f"there is no {repo} in the cache{others}")
         if not yes:
             if not is_terminal():
-                raise SourceError(f"nobody can be asked whether to remove {repo}; give --yes")
+                raise SourceError(
+                    f"stdin is no terminal to confirm that {repo} is removed; give --yes"
+                )
             size = f"{held[repo].nbytes / 1e9:.2f} GB"
             if not typer.confirm(f"Remove {repo} ({size}) from the cache?", err=True):
                 raise typer.Exit(1)
@@ -97,7 +99,7 @@ def rm(
 
 
 def is_terminal() -> bool:
-    """Whether somebody can be asked."""
+    """Return whether a question can be asked."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 

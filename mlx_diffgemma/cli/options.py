@@ -1,5 +1,5 @@
-"""What commands share: options made from the settings' entries, blocks of options, and one way to
-fail."""
+"""Code that commands share: options made from settings' entries, blocks of options, and the
+handling of errors."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ REVISION_HELP = "Branch, tag or commit of a Hub repository."
 
 
 def unescape(prompt: str) -> str:
-    """As mlx-lm reads --prompt: a backslash and an n are a line break, and likewise for tabs."""
+    """Return text as mlx-lm reads --prompt: a backslash and an n are a line break, and likewise for
+    tabs."""
     return prompt.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def boolean(text: str) -> bool:
-    """As mlx-lm reads the value of --verbose."""
+    """Return the value of --verbose, read as mlx-lm does."""
     values = {"true": True, "t": True, "yes": True, "1": True}
     values |= {"false": False, "f": False, "no": False, "0": False}
     if text.lower() not in values:
@@ -57,7 +58,7 @@ def read_stdin() -> str:
 
 
 def read_file(file: Path) -> bytes:
-    """A file as it is."""
+    """Return a file's bytes."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -65,7 +66,7 @@ def read_file(file: Path) -> bytes:
 
 
 def decoded(file: Path, content: bytes) -> str:
-    """Its text, line ends and all."""
+    """Return its text, with line ends unchanged."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -73,12 +74,12 @@ def decoded(file: Path, content: bytes) -> str:
 
 
 def seeded(settings: GenerationSettings) -> GenerationSettings:
-    """Settings with the seed that was given, or with a fresh one that can be printed."""
+    """Return settings with the given seed, or with a fresh one that can be printed."""
     return settings if settings.seed is not None else replace(settings, seed=secrets.randbits(32))
 
 
 def gap_bounds(text: str | None) -> tuple[int, int] | None:
-    """The value of --gap-tokens: "8..40", or "8" for exactly 8."""
+    """Return the value of --gap-tokens: "8..40", or "8" for exactly 8."""
     if text is None:
         return None
     found = re.fullmatch(r"\s*(\d{1,9})\s*(?:\.\.\s*(\d{1,9})\s*)?", text)
@@ -99,7 +100,7 @@ VerboseOption = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model a command runs."""
+    """The options for the model that a command runs."""
 
     model: ModelOption = None
     adapter_path: Annotated[
@@ -110,12 +111,12 @@ class ModelOptions:
 
     @property
     def is_bundled(self) -> bool:
-        """Whether nobody chose a model."""
+        """Whether no model was chosen."""
         return self.model is None
 
     @property
     def source(self) -> str | Path:
-        """What was given, or the bundled model's folder."""
+        """The given model, or the bundled model's folder."""
         from ..checkpoint.files import bundled_model
 
         return bundled_model() if self.model is None else self.model
@@ -131,10 +132,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function.
 
     A parameter whose type is a dataclass becomes one option for each of its fields, and the
-    function gets the dataclass. Fields with a settings entry become options where the entry names
-    this command; other fields say by `Annotated` what option they are. A parameter of type
-    `Annotated[dict, SomeSettings]` gets the settings that were given, by name. Mistakes of a user
-    end as `friendly_errors` says.
+    function gets the dataclass. Fields with a settings entry become options if the entry names this
+    command; other fields define their option by `Annotated`. A parameter of type `Annotated[dict,
+    SomeSettings]` gets the given settings, by name. `friendly_errors` handles a user's mistakes.
     """
     parameters: list[Parameter] = []
     blocks: dict[str, tuple[Callable[..., Any], list[str]]] = {}
@@ -165,7 +165,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options_of(block: type, command_name: str) -> list[Parameter]:
-    """An option for each field of a dataclass that the command takes."""
+    """Return an option for each field of a dataclass that the command takes."""
     hints, options = get_type_hints(block, include_extras=True), []
     for f in fields(block):
         kind, default = hints[f.name], f.default
@@ -184,7 +184,7 @@ def _options_of(block: type, command_name: str) -> list[Parameter]:
 
 
 def _shown(name: str, entry: Entry) -> str:
-    """The default in words: who decides, and what holds where nobody does."""
+    """Return the default in words: the policy's or the checkpoint's value, else the entry's."""
     if entry.command_default is not None:
         return str(entry.command_default)
     if entry.shown_default is not None:
@@ -194,7 +194,7 @@ def _shown(name: str, entry: Entry) -> str:
 
 
 def prompt_text(argument: str | None, option: str | None) -> str:
-    """The prompt: an argument as it is, --prompt unescaped, or stdin."""
+    """Return the prompt: the argument unchanged, --prompt unescaped, or stdin."""
     if argument is not None and option is not None:
         raise PromptError(
             "the prompt is given twice, as an argument and with --prompt; "
@@ -202,7 +202,7 @@ def prompt_text(argument: str | None, option: str | None) -> str:
         )
     given = argument if option is None else option
     if given == "-" or (given is None and not _is_terminal(sys.stdin)):
-        return read_stdin().removeprefix("\ufeff")  # what editors put before text is not said
+        return read_stdin().removeprefix("\ufeff")  # a byte order mark is not part of the prompt
     if given is None:
         raise PromptError("a prompt is missing: give it in quotes, or - to read it from stdin")
     return given if option is None else unescape(option)
@@ -214,7 +214,8 @@ def _is_terminal(stream: Any) -> bool:
 
 @contextmanager
 def friendly_errors() -> Iterator[None]:
-    """A user's mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    """Turn a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code
+    130."""
     # transformers logs advice that does not hold here, such as that a prompt is longer than the
     # tokenizer's `model_max_length`.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -236,7 +237,7 @@ def friendly_errors() -> Iterator[None]:
 
 
 def run(command: Callable[..., None]) -> None:
-    """A command as a program of its own."""
+    """Run a command as a program."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     app()

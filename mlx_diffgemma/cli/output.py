@@ -1,4 +1,4 @@
-"""What generate, fill and edit show of a run, and what they keep of it."""
+"""The output of a run for generate, fill and edit: display, JSON and trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is shown of a run, and what is kept of it."""
+    """The options for a run's display, JSON and trace."""
 
     as_json: Annotated[
         bool,
@@ -56,7 +56,7 @@ class OutputOptions:
         return self.as_json or self.json_drafts
 
     def view(self) -> View:
-        """Return what shows the run.
+        """Return the view that shows the run.
 
         Raises:
           ConfigError: if options contradict each other.
@@ -75,7 +75,7 @@ class OutputOptions:
         return WatchView()
 
     def page(self) -> Path | None:
-        """Return the value of --trace, if files can be made there.
+        """Return the value of --trace, if files can be written there.
 
         Raises:
           DiffGemmaError: if they cannot, or would replace other files.
@@ -103,7 +103,7 @@ class Follower:
     _pinned: list[bool] = field(default_factory=list)
 
     def observe(self, event: Event) -> None:
-        """Keep an event, and learn from it what the next ones are about."""
+        """Record an event, and use it for the display of later ones."""
         from ..events import TrialStarted
 
         if self.trace is not None:
@@ -113,7 +113,7 @@ class Follower:
             self._trial = _about_trial(event)
 
     def trial(self, event: Event) -> None:
-        """Take in an event of fill or edit: their text is shown when it is complete."""
+        """Handle an event of fill or edit, whose text is shown when it is complete."""
         from ..events import StepDone
         from .render_watch import WatchView
 
@@ -126,7 +126,7 @@ class Follower:
             self.view.trial(event)
 
     def conclude(self, filled: Any) -> None:
-        """Take in the result of fill or edit, and give the screen back."""
+        """Record the result of fill or edit, and restore the screen."""
         if self.trace is not None:
             self.trace.conclude(filled.text)
         self.view.close()
@@ -138,7 +138,7 @@ class Follower:
         self.view.object(as_object(event, summary, drafts=self.drafts))
 
     def step(self, event: StepDone) -> None:
-        """Show the draft of row 0, where somebody sees it."""
+        """Show the draft of row 0 if there is a display."""
         from ..language.text import Spellings, canvas_tokens, draft_pieces
         from .render_watch import StepNumbers, WatchView
 
@@ -175,8 +175,8 @@ def follower(
     name: str | Path,
     prompt: str,
 ) -> tuple[Follower, GenerationSettings]:
-    """Return what follows a run as the options say, and the settings that this needs. The trace
-    tells `name`, the model's source, and `prompt`, what was asked."""
+    """Return the follower of a run for the options, and the settings that it needs. The trace holds
+    `name`, the model's source, and `prompt`."""
     follows = Follower(view, tokenizer, settings.resolve(model.config))
     if output.json_drafts:
         from ..view.report import Drafts
@@ -193,7 +193,7 @@ def follower(
 
 @contextmanager
 def kept(trace: Any, page: Path | None, view: View) -> Iterator[None]:
-    """Whatever ends the run, what was seen of it is written."""
+    """Write the trace, however the run ends."""
     try:
         yield
     finally:

@@ -1,5 +1,5 @@
-"""Events -> terminal. The only file that styles text; the answer goes to stdout, everything else
-to stderr."""
+"""The display of events in a terminal. The answer goes to stdout, everything else to stderr; only
+the render files style text."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class View:
-    """Shows a run: on a terminal the settling canvas in place, and the answer as it becomes final.
+    """Shows a run: on a terminal the settling canvas in place, and the final parts of the answer.
 
-    Where both streams are one terminal, the last unfinished line of the answer stays in the live
-    region until it is complete: a region that is redrawn must not begin in the middle of a line.
+    If both streams are one terminal, the last unfinished line of the answer stays in the live
+    region until it is complete: a redrawn region must not begin in the middle of a line.
     """
 
     def __init__(self, *, verbose: bool) -> None:
@@ -44,17 +44,17 @@ class View:
         self._open_line = ""  # of the answer
         self._open_thought = ""
         self._ends_with_break = True
-        self._is_broken = False  # stdout takes no more
+        self._is_broken = False  # stdout accepts no more text
         self._is_drawing = self._is_suspended = False
         self._undo_suspend: Callable[[], None] | None = None
 
     def reading(self, done: int, total: int) -> None:
-        """Progress of a long prompt."""
+        """Show the progress of a long prompt."""
         if done < total:
             self._draw(f"reading the prompt: {done:,} of {total:,} tokens")
 
     def draft(self, pieces: Sequence[tuple[str, bool]], caption: str) -> None:
-        """A canvas that is not final: accepted tokens plain, the others dim."""
+        """Show a canvas that is not final: accepted tokens plain, the others dim."""
         if not self.is_live:
             return
         canvas = Styled()
@@ -65,7 +65,7 @@ class View:
         self._draw(caption, canvas)
 
     def answer(self, piece: str) -> None:
-        """Final text, to stdout at once; on a shared terminal line by line."""
+        """Print final text on stdout at once; on a shared terminal line by line."""
         self._end_thought()
         self._ends_with_break = piece.endswith("\n")
         if not self._shares_terminal:
@@ -78,50 +78,50 @@ class View:
             self._write(complete + line_break)
 
     def thought(self, piece: str) -> None:
-        """The model's reasoning, to stderr; on a terminal line by line, as the answer."""
+        """Print the model's reasoning on stderr; on a terminal line by line, as the answer."""
         self._open_thought += piece
         complete, line_break, self._open_thought = self._open_thought.rpartition("\n")
         if line_break:
             self._print_thought(complete)
 
     def object(self, value: dict[str, Any]) -> None:
-        """One line of JSON, to stdout."""
+        """Print one line of JSON on stdout."""
         self._write(json.dumps(value) + "\n")
 
     def note(self, line: str) -> None:
-        """One line about the run, to stderr."""
+        """Print one line about the run on stderr."""
         if self._verbose:
             self._erase()
             self._console.print(line, style="dim", markup=False, soft_wrap=True)
 
     def summary(self, line: str) -> None:
-        """The numbers at the end, for a terminal only."""
+        """Print the numbers at the end, on a terminal only."""
         if self.is_live:
             self.note(line)
 
     def trial(self, event: Event) -> None:
-        """Progress of a search over lengths, in one line."""
+        """Show the progress of a search over lengths, in one line."""
         if isinstance(event, StepDone) and self.is_live:
             rows = event.draft.shape[0]
             what = f"{rows} lengths at once" if rows > 1 else "the canvas"
             self._draw(f"denoising {what}, step {event.step + 1}")
 
     def about(self, filled: Filled) -> None:
-        """Notes and certainties of a filled template, to stderr."""
+        """Print notes and certainties of a filled template on stderr."""
         from ..view.report import filled_lines  # imports mlx
 
         for line in filled_lines(filled):
             self.note(line)
 
     def result(self, text: str) -> None:
-        """A text to stdout, byte for byte; a terminal gets a line break behind it."""
+        """Print a text on stdout, byte for byte; a terminal gets a line break after it."""
         self._erase()
         self._write(text)
         if sys.stdout is not None and sys.stdout.isatty() and not text.endswith("\n"):
             self._write("\n")
 
     def close(self) -> None:
-        """Take the canvas away and complete the last line of the answer."""
+        """Remove the canvas and complete the last line of the answer."""
         self._end_thought()
         self._erase()
         if self._undo_suspend is not None:
@@ -137,9 +137,9 @@ class View:
             return
         if sys.stdout is None:
             self._is_broken = True
-            raise SourceError("stdout is closed; there is nowhere to put the answer")
+            raise SourceError("stdout is closed; the answer cannot be printed")
         try:
-            # A lone surrogate cannot be written; nothing else is ever replaced.
+            # Only lone surrogates are replaced, which cannot be written.
             sys.stdout.buffer.write(text.encode("utf-8", "replace"))
             sys.stdout.buffer.flush()
         except OSError as error:
@@ -176,7 +176,7 @@ class View:
             self._stop(live)
 
     def _stop(self, live: Live) -> None:
-        """End a live region and leave the terminal as it was, also where this is interrupted."""
+        """End a live region and restore the terminal, also if this is interrupted."""
         with suppress(OSError):  # the terminal may be gone
             try:
                 with self._drawing():
@@ -188,7 +188,7 @@ class View:
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        """Ctrl-Z waits until the picture is complete."""
+        """Let Ctrl-Z wait until the picture is complete."""
         if self._undo_suspend is None:
             self._undo_suspend = on_suspend(self._suspend)
         self._is_drawing = True
@@ -208,14 +208,14 @@ class View:
         return True
 
     def _give_back(self) -> None:
-        """Leave the terminal to the shell; the next picture takes it again."""
+        """Restore the terminal for the shell; the next picture takes it again."""
         self._erase()
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A canvas and a caption, cut to what the terminal shows. One line stays free: a region that
-    fills the terminal would scroll when it is taken away, and leave lines behind."""
+    """A canvas and a caption, cut to the terminal's size. One line stays free: a region that fills
+    the terminal would scroll when it is removed, and leave lines."""
 
     canvas: Styled
     caption: Styled
@@ -233,7 +233,7 @@ def wrapped(console: Console, text: Styled, width: int) -> list[Styled]:
 
 
 def cut(lines: list[Styled], room: int) -> list[Styled]:
-    """As many lines as have room, the last of which tells how many more there are."""
+    """Return the lines that fit; the last one tells how many more there are."""
     if len(lines) <= room:
         return lines
     kept = max(0, room - 1)
@@ -241,12 +241,12 @@ def cut(lines: list[Styled], room: int) -> list[Styled]:
 
 
 def _printable(text: str) -> str:
-    """Control characters of a half-made canvas must not reach the terminal."""
+    """Remove control characters, which a canvas may hold, before they reach the terminal."""
     return "".join(c if c == "\n" or c.isprintable() else "·" for c in text)
 
 
 def show_info(info: Info) -> None:
-    """A checkpoint's facts on stdout; plain text, the same for a terminal and a file."""
+    """Print a checkpoint's facts on stdout; plain text, the same for a terminal and a file."""
     text, config = info.config.text, info.config
     lines = [
         info.name if info.folder is None else f"{info.folder}",
@@ -271,7 +271,7 @@ def show_info(info: Info) -> None:
 
 
 def show_models(models: Sequence[CachedModel]) -> None:
-    """The cached models on stdout; plain text, the same for a terminal and a file."""
+    """Print the cached models on stdout; plain text, the same for a terminal and a file."""
     width = max(len(model.repo) for model in models)
     print(f"{'name':<8}{'repository':<{width}}{'GB':>8}  last used")
     for model in models:

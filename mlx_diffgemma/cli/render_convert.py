@@ -1,4 +1,4 @@
-"""Show plans, progress and results of a conversion in a terminal."""
+"""The display of a conversion's plan, progress and result in a terminal."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 _SECONDS_BETWEEN_LINES = 30
-_FEW = 3  # modules named where there are many
+_FEW = 3  # most modules that are named
 
 
 class Progress:
-    """What a command is doing, on stderr: a moving line in a terminal, and elsewhere a line of
-    text now and then while bytes move."""
+    """The progress of a command on stderr: a changing line in a terminal, and elsewhere a line of
+    text now and then."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
         self._is_live = console.is_terminal and not console.is_dumb_terminal
-        console.width -= 2  # room for ^C: were it to wrap, a line would stay behind
+        console.width -= 2  # room for ^C: a wrapped line would not be removed
         self._stage = Bar(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -68,12 +68,12 @@ class Progress:
         self._show(None)
 
     def stage(self, text: str) -> None:
-        """Show work whose length is not known."""
+        """Show work of unknown length."""
         self._show(self._stage)
         self._replace_task(self._stage, None, text)
 
     def line(self, text: str) -> None:
-        """Say what begins, where something else draws the progress."""
+        """Print what begins, if other code draws the progress."""
         self._show(None)
         if self._is_live:
             print(text, file=sys.stderr, flush=True)
@@ -106,7 +106,7 @@ class Progress:
 
     def _say_now_and_then(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self._from is None:  # what an earlier run did says nothing of the speed
+        if self._from is None:  # without the bytes of an earlier run
             self._started, self._from = now, done
         if self._is_live or now - self._said < _SECONDS_BETWEEN_LINES:
             return
@@ -117,7 +117,8 @@ class Progress:
 
 
 def show_plan(plan: Plan, *, verbose: bool) -> None:
-    """Print a line per part, what stays as it is, and the totals; `verbose` prints every tensor."""
+    """Print a line per part, the modules that are not packed, and the totals; `verbose` prints
+    every tensor."""
     if verbose:
         _show_moves(plan)
     sizes = f"{'before':>10}{'after':>10}{'bits/weight':>12}"
@@ -157,7 +158,7 @@ def _show_moves(plan: Plan) -> None:
 
 
 def _show_left(plan: Plan, *, verbose: bool) -> None:
-    """Print the modules that a recipe's groups do not divide; a few stand for many."""
+    """Print the modules that a recipe's groups do not divide, or a few of many."""
     if plan.left:
         shown = plan.left if verbose else plan.left[:_FEW]
         more = len(plan.left) - len(shown)
@@ -184,7 +185,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def show_summary(summary: Summary) -> None:
-    """Print what a conversion did."""
+    """Print the result of a conversion."""
     if summary.was_there:
         print(f"{summary.folder} exists already, from the same source with the same settings")
         return
@@ -200,7 +201,7 @@ def show_summary(summary: Summary) -> None:
 
 
 def show_verified(found: Verified) -> None:
-    """Print what a check found."""
+    """Print the result of a check."""
     print(
         f"{found.folder}: {found.tensors:,} tensors, {found.nbytes:,} bytes: "
         "headers, names, shapes, checksums and sources are right"

@@ -1,4 +1,4 @@
-"""What a training run looks like in a terminal: a line per report, all of it on stderr."""
+"""The display of a training run in a terminal: a line per report, on stderr."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TrainView:
-    """Lines, as they come; of several processes one speaks."""
+    """Prints a line per event; of several processes only the first prints."""
 
     def __init__(self) -> None:
         self._is_silent = False
@@ -51,7 +51,7 @@ class TrainView:
                 self._say(f"iteration {event.iteration:,}: saved {event.path}")
 
     def interrupted(self, session: Session) -> None:
-        """Save what can be saved, and say what there is to go on from."""
+        """Save the state if possible, and print from where the run can resume."""
         saved = session.interrupted()
         if saved is None:
             self._say(f"stopped in the middle of an update; {session.trainer.last_checkpoint}")
@@ -61,7 +61,7 @@ class TrainView:
         )
 
     def picture(self, session: Session) -> None:
-        """Draw the curves, and say where they are or why there are none."""
+        """Draw the curves, and print their path or why there are none."""
         try:
             path = session.draw()
         except SourceError as error:
@@ -80,7 +80,7 @@ class TrainView:
 
 
 def show_fused(fused: Fused) -> None:
-    """What a fuse wrote, and what packing again lost."""
+    """Print the result of a fusion, and the error of packing again."""
     print(f"{fused.folder}: {fused.nbytes:,} bytes, {fused.changed} modules changed")
     if fused.errors:
         worst = max(fused.errors, key=lambda path: fused.errors[path])

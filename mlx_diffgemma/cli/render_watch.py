@@ -1,4 +1,5 @@
-"""The canvas in colour while it settles: in place on a terminal, elsewhere one line per step."""
+"""The display of the settling canvas in colour: in place on a terminal, elsewhere one line per
+step."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ BAND_STYLES = ("red", "magenta", "yellow", "cyan", "green")
 RENOISED = "underline"
 PINNED = "dim"
 END, PAD, LINE_BREAK = "∎", "·", "⏎"
-_REDRAWS_PER_SECOND = 8  # so that a new size of the terminal is seen between steps
+_REDRAWS_PER_SECOND = 8  # so that a new size of the terminal takes effect between steps
 
 
 @dataclass(frozen=True, slots=True)
 class StepNumbers:
-    """What one line says about a step. `tokens` are those that are not pinned."""
+    """The numbers in a step's line. `tokens` counts those that are not pinned."""
 
     canvas_index: int
     step: int
@@ -43,18 +44,18 @@ class StepNumbers:
 
 
 class WatchView(View):
-    """Takes the whole screen of a terminal while the run goes on, so that a new size leaves no
-    remains. What goes to the same terminal, answer and thoughts, waits until it is given back."""
+    """Takes the whole screen of a terminal during the run, so that a new size leaves no remains.
+    Answer and thoughts for the same terminal wait until the screen is restored."""
 
     def __init__(self) -> None:
         super().__init__(verbose=True)
         self._screen: Live | None = None
-        self._is_watching = False  # also while Ctrl-Z has given the screen back
+        self._is_watching = False  # also while Ctrl-Z has restored the screen
         self._waiting: list[tuple[str, str]] = []  # (method of View, its argument)
         self._so_far = ""  # the text of canvases before this one
 
     def watch(self, tokens: Sequence[CanvasToken], numbers: StepNumbers) -> None:
-        """A step, as it is."""
+        """Show a step."""
         if not self.is_live:
             self.note(f"{numbers.line()}, draft: {plain_draft(tokens)}")
             return
@@ -89,7 +90,7 @@ class WatchView(View):
             super().thought(piece)
 
     def close(self) -> None:
-        """Give the screen back and show what waited for it."""
+        """Restore the screen and print the text that waited for it."""
         self._give_back()
         self._is_watching = False
         waiting, self._waiting = self._waiting, []
@@ -106,7 +107,7 @@ class WatchView(View):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One picture. Laid out when it is drawn, for the size that the terminal has then."""
+    """One picture. Its layout is made when it is drawn, for the terminal's size at that time."""
 
     so_far: str
     tokens: Sequence[CanvasToken]
@@ -123,7 +124,7 @@ class Frame:
         yield from foot
 
     def _head(self, console: Console, width: int, room: int) -> list[Styled]:
-        """As many lines as have room: the canvas from its start, and the end of what stands before
+        """Return the lines that fit: the canvas from its start, and the end of the text before
         it."""
         before = Styled(_printable(self.so_far), style="dim")
         lines = wrapped(console, Styled.assemble(before, canvas_text(self.tokens)), width)
@@ -133,7 +134,7 @@ class Frame:
 
 
 def canvas_text(tokens: Sequence[CanvasToken]) -> Styled:
-    """The canvas in colour by certainty; renoised positions underlined, given text dim."""
+    """Return the canvas in colour by certainty; renoised positions underlined, given text dim."""
     canvas = Styled()
     for token in tokens:
         style = BAND_STYLES[token.band] + ("" if token.accepted else f" {RENOISED}")
@@ -143,7 +144,7 @@ def canvas_text(tokens: Sequence[CanvasToken]) -> Styled:
 
 
 def legend(*, has_pinned: bool = False) -> Styled:
-    """Return what the colours and signs mean."""
+    """Return the meaning of the colours and signs."""
     from ..language.text import CERTAINTY_BANDS  # imports mlx
 
     line, low = Styled("certainty "), 0.0
@@ -162,7 +163,7 @@ def legend(*, has_pinned: bool = False) -> Styled:
 
 
 def plain_draft(tokens: Sequence[CanvasToken]) -> str:
-    """A draft in one line, up to its first end token."""
+    """Return a draft in one line, up to its first end token."""
     return "".join(_visible(token, line_break=LINE_BREAK) for token in _until_end(tokens))
 
 

@@ -1,4 +1,4 @@
-"""mlx_diffgemma.train: adapters or all weights, from a folder of examples."""
+"""mlx_diffgemma.train: train adapters or all weights on a folder of examples."""
 
 import os
 from pathlib import Path
@@ -17,12 +17,14 @@ def train(
     job: Annotated[dict, TrainJob],
     config: Annotated[
         str | None,
-        typer.Option("-c", "--config", help="YAML file with these options; flags win over it."),
+        typer.Option(
+            "-c", "--config", help="YAML file with these options; options on the command line win."
+        ),
     ] = None,
     *,
     settings: Annotated[dict, TrainSettings],
 ) -> None:
-    """Train adapters or all weights on examples; Ctrl-C saves, and --resume goes on to the bit."""
+    """Train adapters or all weights on examples; Ctrl-C saves, and --resume continues exactly."""
     recipe = {} if config is None else read_recipe(config)
     named = os.environ.get(MODEL_VARIABLE)
     _run(*job_and_settings(({"model": named} if named else {}) | recipe | job | settings))

@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma.train: the command."""
+"""Run the train command: python -m mlx_diffgemma.train."""
 
 from mlx_diffgemma.cli.train import main
 

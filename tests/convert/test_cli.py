@@ -211,7 +211,7 @@ def test_an_interruption_says_how_to_go_on_and_the_next_run_does(source, tmp_pat
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr.decode()
     (line,) = stderr.decode().splitlines()
-    said, command = line.split("; to go on, run: ")
+    said, command = line.split("; to resume, run: ")
     assert said == f"interrupted: {partial} keeps the work so far" and stdout == b""
     assert shlex.split(command)[-5:] == arguments
     assert not out.exists() and (partial / "out").is_dir()

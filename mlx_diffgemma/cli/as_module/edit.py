@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma.edit: the command."""
+"""Run the edit command: python -m mlx_diffgemma.edit."""
 
 from mlx_diffgemma.cli.edit import main
 

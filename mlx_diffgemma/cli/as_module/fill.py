@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma.fill: the command."""
+"""Run the fill command: python -m mlx_diffgemma.fill."""
 
 from mlx_diffgemma.cli.fill import main
 

@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma.fuse: the command."""
+"""Run the fuse command: python -m mlx_diffgemma.fuse."""
 
 from mlx_diffgemma.cli.fuse import main
 

@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma.generate: the command."""
+"""Run the generate command: python -m mlx_diffgemma.generate."""
 
 from mlx_diffgemma.cli.generate import main
 

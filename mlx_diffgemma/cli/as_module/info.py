@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma.info: the command."""
+"""Run the info command: python -m mlx_diffgemma.info."""
 
 from mlx_diffgemma.cli.info import main
 

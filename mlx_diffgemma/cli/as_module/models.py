@@ -1,4 +1,4 @@
-"""python -m mlx_diffgemma.models: the command."""
+"""Run the models command: python -m mlx_diffgemma.models."""
 
 from mlx_diffgemma.cli.models import main
 
