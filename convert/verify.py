@@ -118,7 +118,7 @@ def _record(folder: Path) -> dict[str, Any]:
         if not folder.exists():
             raise SourceError(f"no folder {folder}; name the result to check with --mlx-path")
         raise WeightsError(
-            f"{folder} has no {PROVENANCE}: it is no result of mlx_diffgemma.convert"
+            f"{folder} has no {PROVENANCE}: it is not a result of mlx_diffgemma.convert"
         )
     try:
         record = json.loads(path.read_bytes())

@@ -309,7 +309,7 @@ def write_whole(file: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         os.chmod(beside, _mode(target))
         os.replace(beside, target)
-    except BaseException as error:  # Ctrl-C too must leave nothing behind
+    except BaseException as error:  # Ctrl-C too must leave no file
         if beside is not None:
             Path(beside).unlink(missing_ok=True)
         if isinstance(error, OSError):

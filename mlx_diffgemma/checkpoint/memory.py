@@ -1,4 +1,4 @@
-"""Memory: the device's, a model's estimated need, and MLX's limits during a run."""
+"""The device's memory, estimates of what a model needs, and MLX's limits during a run."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def needed_bytes(
     element_bytes: int = 2,
 ) -> int:
     """Return an estimate: weights, context, and the largest arrays of a step or of the prefill.
+
     `element_bytes` is the size of the computation's type: 2 on a GPU, 4 on the CPU backend.
     """
     logits = _LOGITS_COPIES * 4 * canvas_length * config.vocab_size

@@ -1,8 +1,8 @@
-"""The table of tensor names, from source patterns to our names or a reason to ignore them, for
+"""The table from source tensor names to our names, or to a reason to leave them out. Data only, for
 loading and converting.
 
-Our names are those of the mlx-community checkpoints: the official ones, with `.weight` behind the
-expert arrays.
+Our names are those of the mlx-community checkpoints: the official ones, with `.weight` after the
+names of expert arrays.
 """
 
 from __future__ import annotations

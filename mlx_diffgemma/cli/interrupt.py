@@ -1,5 +1,5 @@
-"""Signals: Ctrl-C before a command runs ends the program silently, SIGTERM and SIGHUP end it after
-cleaning up, Ctrl-Z stops it and restores the terminal."""
+"""The handling of signals. Ctrl-C before a command runs ends the program silently, SIGTERM and
+SIGHUP end it after cleaning up, Ctrl-Z restores the terminal and stops it."""
 
 import os
 import signal

@@ -29,7 +29,7 @@ class TrainView:
             f"{len(trainer.valid_set):,} for validation"
         )
         if trainer.iteration:
-            self._say(f"going on at iteration {trainer.iteration:,} of {settings.iters:,}")
+            self._say(f"resuming at iteration {trainer.iteration:,} of {settings.iters:,}")
 
     def show(self, event: Event) -> None:
         match event:
@@ -57,7 +57,7 @@ class TrainView:
             self._say(f"stopped in the middle of an update; {session.trainer.last_checkpoint}")
             return
         self._say(
-            f"interrupted at iteration {saved.iteration:,}: saved {saved.path}; --resume goes on"
+            f"interrupted at iteration {saved.iteration:,}: saved {saved.path}; --resume continues"
         )
 
     def picture(self, session: Session) -> None:

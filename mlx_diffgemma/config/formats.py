@@ -1,4 +1,4 @@
-"""Find the format in which config.json says that the weights are packed.
+"""The packed formats of weights that a config.json may declare.
 
 MLX's own packing is read by `QuantizationConfig`. All others are written by tools for other
 runtimes; the converter reads two of them.

@@ -167,13 +167,13 @@ class _Settings(Generic[Open]):
         commands=_ALL,
     )
     acceptance: Acceptance | Open = _setting(
-        "What a step keeps: proposals up to 'entropy_bound', or, with 'confidence', every one of "
-        "that probability for as long as it stays the likeliest. Nothing is frozen either way.",
+        "How a step accepts proposals: up to 'entropy_bound', or, with 'confidence', all of at "
+        "least that probability, for as long as they stay the likeliest. No token is frozen.",
         default="entropy",
         commands=_GENERATE,
     )
     acceptance_confidence: float | Open = _setting(
-        "Probability from which acceptance by confidence keeps a proposal.",
+        "Least probability of a proposal for acceptance by confidence.",
         default=0.9,
         at_least=0,
         at_most=1,
@@ -181,7 +181,7 @@ class _Settings(Generic[Open]):
         commands=_GENERATE,
     )
     acceptance_share: float | Open = _setting(
-        "Of the positions still open, how many a step of acceptance by confidence keeps at least.",
+        "Least share of the open positions that a step accepts by confidence.",
         default=0.0,
         at_least=0,
         at_most=1,
@@ -195,13 +195,13 @@ class _Settings(Generic[Open]):
         commands=_GENERATE,
     )
     canvas_width: CanvasWidth | Open = _setting(
-        "'fixed', or 'answer': columns well behind the draft's first end token are dropped once "
+        "'fixed', or 'answer': columns well after the draft's first end token are dropped once "
         "it has been accepted, and come back if it is lost. Rows of a batch share one width.",
         default="fixed",
         commands=_GENERATE,
     )
     self_conditioning: SelfConditioning | Open = _setting(
-        "What comes back into the next step: 'dense', the mean over the whole vocabulary, or "
+        "How predictions go into the next step: 'dense', the mean over the whole vocabulary, or "
         "'sparse', over the likeliest tokens and the mean of the rest.",
         default="dense",
         commands=_GENERATE,
@@ -214,15 +214,14 @@ class _Settings(Generic[Open]):
         commands=_GENERATE,
     )
     sparse_entropy: float | Open = _setting(
-        "Nats from which a position's self-conditioning is dense all the same.",
+        "Nats of entropy from which a position's self-conditioning stays dense.",
         default=2.0,
         at_least=0,
         only_with=_SPARSE,
         commands=_GENERATE,
     )
     schedule_steps: int | Open = _setting(
-        "Steps over which the temperature falls, whatever max_denoising_steps cuts it to; by "
-        "default those.",
+        "Steps over which the temperature falls, also where max_denoising_steps is less.",
         at_least=1,
         commands=_GENERATE,
         shown_default="max_denoising_steps",

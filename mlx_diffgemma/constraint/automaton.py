@@ -1,5 +1,5 @@
-"""A finite automaton over tokens, from a list of options or a regular expression, that accepts the
-token strings of a slot and finds the likeliest one of a given length. Knows ids, not text."""
+"""A finite automaton that accepts the token strings of a slot and finds the likeliest one of a
+given length. It is made from a list of options or a regular expression. Knows ids, not text."""
 
 from __future__ import annotations
 

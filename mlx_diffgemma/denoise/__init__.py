@@ -1,1 +1,1 @@
-"""The denoising loop and its parts, from token ids to token ids. Knows no text."""
+"""The denoising loop and its parts: token ids in, token ids out. Knows no text."""

@@ -1,4 +1,4 @@
-"""The forms of a prompt: text, messages or token ids. Checks which one a caller gives."""
+"""The forms of a prompt: text, messages or token ids, with the checks of each."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class TextStream:
         prompt: Sequence[int] = (),
         stop: Sequence[str] = (),
     ):
-        """Begin behind `prompt`, where the template may have left a thought open. The answer ends
+        """Begin after `prompt`, where the template may have left a thought open. The answer ends
         before the first of the strings `stop`; thoughts may contain them."""
         self._tokenizer = tokenizer
         specials = special_tokens(tokenizer)

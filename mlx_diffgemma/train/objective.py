@@ -63,8 +63,8 @@ def losses(
 
 @contextmanager
 def layers_twice(model: DiffusionGemma, *, seed: int = 0) -> Iterator[None]:
-    """Use gradient checkpointing: layers' inner arrays are not kept but computed again. Every
-    layer's dropout is drawn from a seed of its own, so that it is the same both times."""
+    """Use gradient checkpointing: layers' inner arrays are not kept but computed again. Every layer
+    draws its dropout from its own seed, so that it is the same both times."""
     before, seeds = model.run_layer, count(seed)
     model.run_layer = lambda *arguments: _run_twice(next(seeds), *arguments)
     try:

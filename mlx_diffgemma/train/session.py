@@ -65,7 +65,7 @@ class Session:
           tests: whether test.jsonl is needed.
           resumes: continue the run in `folder`.
           start_file: weights to begin with.
-          tests_adapters: False tests the model alone.
+          tests_adapters: False tests the model without adapters.
 
         Raises:
           DiffGemmaError: one line that says what is wrong with model, data or folder.

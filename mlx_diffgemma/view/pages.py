@@ -1,4 +1,4 @@
-"""The check of a trace's file names: a trace never replaces a file that is not a trace."""
+"""The check of a trace's files: they never replace a file that is not a trace."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_page(page: Path) -> Path:
         if _is_another(file, mark.encode()):
             also = "" if file == page else f" also writes {beside}:"
             raise SourceError(
-                f"--trace {page}{also} this file is there and is no trace; choose another name"
+                f"--trace {page}{also} this file exists and is not a trace; choose another name"
             )
     return beside
 

@@ -103,7 +103,7 @@ class Drafts:
         """Return the fields that a draft adds to its step.
 
         draft   the text up to the first end token, without control tokens
-        tokens  what is before the first end token, in order; each is an object with "text" (a
+        tokens  the tokens before the first end token; each is an object with "text" (a
                 control token or half a character by its name), "accepted", "certainty" (the
                 token's probability, from 0 to 1) and, in `fill` and `edit`, "pinned" (it is
                 part of the given text)

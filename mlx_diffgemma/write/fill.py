@@ -85,7 +85,7 @@ def fill(
       settings: how to denoise; `max_new_tokens` has no effect, since the template sets the length.
       prompt_options: how the prompt becomes tokens.
       listener: called with the loop's events, see `stream_fill`.
-      is_shown: whether the prompt shows the template already; otherwise it is put behind a prompt
+      is_shown: whether the prompt shows the template already; otherwise it is put after a prompt
         that is a string, where the template may be longer than a canvas.
 
     Raises:
@@ -190,12 +190,12 @@ def _told(
     if not is_long:
         return prompt, ()
     where = (
-        "the model knows from the prompt alone, where the template was put"
+        "the model knows only from the prompt, which shows the template"
         if isinstance(prompt, str)
-        else "the model does not see unless the messages tell it"
+        else "the model sees only if the messages contain it"
     )
     return prompt, (
-        f"the template may be longer than a canvas: what stands too far behind a slot, {where}",
+        f"the template may be longer than a canvas: text too far after a slot, {where}",
     )
 
 

@@ -58,7 +58,7 @@ def generate(
       max_tokens: most new tokens, as in mlx-lm; the same as the settings' `max_new_tokens`.
       verbose: print the answer while it is written, and then the speed, on stdout.
       stop: strings that end the answer; it ends before the one that is complete first.
-      settings: how to denoise; what is left open, the checkpoint decides.
+      settings: how to denoise; the checkpoint fills in open settings.
       prompt_options: system prompt, thinking, and how contents are read.
       noise: where draws come from; by default the settings' seed.
 
@@ -108,7 +108,7 @@ def stream_generate(
       prompt: as in `generate`.
       max_tokens: as in `generate`.
       stop: as in `generate`.
-      settings: how to denoise; what is left open, the checkpoint decides.
+      settings: how to denoise; the checkpoint fills in open settings.
       prompt_options: system prompt, thinking, and how contents are read.
       noise: where draws come from; by default the settings' seed.
       prompt_progress_callback: called with (places read, places in all) during prefill.

@@ -1,5 +1,5 @@
-"""The search for slots' lengths: windows of a template's tokens, lengths tried as rows of one
-batch, and their score. Knows ids, not text."""
+"""The writer of slots: windows of a template's tokens, lengths tried as rows of one batch, and
+their score. Knows ids, not text."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Writer:
         if choice.asked is not None and possible[-1] < choice.asked:
             note = (
                 f"slot {choice.name}: at most {possible[-1]} of {choice.asked} tokens were tried, "
-                "so that the canvas shows what stands behind it"
+                "so that the canvas shows the text after it"
             )
             if note not in self.notes:
                 self.notes.append(note)
@@ -206,8 +206,8 @@ class Writer:
     def _denoise(
         self, choices: list[Choice], rows: list[tuple[int, ...]], trial_steps: int | None
     ) -> Generator[Event, None, list[_Trial]]:
-        """Denoise one canvas per row of lengths, all behind the same context; without
-        `trial_steps`, to its end."""
+        """Denoise one canvas per row of lengths, all after the same context; without `trial_steps`,
+        to its end."""
         L = self.settings.canvas_length
         most = self.settings.max_denoising_steps
         pinned, places, needed = self._pin(choices, rows)

@@ -158,12 +158,12 @@ def test_ctrl_c_saves_and_resume_goes_on(folders, tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait() == 130
-    assert "interrupted at iteration" in rest and "--resume goes on" in rest, rest
+    assert "interrupted at iteration" in rest and "--resume continues" in rest, rest
     assert "Traceback" not in rest and (tmp_path / "run" / STATE).is_file()
     at = int(rest.split("interrupted at iteration ")[1].split(":")[0].replace(",", ""))
     done = run(*command, "--iters", at + 3, "--resume")
     assert done.returncode == 0, done.stderr
-    assert f"going on at iteration {at:,}" in done.stderr
+    assert f"resuming at iteration {at:,}" in done.stderr
     assert (tmp_path / "run" / "curves.png").is_file()
 
 

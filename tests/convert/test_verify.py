@@ -152,7 +152,7 @@ def test_a_damaged_record_is_found(out, text):
 
 def test_a_folder_without_a_record_is_no_result(out):
     (out / "conversion.json").unlink()
-    with pytest.raises(WeightsError, match="it is no result of mlx_diffgemma"):
+    with pytest.raises(WeightsError, match="it is not a result of mlx_diffgemma"):
         verify(out)
     with pytest.raises(SourceError, match=r"no folder .*nowhere; name the result to check"):
         verify(out / "nowhere")

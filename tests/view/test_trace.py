@@ -403,8 +403,8 @@ def test_no_file_is_replaced_but_an_older_trace(tmp_path, name, content, is_ours
         assert trace.write(tmp_path / "run.html") == tmp_path / "run.json"
         assert json.loads((tmp_path / "run.json").read_text())["format"] == FORMAT
         return
-    assert_one_line(result, "is there and is no trace; choose another name")
-    with pytest.raises(SourceError, match="is no trace"):
+    assert_one_line(result, "exists and is not a trace; choose another name")
+    with pytest.raises(SourceError, match="is not a trace"):
         trace.write(tmp_path / "run.html")
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(name, before)]
 
