@@ -41,8 +41,10 @@ class ResultOptions:
     ] = False
 
     def check(self, file: Path, *, is_json: bool) -> None:
-        """Raises:
-        TemplateError: if options contradict each other.
+        """Refuse options that contradict each other.
+
+        Raises:
+          TemplateError: if they do.
         """
         if self.diff and self.in_place:
             raise TemplateError("--diff prints and --in-place writes: choose one of the two")

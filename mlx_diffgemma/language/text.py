@@ -175,7 +175,8 @@ class Spellings:
         return token in self._controls
 
     def __getitem__(self, token: int) -> str:
-        """Never empty, also for an id that the tokenizer does not have."""
+        """Return a token's spelling, never empty, also for an id that the tokenizer does not
+        have."""
         if token not in self._known:
             self._known[token] = self._controls.get(token) or self._spelled(token)
         return self._known[token]

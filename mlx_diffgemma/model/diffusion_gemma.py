@@ -385,7 +385,8 @@ def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, LayerContext]:
 def _joined(
     past: LayerContext | None, keys: mx.array, values: mx.array
 ) -> tuple[LayerContext, LayerContext]:
-    """Committed tokens attend to the past and themselves, and all keys and values are kept."""
+    """Place committed tokens after the past: they attend to both, and all keys and values are
+    kept."""
     seen = LayerContext(keys, values) if past is None else past.join(keys, values)
     return seen, seen
 
@@ -393,8 +394,7 @@ def _joined(
 def _behind(
     kept: int, past: LayerContext | None, keys: mx.array, values: mx.array
 ) -> tuple[LayerContext, LayerContext]:
-    """A canvas attends to the text and itself; its keys and values go into the room after the
-    text."""
+    """Place a canvas into the room after the text: it attends to both."""
     assert past is not None
     written = past.written(kept, keys, values)
     return written.first(kept + keys.shape[2]), written

@@ -45,7 +45,7 @@ def read_split(
     canvas_length: int,
     max_seq_length: int,
 ) -> list[Example]:
-    """The examples of `folder/split.jsonl`, in the file's order.
+    """Return the examples of `folder/split.jsonl`, in the file's order.
 
     A line is an object with `messages`, the last of them the assistant's, or with `prompt` and
     `completion`, and may have `tools` for the chat template. Only the last answer is learned, as

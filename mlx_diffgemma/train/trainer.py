@@ -129,7 +129,8 @@ class Trainer:
         eos_token_id: int,
         facts: dict[str, Any] | None = None,
     ):
-        """
+        """Begin a run at iteration 0.
+
         Args:
           model: from `prepare`.
           train: at least one batch of examples; none if nothing is trained.
