@@ -10,7 +10,7 @@ else
 TEST_EXTRAS := [test]
 endif
 
-.PHONY: demo demo-model test bench lint types unit wheel clean
+.PHONY: demo demo-model test long bench docs lint types unit wheel clean
 
 demo: $(VENV)/.demo
 	@for prompt in 'Sudoku:\n2..563\n536214\n654.3.\n.23645\n4..3.1\n..5.26' 'Sort: 5 2 4 1' 'Count from 12 to 30.'; do \
@@ -31,6 +31,19 @@ bench: $(VENV)/.bench
 		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
 	done
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
+	$(BIN)/python bench/table.py --write
+
+# What is too long for every change: each deliberate fault is noticed, and conversions survive damage
+# and kills in full counts.
+long: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.kills
+
+# Writes the pages and the picture that are made from the code.
+docs: $(VENV)/.test
+	$(BIN)/python docs/reference.py --write
+	$(BIN)/python docs/picture.py --write
 	$(BIN)/python bench/table.py --write
 
 # Makes the bundled model from nothing, about three hours on two cores; run again, it goes on.
