@@ -21,7 +21,7 @@ from .options import (
     seeded,
     unescape,
 )
-from .output import OutputOptions, follower, kept
+from .output import OutputOptions, follower, kept, result_fields
 
 STDIN = Path("-")
 
@@ -96,7 +96,7 @@ def edit(
     """Rewrite a selection of a file; everything around it stays byte for byte."""
     view = output.view()
     try:
-        page, notes = output.page(), []
+        page, notes = output.page(), model.notes()
         result.check(file, is_json=output.is_json)
         if settings.seed is None:
             settings = seeded(settings)
@@ -132,7 +132,7 @@ def edit(
                 view.note(line)
             if not output.is_json:
                 view.about(edited.filled)
-            _deliver(edited, file, content, result, output, view, settings.seed)
+            _deliver(edited, file, content, result, output, view, settings)
     finally:
         view.close()
 
@@ -154,7 +154,7 @@ def _deliver(
     result: ResultOptions,
     output: OutputOptions,
     view: Any,
-    seed: int | None,
+    settings: GenerationSettings,
 ) -> None:
     """Write the file, or print the result."""
     if result.in_place:
@@ -167,7 +167,7 @@ def _deliver(
     if output.is_json:
         from ..view.report import edited_object
 
-        view.object(edited_object(edited) | {"seed": seed})
+        view.object(edited_object(edited) | result_fields(output, settings))
     elif result.diff:
         view.result(edited.diff(_name_in_diff(file)))
     elif not result.in_place:

@@ -20,7 +20,7 @@ from .options import (
     seeded,
     unescape,
 )
-from .output import Follower, OutputOptions, follower, kept
+from .output import Follower, OutputOptions, follower, kept, result_fields
 
 GAP_HELP = "Least and most tokens of slots without their own, such as 8..40."
 
@@ -59,7 +59,7 @@ def fill(
     """Fill the slots of a template; everything else in it stays byte for byte."""
     view = output.view()
     try:
-        page, notes = output.page(), []
+        page, notes = output.page(), model.notes()
         if settings.seed is None:
             settings = seeded(settings)
             notes.append(f"seed {settings.seed}")
@@ -92,7 +92,7 @@ def fill(
             if output.is_json:
                 from ..view.report import filled_object
 
-                view.object(filled_object(filled) | {"seed": settings.seed})
+                view.object(filled_object(filled) | result_fields(output, settings))
             else:
                 view.about(filled)
                 view.result(filled.text)

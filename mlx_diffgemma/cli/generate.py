@@ -95,7 +95,7 @@ def generate(
     text: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PROMPT]",
+            metavar="PROMPT",
             help="Message to the model. '-' reads it from stdin, and so does no prompt where "
             "stdin is not a terminal.",
             show_default=False,
@@ -121,8 +121,7 @@ def generate(
         page, message = output.page(), prompt_text(text, prompt)
         stop = chat.stop_strings()
         chat.variables()  # quick checks come before the model is loaded
-        notes = ["no --model given: this is the bundled model, trained on small puzzles only"]
-        notes = notes * model.is_bundled
+        notes = model.notes()
         if settings.seed is None:
             settings = seeded(settings)
             notes.append(f"seed {settings.seed}")
@@ -165,7 +164,7 @@ def _answer(
     from ..view.report import Stopwatch
     from ..write.generate import stream_generate
 
-    stopwatch, view = Stopwatch(), run.view
+    stopwatch, view, is_empty = Stopwatch(), run.view, True
     events = stream_generate(
         model,
         run.tokenizer,
@@ -187,12 +186,15 @@ def _answer(
             if start is not None:
                 run.object(event, summary)
             elif isinstance(event, Text):
+                is_empty &= event.channel != "answer" or not event.piece.strip()
                 (view.answer if event.channel == "answer" else view.thought)(event.piece)
             elif isinstance(event, StepDone):
                 run.step(event)
             if summary is not None:
                 view.close()
                 view.summary(summary.line())
+                if is_empty and start is None:
+                    view.note("the answer is empty; another --seed or --empty-rerolls 2 may help")
 
 
 def main() -> None:

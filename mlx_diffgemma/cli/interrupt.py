@@ -30,6 +30,7 @@ def stopping(stop: Callable[[], None]) -> Iterator[None]:
 
     def ask(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"stopping after this batch; press Ctrl-C again to stop at once\n")
         stop()
 
     before = signal.signal(signal.SIGINT, ask)

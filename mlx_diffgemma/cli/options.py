@@ -114,6 +114,11 @@ class ModelOptions:
         """Whether no model was chosen."""
         return self.model is None
 
+    def notes(self) -> list[str]:
+        """Return what to say of the model before a run."""
+        note = "no --model given: this is the bundled model, trained on small puzzles only"
+        return [note] if self.is_bundled else []
+
     @property
     def source(self) -> str | Path:
         """The given model, or the bundled model's folder."""
@@ -197,8 +202,8 @@ def prompt_text(argument: str | None, option: str | None) -> str:
     """Return the prompt: the argument unchanged, --prompt unescaped, or stdin."""
     if argument is not None and option is not None:
         raise PromptError(
-            "the prompt is given twice, as an argument and with --prompt; "
-            "every other option takes one value, so that a second word is the prompt"
+            f"the prompt is given twice: {argument!r} as an argument, and with --prompt; "
+            "options such as --stop take one value, and may be repeated"
         )
     given = argument if option is None else option
     if given == "-" or (given is None and not _is_terminal(sys.stdin)):

@@ -191,6 +191,11 @@ def follower(
     return follows, settings
 
 
+def result_fields(output: OutputOptions, settings: GenerationSettings) -> dict[str, Any]:
+    """Return what the JSON object of a result holds beside the result."""
+    return {"seed": settings.seed} | ({"event": "result"} if output.json_drafts else {})
+
+
 @contextmanager
 def kept(trace: Any, page: Path | None, view: View) -> Iterator[None]:
     """Write the trace, however the run ends."""
@@ -206,8 +211,9 @@ def kept(trace: Any, page: Path | None, view: View) -> Iterator[None]:
 
 def _about_trial(event: Any) -> str:
     lengths = ", ".join(
-        f"{name} {n}" for name, n in zip(event.slots, event.lengths[0], strict=True)
+        f"slot {name} with {n} token{'s' * (n != 1)}"
+        for name, n in zip(event.slots, event.lengths[0], strict=True)
     )
     if event.is_final:
-        return f"final text (tokens of slots: {lengths})"
-    return f"{len(event.lengths)} lengths at once (shown: {lengths})"
+        return f"final text ({lengths})"
+    return f"one of {len(event.lengths)} lengths that are tried ({lengths})"

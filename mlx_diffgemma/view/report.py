@@ -99,6 +99,12 @@ class Drafts:
         if isinstance(event, TrialStarted):
             self._pinned = np.array(event.pinned[0]).tolist()
 
+    def free(self, width: int) -> np.ndarray:
+        """Return which of the first positions are not pinned, bool [width]."""
+        pinned = np.zeros(width, bool)
+        pinned[: len(self._pinned)] = self._pinned[:width]
+        return ~pinned
+
     def fields(self, event: StepDone) -> dict[str, Any]:
         """Return the fields that a draft adds to its step.
 
@@ -146,8 +152,7 @@ def as_object(
                 "event": "step",
                 "canvas": event.canvas_index,
                 "step": event.step,
-                "accepted": int(np.array(event.accepted).sum()),
-                "mean_entropy": float(np.array(event.entropy).mean()),
+                **_numbers(event, drafts),
                 **(drafts.fields(event) if drafts else {}),
             }
         case TrialStarted():
@@ -168,6 +173,16 @@ def as_object(
             return {"event": "text", "channel": event.channel, "text": event.piece}
         case Finished():
             return {"event": "finished", **(asdict(summary) if summary else {})}
+
+
+def _numbers(event: StepDone, drafts: Drafts | None) -> dict[str, Any]:
+    """Return the accepted tokens and the mean entropy in nats of row 0, pinned tokens left out."""
+    accepted, entropy = np.array(event.accepted[0]), np.array(event.entropy[0])
+    free = np.ones(accepted.shape, bool) if drafts is None else drafts.free(len(accepted))
+    return {
+        "accepted": int(accepted[free].sum()),
+        "mean_entropy": float(entropy[free].mean()) if free.any() else 0.0,
+    }
 
 
 def edited_object(edited: Edited) -> dict[str, Any]:
@@ -214,7 +229,10 @@ def filled_lines(filled: Filled) -> list[str]:
     """Return a report on a filled template, in lines: notes, then slots, then the work."""
     lines = [*filled.notes]
     for slot in filled.slots.values():
-        line = f"slot {slot.name}: {len(slot.tokens)} tokens, certainty {slot.certainty:.0%}"
+        count = len(slot.tokens)
+        line = (
+            f"slot {slot.name}: {count} token{'s' * (count != 1)}, certainty {slot.certainty:.0%}"
+        )
         others = sorted(slot.lengths.items(), key=lambda pair: -pair[1])[:4]
         if len(others) > 1:
             scores = ", ".join(f"{n}: {score:.2f}" for n, score in others)

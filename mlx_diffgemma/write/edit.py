@@ -57,6 +57,8 @@ class Selection:
             stop = _offset(text, last_line, last_column, places)
         else:
             line, last_line = int(found[1]), int(found[2] or found[1])
+            if max(line, last_line) > _count_lines(text):
+                raise TemplateError(_outside(text, places))
             start = _offset(text, line, 1, places)
             stop = _offset(text, last_line, None, places)
         if stop < start:
@@ -183,14 +185,24 @@ def _request(instruction: str, before: str, old: str, behind: str) -> str:
     )
 
 
+def _count_lines(text: str) -> int:
+    """Return the number of lines; a line break at the end begins no further one."""
+    return max(1, len(text.removesuffix("\n").split("\n")))
+
+
+def _outside(text: str, places: str) -> str:
+    count = _count_lines(text)
+    return (
+        f"the selection {places} lies outside of the file: it has {count} line{'s' * (count != 1)}"
+    )
+
+
 def _offset(text: str, line: int, column: int | None, places: str) -> int:
     """Return the offset of a place, or of its line's end if there is no column."""
     mark, text = split_mark(text)
     lines = text.split("\n")
     if not 1 <= line <= len(lines):
-        raise TemplateError(
-            f"the selection {places} lies outside of the file: it has {len(lines)} lines"
-        )
+        raise TemplateError(_outside(text, places))
     length = len(lines[line - 1].removesuffix("\r"))
     column = length + 1 if column is None else column
     if not 1 <= column <= length + 1:

@@ -126,6 +126,13 @@ def test_an_extra_end_token_ends_the_answer():
     assert result.stdout == "|n|n\n"
 
 
+def test_an_empty_answer_is_said_to_be_empty():
+    done = invoke(generate, *TABLE, "--stop", "|", "--verbose", "True")
+    assert done.stdout.strip() == ""
+    assert "the answer is empty" in done.stderr
+    assert "empty" not in invoke(generate, *TABLE).stderr
+
+
 def test_a_stop_string_ends_the_answer_before_it():
     assert TABLE_ANSWER.count("\n|-") == 1
     for stop in ("\\n|-", "\n|-"):

@@ -68,7 +68,11 @@ def test_a_byte_order_mark_is_kept(tmp_path):
 def test_drafts_are_objects_of_their_own_and_tell_what_was_given(tmp_path):
     done = invoke(*COUNT, "--json-drafts", "--trace", str(tmp_path / "run.html"))
     prefill, *events, result = map(json.loads, done.stdout.splitlines())
-    assert prefill["event"] == "prefill" and result["text"] == "12 13 14 15 16 17 18"
+    assert (prefill["event"], result["event"]) == ("prefill", "result")
+    steps = [event for event in events if event["event"] == "step"]
+    # Of the first length that is tried, two tokens are free; all others are pinned.
+    assert steps[0]["accepted"] <= 2 < len(steps[0]["tokens"])
+    assert result["text"] == "12 13 14 15 16 17 18"
     trials = [event for event in events if event["event"] == "trial"]
     assert trials[0]["lengths"] == [{"n": n} for n in range(2, 10)]
     assert [trial["final"] for trial in trials] == [False] * (len(trials) - 1) + [True]
@@ -86,9 +90,11 @@ def test_watch_shows_a_line_per_step_where_there_is_no_terminal():
     done = invoke(*COUNT, "--watch")
     assert done.stdout == "12 13 14 15 16 17 18"
     lines = [line for line in done.stderr.splitlines() if line.startswith("canvas 1, ")]
-    assert lines[0].startswith("canvas 1, 8 lengths at once (shown: n 2), step 1: ")
+    assert lines[0].startswith(
+        "canvas 1, one of 8 lengths that are tried (slot n with 2 tokens), step 1: "
+    )
     assert " of 2 accepted, mean entropy" in lines[0]
-    assert lines[-1].startswith("canvas 1, final text (tokens of slots: n 8), step ")
+    assert lines[-1].startswith("canvas 1, final text (slot n with 8 tokens), step ")
     assert lines[-1].endswith("draft: 12 13 14 15 16 17 18")
     done = invoke(*COUNT, "--watch", "--json-drafts")
     assert done.exit_code == 2 and "--watch shows what --json-drafts is to leave" in done.stderr

@@ -158,6 +158,7 @@ def test_ctrl_c_saves_and_resume_goes_on(folders, tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait() == 130
+    assert "stopping after this batch; press Ctrl-C again to stop at once" in rest
     assert "interrupted at iteration" in rest and "--resume continues" in rest, rest
     assert "Traceback" not in rest and (tmp_path / "run" / STATE).is_file()
     at = int(rest.split("interrupted at iteration ")[1].split(":")[0].replace(",", ""))

@@ -138,10 +138,10 @@ def test_of_the_text_before_a_short_canvas_the_end_is_shown():
 
 def test_given_text_is_dim_and_the_legend_says_so():
     given = CanvasToken("given ", "text", True, 4, pinned=True)
-    numbers = StepNumbers(0, 0, 1, 1, 0.5, "8 lengths at once (shown: n 2)")
+    numbers = StepNumbers(0, 0, 1, 1, 0.5, "one of 8 lengths (n 2)")
     lines = drawn(Frame("", [given, word("own")], numbers), 200, color_system="standard")
     assert lines[0] == "\x1b[2mgiven \x1b[0m\x1b[32mown\x1b[0m"
-    assert plain(lines)[2].startswith("canvas 1, 8 lengths at once (shown: n 2), step 1: 1 of 1 ")
+    assert plain(lines)[2].startswith("canvas 1, one of 8 lengths (n 2), step 1: 1 of 1 ")
     assert "renoised, else accepted | given text | ∎ end" in plain(lines)[3]
     assert "given text" not in "".join(plain(drawn(Frame("", [word("own")], NUMBERS), 200)))
 

@@ -44,7 +44,6 @@ def bundled():
         ("2", "two thrée"),
         ("1-2", "one\ntwo thrée"),
         ("1 - 3", "one\ntwo thrée\r\nfour"),
-        ("4-4", ""),
     ],
 )
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
@@ -63,9 +62,10 @@ def test_a_selection_by_lines_and_columns(places, part, mark):
         ("1-", "and not whole lines, such as 12-14"),
         ("-1", "and not whole lines, such as 12-14"),
         ("3-2", "ends before it begins"),
-        ("1-5", "outside of the file: it has 4 lines"),
+        ("1-5", "outside of the file: it has 3 lines"),
+        ("4-4", "outside of the file: it has 3 lines"),
         ("0-1", "outside of the file"),
-        ("5:1-5:2", "outside of the file: it has 4 lines"),
+        ("5:1-5:2", "outside of the file: it has 3 lines"),
         ("0:1-1:1", "outside of the file"),
         ("1:5-1:6", "line 1 has 3 characters"),
         ("2:3-1:2", "ends before it begins"),
@@ -201,7 +201,7 @@ def test_stdout_is_the_document_and_diff_a_diff(file):
     ("arguments", "message"),
     [
         (["--match", "zzz"], "'zzz' is not in the document"),
-        (["--select", "9:1-9:2"], "outside of the file: it has 2 lines"),
+        (["--select", "9:1-9:2"], "outside of the file: it has 1 line"),
         ([], "say what to rewrite, with --select or with --match"),
         (["--select", "1:1-1:2", "--match", "é"], "say what to rewrite"),
         (["--match", "13", "--diff", "--in-place"], "choose one of the two"),
