@@ -79,6 +79,8 @@ class View:
 
     def thought(self, piece: str) -> None:
         """Print the model's reasoning on stderr; on a terminal line by line, as the answer."""
+        if not self._verbose:
+            return
         self._open_thought += piece
         complete, line_break, self._open_thought = self._open_thought.rpartition("\n")
         if line_break:
