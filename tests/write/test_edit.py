@@ -78,7 +78,7 @@ def test_a_selection_that_is_none(places, message):
 
 def test_a_selection_by_its_text():
     assert Selection.of_match("a bc d", "bc") == Selection(2, 4)
-    for part, message in (("x", "is not in"), ("a", "stands 2 times"), ("", "is empty")):
+    for part, message in (("x", "is not in"), ("a", "occurs 2 times"), ("", "is empty")):
         with pytest.raises(TemplateError, match=message):
             Selection.of_match("a ba", part)
 
