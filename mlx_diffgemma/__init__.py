@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .language.prompt import encode_prompt as encode_prompt
     from .language.template import Template as Template
     from .language.tokenizer import load_tokenizer as load_tokenizer
+    from .write.edit import Selection as Selection
     from .write.edit import edit as edit
     from .write.fill import fill as fill
     from .write.generate import batch_generate as batch_generate
@@ -35,6 +36,7 @@ _HOME = {
     "GenerationSettings": "config.generation",
     "PromptOptions": "language.prompt",
     "SeededNoise": "denoise.noise",
+    "Selection": "write.edit",
     "Template": "language.template",
     "batch_generate": "write.generate",
     "bundled_model": "checkpoint.files",

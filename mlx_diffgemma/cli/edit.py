@@ -33,7 +33,9 @@ class ResultOptions:
     diff: Annotated[
         bool,
         typer.Option(
-            "--diff", help="Print a unified diff instead; `git apply` takes it in this folder."
+            "--diff",
+            help="Print a unified diff instead; `git apply` takes it in this folder, for a file "
+            "elsewhere at the top of its repository.",
         ),
     ] = False
     in_place: Annotated[
@@ -54,19 +56,18 @@ class ResultOptions:
             raise TemplateError("--in-place needs a file; the document comes from stdin")
 
 
+PROMPT_HELP = (
+    "What to do with the selection; '-' reads it from stdin. \\n and \\t are read as line break and "
+    "tab."
+)
+
+
 @command
 def edit(
     file: Annotated[
         Path, typer.Argument(help="The file to edit, in UTF-8; '-' reads it from stdin.")
     ],
-    prompt: Annotated[
-        str,
-        typer.Option(
-            "--prompt",
-            "-p",
-            help="What to do with the selection; \\n and \\t are read as line break and tab.",
-        ),
-    ],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help=PROMPT_HELP)],
     select: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +102,7 @@ def edit(
         if settings.seed is None:
             settings = seeded(settings)
             notes.append(f"seed {settings.seed}")
-        bounds, request = gap_bounds(gap_tokens), unescape(prompt)
+        bounds, request = gap_bounds(gap_tokens), _request(prompt, file)
         if file == STDIN:
             content, document = None, read_stdin()
         else:
@@ -135,6 +136,15 @@ def edit(
             _deliver(edited, file, content, result, output, view, settings)
     finally:
         view.close()
+
+
+def _request(prompt: str, file: Path) -> str:
+    """Return the value of --prompt, unescaped, or what stdin holds for "-"."""
+    if prompt != "-":
+        return unescape(prompt)
+    if file == STDIN:
+        raise TemplateError("the file and --prompt cannot both be read from stdin")
+    return read_stdin()
 
 
 def _selected(document: str, select: str | None, match: str | None) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config.generation import GenerationSettings
-from ..errors import ConfigError
+from ..errors import ConfigError, PromptError
 from .options import (
     ModelOptions,
     SystemPromptOption,
@@ -126,8 +126,13 @@ def generate(
             settings = seeded(settings)
             notes.append(f"seed {settings.seed}")
         loaded, tokenizer = model.load()
-        from ..language.prompt import single_tokens
+        from ..language.prompt import single_tokens, special_tokens
 
+        if chat.extra_eos_token and text in special_tokens(tokenizer):
+            raise PromptError(
+                f"the prompt is {text!r}, an end token: --extra-eos-token takes one token; "
+                "repeat it for each, as in --extra-eos-token A --extra-eos-token B"
+            )
         extra = single_tokens(tokenizer, chat.extra_eos_token or [])
         settings = replace(settings, extra_eos_token_ids=extra)
         start = {"event": "start", "model": str(model.source), "seed": settings.seed}

@@ -16,9 +16,10 @@ def leave(*_: object) -> None:
 
 
 # As a program only: a library does not touch the signals of its host.
+_FILES = ("__main__.py", "*/__main__.py", "cli/as_module/*.py")  # of `python -m`
 if (
     Path(sys.argv[0]).name.startswith("mlx_diffgemma.")
-    or Path(sys.argv[0]).match("mlx_diffgemma/__main__.py")
+    or any(Path(sys.argv[0]).match(f"mlx_diffgemma/{file}") for file in _FILES)
 ) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave)
 

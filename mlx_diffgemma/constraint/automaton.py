@@ -3,6 +3,7 @@ given length. It is made from a list of options or a regular expression. Knows i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from outlines_core import Index, Vocabulary
 from ..errors import TemplateError
 from ..language.pattern import find_problem, syntax_problem
 
+_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x[a-zA-Z]*\)")
 _NO_TEXT = "no text of this checkpoint's tokens matches it"
 _TINIEST = 1e-38  # a probability of 0 in float32 becomes this, so that it forbids no path
 
@@ -76,22 +78,16 @@ class Automaton:
         tokens: dict[bytes, list[int]] = {bytes([byte]): [own + byte] for byte in range(256)}
         for token, spelling in spellings.items():
             tokens.setdefault(spelling, []).append(token)
-        # outlines-core drops the moves from an accepting state. With `\z` at the end, no state
-        # accepts before the end of the text. It also refuses expressions that may begin with an
-        # assertion such as `\z`, so a NUL comes first.
-        try:
-            index = Index(rf"\x00(?:{pattern})\z", Vocabulary(own + 256, tokens))
-        except ValueError as error:
-            raise _refused(pattern, str(error)) from error
+        index, has_nul = _compiled(pattern, Vocabulary(own + 256, tokens))
         transitions = index.get_transitions()
         first = index.get_initial_state()
         automaton = cls.of_moves(
-            transitions[first][own],
+            transitions[first][own] if has_nul else first,
             index.get_final_states(),
             {
                 state: {token: target for token, target in ways.items() if token < own}
                 for state, ways in transitions.items()
-                if state != first
+                if not (has_nul and state == first)
             },
         )
         if not automaton._has_string():
@@ -186,6 +182,24 @@ class Automaton:
                 s for s, ways in self.moves.items() if later.intersection(ways.targets.tolist())
             )
         return self._ends[length]
+
+
+def _compiled(pattern: str, vocabulary: Vocabulary) -> tuple[Index, bool]:
+    r"""Return the index of a whole pattern, and whether it begins with a NUL of our own.
+
+    outlines-core drops the moves from an accepting state. With `\z` at the end, no state accepts
+    before the end of the text. It also refuses expressions that may begin with an assertion such as
+    `\z`; only for these a NUL comes first, which costs several times as long for a `.{1,20}`.
+    """
+    # A comment at the end of a verbose expression ends with its line.
+    body = f"{pattern}\n" if _VERBOSE.match(pattern) else pattern
+    try:
+        return Index(rf"(?:{body})\z", vocabulary), False
+    except ValueError:
+        try:
+            return Index(rf"\x00(?:{body})\z", vocabulary), True
+        except ValueError as error:
+            raise _refused(pattern, str(error)) from error
 
 
 def _refused(pattern: str, message: str) -> TemplateError:

@@ -116,7 +116,7 @@ def edit(
     model: DiffusionGemma,
     tokenizer: PreTrainedTokenizerBase,
     document: str,
-    selection: Selection,
+    selection: Selection | str,
     instruction: str,
     *,
     gap_tokens: tuple[int, int] | None = None,
@@ -130,7 +130,8 @@ def edit(
       model: from `load`.
       tokenizer: from `load`.
       document: all of it. The model does not see a byte order mark at its beginning.
-      selection: the part to rewrite; an empty one inserts.
+      selection: the part to rewrite, or its places as `Selection.of_places` reads them, such as
+        "12-14" or "12:3-14:20"; an empty one inserts.
       instruction: what to do with it.
       gap_tokens: least and most tokens of the new part; by default from half of the old one to
         twice as much and 8 more.
@@ -141,6 +142,13 @@ def edit(
     Raises:
       DiffGemmaError: if the instruction, the selection or the settings cannot be used.
     """
+    if isinstance(selection, str):
+        selection = Selection.of_places(document, selection)
+    if not isinstance(selection, Selection):
+        raise TemplateError(
+            'a selection is a Selection or a string such as "12-14" or "12:3-14:20", '
+            f"got {selection!r}"
+        )
     if not 0 <= selection.start <= selection.stop <= len(document):
         raise TemplateError(
             f"the selection {selection.start} to {selection.stop} lies outside of the document's "

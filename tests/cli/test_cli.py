@@ -126,6 +126,11 @@ def test_an_extra_end_token_ends_the_answer():
     assert result.stdout == "|n|n\n"
 
 
+def test_a_second_end_token_is_not_taken_for_the_prompt():
+    done = invoke(generate, "--extra-eos-token", "*", "<turn|>", stdin="Squares from 2 to 3.")
+    assert_one_line(done, "--extra-eos-token takes one token; repeat it for each")
+
+
 def test_an_empty_answer_is_said_to_be_empty():
     done = invoke(generate, *TABLE, "--stop", "|", "--verbose", "True")
     assert done.stdout.strip() == ""
@@ -260,9 +265,15 @@ def test_a_reader_that_leaves_ends_the_run_without_a_traceback():
     assert b"Traceback" not in errors
 
 
-def test_ctrl_c_during_imports_is_silent(monkeypatch):
+@pytest.mark.parametrize("module", ["mlx_diffgemma", "mlx_diffgemma.info", "mlx_diffgemma.train"])
+def test_ctrl_c_during_imports_is_silent(module, monkeypatch):
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # a line on stderr for every import
-    running = program("generate", "--prompt", "x")
+    running = subprocess.Popen(
+        [sys.executable, "-m", module, *(["info"] if module == "mlx_diffgemma" else [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     while not running.stderr.readline().rstrip().endswith(b"mlx_diffgemma.cli.interrupt"):
         assert running.poll() is None
     running.send_signal(signal.SIGINT)

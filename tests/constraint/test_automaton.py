@@ -207,3 +207,9 @@ def test_a_random_regex_over_real_words_accepts_what_python_does(seed):
 def test_a_pattern_that_cannot_be_used(pattern, message):
     with pytest.raises(TemplateError, match=message):
         Automaton.of_regex(pattern, BYTES)
+
+
+def test_a_verbose_expression_may_end_in_a_comment():
+    spellings = {i: bytes([c]) for i, c in enumerate(b"ab 1")}
+    automaton = Automaton.of_regex("(?x) a b+ # letters", spellings)
+    assert automaton.lengths(4) == [2, 3, 4]

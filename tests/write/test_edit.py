@@ -17,11 +17,11 @@ import typer
 from typer.testing import CliRunner
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, edit
+from mlx_diffgemma import GenerationSettings, Selection, edit
 from mlx_diffgemma.cli.edit import _name_in_diff
 from mlx_diffgemma.cli.edit import edit as edit_command
 from mlx_diffgemma.errors import TemplateError
-from mlx_diffgemma.write.edit import Edited, Selection
+from mlx_diffgemma.write.edit import Edited
 
 TEXT = "one\ntwo thrée\r\nfour\n"
 
@@ -297,3 +297,28 @@ def test_a_file_that_changed_meanwhile_is_left_alone(file, monkeypatch):
     done = CliRunner().invoke(edit_app(), [str(file), *options])
     assert done.exit_code == 2 and "has changed on disk since it was read" in done.stderr
     assert file.read_bytes() == b"somebody else's"
+
+
+def test_a_selection_may_be_a_string():
+    loaded = mlx_diffgemma.load(mlx_diffgemma.bundled_model())
+    settings = GenerationSettings(seed=1, max_denoising_steps=2)
+    told = [
+        mlx_diffgemma.edit(*loaded, "1 2\n3 4\n", where, "x", gap_tokens=(3, 3), settings=settings)
+        for where in ("2-2", Selection(4, 7))
+    ]
+    assert told[0].text == told[1].text and told[0].text.startswith("1 2\n")
+    with pytest.raises(TemplateError, match="a selection is a Selection or a string such as"):
+        mlx_diffgemma.edit(*loaded, "1 2", [(0, 1)], "x")
+    with pytest.raises(TemplateError, match="outside of the file: it has 1 line"):
+        mlx_diffgemma.edit(*loaded, "1 2", "7-7", "x")
+
+
+def test_the_instruction_may_come_from_stdin(file):
+    words = ["--match", "13", "--gap-tokens", "2", "--seed", "1", "--max-denoising-steps", "2"]
+    told = [
+        CliRunner().invoke(edit_app(), [str(file), *words, "--prompt", given], input="Say b.")
+        for given in ("-", "Say b.")
+    ]
+    assert told[0].exit_code == 0 and told[0].stdout == told[1].stdout
+    done = CliRunner().invoke(edit_app(), ["-", *words, "--prompt", "-"], input="12 13")
+    assert done.exit_code == 2 and "cannot both be read from stdin" in done.stderr
