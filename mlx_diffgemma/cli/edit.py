@@ -57,8 +57,8 @@ class ResultOptions:
 
 
 PROMPT_HELP = (
-    "What to do with the selection; '-' reads it from stdin. \\n and \\t are read as line break and "
-    "tab."
+    "What to do with the selection; '-' reads it from stdin. \\n and \\t are read as line break "
+    "and tab."
 )
 
 
