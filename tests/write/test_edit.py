@@ -201,7 +201,7 @@ def test_stdout_is_the_document_and_diff_a_diff(file):
     ("arguments", "message"),
     [
         (["--match", "zzz"], "'zzz' is not in the document"),
-        (["--select", "9:1-9:2"], "outside of the file: it has 1 line"),
+        (["--select", "9:1-9:2"], "outside of the file: it has 2 lines"),
         ([], "say what to rewrite, with --select or with --match"),
         (["--select", "1:1-1:2", "--match", "é"], "say what to rewrite"),
         (["--match", "13", "--diff", "--in-place"], "choose one of the two"),
