@@ -61,8 +61,8 @@ class Checkpoint(Protocol):
     def generation(self) -> GenerationSettings: ...
 
 
-def _setting(help: str, **known: Any) -> Any:
-    return setting(Entry(help=help, **known), is_open=True)
+def _setting(entry: Entry) -> Any:
+    return setting(entry, is_open=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,156 +75,204 @@ class _Settings(Generic[Open]):
     """
 
     max_new_tokens: int | Open = _setting(
-        "Most new tokens, cut exactly.",
-        default=256,
-        at_least=1,
-        checkpoint="max_new_tokens",
-        commands=_GENERATE,
-        flags=("--max-tokens", "-m"),
-        command_default=1024,  # the checkpoint's 256 are too few for most answers
+        Entry(
+            help="Most new tokens, cut exactly.",
+            default=256,
+            at_least=1,
+            checkpoint="max_new_tokens",
+            commands=_GENERATE,
+            flags=("--max-tokens", "-m"),
+            command_default=1024,  # the checkpoint's 256 are too few for most answers
+        )
     )
     temperature: float | Open = _setting(
-        "Multiplies the schedule; 0 proposes the likeliest tokens instead of drawing.",
-        default=1.0,
-        at_least=0,
-        commands=_ALL,
-        flags=("--temp",),
+        Entry(
+            help="Multiplies the schedule; 0 proposes the likeliest tokens instead of drawing.",
+            default=1.0,
+            at_least=0,
+            commands=_ALL,
+            flags=("--temp",),
+        )
     )
     seed: int | Open = _setting(
-        "Seed of all draws; by default a fresh one.",
-        at_least=0,
-        at_most=2**63 - 1,
-        commands=_ALL,
-        shown_default="fresh, and printed",
+        Entry(
+            help="Seed of all draws; by default a fresh one.",
+            at_least=0,
+            at_most=2**63 - 1,
+            commands=_ALL,
+            shown_default="fresh, and printed",
+        )
     )
     max_denoising_steps: int | Open = _setting(
-        "Most denoise steps per canvas.",
-        default=48,
-        at_least=1,
-        checkpoint="max_denoising_steps",
-        commands=_ALL,
+        Entry(
+            help="Most denoise steps per canvas.",
+            default=48,
+            at_least=1,
+            checkpoint="max_denoising_steps",
+            commands=_ALL,
+        )
     )
     entropy_bound: float | Open = _setting(
-        "Nats of entropy that one step may accept; more is faster and less sure.",
-        default=0.1,
-        at_least=0,
-        checkpoint="sampler_config.entropy_bound",
-        only_with=_BY_ENTROPY,
-        commands=_GENERATE,
+        Entry(
+            help="Nats of entropy that one step may accept; more is faster and less sure.",
+            default=0.1,
+            at_least=0,
+            checkpoint="sampler_config.entropy_bound",
+            only_with=_BY_ENTROPY,
+            commands=_GENERATE,
+        )
     )
     confidence_threshold: float | Open = _setting(
-        "Mean entropy in nats below which a stable canvas has settled.",
-        default=0.005,
-        at_least=0,
-        checkpoint="confidence_threshold",
-        only_with=_BY_ENTROPY,
-        commands=_GENERATE,
+        Entry(
+            help="Mean entropy in nats below which a stable canvas has settled.",
+            default=0.005,
+            at_least=0,
+            checkpoint="confidence_threshold",
+            only_with=_BY_ENTROPY,
+            commands=_GENERATE,
+        )
     )
     stability_threshold: int | Open = _setting(
-        "Steps for which the draft must not change before a canvas may settle.",
-        default=1,
-        at_least=0,
-        checkpoint="stability_threshold",
-        only_with=_BY_ENTROPY,
-        commands=_GENERATE,
+        Entry(
+            help="Steps for which the draft must not change before a canvas may settle.",
+            default=1,
+            at_least=0,
+            checkpoint="stability_threshold",
+            only_with=_BY_ENTROPY,
+            commands=_GENERATE,
+        )
     )
     t_min: float | Open = _setting(
-        "Temperature that the schedule falls to.",
-        default=0.4,
-        above=0,
-        checkpoint="t_min",
-        commands=_GENERATE,
+        Entry(
+            help="Temperature that the schedule falls to.",
+            default=0.4,
+            above=0,
+            checkpoint="t_min",
+            commands=_GENERATE,
+        )
     )
     t_max: float | Open = _setting(
-        "Temperature of the first step.",
-        default=0.8,
-        above=0,
-        checkpoint="t_max",
-        commands=_GENERATE,
+        Entry(
+            help="Temperature of the first step.",
+            default=0.8,
+            above=0,
+            checkpoint="t_max",
+            commands=_GENERATE,
+        )
     )
     canvas_length: int | Open = _setting(
-        "Tokens per canvas; fewer than the checkpoint's own is outside its training.",
-        at_least=1,
-        commands=_ALL,
-        shown_default="the checkpoint's",
+        Entry(
+            help="Tokens per canvas; fewer than the checkpoint's own is outside its training.",
+            at_least=1,
+            commands=_ALL,
+            shown_default="the checkpoint's",
+        )
     )
     empty_rerolls: int | Open = _setting(
-        "How often a first canvas that begins with an end token is drawn again.",
-        default=0,
-        at_least=0,
-        commands=_GENERATE,
+        Entry(
+            help="How often a first canvas that begins with an end token is drawn again.",
+            default=0,
+            at_least=0,
+            commands=_GENERATE,
+        )
     )
     top_candidates: int | Open = _setting(
-        "Likeliest tokens per position that each step event carries.", default=0, at_least=0
+        Entry(
+            help="Likeliest tokens per position that each step event carries.",
+            default=0,
+            at_least=0,
+        )
     )
     prefill_step_size: int | Open = _setting(
-        "Prompt tokens encoded at a time.", default=2048, at_least=1, commands=_GENERATE
+        Entry(help="Prompt tokens encoded at a time.", default=2048, at_least=1, commands=_GENERATE)
     )
     policy: Policy | Open = _setting(
-        "How to save work: 'reference' saves none and follows transformers step by step; 'fast' is "
-        "the best set of the settings below.",
-        default="reference",
-        commands=_ALL,
+        Entry(
+            help="How to save work: 'reference' saves none and follows transformers step by step; "
+            "'fast' is the best set of the settings below.",
+            default="reference",
+            commands=_ALL,
+        )
     )
     acceptance: Acceptance | Open = _setting(
-        "How a step accepts proposals: up to 'entropy_bound', or, with 'confidence', all of at "
-        "least that probability, for as long as they stay the likeliest. No token is frozen.",
-        default="entropy",
-        commands=_GENERATE,
+        Entry(
+            help="How a step accepts proposals: up to 'entropy_bound', or, with 'confidence', all "
+            "of at least that probability, for as long as they stay the likeliest. No token is "
+            "frozen.",
+            default="entropy",
+            commands=_GENERATE,
+        )
     )
     acceptance_confidence: float | Open = _setting(
-        "Least probability of a proposal for acceptance by confidence.",
-        default=0.9,
-        at_least=0,
-        at_most=1,
-        only_with=_BY_CONFIDENCE,
-        commands=_GENERATE,
+        Entry(
+            help="Least probability of a proposal for acceptance by confidence.",
+            default=0.9,
+            at_least=0,
+            at_most=1,
+            only_with=_BY_CONFIDENCE,
+            commands=_GENERATE,
+        )
     )
     acceptance_share: float | Open = _setting(
-        "Least share of the open positions that a step accepts by confidence.",
-        default=0.0,
-        at_least=0,
-        at_most=1,
-        only_with=_BY_CONFIDENCE,
-        commands=_GENERATE,
+        Entry(
+            help="Least share of the open positions that a step accepts by confidence.",
+            default=0.0,
+            at_least=0,
+            at_most=1,
+            only_with=_BY_CONFIDENCE,
+            commands=_GENERATE,
+        )
     )
     stop_on: StopOn | Open = _setting(
-        "Which positions a canvas waits for: all of the 'canvas', or those of the 'answer', up to "
-        "the draft's first end token.",
-        default="canvas",
-        commands=_GENERATE,
+        Entry(
+            help="Which positions a canvas waits for: all of the 'canvas', or those of the "
+            "'answer', up to the draft's first end token.",
+            default="canvas",
+            commands=_GENERATE,
+        )
     )
     canvas_width: CanvasWidth | Open = _setting(
-        "'fixed', or 'answer': columns well after the draft's first end token are dropped once "
-        "it has been accepted, and come back if it is lost. Rows of a batch share one width.",
-        default="fixed",
-        commands=_GENERATE,
+        Entry(
+            help="'fixed', or 'answer': columns well after the draft's first end token are "
+            "dropped once it has been accepted, and come back if it is lost. Rows of a batch "
+            "share one width.",
+            default="fixed",
+            commands=_GENERATE,
+        )
     )
     self_conditioning: SelfConditioning | Open = _setting(
-        "How predictions go into the next step: 'dense', the mean over the whole vocabulary, or "
-        "'sparse', over the likeliest tokens and the mean of the rest.",
-        default="dense",
-        commands=_GENERATE,
+        Entry(
+            help="How predictions go into the next step: 'dense', the mean over the whole "
+            "vocabulary, or 'sparse', over the likeliest tokens and the mean of the rest.",
+            default="dense",
+            commands=_GENERATE,
+        )
     )
     sparse_tokens: int | Open = _setting(
-        "Likeliest tokens of sparse self-conditioning.",
-        default=64,
-        at_least=1,
-        only_with=_SPARSE,
-        commands=_GENERATE,
+        Entry(
+            help="Likeliest tokens of sparse self-conditioning.",
+            default=64,
+            at_least=1,
+            only_with=_SPARSE,
+            commands=_GENERATE,
+        )
     )
     sparse_entropy: float | Open = _setting(
-        "Nats of entropy from which a position's self-conditioning stays dense.",
-        default=2.0,
-        at_least=0,
-        only_with=_SPARSE,
-        commands=_GENERATE,
+        Entry(
+            help="Nats of entropy from which a position's self-conditioning stays dense.",
+            default=2.0,
+            at_least=0,
+            only_with=_SPARSE,
+            commands=_GENERATE,
+        )
     )
     schedule_steps: int | Open = _setting(
-        "Steps over which the temperature falls, also where max_denoising_steps is less.",
-        at_least=1,
-        commands=_GENERATE,
-        shown_default="max_denoising_steps",
+        Entry(
+            help="Steps over which the temperature falls, also where max_denoising_steps is less.",
+            at_least=1,
+            commands=_GENERATE,
+            shown_default="max_denoising_steps",
+        )
     )
     extra_eos_token_ids: tuple[int, ...] = ()  # ids of one tokenizer, so no option of a command
 

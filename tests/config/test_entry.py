@@ -24,7 +24,7 @@ from tests.cli.test_cli import invoke
 ROOT = Path(__file__).parents[2]
 MADE_UP = """
     made_up: int | Open = _setting(
-        "Nobody needs it.", default=5, at_least=2, at_most=9, commands=_ALL, flags=("--made-up",)
+        Entry(help="Nobody needs it.", default=5, at_least=2, at_most=9, commands=_ALL)
     )
 """
 FIRST = "    max_new_tokens: int | Open = _setting("
