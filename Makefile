@@ -10,6 +10,11 @@ else
 TEST_EXTRAS := [test]
 endif
 
+# MLX's Linux wheels bring the reference BLAS, 20 to 60 times slower than OpenBLAS. Where Debian's
+# libopenblas0-pthread is installed, it is put in front for tests and benchmarks.
+OPENBLAS := $(firstword $(wildcard /usr/lib/*/libopenblas.so.0))
+WITH_OPENBLAS := LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1
+
 .PHONY: demo demo-model test long bench docs lint types unit wheel clean
 
 demo: $(VENV)/.demo
@@ -21,12 +26,9 @@ demo: $(VENV)/.demo
 
 test: lint types unit wheel
 
-# Measures speed against mlx-vlm and transformers, about two hours on two cores. MLX's Linux wheels
-# bring the reference BLAS, 20 to 60 times slower than OpenBLAS: it is put in front where Debian's
-# libopenblas0-pthread is installed, for every runtime alike.
-OPENBLAS := $(firstword $(wildcard /usr/lib/*/libopenblas.so.0))
+# Measures speed against mlx-vlm and transformers, about two hours on two cores.
 bench: $(VENV)/.bench
-	LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/answer.py --save
+	$(WITH_OPENBLAS) $(BIN)/python bench/answer.py --save
 	for name in counts sparse step growth twin floors infill match; do \
 		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
 	done
@@ -36,9 +38,9 @@ bench: $(VENV)/.bench
 # What is too long for every change: each deliberate fault is noticed, and conversions survive damage
 # and kills in full counts.
 long: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.fuzz
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.kills
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.fuzz
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.kills
 
 # Writes the pages and the picture that are made from the code.
 docs: $(VENV)/.test
@@ -59,7 +61,7 @@ types: $(VENV)/.test
 
 # A few processes, one core each.
 unit: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Built, installed in another environment with the runtime dependencies only, and run from another folder.
 wheel: $(VENV)/.test

@@ -39,9 +39,9 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("error::FutureWarni
 SEEDS = range(16)
 # Largest difference over largest value, per tensor.
 TOLERANCE = 1e-4
-# One number each, the sum over all places of terms that cancel; buffers in transformers, which
-# trains none of them.
-SCALAR_TOLERANCE = 5e-4
+# One number each, the sum over all places of terms that cancel: float32 leaves up to 6e-4 of it,
+# depending on the order in which the BLAS adds. Buffers in transformers, which trains none of them.
+SCALAR_TOLERANCE = 1e-3
 EOS, PAD = 1, 0
 
 
