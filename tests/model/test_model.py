@@ -37,7 +37,7 @@ from mlx_diffgemma.model.self_conditioning import SelfConditioning
 from tests.checkpoints import draw_config, load_drawn
 
 # The same sums in another order: float32 rounding through a few layers, logits up to 30.
-TOLERANCE = 1e-4
+TOLERANCE = 2e-4  # of logits; a BLAS adds in another order where a product has other rows
 SEEDS = (1, 2, 5, 9, 12, 14)
 
 
