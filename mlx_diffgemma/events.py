@@ -1,7 +1,8 @@
 """The events of a run, in order: prefill, then steps and a commit per canvas, then the end.
 
-Arrays are `[B, L]` (batch, canvas) and lazy: nothing is computed for a listener that does not read
-them. Under `canvas_width="answer"` a step's arrays hold only the columns that the step computed.
+Each event speaks of one row; the rows of a run are numbered from 0. Arrays are `[1, L]` (L the
+canvas) and lazy: nothing is computed for a listener that does not read them. Under
+`canvas_width="answer"` a step's arrays hold only the columns that the step computed.
 """
 
 from __future__ import annotations
@@ -15,66 +16,68 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillDone:
-    """The prompt is in the context."""
+    """A row's prompt is in its context."""
 
-    prompt_tokens: int  # over all rows, without padding
+    prompt_tokens: int
+    cached_tokens: int  # of them, those that a kept context held already
     seconds: float
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepDone:
-    """One denoise step. Rows that have already settled repeat their last values."""
+    """One denoise step."""
 
     canvas_index: int
     step: int  # from 0
-    draft: mx.array  # [B, L] int32, the best guess so far
-    accepted: mx.array  # [B, L] bool, where the proposal was kept
-    entropy: mx.array  # [B, L] float32, nats; 0 where a token is pinned
-    certainty: mx.array  # [B, L] float32, probability of the draft's tokens; 1 where pinned
+    draft: mx.array  # [1, L] int32, the best guess so far
+    accepted: mx.array  # [1, L] bool, where the proposal was kept
+    entropy: mx.array  # [1, L] float32, nats; 0 where a token is pinned
+    certainty: mx.array  # [1, L] float32, probability of the draft's tokens; 1 where pinned
     candidates: tuple[mx.array, mx.array] | None = (
-        None  # ids int32 and probabilities, [B, L, k], best first
+        None  # ids int32 and probabilities, [1, L, k], best first
     )
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanvasCommitted:
-    """A canvas is final. After a row's first end token `tokens` holds padding."""
+    """A canvas is final. After the first end token `tokens` holds padding."""
 
     canvas_index: int
-    # [B, L] int32; narrower where `max_new_tokens` cuts the canvas, or where a narrow canvas lost
+    # [1, L] int32; narrower where `max_new_tokens` cuts the canvas, or where a narrow canvas lost
     # its end token in its last step.
     tokens: mx.array
     steps: int  # denoise steps run on this canvas
-    row_steps: tuple[int, ...]  # steps until each row settled; 0 for a row that had ended before
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Finished:
-    """The run is over. One entry per row."""
+    """A row is complete."""
 
-    reason: tuple[Literal["stop", "length"], ...]  # an end token, or the limit was reached
-    new_tokens: tuple[int, ...]  # the end token counts, padding does not
-    row_steps: tuple[int, ...]  # denoise steps over all canvases
-    row_canvases: tuple[int, ...]
-    row_positions: tuple[int, ...]  # canvas columns computed, summed over steps: the work done
+    reason: Literal["stop", "length"]  # an end token, or the limit was reached
+    new_tokens: int  # the end token counts, padding does not
+    steps: int  # denoise steps over all canvases
+    canvases: int
+    positions: int  # canvas columns computed, summed over steps: the work done
+    row: int = 0
 
     @property
-    def tokens_per_forward(self) -> tuple[float, ...]:
+    def tokens_per_forward(self) -> float:
         """New tokens per denoise step, as transformers counts them."""
-        return tuple(
-            t / s if s else 0.0 for t, s in zip(self.new_tokens, self.row_steps, strict=True)
-        )
+        return self.new_tokens / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrialStarted:
-    """`fill` starts a batch, whose steps follow. Its rows differ in the lengths of slots."""
+    """`fill` starts some rows, whose steps follow. They differ in the lengths of slots."""
 
     window: int  # from 0; a long template is written window by window
     slots: tuple[str, ...]  # names of the slots that the window writes
     lengths: tuple[tuple[int, ...], ...]  # per row, tokens of each slot
-    pinned: mx.array  # [B, L] bool, True where the text is given
-    is_final: bool  # False: the batch only compares lengths, and its text is dropped
+    pinned: tuple[mx.array, ...]  # per row, [1, L] bool, True where the text is given
+    is_final: bool  # False: the rows only compare lengths, and their text is dropped
 
 
 @dataclass(frozen=True, slots=True)

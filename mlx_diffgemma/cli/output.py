@@ -109,7 +109,7 @@ class Follower:
         if self.trace is not None:
             self.trace.observe(event)
         if isinstance(event, TrialStarted):
-            self._pinned = event.pinned[0].tolist()  # type: ignore[assignment]
+            self._pinned = event.pinned[0][0].tolist()  # type: ignore[assignment]
             self._trial = _about_trial(event)
 
     def trial(self, event: Event) -> None:
@@ -117,6 +117,8 @@ class Follower:
         from ..events import StepDone
         from .render_watch import WatchView
 
+        if isinstance(event, StepDone) and event.row:
+            return  # of rows that try other lengths, the first is shown
         self.observe(event)
         if self.drafts is not None:
             self.object(event)
@@ -138,7 +140,7 @@ class Follower:
         self.view.object(as_object(event, summary, drafts=self.drafts))
 
     def step(self, event: StepDone) -> None:
-        """Show the draft of row 0 if there is a display."""
+        """Show the draft if there is a display."""
         from ..language.text import Spellings, canvas_tokens, draft_pieces
         from .render_watch import StepNumbers, WatchView
 

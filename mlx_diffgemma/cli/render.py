@@ -20,7 +20,7 @@ from ..checkpoint.cache import CachedModel
 from ..checkpoint.choice import short_name
 from ..checkpoint.info import Info
 from ..errors import SourceError
-from ..events import StepDone
+from ..events import StepDone, TrialStarted
 from .interrupt import on_suspend
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class View:
         self._open_line = ""  # of the answer
         self._open_thought = ""
         self._ends_with_break = True
+        self._lengths = 1  # of slots that are tried at once
         self._is_broken = False  # stdout accepts no more text
         self._is_drawing = self._is_suspended = False
         self._undo_suspend: Callable[[], None] | None = None
@@ -103,9 +104,10 @@ class View:
 
     def trial(self, event: Event) -> None:
         """Show the progress of a search over lengths, in one line."""
-        if isinstance(event, StepDone) and self.is_live:
-            rows = event.draft.shape[0]
-            what = f"{rows} lengths at once" if rows > 1 else "the canvas"
+        if isinstance(event, TrialStarted):
+            self._lengths = len(event.lengths)
+        elif isinstance(event, StepDone) and self.is_live:
+            what = f"{self._lengths} lengths at once" if self._lengths > 1 else "the canvas"
             self._draw(f"denoising {what}, step {event.step + 1}")
 
     def about(self, filled: Filled) -> None:

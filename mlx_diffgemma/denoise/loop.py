@@ -1,12 +1,11 @@
-"""The denoising loop: prefill, then per canvas denoise, accept and renoise until settled, then
-commit. Knows ids, not text."""
+"""The denoising loop: rows read their text, then denoise a canvas, accept and renoise until it has
+settled, commit it, and so on. Rows join and leave between steps. Knows ids, not text."""
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -14,13 +13,123 @@ import numpy as np
 from ..config.generation import GenerationSettings, ResolvedSettings
 from ..config.model import ModelConfig
 from ..errors import ConfigError, PromptError, TemplateError
-from ..events import CanvasCommitted, LoopEvent, PrefillDone, StepDone
-from ..model import Context, DiffusionGemma, OpenContext
+from ..events import LoopEvent
+from ..model import DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
-from .noise import Noise, SeededNoise
+from .canvas import Canvas, Plan, Taken
+from .noise import Noise
 from .pinned import Pinned
-from .rows import Planner, Rows, check_room
-from .step import Run, Step, take_step
+from .row import Row
+from .step import take_step
+
+
+class Rows:
+    """Rows that are computed together. Each writes what it would write alone."""
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        self.model = model
+        self.rows: list[Row] = []
+        self._mean_row: mx.array | None = None  # [M], for sparse self-conditioning
+        self._ahead: _Ahead | None = None
+
+    def add(self, row: Row) -> None:
+        """Let a row join. Nothing of the others is copied or computed again."""
+        if row.settings.self_conditioning == "sparse" and self._mean_row is None:
+            self._mean_row = self.model.mean_row()
+        self.rows.append(row)
+
+    def remove(self, row: Row) -> None:
+        """Let a row leave before its end."""
+        self.rows.remove(row)
+
+    def run(self) -> Generator[LoopEvent, None, None]:
+        """Run all rows to their ends."""
+        while self.rows:
+            yield from self.advance()
+
+    def advance(self) -> Generator[LoopEvent, None, None]:
+        """Read one piece of text of the rows that have some to read, then take one step of all
+        others. Rows that finish leave."""
+        yield from self._read()
+        for row in self.rows:
+            if row.unread is None and row.canvas is None:
+                yield from row.begin_canvas()
+        yield from self._step([row for row in self.rows if row.canvas is not None])
+        self.rows = [row for row in self.rows if not row.is_done]
+
+    def _read(self) -> Iterator[LoopEvent]:
+        """Read the next piece of some rows in one pass, no more tokens than a piece of the first
+        row may have. They go to the end of the line, so that a long text delays nobody."""
+        waiting = [row for row in self.rows if row.unread is not None]
+        if not waiting:
+            return
+        reading: list[Row] = []
+        left = waiting[0].settings.prefill_step_size
+        for row in waiting:
+            if not reading or len(row.piece) <= left:
+                reading.append(row)
+                left -= len(row.piece)
+        pieces = [mx.array(row.piece[None]) for row in reading]
+        contexts = [row.take_context() for row in reading]
+        _, contexts = self.model.encode(pieces, contexts)
+        mx.eval([context.arrays for context in contexts])
+        mx.clear_cache()
+        for row, context in zip(reading, contexts, strict=True):
+            if (event := row.has_read(context)) is not None:
+                yield event
+        self.rows = [row for row in self.rows if row not in reading] + reading
+
+    def _step(self, rows: list[Row]) -> Iterator[LoopEvent]:
+        """Take one step of the given rows."""
+        if not rows:
+            return
+        plans = [(row, _canvas(row).plan) for row in rows]
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.plans == plans:
+            taken, opened = ahead.taken, ahead.opened
+        else:
+            ahead = None
+            opened = [row.opened.pop() for row in rows]
+            taken, opened = take_step(
+                self.model, [_canvas(row) for row in rows], opened, self._mean_row
+            )
+        for row, each, context in zip(rows, taken, opened, strict=True):
+            row.take(each, context)
+        del ahead, opened  # arrays without other references are written in place
+        checks = [number for each in taken for number in each.check]
+        read = checks[0] if len(checks) == 1 else mx.concatenate(checks)
+        mx.async_eval(read, *(array for each in taken for array in _heard(each)))
+        self._look_ahead(rows)
+        for each in taken:
+            yield each.event
+        numbers: list[int] = np.array(read).tolist()  # the one host read of a step
+        for row, each in zip(rows, taken, strict=True):
+            check, numbers = numbers[: len(each.check)], numbers[len(each.check) :]
+            if not row.goes_on(check):
+                yield from row.end_canvas(each.event.draft)
+
+    def _look_ahead(self, rows: list[Row]) -> None:
+        """Build the next step of the rows that have one before the host reads this one, so that the
+        device need not wait for Python. It is dropped if a row settles, joins or changes its plan.
+        """
+        # The host chooses an automaton's strings, so it waits for every step anyway.
+        waits = any((pinned := _canvas(row).pinned) and pinned.spans for row in rows)
+        rows = [row for row in rows if _canvas(row).has_steps_left]
+        if is_cpu() or waits or not rows:
+            return
+        canvases, opened = [_canvas(row) for row in rows], [row.opened[0] for row in rows]
+        taken, opened = take_step(self.model, canvases, opened, self._mean_row)
+        plans = [(row, _canvas(row).plan) for row in rows]
+        self._ahead = _Ahead(plans, taken, opened)
+
+
+class _Ahead:
+    """A step that is built but not yet computed."""
+
+    def __init__(
+        self, plans: list[tuple[Row, Plan]], taken: list[Taken], opened: list[OpenContext]
+    ) -> None:
+        self.plans, self.taken, self.opened = plans, taken, opened
 
 
 def denoise_tokens(
@@ -30,203 +139,80 @@ def denoise_tokens(
     *,
     lengths: mx.array | None = None,
     noise: Noise | None = None,
-    pinned: Pinned | None = None,
-    stop: Callable[[np.ndarray], Sequence[bool]] | None = None,
+    pinned: Sequence[Pinned] | None = None,
+    stop: Callable[[int, np.ndarray], bool] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[LoopEvent, None, None]:
-    """Run a batch of prompts to its end. Closing the generator stops the run; no further step is
-    computed.
+    """Run prompts to their ends. Closing the generator stops the run; no further step is computed.
+
+    Row i under seed s writes what a single run under seed s + i writes; its events hold its number.
 
     Args:
       model: the model, whose checkpoint fills in open settings.
       tokens: int32 [B, S]; rows of different lengths are padded on the left, with any token.
       settings: how to denoise.
       lengths: int32 [B], tokens of each row without padding; None where all rows are full.
-      noise: the source of draws; by default `SeededNoise` of the settings' seed.
-      pinned: the given parts of the answers. Pinned tokens are the same in every canvas and every
-        draft; they are never noised, accepted or counted in the stop rule.
-      stop: called with each committed canvas, int32 [B, up to L], before it is yielded; a row for
-        which it returns True ends with it, as with an end token.
-      prompt_progress_callback: called with (places read, places in all) during prefill.
+      noise: the source of draws, for a run of one row; by default `SeededNoise` of the settings'
+        seed.
+      pinned: the given parts of each row's answer. Pinned tokens are the same in every canvas and
+        every draft; they are never noised, accepted or counted in the stop rule.
+      stop: called with a row's number and each canvas that it commits, int32 [up to L], before the
+        canvas is yielded; the row ends with it if the result is True.
+      prompt_progress_callback: called with (tokens read, tokens in all) of a row during prefill.
 
     Yields:
-      PrefillDone; per canvas StepDone for each step and CanvasCommitted; Finished.
+      For each row PrefillDone; per canvas StepDone for each step and CanvasCommitted; Finished.
 
     Raises:
       PromptError: if a token is outside the vocabulary or stands for an image, or the prompt is
       empty or too long.
-      ConfigError: if the settings contradict the checkpoint.
+      ConfigError: if the settings contradict the checkpoint, or one noise is given for several
+      rows.
     """
     if isinstance(settings, GenerationSettings):
         settings = settings.resolve(model.config)
-    noise = _checked(noise, settings)
-    real = _check_prompt(tokens, lengths, model.config)
-    check_room(model.config, settings, int(real.max()))  # before the prompt is read
-    started = time.perf_counter()
-    context = model.prefill(
-        tokens,
-        lengths=lengths,
-        step_size=settings.prefill_step_size,
-        progress=prompt_progress_callback,
-    )
-    mx.eval(context.arrays)
-    mx.clear_cache()
-    yield PrefillDone(int(real.sum()), time.perf_counter() - started)
-    contexts = [context]
-    del context  # so that its memory is freed once the first canvas has its copy
-    yield from denoise_context(
-        model, contexts, settings, longest=int(real.max()), noise=noise, pinned=pinned, stop=stop
-    )
-
-
-def denoise_context(
-    model: DiffusionGemma,
-    contexts: list[Context],
-    settings: ResolvedSettings,
-    *,
-    longest: int | None = None,
-    noise: Noise | None = None,
-    pinned: Pinned | None = None,
-    stop: Callable[[np.ndarray], Sequence[bool]] | None = None,
-) -> Generator[LoopEvent, None, None]:
-    """Run `denoise_tokens` after a context that has been read already: everything after
-    PrefillDone.
-
-    Args:
-      model: the model.
-      contexts: a list of only the context, which is removed from it; to reuse the context, keep
-        another reference.
-      settings: how to denoise.
-      longest: tokens of the longest row; by default all places of the context.
-      noise: as for `denoise_tokens`.
-      pinned: as for `denoise_tokens`.
-      stop: as for `denoise_tokens`.
-    """
-    noise = _checked(noise, settings)
-    context = contexts.pop()
-    if pinned is not None and len(pinned.tokens) != context.batch:
-        raise TemplateError(
-            f"{len(pinned.tokens)} rows are pinned, the context has {context.batch}"
+    texts = _check_prompt(tokens, lengths, model.config)
+    if noise is not None and len(texts) > 1:
+        raise ConfigError(f"a noise draws for one row, and the run has {len(texts)}")
+    if pinned is not None and len(pinned) != len(texts):
+        raise TemplateError(f"{len(pinned)} rows are pinned, and the run has {len(texts)}")
+    rows = Rows(model)
+    for number, text in enumerate(texts):
+        rows.add(
+            Row(
+                model,
+                replace(settings, seed=settings.seed + number),
+                text,
+                number=number,
+                noise=noise,
+                pinned=None if pinned is None else pinned[number],
+                stop=None if stop is None else partial(stop, number),
+                progress=prompt_progress_callback,
+            )
         )
-    rows = Rows(model.config, settings, longest or context.length, context.batch)
-    is_sparse = settings.self_conditioning == "sparse"
-    run = Run(model, settings, noise, model.mean_row() if is_sparse else None)
-    position = 0  # of the canvas in the answer
-    for canvas_index in itertools.count():
-        # In a list: each step overwrites the last one's context, and any other reference to that
-        # would make it a copy.
-        opened = [model.open(context, settings.canvas_length)]
-        del context  # the opened one holds a copy and returns it
-        if pinned is not None:
-            here = pinned.canvas(position, settings.canvas_length, run.vocab_size)
-            run = replace(run, pinned=here)
-        last = yield from _denoise_canvas(run, opened, canvas_index, rows)
-        committed, row_steps = rows.take(last.draft, last.row_steps)
-        position += committed.shape[1]
-        if stop is not None:
-            rows.end(stop(committed))
-        yield CanvasCommitted(canvas_index, mx.array(committed), rows.steps_run, row_steps)
-        if rows.are_done:
-            del last
-            break
-        context = model.commit(mx.array(committed), opened.pop().closed())
-        del last
-        mx.eval(context.arrays)
-        mx.clear_cache()
-    yield rows.finish()
+    yield from rows.run()
 
 
-def _denoise_canvas(
-    run: Run, opened: list[OpenContext], canvas_index: int, rows: Rows
-) -> Generator[StepDone, None, Step]:
-    """Denoise one canvas and return its last step. Rows that have ended start settled."""
-    rows.steps_run, settings = 0, run.settings
-    B, L = len(rows.ended), settings.canvas_length
-    draft, live = mx.full((B, L), settings.pad_token_id, dtype=mx.int32), ~rows.ended
-    if run.pinned is not None:
-        draft = run.pinned.over(draft)
-        live = live & run.pinned.has_free
-    last = Step(draft, draft, mx.array(~live), mx.zeros(B, dtype=mx.int32))
-    if not live.any():  # all of it is given
-        return last
-    last = yield from _settle(run, opened, last, canvas_index, rows, live)
-    for attempt in range(1, settings.empty_rerolls + 1 if canvas_index == 0 else 1):
-        assert isinstance(run.noise, SeededNoise)
-        is_end = np.isin(np.array(last.draft), settings.eos_token_ids)
-        empty = is_end[:, 0] & ~rows.ended
-        if not empty.any():
-            break
-        if is_end.shape[1] < L:  # a narrow row without an end token lacks the rest
-            empty |= ~is_end.any(axis=1) & ~rows.ended
-        last = replace(last, settled=mx.array(~empty))
-        again = replace(run, noise=run.noise.reroll(attempt))
-        last = yield from _settle(again, opened, last, canvas_index, rows, empty)
-    return last
+def _canvas(row: Row) -> Canvas:
+    assert row.canvas is not None
+    return row.canvas
 
 
-def _settle(
-    run: Run,
-    opened: list[OpenContext],
-    now: Step,
-    canvas_index: int,
-    rows: Rows,
-    live: np.ndarray,
-) -> Generator[StepDone, None, Step]:
-    """Step from random tokens until every row has settled or no step is left; return the last one.
-    `live` marks the rows that have not settled, bool [B]."""
-    settings, shape = run.settings, (len(live), run.settings.canvas_length)
-    start = run.noise.start(canvas_index, shape, run.vocab_size)
-    if run.pinned is not None:
-        start = run.pinned.kept_to(start)
-    now = replace(now, canvas=start, held=None)
-    drafts: tuple[mx.array, ...] = ()
-    planner = Planner(settings, rows)
-    plan = planner.first()
-    # The host chooses an automaton's strings, so it waits for every step anyway.
-    is_lazy = not is_cpu() and not (run.pinned and run.pinned.spans)
-
-    ahead: tuple[Step, OpenContext] | None = None
-    for step in range(settings.max_denoising_steps):
-        if ahead is None:
-            now = take_step(run, opened, canvas_index, step, now, drafts, plan)
-        else:
-            now, opened[0] = ahead
-            ahead = None
-        assert now.event is not None and now.check is not None
-        is_last = step + 1 == settings.max_denoising_steps
-        listened = (now.event.entropy, *(now.event.candidates or ()))
-        # The next canvas too, or the arrays that it is drawn from would stay in memory until then.
-        mx.async_eval(now.draft, now.check, *(() if is_last else (now.canvas,)), *listened)
-        drafts = (*drafts, now.draft)[-max(1, settings.stability_threshold) :]
-        if is_lazy and not is_last:
-            # Built before the host reads this step, so that the device need not wait for Python;
-            # dropped if the step has settled or the plan changes.
-            beyond = list(opened)
-            ahead = take_step(run, beyond, canvas_index, step + 1, now, drafts, plan), beyond.pop()
-        rows.count(live, plan.width)
-        yield now.event
-        check = np.array(now.check)  # the one host read of a step
-        live = check[:, 0] == 0
-        if not live.any():
-            break
-        if not is_last and (new_plan := planner.next(check)) != plan:
-            plan, ahead = new_plan, None
-    # Otherwise the belief and the drawn canvas would keep logits in memory through the commit.
-    return replace(now, canvas=now.draft, belief=None, check=None, event=None)
+def _heard(taken: Taken) -> Iterator[mx.array]:
+    """Yield the arrays of a step that are computed with it: what a listener reads, and the next
+    canvas, or the arrays that it is drawn from would stay in memory until then."""
+    yield taken.event.draft
+    yield taken.event.entropy
+    yield from taken.event.candidates or ()
+    if taken.after.has_steps_left:
+        yield taken.after.tokens
 
 
-def _checked(noise: Noise | None, settings: ResolvedSettings) -> Noise:
-    noise = SeededNoise(settings.seed) if noise is None else noise
-    if settings.empty_rerolls and not isinstance(noise, SeededNoise):
-        raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws")
-    if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
-        raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
-    return noise
-
-
-def _check_prompt(tokens: mx.array, lengths: mx.array | None, config: ModelConfig) -> np.ndarray:
-    """Return the number of tokens of each row, after a check of every token: one outside the table
-    would be read as garbage."""
+def _check_prompt(
+    tokens: mx.array, lengths: mx.array | None, config: ModelConfig
+) -> list[np.ndarray]:
+    """Return the tokens of each row, after a check of every token: one outside the table would be
+    read as garbage."""
     host = np.array(tokens)
     if host.ndim != 2 or host.size == 0:
         raise PromptError(
@@ -238,10 +224,16 @@ def _check_prompt(tokens: mx.array, lengths: mx.array | None, config: ModelConfi
             f"lengths must be {host.shape[0]} numbers from 1 to {host.shape[1]}, "
             f"got {real.tolist()}"
         )
-    is_real = np.arange(host.shape[1]) >= (host.shape[1] - real)[:, None]
+    rows = [row[len(row) - count :] for row, count in zip(host, real.tolist(), strict=True)]
+    for row in rows:
+        check_tokens(row, config)
+    return rows
+
+
+def check_tokens(tokens: np.ndarray, config: ModelConfig) -> None:
+    """Raise a PromptError for a token that the model cannot read."""
     vocab_size = config.text.vocab_size
-    if (bad := host[(host < 0) | (host >= vocab_size)]).size:
+    if (bad := tokens[(tokens < 0) | (tokens >= vocab_size)]).size:
         raise PromptError(f"token {bad[0]} is outside the vocabulary of {vocab_size}")
-    if (image := host[is_real & np.isin(host, config.image_token_ids)]).size:
+    if (image := tokens[np.isin(tokens, config.image_token_ids)]).size:
         raise PromptError(f"the prompt holds image token {image[0]}; images are not supported yet")
-    return real

@@ -16,25 +16,24 @@ _FIRST = 0  # the step in the key of a draw without one
 
 
 class Noise(Protocol):
-    """Draws by canvas and step, both from 0, so that a loop may skip draws that it does not
-    need."""
+    """Draws of one row by canvas and step, both from 0, so that a loop may skip draws that it does
+    not need."""
 
     def start(self, canvas_index: int, shape: tuple[int, int], vocab_size: int) -> mx.array:
-        """Return the canvas before its first step: uniform tokens, int32 [B, L]."""
+        """Return the canvas before its first step: uniform tokens, int32 [1, L]."""
 
     def sample(self, canvas_index: int, step: int, logits: mx.array) -> mx.array:
-        """Return a proposal, int32 [B, L], drawn from temperature-scaled logits [B, L, V]; under
+        """Return a proposal, int32 [1, L], drawn from temperature-scaled logits [1, L, V]; under
         `canvas_width="answer"` for as many columns as the logits have."""
 
     def renoise(
         self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int
     ) -> mx.array:
-        """Return uniform tokens, int32 [B, L], for positions that the step did not accept."""
+        """Return uniform tokens, int32 [1, L], for positions that the step did not accept."""
 
 
 class SeededNoise:
-    """Row i under seed s has the draws of a single run under seed s + i, independent of its
-    neighbours."""
+    """Draws from a seed. Row i of a run under seed s has the draws of seed s + i."""
 
     def __init__(self, seed: int, attempt: int = 0):
         self.seed, self.attempt = seed, attempt
@@ -56,10 +55,9 @@ class SeededNoise:
         """Return the Gumbel noise that `sample` uses, for `sampler.draw`: a loop that has the
         masses of the chunks need not compute the logits."""
         size = chunk_size(vocab_size)
-        batch, length = shape
-        keys = self._keys((canvas_index, step, _SAMPLE), batch)
-        noise = [mx.random.gumbel((length, vocab_size // size + size), key=key) for key in keys]
-        chunks, inside = mx.split(mx.stack(noise), [vocab_size // size], axis=-1)
+        key = self._key((canvas_index, step, _SAMPLE))
+        noise = mx.random.gumbel((*_one_row(shape), vocab_size // size + size), key=key)
+        chunks, inside = mx.split(noise, [vocab_size // size], axis=-1)
         return chunks, inside
 
     def renoise(
@@ -70,21 +68,15 @@ class SeededNoise:
     def _uniform(
         self, draw: tuple[int, int, int], shape: tuple[int, int], vocab_size: int
     ) -> mx.array:
-        batch, length = shape
-        return mx.stack(
-            [
-                mx.random.randint(0, vocab_size, (length,), key=key)
-                for key in self._keys(draw, batch)
-            ]
-        )
+        return mx.random.randint(0, vocab_size, _one_row(shape), key=self._key(draw))
 
-    def _keys(self, draw: tuple[int, int, int], batch: int) -> list[mx.array]:
-        """Return one key per row, hashed from its seed and the draw's purpose: no key is used
-        twice."""
-        words = [
-            np.random.SeedSequence([self.seed + row, self.attempt, *draw]).generate_state(
-                1, np.uint64
-            )[0]
-            for row in range(batch)
-        ]
-        return [mx.random.key(int(word)) for word in words]
+    def _key(self, draw: tuple[int, int, int]) -> mx.array:
+        """Return a key hashed from the seed and the draw's purpose: no key is used twice."""
+        words = np.random.SeedSequence([self.seed, self.attempt, *draw])
+        return mx.random.key(int(words.generate_state(1, np.uint64)[0]))
+
+
+def _one_row(shape: tuple[int, int]) -> tuple[int, int]:
+    if shape[0] != 1:
+        raise ValueError(f"draws belong to one row: shapes are (1, L), got {shape}")
+    return shape

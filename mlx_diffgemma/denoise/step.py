@@ -1,18 +1,18 @@
-"""One denoise step: a forward pass over the canvas, the proposal and its acceptance. Builds the
-graph; computes nothing and knows no loop."""
+"""One denoise step of any number of rows: a forward pass over their canvases, then each row's
+proposal and its acceptance. Builds the graph; computes nothing and knows no loop."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..config.generation import ResolvedSettings
 from ..events import StepDone
 from ..model import DiffusionGemma, OpenContext
-from .noise import Noise, SeededNoise
+from .canvas import Belief, Canvas, Taken
+from .noise import SeededNoise
 from .pinned import PinnedCanvas
-from .rows import Plan
 from .sampler import (
     Statistics,
     decide,
@@ -27,57 +27,21 @@ from .sampler import (
 from .schedule import temperature
 from .stopping import all_that_matter, answer_length, is_settled
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Run:
-    """The values that all steps share."""
-
-    model: DiffusionGemma
-    settings: ResolvedSettings
-    noise: Noise
-    mean_row: mx.array | None  # [M], for sparse self-conditioning
-    pinned: PinnedCanvas | None = None  # of the current canvas
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.config.text.vocab_size
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """The state of a canvas after a step; lazy. W is the number of columns that the step
-    computed."""
-
-    canvas: mx.array  # [B, L] int32, the next step's input
-    draft: mx.array  # [B, W] int32
-    settled: mx.array  # [B] bool
-    row_steps: mx.array  # [B] int32, steps until each row settled
-    belief: Belief | None = None  # for the next step's self-conditioning
-    held: mx.array | None = None  # [B, W] int32, see `sampler.hold`
-    check: mx.array | None = None  # int32 [B, 1 to 3], the numbers that the host reads; see `Plan`
-    event: StepDone | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Belief:
-    """The prediction of a step, for the next one's self-conditioning."""
-
-    weights: mx.array  # [B, W, V], the model's type
-    total: mx.array  # [B, W] float32
-    entropy: mx.array  # [B, W] float32
-    # Ids and probabilities of the likeliest tokens, for a sparse one.
-    likeliest: tuple[mx.array, mx.array] | None = None
+# Head, statistics and soft embedding go in pieces of whole rows: at most so many numbers over the
+# vocabulary at once (64 MiB in float32), and at least one row. A large model's canvas is more, and
+# fills the device alone.
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Look:
-    """One forward pass over the canvas, W columns of it."""
+    """One forward pass over a row's canvas, W columns of it."""
 
-    outputs: mx.array  # [B, W, V], the head's outputs before the softcap
+    outputs: mx.array  # [1, W, V], the head's outputs before the softcap
     thought: Statistics  # of the outputs
     heat: mx.array  # float32, the step's temperature
     cap: float
-    allowed: mx.array | None  # bool, broadcasts to [B, W, V]; where a pinned set of tokens is
+    allowed: mx.array | None  # bool, broadcasts to [1, W, V]; where a pinned set of tokens is
 
     @property
     def scaled(self) -> tuple[mx.array, float, mx.array | None]:
@@ -87,156 +51,202 @@ class _Look:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Judgement:
-    """The accepted tokens of a step, and the rows that have settled."""
+    """The accepted tokens of a step, and whether the row has settled."""
 
-    canvas: mx.array  # [B, W] int32, accepted proposals and fresh noise
-    accepted: mx.array  # [B, W] bool
-    settled: mx.array  # [B] bool
-    held: mx.array | None  # [B, W] int32, see `sampler.hold`
+    canvas: mx.array  # [1, W] int32, accepted proposals and fresh noise
+    accepted: mx.array  # [1, W] bool
+    settled: mx.array  # [1] bool
+    held: mx.array | None  # [1, W] int32, see `sampler.hold`
 
 
 def take_step(
-    run: Run,
+    model: DiffusionGemma,
+    canvases: Sequence[Canvas],
     opened: list[OpenContext],
-    canvas_index: int,
-    step: int,
-    before: Step,
-    drafts: tuple[mx.array, ...],
-    plan: Plan,
-) -> Step:
-    """Return the graph of one step, which replaces the last one's context by its own. Unread
-    arrays, such as draws after the last step, are never computed.
+    mean_row: mx.array | None = None,
+) -> tuple[list[Taken], list[OpenContext]]:
+    """Return the graph of one step of several rows, each with its own context, width, step number
+    and settings. Unread arrays, such as draws after the last step, are never computed.
 
     Args:
-      run: the values that all steps share.
-      opened: a list of only the context; the step replaces it by its own.
-      canvas_index: of the canvas, from 0.
-      step: from 0.
-      before: the step before, or the start of the canvas.
-      drafts: [B, W] each, of the last `stability_threshold` steps.
-      plan: how many columns to compute.
+      model: the model.
+      canvases: one per row.
+      opened: the rows' open contexts; the list is emptied, see `DiffusionGemma.canvas_states`.
+      mean_row: [M], for rows with sparse self-conditioning.
+
+    Returns:
+      What each row's step gave, and the contexts for the next one.
     """
-    settings, pinned, W = run.settings, run.pinned, plan.width
-    shape = (before.canvas.shape[0], before.canvas.shape[1])
-    canvas = before.canvas if W == shape[1] else before.canvas[:, :W]
-    look = _look(run, opened, canvas, before, step, plan)
+    soft = _self_conditioning(model, canvases, mean_row)
+    states, written = model.canvas_states(
+        [_columns(c.tokens, 0, c.plan.width) for c in canvases], opened, self_conditioning=soft
+    )
+    vocab_size = model.config.text.vocab_size
+    taken = [
+        _take(canvas, look, vocab_size)
+        for canvas, look in zip(canvases, _looks(model, canvases, states), strict=True)
+    ]
+    return taken, written
+
+
+def look_once(
+    model: DiffusionGemma, canvases: Sequence[mx.array], opened: list[OpenContext]
+) -> Iterator[Statistics]:
+    """Yield the statistics of each row after one pass over the given tokens, int32 [1, W] each,
+    without self-conditioning, at temperature 1. `opened` is emptied, as in `take_step`."""
+    states, _ = model.canvas_states(canvases, opened)
+    widths, stop = [canvas.shape[1] for canvas in canvases], 0
+    alone = [False] * len(widths)
+    for rows in _pieces(widths, alone, model.config.text.vocab_size):
+        outputs = model.outputs(_columns(states, stop, stop + sum(widths[r] for r in rows)))
+        seen, at = statistics(outputs, cap=model.config.text.final_logit_softcapping), 0
+        for row in rows:
+            yield Statistics(*(_columns(x, at, at + widths[row]) for x in seen))
+            at += widths[row]
+        stop += at
+
+
+def _take(canvas: Canvas, look: _Look, vocab_size: int) -> Taken:
+    """Return what the step gives for one row, after its forward pass."""
+    settings, pinned, W = canvas.settings, canvas.pinned, canvas.plan.width
+    shape = (1, settings.canvas_length)
     seen = look.thought
-    proposal = _propose(run, look, canvas_index, step, shape)
+    proposal = _propose(canvas, look, vocab_size)
     # Always for the whole canvas, so that a position's draw does not depend on the width.
-    fresh = run.noise.renoise(canvas_index, step, shape, run.vocab_size)
+    fresh = canvas.noise.renoise(canvas.index, canvas.step, shape, vocab_size)
     if pinned is not None:
         fresh = pinned.kept_to(fresh)
         seen, proposal = _with_given(look.thought, proposal, pinned)
-    frozen = before.settled[:, None]
-    draft = mx.where(frozen, _fitted(before.draft, W, settings.pad_token_id), seen.draft)
+    draft = seen.draft
     length = answer_length(draft, settings.eos_token_ids) if settings.looks_for_end else None
-    judged = _judge(
-        run, look, seen, proposal, fresh[:, :W], draft, drafts, before, _matters(run, length, W)
-    )
+    judged = _judge(canvas, look, seen, proposal, _columns(fresh, 0, W), _matters(canvas, length))
     settled, check = judged.settled, []
     if settings.canvas_width == "answer":
         assert length is not None
-        needed = _needed(length, judged.accepted, plan.widest)
+        needed = _needed(length, judged.accepted, canvas.plan.widest)
         check.append(needed)
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
-    settled = before.settled | settled
     check.insert(0, settled.astype(mx.int32))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
-        check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1))
+        check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1).astype(mx.int32))
     candidates = None
     if count := settings.top_candidates:
         confidence = look.thought.confidence
         candidates = top_candidates(look.outputs, count, confidence, *look.scaled)
-    next_canvas = mx.where(frozen, canvas, judged.canvas)
-    if W < shape[1]:
-        next_canvas = mx.concatenate([next_canvas, fresh[:, W:]], axis=1)
-    return Step(
-        canvas=next_canvas,
-        draft=draft,
-        settled=settled,
-        row_steps=before.row_steps + (~before.settled).astype(mx.int32),
-        belief=Belief(seen.weights, seen.total, seen.entropy, likeliest),
-        held=judged.held,
-        check=mx.stack(check, axis=-1),
-        event=StepDone(
-            canvas_index, step, draft, judged.accepted, seen.entropy, seen.confidence, candidates
+    tokens = judged.canvas
+    if shape[1] > W:
+        tokens = mx.concatenate([tokens, fresh[:, W:]], axis=1)
+    return Taken(
+        StepDone(
+            canvas.index,
+            canvas.step,
+            draft,
+            judged.accepted,
+            seen.entropy,
+            seen.confidence,
+            candidates,
+            canvas.row,
+        ),
+        tuple(check),
+        replace(
+            canvas,
+            tokens=tokens,
+            step=canvas.step + 1,
+            drafts=(*canvas.drafts, draft)[-max(1, settings.stability_threshold) :],
+            belief=Belief(seen.weights, seen.total, seen.entropy, likeliest),
+            held=judged.held,
         ),
     )
 
 
-def _look(
-    run: Run,
-    opened: list[OpenContext],
-    canvas: mx.array,
-    before: Step,
-    step: int,
-    plan: Plan,
-) -> _Look:
-    """Run the model over the canvas, with self-conditioning on the step before."""
-    pinned, W = run.pinned, plan.width
-    heat = mx.array(temperature(step, run.settings))  # an array, so that no step costs a new trace
-    soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)
-    if pinned is not None and soft is not None:
-        given = run.model.embed(pinned.tokens[:, :W])
-        soft = mx.where(pinned.free[:, :W, None], soft, given)
-    outputs, context = run.model.look(canvas, opened.pop(), self_conditioning=soft)
-    opened.append(context)
-    cap = run.model.config.text.final_logit_softcapping
-    allowed = None if pinned is None else pinned.allowed(W)
-    return _Look(outputs, statistics(outputs, heat, cap, allowed), heat, cap, allowed)
+def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) -> Iterator[_Look]:
+    """Yield each row's outputs and their statistics, from the states [1, T, M] of all rows."""
+    cap = model.config.text.final_logit_softcapping
+    alone = [c.pinned is not None and c.pinned.is_limited for c in canvases]
+    widths = [c.plan.width for c in canvases]
+    stop = 0
+    for rows in _pieces(widths, alone, model.config.text.vocab_size):
+        start, stop = stop, stop + sum(widths[row] for row in rows)
+        outputs = model.outputs(_columns(states, start, stop))
+        # Arrays, so that no step costs a new trace.
+        heats = [mx.array(temperature(canvases[r].step, canvases[r].settings)) for r in rows]
+        if len(rows) == 1:
+            pinned = canvases[rows[0]].pinned
+            allowed = None if pinned is None else pinned.allowed(widths[rows[0]])
+            thought = statistics(outputs, heats[0], cap, allowed)
+            yield _Look(outputs, thought, heats[0], cap, allowed)
+            continue
+        heat = _joined(
+            [mx.broadcast_to(h, (1, widths[r], 1)) for h, r in zip(heats, rows, strict=True)]
+        )
+        thought, at = statistics(outputs, heat, cap), 0
+        for row, own in zip(rows, heats, strict=True):
+            end = at + widths[row]
+            part = Statistics(*(x[:, at:end] for x in thought))
+            yield _Look(outputs[:, at:end], part, own, cap, None)
+            at = end
 
 
-def _propose(
-    run: Run, look: _Look, canvas_index: int, step: int, shape: tuple[int, int]
-) -> mx.array:
-    """Return a token for each position, int32 [B, W]: drawn, or the likeliest. `shape` is that of
-    the whole canvas."""
-    noise, W = run.noise, look.outputs.shape[1]
-    if run.settings.temperature == 0:
+def _pieces(
+    widths: Sequence[int], alone: Sequence[bool], vocab_size: int
+) -> Iterator[Sequence[int]]:
+    """Yield neighbouring rows whose columns are multiplied with the vocabulary at once."""
+    piece: list[int] = []
+    for row, width in enumerate(widths):
+        total = sum(widths[r] for r in piece) + width
+        if piece and (alone[row] or alone[piece[-1]] or total * vocab_size > _PIECE):
+            yield piece
+            piece = []
+        piece.append(row)
+    yield piece
+
+
+def _propose(canvas: Canvas, look: _Look, vocab_size: int) -> mx.array:
+    """Return a token for each position, int32 [1, W]: drawn, or the likeliest."""
+    noise, W = canvas.noise, canvas.plan.width
+    if canvas.settings.temperature == 0:
         return look.thought.draft
     if type(noise) is SeededNoise:  # the same draws as `sample`, without the logits
-        chunks, inside = noise.gumbels(canvas_index, step, shape, run.vocab_size)
-        return draw(look.thought, (chunks[:, :W], inside[:, :W]))
-    return noise.sample(canvas_index, step, scaled_logits(look.outputs, *look.scaled))
+        shape = (1, canvas.settings.canvas_length)
+        chunks, inside = noise.gumbels(canvas.index, canvas.step, shape, vocab_size)
+        return draw(look.thought, (_columns(chunks, 0, W), _columns(inside, 0, W)))
+    return noise.sample(canvas.index, canvas.step, scaled_logits(look.outputs, *look.scaled))
 
 
-def _matters(run: Run, length: mx.array | None, width: int) -> mx.array | None:
-    """Return which positions a canvas waits for, bool [B, W]; None for all of them."""
-    matters = None
-    if run.settings.stop_on == "answer":
+def _matters(canvas: Canvas, length: mx.array | None) -> mx.array | None:
+    """Return which positions a canvas waits for, bool [1, W]; None for all of them."""
+    matters, W = None, canvas.plan.width
+    if canvas.settings.stop_on == "answer":
         assert length is not None
-        matters = mx.arange(width) < length[:, None]
-    if run.pinned is not None:
-        free = run.pinned.free[:, :width]
+        matters = mx.arange(W) < length[:, None]
+    if canvas.pinned is not None:
+        free = canvas.pinned.free[:, :W]
         matters = free if matters is None else matters & free
     return matters
 
 
 def _judge(
-    run: Run,
+    canvas: Canvas,
     look: _Look,
     seen: Statistics,
     proposal: mx.array,
     fresh: mx.array,
-    draft: mx.array,
-    drafts: tuple[mx.array, ...],
-    before: Step,
     matters: mx.array | None,
 ) -> _Judgement:
-    """Accept certain proposals, renoise the rest from `fresh`, and find the rows that have
+    """Accept certain proposals, renoise the rest from `fresh`, and find whether the row has
     settled."""
-    settings, pinned, (B, W) = run.settings, run.pinned, draft.shape
+    settings, pinned, draft, (B, W) = canvas.settings, canvas.pinned, seen.draft, seen.draft.shape
     held = None
     if settings.acceptance == "confidence":
         thought = look.thought
-        next_canvas, accepted, held = hold(
+        tokens, accepted, held = hold(
             proposal,
             thought.confidence if proposal is thought.draft else probability_of(proposal, thought),
             draft,
-            mx.full((B, W), -1) if before.held is None else _fitted(before.held, W, -1),
+            mx.full((B, W), -1) if canvas.held is None else _fitted(canvas.held, W, -1),
             mx.ones_like(draft, dtype=mx.bool_) if matters is None else matters,
             fresh,
             confidence=settings.acceptance_confidence,
@@ -244,12 +254,12 @@ def _judge(
         )
         settled = all_that_matter(accepted, matters)
     else:
-        next_canvas, accepted = decide(
+        tokens, accepted = decide(
             seen.entropy, proposal, fresh, entropy_bound=settings.entropy_bound
         )
         settled = is_settled(
             draft,
-            [_fitted(previous, W, -1) for previous in drafts],
+            [_fitted(previous, W, -1) for previous in canvas.drafts],
             seen.entropy,
             stability_threshold=settings.stability_threshold,
             confidence_threshold=settings.confidence_threshold,
@@ -257,8 +267,8 @@ def _judge(
         )
     if pinned is not None:
         accepted = accepted | ~pinned.free[:, :W]
-        next_canvas = pinned.over(next_canvas)
-    return _Judgement(next_canvas, accepted, settled, held)
+        tokens = pinned.over(tokens)
+    return _Judgement(tokens, accepted, settled, held)
 
 
 def _with_given(
@@ -279,33 +289,86 @@ def _with_given(
     return seen, pinned.over(proposal)
 
 
-def _soft_embedding(run: Run, belief: Belief, plan: Plan) -> mx.array:
-    """Return the soft embedding [B, W, M] for the plan's columns; 0 where the last step did not
-    compute one."""
-    model, seen = run.model, belief.weights.shape[1]
-    W = min(plan.width, seen)
-    if belief.likeliest is not None and plan.dense < W:
-        assert run.mean_row is not None
-        ids, probabilities = (x[:, :W] for x in belief.likeliest)
-        soft = model.sparse_embedding(ids, probabilities, run.mean_row)
-        if plan.dense:  # the most uncertain positions of each row, by their entropy
-            unsure = mx.argpartition(-belief.entropy[:, :W], kth=plan.dense - 1, axis=-1)
-            unsure = unsure[:, : plan.dense, None]
-            weights = mx.take_along_axis(belief.weights[:, :W], unsure, axis=1)
-            total = mx.take_along_axis(belief.total[:, :W], unsure[..., 0], axis=1)
-            exact = model.mean_embedding(weights, total)
-            soft = mx.put_along_axis(soft, mx.broadcast_to(unsure, exact.shape), exact, axis=1)
-    elif W < seen:
-        soft = model.mean_embedding(belief.weights[:, :W], belief.total[:, :W])
-    else:
-        soft = model.mean_embedding(belief.weights, belief.total)
-    if W < plan.width:
-        soft = mx.pad(soft, [(0, 0), (0, plan.width - W), (0, 0)])
+def _self_conditioning(
+    model: DiffusionGemma, canvases: Sequence[Canvas], mean_row: mx.array | None
+) -> mx.array | None:
+    """Return the soft embeddings [1, T, M] of all rows; None if no row has one."""
+    if all(canvas.belief is None for canvas in canvases):
+        return None
+    alone = [c.belief is None or _is_sparse(c) for c in canvases]
+    widths = [_believed(c) for c in canvases]
+    parts = []
+    for rows in _pieces(widths, alone, model.config.text.vocab_size):
+        first = canvases[rows[0]]
+        if first.belief is None:  # adds exactly 0, as no self-conditioning does
+            hidden = model.config.text.hidden_size
+            parts.append(mx.zeros((1, first.plan.width, hidden), model.dtype))
+        elif _is_sparse(first):
+            parts.append(_placed(model, first, _sparse_embedding(model, first, mean_row)))
+        else:
+            beliefs = [_dense_belief(canvases[row]) for row in rows]
+            weights, totals = (_joined(x) for x in zip(*beliefs, strict=True))
+            soft, at = model.mean_embedding(weights, totals), 0
+            for row in rows:
+                own = _columns(soft, at, at + widths[row])
+                parts.append(_placed(model, canvases[row], own))
+                at += widths[row]
+    return _joined(parts)
+
+
+def _believed(canvas: Canvas) -> int:
+    """Return the columns that the next step computes and the last one computed."""
+    W = canvas.plan.width
+    return W if canvas.belief is None else min(W, canvas.belief.weights.shape[1])
+
+
+def _is_sparse(canvas: Canvas) -> bool:
+    belief = canvas.belief
+    return (
+        belief is not None
+        and belief.likeliest is not None
+        and canvas.plan.dense < _believed(canvas)
+    )
+
+
+def _dense_belief(canvas: Canvas) -> tuple[mx.array, mx.array]:
+    """Return weights [1, W, V] and totals [1, W] of a row's last step."""
+    belief, W = canvas.belief, _believed(canvas)
+    assert belief is not None
+    return _columns(belief.weights, 0, W), _columns(belief.total, 0, W)
+
+
+def _sparse_embedding(model: DiffusionGemma, canvas: Canvas, mean_row: mx.array | None) -> mx.array:
+    """Return a row's soft embedding [1, W, M] from the likeliest tokens, and exact for the most
+    uncertain positions."""
+    belief, W = canvas.belief, _believed(canvas)
+    assert belief is not None and belief.likeliest is not None and mean_row is not None
+    ids, probabilities = (x[:, :W] for x in belief.likeliest)
+    soft = model.sparse_embedding(ids, probabilities, mean_row)
+    if count := canvas.plan.dense:
+        unsure = mx.argpartition(-belief.entropy[:, :W], kth=count - 1, axis=-1)
+        unsure = unsure[:, :count, None]
+        weights = mx.take_along_axis(belief.weights[:, :W], unsure, axis=1)
+        total = mx.take_along_axis(belief.total[:, :W], unsure[..., 0], axis=1)
+        exact = model.mean_embedding(weights, total)
+        soft = mx.put_along_axis(soft, mx.broadcast_to(unsure, exact.shape), exact, axis=1)
     return soft
 
 
+def _placed(model: DiffusionGemma, canvas: Canvas, soft: mx.array) -> mx.array:
+    """Return a row's soft embedding for all columns of its next step: 0 where the last one did not
+    compute one, and the pinned tokens' embeddings in their places."""
+    W = canvas.plan.width
+    if soft.shape[1] < W:
+        soft = mx.pad(soft, [(0, 0), (0, W - soft.shape[1]), (0, 0)])
+    if canvas.pinned is None:
+        return soft
+    given = model.embed(canvas.pinned.tokens[:, :W])
+    return mx.where(canvas.pinned.free[:, :W, None], soft, given)
+
+
 def _needed(length: mx.array, accepted: mx.array, widest: int) -> mx.array:
-    """Return the columns that each row needs, int32 [B]: up to its first end token if that has been
+    """Return the columns that a row needs, int32 [1]: up to its first end token if that has been
     accepted, else all."""
     W = accepted.shape[1]
     last = mx.minimum(length, W)[:, None] - 1
@@ -314,8 +377,16 @@ def _needed(length: mx.array, accepted: mx.array, widest: int) -> mx.array:
 
 
 def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
-    """Return the first columns of [B, W], or all of them padded with `fill`."""
+    """Return the first columns of [1, W], or all of them padded with `fill`."""
     seen = tokens.shape[1]
     if seen < width:
         return mx.pad(tokens, [(0, 0), (0, width - seen)], constant_values=fill)
-    return tokens if seen == width else tokens[:, :width]
+    return _columns(tokens, 0, width)
+
+
+def _columns(x: mx.array, start: int, stop: int) -> mx.array:
+    return x if (start, stop) == (0, x.shape[1]) else x[:, start:stop]
+
+
+def _joined(parts: Sequence[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +17,22 @@ from .masks import Mask
 from .products import linear
 from .rope import rotate
 
-# Earlier keys and values, own ones [B, K, L, H] -> all that queries may attend to, [B, K, S + L,
-# H], and what is kept.
-Place = Callable[[LayerContext | None, mx.array, mx.array], tuple[LayerContext, LayerContext]]
+# Earlier keys and values, own ones [B, K, L, H] -> all that queries may attend to, in one part or
+# two, and what is kept.
+Place = Callable[
+    [LayerContext | None, mx.array, mx.array], tuple[tuple[LayerContext, ...], LayerContext]
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Columns of a forward pass that attend to one context and to each other."""
+
+    count: int  # columns
+    past: LayerContext | None
+    place: Place
+    mask: Mask
+    position: int | mx.array  # of the first column
 
 
 class Attention(nn.Module):
@@ -44,30 +58,35 @@ class Attention(nn.Module):
         self._rope = config.rope[layer.type]
 
     def __call__(
-        self,
-        x: mx.array,
-        past: LayerContext | None,
-        place: Place,
-        mask: Mask,
-        position: int | mx.array,
-    ) -> tuple[mx.array, LayerContext]:
-        """Attend from x [B, L, M]; `position` is that of its first token.
+        self, x: mx.array, segments: Sequence[Segment]
+    ) -> tuple[mx.array, list[LayerContext]]:
+        """Attend from x [B, T, M], whose columns are those of the segments, one behind another.
+        Rows of a batch, which training uses, share one segment.
 
         Returns:
-          The output [B, L, M], and what `place` keeps.
+          The output [B, T, M], and what each segment's `place` keeps.
         """
-        B, L, _ = x.shape
+        B, T, _ = x.shape
         N, K, H = self.heads, self.kv_heads, self.head_dim
-        # All heads are normalised and rotated at once. Values are the raw projection (in full
+        # All heads are normalised and scaled at once. Values are the raw projection (in full
         # layers that of the keys), without the keys' norm and rotation.
-        normed = unit_rms(self._project(x).reshape(B, L, -1, H).astype(mx.float32), self.eps)
+        normed = unit_rms(self._project(x).reshape(B, T, -1, H).astype(mx.float32), self.eps)
         scale = self.qk_scale if "qk_scale" in self else self.norm_scale()
         rotating = (normed[:, :, : N + K] * scale).astype(x.dtype)
-        rotating = rotate(rotating.swapaxes(1, 2), position, self._rope)  # [B, N + K, L, H]
-        values = normed[:, :, -K:].astype(x.dtype).swapaxes(1, 2)  # [B, K, L, H]
-        seen, kept = place(past, rotating[:, N:], values)
-        out = attend(rotating[:, :N], seen, mask)
-        return linear(self.o_proj, out.swapaxes(1, 2).reshape(B, L, -1)), kept
+        values = normed[:, :, -K:].astype(x.dtype)
+        outputs, kept, start = [], [], 0
+        for segment in segments:
+            stop = start + segment.count
+            own = [x if segment.count == T else x[:, start:stop] for x in (rotating, values)]
+            turned, given = (x.swapaxes(1, 2) for x in own)  # [B, heads, L, H]
+            turned = rotate(turned, segment.position, self._rope)
+            seen, keep = segment.place(segment.past, turned[:, N:], given)
+            out = attend(turned[:, :N], seen, segment.mask)
+            outputs.append(out.swapaxes(1, 2).reshape(B, segment.count, -1))
+            kept.append(keep)
+            start = stop
+        joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+        return linear(self.o_proj, joined), kept
 
     def norm_scale(self) -> mx.array:
         """Return the learned scales of the norms of queries and keys, per head: [N + K, H]."""
@@ -84,21 +103,33 @@ class Attention(nn.Module):
         return mx.concatenate([linear(self[name], x) for name in names], axis=-1)
 
 
-def attend(queries: mx.array, seen: LayerContext, mask: Mask) -> mx.array:
-    """Return softmax(q k) v, [B, N, L, H]. The scale is 1: queries and keys are normalised, so
-    there is no 1/sqrt(H)."""
-    if not is_cpu() or queries.dtype != mx.float32:
+def attend(queries: mx.array, seen: Sequence[LayerContext], mask: Mask) -> mx.array:
+    """Return softmax(q k) v, [B, N, L, H], over keys in one part, or in two without a mask. The
+    scale is 1: queries and keys are normalised, so there is no 1/sqrt(H)."""
+    if len(seen) == 1 and (not is_cpu() or queries.dtype != mx.float32):
         return mx.fast.scaled_dot_product_attention(
-            queries, seen.keys, seen.values, scale=1.0, mask=mask
+            queries, seen[0].keys, seen[0].values, scale=1.0, mask=mask
         )
     B, N, L, H = queries.shape
-    _, K, S, _ = seen.keys.shape
+    K = seen[0].keys.shape[1]
     grouped = queries.reshape(B, K, N // K * L, H)  # queries that share their keys
-    scores = (grouped @ seen.keys.swapaxes(2, 3)).reshape(B, N, L, S)
+    parts = [grouped @ part.keys.swapaxes(2, 3) for part in seen]
+    scores = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+    S = scores.shape[-1]
+    scores = scores.reshape(B, N, L, S)
     if mask is not None:
         allowed = mx.arange(S) <= mx.arange(S - L, S)[:, None] if mask == "causal" else mask
         scores = mx.where(allowed, scores, -mx.inf)
-    # No gradient through the largest score: it cancels.
-    weights = exp_below_zero(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1, keepdims=True)
-    return (weights.reshape(B, K, -1, S) @ seen.values).reshape(B, N, L, H) / total
+    if queries.dtype != mx.float32:  # parts on a GPU
+        weights, total = mx.softmax(scores, axis=-1, precise=True), None
+    else:  # no gradient through the largest score: it cancels
+        largest = mx.stop_gradient(scores.max(axis=-1, keepdims=True))
+        weights = exp_below_zero(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True)
+    weights, out, start = weights.reshape(B, K, -1, S), mx.zeros(()), 0
+    for i, part in enumerate(seen):
+        own = weights if len(seen) == 1 else weights[..., start : start + part.keys.shape[2]]
+        mixed = own @ part.values
+        out, start = mixed if i == 0 else out + mixed, start + part.keys.shape[2]
+    out = out.reshape(B, N, L, H)
+    return out if total is None else out / total

@@ -39,6 +39,15 @@ class LayerContext:
         new.values[:, :, start:end] = values
         return new
 
+    def last(self, places: int | None) -> LayerContext:
+        """Return the last places only, all for None: a copy, since a view would keep the rest in
+        memory."""
+        if places is None or (drop := self.keys.shape[2] - places) <= 0:
+            return self
+        return LayerContext(
+            mx.contiguous(self.keys[:, :, drop:]), mx.contiguous(self.values[:, :, drop:])
+        )
+
     def first(self, places: int) -> LayerContext:
         """Return the first places only."""
         if places == self.keys.shape[2]:
@@ -54,9 +63,9 @@ class Context:
     layers: tuple[LayerContext, ...]
     length: int  # places so far
     batch: int
-    padding: mx.array | None = (
-        None  # int32 [B], places on the left without a token; None where no row has any
-    )
+    # int32 [B], places on the left without a token. For training alone, whose batches have fixed
+    # shapes; rows that are written each have their own context.
+    padding: mx.array | None = None
 
     @property
     def position(self) -> int | mx.array:
@@ -68,18 +77,6 @@ class Context:
         """All arrays, to evaluate them."""
         return [array for layer in self.layers for array in (layer.keys, layer.values)]
 
-    def repeated(self, rows: int) -> Context:
-        """Return one row's context for several rows, which share its memory until they are
-        opened."""
-        layers = tuple(
-            LayerContext(
-                *(mx.broadcast_to(a, (rows, *a.shape[1:])) for a in (layer.keys, layer.values))
-            )
-            for layer in self.layers
-        )
-        padding = None if self.padding is None else mx.repeat(self.padding, rows)
-        return Context(layers, self.length, rows, padding)
-
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
@@ -87,13 +84,17 @@ class Context:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenContext:
-    """A context whose layers have room for a canvas after their text; each step overwrites its keys
-    and values. It is immutable too, and writing only avoids a copy while nothing else refers to
-    it."""
+    """A context during the denoise steps of a canvas behind it. It is immutable too.
+
+    Opened alone, its layers have room for the canvas, and each step overwrites the canvas's keys
+    and values; that avoids a copy only while nothing else refers to them. Opened `beside`, the
+    layers are those of the context, which several rows share without a copy.
+    """
 
     layers: tuple[LayerContext, ...]  # [B, K, kept + room, H]
     kept: tuple[int, ...]  # places of text in each layer
     text: Context  # without its layers: length, batch and padding
+    is_shared: bool = False
 
     @classmethod
     def of(cls, context: Context, room: int) -> OpenContext:
@@ -102,6 +103,16 @@ class OpenContext:
             tuple(layer.with_room(room) for layer in context.layers),
             tuple(layer.keys.shape[2] for layer in context.layers),
             Context((), context.length, context.batch, context.padding),
+        )
+
+    @classmethod
+    def beside(cls, context: Context) -> OpenContext:
+        """Open a context that others use too, without copying it."""
+        return cls(
+            context.layers,
+            tuple(layer.keys.shape[2] for layer in context.layers),
+            Context((), context.length, context.batch, context.padding),
+            is_shared=True,
         )
 
     def closed(self) -> Context:

@@ -3,18 +3,16 @@ text and bidirectionally over the canvas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..config.generation import default_of
 from ..config.model import LayerConfig, ModelConfig, TextConfig
-from .attention import Attention, Place
+from .attention import Attention, Segment
 from .backend import begin, compiled
 from .context import Context, LayerContext, OpenContext
 from .experts import Experts, Router
@@ -52,13 +50,10 @@ class Layer(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        past: LayerContext | None,
-        place: Place,
-        mask: Mask,
-        position: int | mx.array,
+        segments: Sequence[Segment],
         scalar: mx.array,
-    ) -> tuple[mx.array, LayerContext]:
-        attended, kept = self.self_attn(self.input_layernorm(x), past, place, mask, position)
+    ) -> tuple[mx.array, list[LayerContext]]:
+        attended, kept = self.self_attn(self.input_layernorm(x), segments)
         h = self.post_attention_layernorm.added_to(x, attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
         flat = h.reshape(-1, h.shape[-1])  # [T, M]
@@ -70,7 +65,7 @@ class Layer(nn.Module):
         return self.post_feedforward_layernorm.added_to(h, both) * scalar, kept
 
 
-RunLayer = Callable[..., tuple[mx.array, LayerContext]]  # a layer, then its arguments
+RunLayer = Callable[..., tuple[mx.array, list[LayerContext]]]  # a layer, then its arguments
 
 
 class Decoder(nn.Module):
@@ -141,20 +136,15 @@ class DiffusionGemma(nn.Module):
         tokens: mx.array,
         context: Context | None = None,
         *,
-        lengths: mx.array | None = None,
         step_size: int = default_of("prefill_step_size"),
-        progress: Callable[[int, int], None] | None = None,
     ) -> Context:
         """Read tokens causally, after `context` if there is one, as one call on the whole text
         would.
 
         Args:
-          tokens: int32 [B, S], S >= 1; rows of different lengths are padded on the left, with any
-            token.
+          tokens: int32 [B, S], S >= 1; rows of equal length.
           context: the text before; it is not changed.
-          lengths: int32 [B], tokens of each row without padding; only for a new context.
           step_size: places read at a time; bounds the memory of masks and scores, not the result.
-          progress: called with (places read, places in all) after each piece.
 
         Raises:
           ValueError: if shapes disagree.
@@ -165,24 +155,16 @@ class DiffusionGemma(nn.Module):
             raise ValueError(f"step_size must be at least 1, got {step_size}")
         B, S = tokens.shape
         if context is None:
-            context = Context((), 0, B, None if lengths is None else _padding(lengths, B, S))
-        elif lengths is not None:
-            raise ValueError(
-                "lengths are only for a new context; a continued one keeps its padding"
-            )
+            context = Context((), 0, B)
         elif context.batch != B:
             raise ValueError(f"tokens have {B} rows, the context has {context.batch}")
         for start in range(0, S, step_size):
-            piece = tokens[:, start : start + step_size]
-            _, context = self.encode(piece, context)
+            _, (context,) = self.encode([tokens[:, start : start + step_size]], [context])
             if (
                 start + step_size < S
             ):  # each piece is computed and its scratch memory given back before the next
                 mx.eval(context.arrays)
                 mx.clear_cache()
-            if progress is not None:
-                mx.eval(context.arrays)
-                progress(min(start + step_size, S), S)
         return context
 
     def commit(self, canvas: mx.array, context: Context) -> Context:
@@ -205,74 +187,80 @@ class DiffusionGemma(nn.Module):
         Raises:
           ValueError: if shapes disagree.
         """
-        outputs, _ = self.look(
-            canvas, self.open(context, canvas.shape[-1]), self_conditioning=self_conditioning
-        )
-        return _softcap(outputs, self.config.text.final_logit_softcapping)
+        if canvas.ndim != 2 or canvas.shape[0] != context.batch:
+            raise ValueError(f"canvas must be [{context.batch}, L], got {canvas.shape}")
+        wanted = (*canvas.shape, self.config.text.hidden_size)
+        if self_conditioning is not None and self_conditioning.shape != wanted:
+            raise ValueError(f"self_conditioning must be {wanted}, got {self_conditioning.shape}")
+        opened = [self.open(context, canvas.shape[-1])]
+        states, _ = self.canvas_states([canvas], opened, self_conditioning=self_conditioning)
+        return _softcap(self.outputs(states), self.config.text.final_logit_softcapping)
 
     def open(self, context: Context, canvas_length: int) -> OpenContext:
         """Return the context with room for a canvas, for that canvas's steps."""
         return OpenContext.of(context, canvas_length)
 
-    def look(
-        self, canvas: mx.array, context: OpenContext, *, self_conditioning: mx.array | None = None
-    ) -> tuple[mx.array, OpenContext]:
-        """Run `denoise` in a loop: the canvas's keys and values overwrite those of the last step.
+    def canvas_states(
+        self,
+        canvases: Sequence[mx.array],
+        opened: list[OpenContext],
+        *,
+        self_conditioning: mx.array | None = None,
+    ) -> tuple[mx.array, list[OpenContext]]:
+        """Run the layers over the canvases of several rows in one pass. Each row attends to its own
+        context and itself; everything else sees the columns of all rows, one row behind another.
 
         Args:
-          canvas: int32 [B, L], no wider than the room in the context.
-          context: from `open`, or from the step before.
-          self_conditioning: as for `denoise`.
+          canvases: int32 [1, W] each, no wider than the room in the row's context; or one [B, L],
+            in training.
+          opened: a context for each canvas, from `open` or from the step before. The list is
+            emptied: arrays without other references are written in place.
+          self_conditioning: [1, T, M], T the columns of all rows; None if no row has any, zeros for
+            rows without it.
 
         Returns:
-          The head's outputs before the softcap, [B, L, V] in the model's type, and the context to
-          pass on.
-
-        Raises:
-          ValueError: if shapes disagree.
+          The last layer's output, [1, T, M], before the norm and the head, and the contexts to pass
+          on.
         """
-        text = context.text
-        if canvas.ndim != 2 or canvas.shape[0] != text.batch:
-            raise ValueError(f"canvas must be [{text.batch}, L], got {canvas.shape}")
-        wanted = (*canvas.shape, self.config.text.hidden_size)
-        if self_conditioning is not None and self_conditioning.shape != wanted:
-            raise ValueError(f"self_conditioning must be {wanted}, got {self_conditioning.shape}")
-        opened = [context]
-        del context  # arrays without other references are written in place
-        x, context = self.canvas_states(canvas, opened.pop(), self_conditioning=self_conditioning)
-        decoder = self.model.decoder
-        return head(decoder.embed_tokens, decoder.norm(x)), context
+        decoder, widths = self.model.decoder, [canvas.shape[1] for canvas in canvases]
+        texts, kept = [o.text for o in opened], [o.kept for o in opened]
+        shared = [o.is_shared for o in opened]
+        # Arrays without other references are written in place, so that this function must not keep
+        # any either.
+        layers = [list(reversed(context.layers)) for context in opened]
+        opened.clear()
+        tokens = canvases[0] if len(canvases) == 1 else mx.concatenate(list(canvases), axis=1)
+        x = decoder.self_conditioning(self.embed(tokens), self_conditioning)
+        masks: dict[tuple[int, int], mx.array | None] = {}  # by row and places kept
+        written: list[list[LayerContext]] = [[] for _ in canvases]
 
-    def canvas_states(
-        self, canvas: mx.array, context: OpenContext, *, self_conditioning: mx.array | None = None
-    ) -> tuple[mx.array, OpenContext]:
-        """Return the last layer's output for a canvas, [B, L, M], before the norm and the head;
-        else as `look`."""
-        decoder, L = self.model.decoder, canvas.shape[1]
-        text, kept_places = context.text, context.kept
-        # Arrays without other references are written in place, so this function must not keep any
-        # either.
-        layers = list(reversed(context.layers))
-        context = replace(context, layers=())
-        x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
-        masks: dict[int, mx.array | None] = {}  # shared by layers that keep as many places
-        written = []
-        for layer, kept in zip(decoder.layers, kept_places, strict=True):
-            if kept not in masks:
-                first_key = text.length - kept
-                masks[kept] = canvas_mask(kept + L, first_key=first_key, padding=text.padding)
+        def segment(row: int, depth: int) -> Segment:
+            places, width, text = kept[row][depth], widths[row], texts[row]
+            if (row, places) not in masks:
+                masks[row, places] = canvas_mask(
+                    places + width, first_key=text.length - places, padding=text.padding
+                )
+            past, mask = layers[row].pop(), masks[row, places]
+            place = _beside if shared[row] else partial(_behind, places)
+            return Segment(width, past, place, mask, text.position)
+
+        for depth, layer in enumerate(decoder.layers):
             begin(x)
             x, keep = self.run_layer(
-                layer,
-                x,
-                layers.pop(),
-                partial(_behind, kept),
-                masks[kept],
-                text.position,
-                layer.layer_scalar,
+                layer, x, [segment(row, depth) for row in range(len(texts))], layer.layer_scalar
             )
-            written.append(keep)
-        return x, replace(context, layers=tuple(written))
+            for row, places in enumerate(keep):
+                written[row].append(places)
+        return x, [
+            OpenContext(tuple(w), k, text, is_shared)
+            for w, k, text, is_shared in zip(written, kept, texts, shared, strict=True)
+        ]
+
+    def outputs(self, states: mx.array) -> mx.array:
+        """Return the head's outputs before the softcap, [B, L, V] in the model's type, for
+        `canvas_states`'s states [B, L, M]."""
+        decoder = self.model.decoder
+        return head(decoder.embed_tokens, decoder.norm(states))
 
     def soft_embedding(self, processed_logits: mx.array) -> mx.array:
         """Return the mean embedding under softmax(processed_logits): float32 [B, L, V] -> [B, L, M]
@@ -321,48 +309,52 @@ class DiffusionGemma(nn.Module):
         even = mx.full((1, 1, vocab_size), 1 / vocab_size, self.dtype)
         return weighted_rows(self.model.decoder.embed_tokens, even)[0, 0]
 
-    def encode(self, tokens: mx.array, context: Context) -> tuple[mx.array, Context]:
-        """Read one piece of `prefill`: without self-conditioning and its norm, with the encoder's
-        layer scalars.
+    def encode(
+        self, pieces: Sequence[mx.array], contexts: Sequence[Context]
+    ) -> tuple[mx.array, list[Context]]:
+        """Read a piece of text for each of several rows in one pass: without self-conditioning and
+        its norm, with the encoder's layer scalars.
 
         Args:
-          tokens: int32 [B, S].
-          context: the text before; empty if there is none.
+          pieces: int32 [1, S] each; or one [B, S], in training.
+          contexts: the text before each piece; empty if there is none.
 
         Returns:
-          The last layer's output for each token, [B, S, M], before the norm and the head, and the
-          longer context.
+          The last layer's output for each token, [1, T, M], one piece behind another, before the
+          norm and the head; and the longer contexts.
         """
-        text, count = self.config.text, tokens.shape[1]
-        x, layers = self.embed(tokens), []
+        text = self.config.text
+        x = self.embed(pieces[0] if len(pieces) == 1 else mx.concatenate(list(pieces), axis=1))
         scalars = self.model.encoder.language_model.layers
-        masks: dict[bool, Mask] = {}  # one for all sliding layers, one for all full ones
-        for i, layer in enumerate(self.model.decoder.layers):
-            past = context.layers[i] if context.layers else None
+        masks: dict[tuple[int, bool], Mask] = {}  # a row's layers of a kind share one
+        layers: list[list[LayerContext]] = [[] for _ in pieces]
+
+        def segment(row: int, depth: int, *, is_sliding: bool) -> Segment:
+            context, count = contexts[row], pieces[row].shape[1]
+            past = context.layers[depth] if context.layers else None
             kept = past.keys.shape[2] if past is not None else 0
-            is_sliding = text.layers[i].is_sliding
-            if is_sliding not in masks:
-                masks[is_sliding] = causal_mask(
+            if (row, is_sliding) not in masks:
+                masks[row, is_sliding] = causal_mask(
                     context.length,
                     count,
                     first_key=context.length - kept,
                     window=text.sliding_window if is_sliding else None,
                     padding=context.padding,
                 )
-            mask = masks[is_sliding]
+            return Segment(count, past, _joined, masks[row, is_sliding], context.position)
+
+        for depth, layer in enumerate(self.model.decoder.layers):
+            is_sliding = text.layers[depth].is_sliding
+            rows = [segment(row, depth, is_sliding=is_sliding) for row in range(len(pieces))]
             begin(x)  # without the last layer's output: only keys and values are needed
-            x, seen = self.run_layer(
-                layer, x, past, _joined, mask, context.position, scalars[i].layer_scalar
-            )
-            if is_sliding:
-                drop = max(0, seen.keys.shape[2] - (text.sliding_window - 1))
-                if drop:  # a copy: a view would keep the whole piece in memory
-                    seen = LayerContext(
-                        mx.contiguous(seen.keys[:, :, drop:]),
-                        mx.contiguous(seen.values[:, :, drop:]),
-                    )
-            layers.append(seen)
-        return x, Context(tuple(layers), context.length + count, context.batch, context.padding)
+            x, seen = self.run_layer(layer, x, rows, scalars[depth].layer_scalar)
+            for row, places in enumerate(seen):
+                keep = text.sliding_window - 1 if is_sliding else None
+                layers[row].append(places.last(keep))
+        return x, [
+            Context(tuple(read), old.length + piece.shape[1], old.batch, old.padding)
+            for read, old, piece in zip(layers, contexts, pieces, strict=True)
+        ]
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the embeddings of tokens: int32 [B, S] -> [B, S, M] in the model's type."""
@@ -378,33 +370,31 @@ class DiffusionGemma(nn.Module):
 _softcap = compiled(softcap)
 
 
-def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, LayerContext]:
+def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, list[LayerContext]]:
     return layer(*arguments)
 
 
 def _joined(
     past: LayerContext | None, keys: mx.array, values: mx.array
-) -> tuple[LayerContext, LayerContext]:
+) -> tuple[tuple[LayerContext], LayerContext]:
     """Place committed tokens after the past: they attend to both, and all keys and values are
     kept."""
     seen = LayerContext(keys, values) if past is None else past.join(keys, values)
-    return seen, seen
+    return (seen,), seen
 
 
 def _behind(
     kept: int, past: LayerContext | None, keys: mx.array, values: mx.array
-) -> tuple[LayerContext, LayerContext]:
+) -> tuple[tuple[LayerContext], LayerContext]:
     """Place a canvas into the room after the text: it attends to both."""
     assert past is not None
     written = past.written(kept, keys, values)
-    return written.first(kept + keys.shape[2]), written
+    return (written.first(kept + keys.shape[2]),), written
 
 
-def _padding(lengths: mx.array, batch: int, places: int) -> mx.array | None:
-    """Return each row's places without a token, int32 [B], or None if every row is full."""
-    host = np.array(lengths)
-    if host.shape != (batch,) or host.min() < 1 or host.max() > places:
-        raise ValueError(
-            f"lengths must be [{batch}] numbers from 1 to {places}, got {host.tolist()}"
-        )
-    return None if (host == places).all() else mx.array((places - host).astype(np.int32))
+def _beside(
+    past: LayerContext | None, keys: mx.array, values: mx.array
+) -> tuple[tuple[LayerContext, LayerContext], LayerContext]:
+    """Place a canvas beside a text that other rows attend to as well."""
+    assert past is not None
+    return (past, LayerContext(keys, values)), past

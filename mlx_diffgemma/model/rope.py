@@ -54,7 +54,7 @@ def rotate(x: mx.array, position: int | mx.array, rope: RopeConfig) -> mx.array:
     return _turned(x, mx.concatenate([second, first], axis=-1), cosines, sines)
 
 
-@lru_cache(maxsize=4)  # two kinds of layers, for this canvas and the next tokens
+@lru_cache(maxsize=32)  # two kinds of layers, for the canvases of some rows and their next tokens
 def _table(rope: RopeConfig, head_dim: int, position: int, count: int) -> tuple[mx.array, mx.array]:
     waves = _waves(rope, head_dim, mx.array(position), count)
     mx.eval(waves)

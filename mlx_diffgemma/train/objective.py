@@ -45,17 +45,17 @@ def losses(
     """
     with training():
         start = Context((), 0, batch["context"].shape[0], batch["padding"])
-        states, context = model.encode(batch["context"], start)
+        states, (context,) = model.encode([batch["context"]], [start])
         causal = mx.zeros(())
         if "rest" in batch:
-            more, _ = model.encode(batch["rest"], context)
+            more, _ = model.encode([batch["rest"]], [context])
             places = mx.concatenate([states, more], axis=1)
             causal = _cross_entropy(model, places, batch["targets"], batch["weights"])
         if not settings.gradients_through_context:
             context = _detached(context)
         soft = _thought(model, batch, context) if "rows" in batch else None
-        opened = model.open(context, batch["noisy"].shape[1])
-        states, _ = model.canvas_states(batch["noisy"], opened, self_conditioning=soft)
+        opened = [model.open(context, batch["noisy"].shape[1])]
+        states, _ = model.canvas_states([batch["noisy"]], opened, self_conditioning=soft)
         clean = batch["clean"]
         canvas = _cross_entropy(model, states, clean, mx.full(clean.shape, 1 / clean.size))
         return canvas + settings.causal_weight * causal, canvas, causal
@@ -85,7 +85,7 @@ def _thought(model: DiffusionGemma, batch: Mapping[str, mx.array], context: Cont
         padding=None if known.padding is None else known.padding[rows],
     )
     noisy = batch["noisy"][rows]
-    states, _ = model.canvas_states(noisy, model.open(seen, noisy.shape[1]))
+    states, _ = model.canvas_states([noisy], [model.open(seen, noisy.shape[1])])
     states = mx.stop_gradient(states)
 
     def embedded(piece: mx.array, places: slice) -> mx.array:
@@ -146,18 +146,19 @@ def _in_slices(
     return out
 
 
-def _run_twice(seed: int, layer: nn.Module, *arguments: Any) -> tuple[mx.array, LayerContext]:
-    x, past, place, mask, position, scalar = arguments
+def _run_twice(seed: int, layer: nn.Module, *arguments: Any) -> tuple[mx.array, list[LayerContext]]:
+    x, (segment,), scalar = arguments
+    past = segment.past
 
     def run(x: mx.array, scalar: mx.array, *past: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         mx.random.seed(seed)
         before = LayerContext(*past) if past else None
-        out, kept = layer(x, before, place, mask, position, scalar)
+        out, (kept,) = layer(x, [replace(segment, past=before)], scalar)
         return out, kept.keys, kept.values
 
     arrays = () if past is None else (past.keys, past.values)
     out, keys, values = computed_twice((layer,), run)(x, scalar, *arrays)
-    return out, LayerContext(keys, values)
+    return out, [LayerContext(keys, values)]
 
 
 def computed_twice(

@@ -70,7 +70,7 @@ class Stopwatch:
             return None
         assert self._prefill is not None
         seconds = max(self._last - self._started, 1e-9)
-        (tokens,), (steps,), (canvases,) = event.new_tokens, event.row_steps, event.row_canvases
+        tokens, steps, canvases = event.new_tokens, event.steps, event.canvases
         return Summary(
             prompt_tokens=self._prefill.prompt_tokens,
             prompt_tokens_per_second=self._prefill.prompt_tokens / max(self._prefill.seconds, 1e-9),
@@ -79,15 +79,15 @@ class Stopwatch:
             canvases=canvases,
             steps=steps,
             steps_per_canvas=steps / canvases,
-            tokens_per_forward=event.tokens_per_forward[0],
+            tokens_per_forward=event.tokens_per_forward,
             ms_per_step=1e3 * seconds / steps,
             peak_bytes=mx.get_peak_memory(),
-            reason=event.reason[0],
+            reason=event.reason,
         )
 
 
 class Drafts:
-    """Reads the drafts of a run for `as_object`, row 0 of each step."""
+    """Reads the drafts of a run for `as_object`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer, self._ends = tokenizer, frozenset(eos_token_ids)
@@ -97,7 +97,7 @@ class Drafts:
     def observe(self, event: Event) -> None:
         """Remember the pinned positions of a `TrialStarted` for the steps after it."""
         if isinstance(event, TrialStarted):
-            self._pinned = np.array(event.pinned[0]).tolist()
+            self._pinned = np.array(event.pinned[0])[0].tolist()
 
     def free(self, width: int) -> np.ndarray:
         """Return which of the first positions are not pinned, bool [width]."""
@@ -145,6 +145,7 @@ def as_object(
             return {
                 "event": "prefill",
                 "prompt_tokens": event.prompt_tokens,
+                "cached_tokens": event.cached_tokens,
                 "seconds": event.seconds,
             }
         case StepDone():
@@ -176,7 +177,7 @@ def as_object(
 
 
 def _numbers(event: StepDone, drafts: Drafts | None) -> dict[str, Any]:
-    """Return the accepted tokens and the mean entropy in nats of row 0, pinned tokens left out."""
+    """Return the accepted tokens and the mean entropy in nats, pinned tokens left out."""
     accepted, entropy = np.array(event.accepted[0]), np.array(event.entropy[0])
     free = np.ones(accepted.shape, bool) if drafts is None else drafts.free(len(accepted))
     return {

@@ -114,7 +114,10 @@ class Trace:
         self._is_complete = False
 
     def observe(self, event: Event) -> None:
-        """Record an event. This reads a step's arrays."""
+        """Record an event; of rows that try other lengths, only the first's. This reads a step's
+        arrays."""
+        if isinstance(event, StepDone) and event.row:
+            return
         match event:
             case TrialStarted():
                 trial = {
@@ -122,13 +125,13 @@ class Trace:
                     "rows": len(event.lengths),
                     "lengths": dict(zip(event.slots, event.lengths[0], strict=True)),
                 }
-                pinned = np.array(event.pinned[0]).tolist()
+                pinned = np.array(event.pinned[0])[0].tolist()
                 self._canvases.append(_Canvas(event.window, trial, pinned))
             case StepDone():
                 canvas = self._canvas(event.canvas_index)
                 before = canvas.steps[-1] if canvas.steps else None
                 attempt = 0 if before is None else before.attempt + (event.step <= before.step)
-                canvas.steps.append(_first_row(event, attempt, canvas.pinned))
+                canvas.steps.append(_recorded(event, attempt, canvas.pinned))
             case CanvasCommitted():
                 canvas = self._canvas(event.canvas_index)
                 canvas.tokens = np.array(event.tokens[0]).tolist()
@@ -233,7 +236,7 @@ class Trace:
         }
 
 
-def _first_row(event: StepDone, attempt: int, pinned: list[bool] | None) -> _Step:
+def _recorded(event: StepDone, attempt: int, pinned: list[bool] | None) -> _Step:
     draft, accepted, certainty, entropy = (
         event.draft[0],
         event.accepted[0],

@@ -154,7 +154,7 @@ def stream_fill(
         )
         mx.eval(context.arrays)
         mx.clear_cache()
-        yield PrefillDone(len(ids), time.perf_counter() - started)
+        yield PrefillDone(len(ids), 0, time.perf_counter() - started)
         ends = _ends(tokenizer, resolved)
         writer = Writer(model, resolved, ends, text_tokens, pieces, context)
         yield from writer.write()

@@ -15,7 +15,7 @@ from ..config.generation import GenerationSettings
 from ..denoise.loop import denoise_tokens
 from ..denoise.noise import Noise
 from ..errors import ConfigError, PromptError
-from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text
+from ..events import CanvasCommitted, Event, Finished, StepDone, Text
 from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..language.stops import stop_strings
 from ..language.text import TextStream
@@ -33,7 +33,7 @@ class BatchResponse:
     texts: list[str]
     thoughts: list[str]
     prompt_tokens: int
-    finished: Finished
+    finished: tuple[Finished, ...]
 
 
 def generate(
@@ -120,21 +120,21 @@ def stream_generate(
     strings = stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt, prompt_options)
     _check_ids(ids, model)
-    answers = _Answers([TextStream(tokenizer, resolved.eos_token_ids, ids, strings)])
+    answer = _Answer(TextStream(tokenizer, resolved.eos_token_ids, ids, strings))
     with generation_limits():
         for event in denoise_tokens(
             model,
             mx.array([ids], dtype=mx.int32),
             resolved,
             noise=noise,
-            stop=answers.take,
+            stop=lambda _, tokens: answer.take(tokens),
             prompt_progress_callback=prompt_progress_callback,
         ):
             if isinstance(event, Finished):
-                yield from answers.finish()[0]
+                yield from answer.stream.finish()
             yield event
             if isinstance(event, CanvasCommitted):
-                yield from answers.pieces[0]
+                yield from answer.pieces
 
 
 def batch_generate(
@@ -178,59 +178,51 @@ def batch_generate(
     padded = np.full((len(rows), max(lengths)), resolved.pad_token_id, np.int32)
     for i, ids in enumerate(rows):
         padded[i, -len(ids) :] = ids
-    answers = _Answers(
-        [TextStream(tokenizer, resolved.eos_token_ids, ids, strings) for ids in rows]
-    )
-    channels: list[dict[str, str]] = [{"answer": "", "thought": ""} for _ in rows]
+    answers = [_Answer(TextStream(tokenizer, resolved.eos_token_ids, ids, strings)) for ids in rows]
     printed = PrintedBatch(len(rows)) if verbose else None
-    prompt_tokens, finished = 0, None
+    finished: list[Finished | None] = [None] * len(rows)
     with generation_limits():
         for event in denoise_tokens(
             model,
             mx.array(padded),
             resolved,
             lengths=mx.array(lengths, dtype=mx.int32),
-            stop=answers.take,
+            stop=lambda row, tokens: answers[row].take(tokens),
         ):
-            pieces: list[list[Text]] = []
-            if isinstance(event, PrefillDone):
-                prompt_tokens = event.prompt_tokens
+            if isinstance(event, Finished):
+                answers[event.row].keep(answers[event.row].stream.finish())
+                finished[event.row] = event
             elif isinstance(event, CanvasCommitted):
-                pieces = answers.pieces
-            elif isinstance(event, Finished):
-                finished, pieces = event, answers.finish()
-            for channel, texts in zip(channels, pieces, strict=bool(pieces)):
-                for text in texts:
-                    channel[text.channel] += text.piece
+                answers[event.row].keep(answers[event.row].pieces)
             if printed is not None and not isinstance(event, StepDone):
-                printed.observe(event, answers.done)
-    assert finished is not None
+                printed.observe(event, sum(one is not None for one in finished))
+    if printed is not None:
+        printed.conclude()
     return BatchResponse(
-        [c["answer"] for c in channels], [c["thought"] for c in channels], prompt_tokens, finished
+        [answer.text["answer"] for answer in answers],
+        [answer.text["thought"] for answer in answers],
+        sum(lengths),
+        tuple(one for one in finished if one is not None),
     )
 
 
-class _Answers:
-    """The texts of a run's rows, which tell the loop when a row has ended."""
+class _Answer:
+    """The text of a row, which tells the loop when the row has ended."""
 
-    def __init__(self, streams: list[TextStream]) -> None:
-        self._streams = streams
-        self.pieces: list[list[Text]] = []  # of each row, from the last canvas
+    def __init__(self, stream: TextStream) -> None:
+        self.stream = stream
+        self.pieces: list[Text] = []  # from the last canvas
+        self.text = {"answer": "", "thought": ""}
 
-    def take(self, tokens: np.ndarray) -> list[bool]:
-        """Read a canvas, int32 [B, up to L]; return which rows are stopped."""
-        pairs = zip(self._streams, tokens.tolist(), strict=True)
-        self.pieces = [stream.push(ids) for stream, ids in pairs]
-        return [stream.is_stopped for stream in self._streams]
+    def take(self, tokens: np.ndarray) -> bool:
+        """Read a canvas, int32 [up to L]; return whether a stop string ends the row."""
+        self.pieces = self.stream.push(tokens.tolist())
+        return self.stream.is_stopped
 
-    def finish(self) -> list[list[Text]]:
-        """Return each row's text that was held back."""
-        return [stream.finish() for stream in self._streams]
-
-    @property
-    def done(self) -> int:
-        """The number of rows whose text is complete."""
-        return sum(stream.has_ended for stream in self._streams)
+    def keep(self, pieces: list[Text]) -> None:
+        """Add pieces to the whole text."""
+        for piece in pieces:
+            self.text[piece.channel] += piece.piece
 
 
 def _limited(settings: GenerationSettings, max_tokens: int | None) -> GenerationSettings:

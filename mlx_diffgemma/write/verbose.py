@@ -47,12 +47,14 @@ class PrintedBatch:
     def observe(self, event: Event, done: int) -> None:
         """Print an event's progress; `done` prompts have their answers."""
         self._numbers.observe(event)
-        if isinstance(event, Finished):
-            self._say(f"Finished processing {self._prompts}/{self._prompts}")
-            for line in self._numbers.lines():
-                self._say(line)
-        elif not isinstance(event, PrefillDone):
+        if not isinstance(event, PrefillDone) and done < self._prompts:
             self._say(f"Finished processing {done}/{self._prompts} ...", end="\r")
+
+    def conclude(self) -> None:
+        """Print the run's numbers."""
+        self._say(f"Finished processing {self._prompts}/{self._prompts}")
+        for line in self._numbers.lines():
+            self._say(line)
 
     @staticmethod
     def _say(line: str, end: str = "\n") -> None:
@@ -60,7 +62,8 @@ class PrintedBatch:
 
 
 class _Numbers:
-    """Tokens and seconds of a run; the listener's time counts too."""
+    """Tokens and seconds of a run; the listener's time counts too. Rows read their prompts
+    together, so the longest time is that of all."""
 
     def __init__(self) -> None:
         self._prompt_tokens = self._new_tokens = 0
@@ -68,10 +71,11 @@ class _Numbers:
 
     def observe(self, event: Event) -> None:
         if isinstance(event, PrefillDone):
-            self._prompt_tokens, self._prefill_seconds = event.prompt_tokens, event.seconds
-            self._started = time.perf_counter()
+            self._prompt_tokens += event.prompt_tokens
+            self._prefill_seconds = max(self._prefill_seconds, event.seconds)
+            self._started = self._started or time.perf_counter()
         elif isinstance(event, Finished):
-            self._new_tokens = sum(event.new_tokens)
+            self._new_tokens += event.new_tokens
             self._seconds = time.perf_counter() - self._started
 
     def lines(self) -> list[str]:

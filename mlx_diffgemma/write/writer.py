@@ -1,4 +1,4 @@
-"""The writer of slots: windows of a template's tokens, lengths tried as rows of one batch, and
+"""The writer of slots: windows of a template's tokens, lengths tried as rows over one context, and
 their score. Knows ids, not text."""
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import numpy as np
 
 from ..config.generation import ResolvedSettings
 from ..constraint.automaton import Automaton
-from ..denoise.loop import denoise_context
+from ..denoise.loop import Rows
 from ..denoise.noise import SeededNoise
-from ..denoise.pinned import ANY, FREE, Pinned, Span
-from ..denoise.sampler import probability_of, statistics
+from ..denoise.pinned import ANY, FREE, Pinned, Span, TokenSets
+from ..denoise.row import Row
+from ..denoise.sampler import probability_of
+from ..denoise.step import look_once
 from ..events import Event, Finished, StepDone, TrialStarted
-from ..model import Context, DiffusionGemma
+from ..model import Context, DiffusionGemma, OpenContext
 
 # Lengths are tried in batches of at most ROWS rows, fewer if their logits would exceed MOST_LOGITS
 # numbers: all possible lengths, or ALL_OF spread over them and then the best one's neighbours.
@@ -173,20 +175,23 @@ class Writer:
         """Return the log-probability of each trial's pinned text, nats per token, while half of the
         rest is noise; plus that of options and expressions, since their length decides their
         content. Without either, return that of the rest."""
-        canvas = np.stack([trial.canvas for trial in trials])
         written = np.stack([trial.written for trial in trials])
-        judged = np.stack([trial.judged for trial in trials])
-        context = self.context.repeated(len(trials))
         noise = np.random.default_rng([self.settings.seed, self.batches])
-        truth, total = mx.array(canvas), np.zeros(len(trials))
+        total = np.zeros(len(trials))
         for _ in range(LOOKS):
-            is_noise = written & (noise.random(canvas.shape[1]) < NOISE_LEVEL)
-            tokens = noise.choice(self.text_tokens, canvas.shape[1])
-            logits = self.model.denoise(mx.array(np.where(is_noise, tokens, canvas)), context)
-            probability = np.array(probability_of(truth, statistics(logits)), np.float64)
-            logs = np.log(np.maximum(probability, _LEAST_CERTAIN))
-            total += (logs * judged).sum(axis=1)
-        self.positions += LOOKS * canvas.size
+            is_noise = written & (noise.random(written.shape[1]) < NOISE_LEVEL)
+            tokens = noise.choice(self.text_tokens, written.shape[1])
+            noisy = [
+                mx.array(np.where(where, tokens, trial.canvas)[None])
+                for where, trial in zip(is_noise, trials, strict=True)
+            ]
+            opened = [OpenContext.beside(self.context) for _ in trials]
+            for row, seen in enumerate(look_once(self.model, noisy, opened)):
+                truth = mx.array(trials[row].canvas[None])
+                probability = np.array(probability_of(truth, seen), np.float64)[0]
+                logs = np.log(np.maximum(probability, _LEAST_CERTAIN))
+                total[row] += (logs * trials[row].judged).sum()
+        self.positions += LOOKS * written.size
         return (total / LOOKS).tolist()
 
     def _room(self) -> int:
@@ -212,7 +217,6 @@ class Writer:
         most = self.settings.max_denoising_steps
         pinned, places, needed = self._pin(choices, rows)
         self.batches += 1
-        noise = SeededNoise(self.settings.seed, attempt=self.batches - 1)
         settings = replace(
             self.settings,
             max_new_tokens=min(L, needed),
@@ -224,77 +228,97 @@ class Writer:
             self.canvases,
             tuple(choice.name for choice in choices),
             tuple(rows),
-            mx.array(pinned.tokens >= 0),
+            tuple(mx.array(row.tokens[None] >= 0) for row in pinned),
             is_final=trial_steps is None,
         )
-        last: StepDone | None = None
-        for event in denoise_context(
-            self.model,
-            [self.context.repeated(len(rows))],
-            settings,
-            noise=noise,
-            pinned=pinned,
-        ):
+        together = Rows(self.model)
+        for number, given in enumerate(pinned):
+            noise = SeededNoise(self.settings.seed + number, attempt=self.batches - 1)
+            together.add(
+                Row(
+                    self.model,
+                    settings,
+                    number=number,
+                    context=self.context,
+                    is_shared=len(rows) > 1,
+                    noise=noise,
+                    pinned=given,
+                )
+            )
+        last: dict[int, StepDone] = {}
+        for event in together.run():
             if isinstance(event, StepDone):
-                last, self.steps = event, self.steps + 1
+                last[event.row] = event
                 yield replace(event, canvas_index=self.canvases)
             elif isinstance(event, Finished):
-                self.positions += sum(event.row_positions)
-        assert last is not None
-        draft, certainty = np.array(last.draft), np.array(last.certainty)
-        canvases = pinned.tokens.copy()
-        canvases[:, : draft.shape[1]] = draft
-        trials = []
-        for row in range(len(rows)):
-            texts = [draft[row, start:stop] for start, stop in places[row]]
-            sure = [certainty[row, start:stop] for start, stop in places[row]]
-            canvas = np.maximum(canvases[row], 0)  # columns that were not computed are pinned
-            written = pinned.tokens[row] == FREE
-            constrained = np.zeros(L, bool)
-            for choice, (start, stop) in zip(choices, places[row], strict=True):
-                constrained[start:stop] |= choice.automaton is not None
-            parts = [part for part in (~written, constrained) if part.any()] or [written]
-            judged = sum((part / part.sum() for part in parts), np.zeros(L))
-            trials.append(_Trial(texts, sure, canvas, written, judged))
-        return trials
+                self.positions += event.positions
+        self.steps += 1 + max(event.step for event in last.values())
+        return [
+            self._trial(choices, given, slots, last[row])
+            for row, (given, slots) in enumerate(zip(pinned, places, strict=True))
+        ]
+
+    def _trial(
+        self, choices: list[Choice], pinned: Pinned, slots: list[tuple[int, int]], last: StepDone
+    ) -> _Trial:
+        """Return a row's result, from its last step."""
+        draft, certainty = np.array(last.draft)[0], np.array(last.certainty)[0]
+        canvas = pinned.tokens.copy()
+        canvas[: len(draft)] = draft
+        written = pinned.tokens == FREE
+        constrained = np.zeros(len(canvas), bool)
+        for choice, (start, stop) in zip(choices, slots, strict=True):
+            constrained[start:stop] |= choice.automaton is not None
+        parts = [part for part in (~written, constrained) if part.any()] or [written]
+        return _Trial(
+            [draft[start:stop] for start, stop in slots],
+            [certainty[start:stop] for start, stop in slots],
+            np.maximum(canvas, 0),  # columns that were not computed are pinned
+            written,
+            sum((part / part.sum() for part in parts), np.zeros(len(canvas))),
+        )
 
     def _pin(
         self, choices: list[Choice], rows: list[tuple[int, ...]]
-    ) -> tuple[Pinned, list[list[tuple[int, int]]], int]:
-        """Return the window of each row, the places of its slots, and the columns that it needs."""
+    ) -> tuple[list[Pinned], list[list[tuple[int, int]]], int]:
+        """Return the window of each row, the places of its slots, and the columns that the widest
+        needs."""
         L = self.settings.canvas_length
-        sets: list[np.ndarray] = []
+        ids: list[np.ndarray] = []
         known: dict[int, int] = {}  # id of a set -> its index
-        tokens, chosen = np.full((len(rows), L), FREE), np.full((len(rows), L), ANY)
+        sets = TokenSets(ids)
+        pinned: list[Pinned] = []
         places: list[list[tuple[int, int]]] = []
-        spans, needed = [], 0
-        for row, lengths in enumerate(rows):
+        needed = 0
+        for lengths in rows:
+            tokens, chosen, spans = np.full(L, FREE, np.int32), np.full(L, ANY), []
             at, slots, given = 0, [], dict(zip(map(id, choices), lengths, strict=True))
             for piece in self.rest:
                 if isinstance(piece, list):
                     stop = min(L, at + len(piece))
-                    tokens[row, at:stop] = piece[: stop - at]
+                    tokens[at:stop] = piece[: stop - at]
                 else:
                     length = given.get(id(piece), piece.lengths[0])
                     stop = min(L, at + length)
                     for place, members in zip(range(at, stop), piece.sets(length), strict=False):
                         if id(members) not in known:
-                            known[id(members)] = len(sets)
-                            sets.append(members)
-                        chosen[row, place] = known[id(members)]
+                            known[id(members)] = len(ids)
+                            ids.append(members)
+                        chosen[place] = known[id(members)]
                     if id(piece) in given:
                         slots.append((at, stop))
                         if piece.automaton is not None:
-                            spans.append(Span(row, at, length, piece.automaton))
+                            spans.append(Span(at, length, piece.automaton))
                 at = stop
                 if at == L:
                     break
             else:
-                tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends
+                tokens[at : at + 1], tokens[at + 1 :] = self.ends
                 at = min(L, at + 1)
             needed = max(needed, at)
+            pinned.append(Pinned(tokens, sets, chosen, spans))
             places.append(slots)
-        return Pinned(tokens.astype(np.int32), sets, chosen, spans), places, needed
+        return pinned, places, needed
 
 
 def least_tokens(pieces: Sequence[Piece]) -> int:

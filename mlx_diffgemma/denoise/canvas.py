@@ -1,0 +1,64 @@
+"""One row's canvas as a state between two steps. Built by steps, read by the host; lazy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..config.generation import ResolvedSettings
+from ..events import StepDone
+from .noise import Noise
+from .pinned import PinnedCanvas
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The host's decisions about a row's next step."""
+
+    width: int  # columns that it computes
+    dense: int  # of them, those whose soft embedding is dense
+    widest: int  # columns that may be needed: the canvas, or the rest of the budget
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Belief:
+    """The prediction of a step, for the next one's self-conditioning."""
+
+    weights: mx.array  # [1, W, V], the model's type
+    total: mx.array  # [1, W] float32
+    entropy: mx.array  # [1, W] float32
+    # Ids and probabilities of the likeliest tokens, for a sparse one.
+    likeliest: tuple[mx.array, mx.array] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Canvas:
+    """A canvas before a step."""
+
+    row: int  # its number in the run
+    settings: ResolvedSettings
+    noise: Noise
+    pinned: PinnedCanvas | None
+    index: int  # of the canvas in the answer, from 0
+    plan: Plan
+    tokens: mx.array  # [1, L] int32, the step's input
+    step: int = 0
+    drafts: tuple[mx.array, ...] = ()  # [1, W] each, of the last `stability_threshold` steps
+    belief: Belief | None = None
+    held: mx.array | None = None  # [1, W] int32, see `sampler.hold`
+
+    @property
+    def has_steps_left(self) -> bool:
+        return self.step < self.settings.max_denoising_steps
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taken:
+    """The results of a step over one canvas."""
+
+    event: StepDone
+    # int32 [1] each, the numbers that the host reads: whether the row has settled; if the width
+    # follows the answer, the columns needed; if self-conditioning is sparse, the uncertain ones.
+    check: tuple[mx.array, ...]
+    after: Canvas  # before the next step, under the same plan

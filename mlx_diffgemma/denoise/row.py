@@ -1,0 +1,230 @@
+"""One row: a request's text so far, what it has written, what is left of its budget, and the plan
+for its next step. Uses numbers that the loop has read already; reads only finished canvases from
+the device itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from ..config.generation import ResolvedSettings
+from ..config.model import ModelConfig
+from ..errors import ConfigError, PromptError
+from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone
+from ..model import Context, DiffusionGemma, OpenContext
+from .canvas import Canvas, Plan, Taken
+from .noise import Noise, SeededNoise
+from .pinned import Pinned, PinnedCanvas
+from .stopping import width_for
+
+
+class Row:
+    """One request among the rows of a loop. It reads its text piece by piece, then denoises a
+    canvas, commits it, which is reading too, and so on until it is done."""
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        settings: ResolvedSettings,
+        tokens: np.ndarray | None = None,
+        *,
+        number: int = 0,
+        context: Context | None = None,
+        is_shared: bool = False,
+        noise: Noise | None = None,
+        pinned: Pinned | None = None,
+        stop: Callable[[np.ndarray], bool] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Make a row.
+
+        Args:
+          model: the model that the loop runs.
+          settings: how to denoise; the seed is the row's own.
+          tokens: int32 [S], the text to read, S >= 1; None if the context holds all of it.
+          number: of the row in its events.
+          context: the text before `tokens`.
+          is_shared: whether other rows use the context too; it is then not copied.
+          noise: where draws come from; by default the settings' seed.
+          pinned: the given parts of the answer.
+          stop: called with each committed canvas, int32 [up to L]; the row ends with it if the
+            result is True.
+          progress: called with (tokens read, tokens in all) while the text is read.
+
+        Raises:
+          PromptError: if the text leaves no room for a canvas.
+          ConfigError: if the noise does not suit the settings.
+        """
+        before = context.length if context is not None else 0
+        count = 0 if tokens is None else len(tokens)
+        room = check_room(model.config, settings, before + count)
+        self.model, self.settings, self.number = model, settings, number
+        self.noise, self.pinned = _checked(noise, settings), pinned
+        self.context, self.is_shared = context, is_shared
+        self.unread, self.prompt_tokens = tokens, count
+        self.opened: list[OpenContext] = []  # the open context, while there is a canvas
+        self.canvas: Canvas | None = None
+        self.is_done = False
+        self._is_prompt = count > 0
+        self._stop, self._progress, self._started = stop, progress, time.perf_counter()
+        self._left = min(settings.max_new_tokens, room * settings.canvas_length)
+        # Free positions: a shortened canvas moves the later ones.
+        self._places = model.config.text.max_position_embeddings - before - count
+        self._index = self._attempt = self._steps_here = 0  # of the current canvas
+        self._written = self._new_tokens = self._steps = self._positions = 0
+
+    @property
+    def piece(self) -> np.ndarray:
+        """The tokens to read next."""
+        assert self.unread is not None
+        return self.unread[: self.settings.prefill_step_size]
+
+    def take_context(self) -> Context:
+        """Return the context to read behind; the row keeps no reference to it."""
+        context, self.context = self.context, None
+        return Context((), 0, 1) if context is None else context
+
+    def has_read(self, context: Context) -> PrefillDone | None:
+        """Take the context with the last piece in it; once all is read, open the next canvas."""
+        assert self.unread is not None
+        rest = self.unread[len(self.piece) :]
+        self.context, self.unread = context, rest if len(rest) else None
+        if self._is_prompt and self._progress is not None:
+            self._progress(self.prompt_tokens - len(rest), self.prompt_tokens)
+        if self.unread is not None or not self._is_prompt:
+            return None
+        self._is_prompt = False
+        seconds = time.perf_counter() - self._started
+        return PrefillDone(self.prompt_tokens, 0, seconds, self.number)
+
+    def begin_canvas(self) -> list[LoopEvent]:
+        """Open the context and start the next canvas. Return the events of a canvas that is given
+        as a whole, which no step denoises; none otherwise."""
+        assert self.context is not None
+        settings, context = self.settings, self.context
+        self.context = None  # freed once the open one has its copy
+        self.opened = [
+            OpenContext.beside(context)
+            if self.is_shared
+            else self.model.open(context, settings.canvas_length)
+        ]
+        self.is_shared = False
+        self._attempt = self._steps_here = 0
+        given = None
+        if self.pinned is not None:
+            vocab_size = self.model.config.text.vocab_size
+            given = self.pinned.canvas(self._written, settings.canvas_length, vocab_size)
+            if not given.has_free:
+                return self.end_canvas(given.tokens)
+        self._start(given)
+        return []
+
+    def _start(self, given: PinnedCanvas | None) -> None:
+        """Start a canvas from random tokens, under the noise of this attempt."""
+        settings, noise = self.settings, self.noise
+        if self._attempt:
+            assert isinstance(noise, SeededNoise)
+            noise = noise.reroll(self._attempt)
+        shape, vocab_size = (1, settings.canvas_length), self.model.config.text.vocab_size
+        start = noise.start(self._index, shape, vocab_size)
+        if given is not None:
+            start = given.kept_to(start)
+        plan = self._first_plan()
+        self.canvas = Canvas(self.number, settings, noise, given, self._index, plan, start)
+
+    def take(self, taken: Taken, opened: OpenContext) -> None:
+        """Take the results of a step, so that nothing refers to those of the step before."""
+        self._steps_here += 1
+        self._positions += taken.after.plan.width
+        self.canvas, self.opened = taken.after, [opened]
+
+    def goes_on(self, check: list[int]) -> bool:
+        """Return whether the canvas needs another step, from the numbers that the host read of the
+        last one, and plan it."""
+        assert self.canvas is not None
+        if check[0] or not self.canvas.has_steps_left:
+            return False
+        self.canvas = replace(self.canvas, plan=self._next_plan(check))
+        return True
+
+    def end_canvas(self, draft: mx.array) -> list[LoopEvent]:
+        """Commit a canvas, [1, W]: cut it at `max_new_tokens`, pad it after end tokens, count its
+        tokens. Or start it again if its answer is empty and that is asked for."""
+        settings, canvas = self.settings, self.canvas
+        self.canvas = None  # the belief holds arrays of the logits' size
+        host = np.array(draft)[0]
+        is_empty = bool(np.isin(host[0], settings.eos_token_ids))
+        if is_empty and canvas and self._index == 0 and self._attempt < settings.empty_rerolls:
+            self._attempt += 1
+            self._start(canvas.pinned)
+            return []
+        tokens = host[: self._left]
+        is_end = np.isin(tokens, settings.eos_token_ids)
+        keep: np.ndarray = np.cumsum(is_end) - is_end == 0
+        tokens = np.where(keep, tokens, settings.pad_token_id).astype(np.int32)
+        self._left -= len(tokens)
+        self._places -= len(tokens)
+        self._written += len(tokens)
+        self._new_tokens += int(keep.sum())
+        self._steps += self._steps_here
+        has_ended = bool(is_end.any())
+        if self._stop is not None:
+            has_ended |= self._stop(tokens)
+        events: list[LoopEvent] = [
+            CanvasCommitted(self._index, mx.array(tokens[None]), self._steps_here, self.number)
+        ]
+        self._index += 1
+        if has_ended or self._left == 0 or self._places < settings.canvas_length:
+            self.is_done, self.opened = True, []
+            events.append(self._finished("stop" if has_ended else "length"))
+        else:
+            self.context, self.unread = self.opened.pop().closed(), tokens
+        return events
+
+    def _finished(self, reason: Literal["stop", "length"]) -> Finished:
+        return Finished(
+            reason, self._new_tokens, self._steps, self._index, self._positions, self.number
+        )
+
+    def _first_plan(self) -> Plan:
+        widest = self.settings.canvas_length
+        if self.settings.canvas_width == "answer":  # columns past the budget are never written
+            widest = width_for(min(self._left, widest), widest)
+        return Plan(widest, widest, widest)
+
+    def _next_plan(self, check: list[int]) -> Plan:
+        assert self.canvas is not None
+        settings, width = self.settings, self.canvas.plan.widest
+        if settings.canvas_width == "answer":
+            width = min(width, width_for(check[1], settings.canvas_length))
+        dense = width
+        if settings.self_conditioning == "sparse":
+            quarter = -(-width // 4)
+            dense = min(width, -(-check[-1] // quarter) * quarter)
+        return Plan(width, dense, self.canvas.plan.widest)
+
+
+def check_room(config: ModelConfig, settings: ResolvedSettings, tokens: int) -> int:
+    """Return how many whole canvases fit after a text."""
+    limit, canvas = config.text.max_position_embeddings, settings.canvas_length
+    room = (limit - tokens) // canvas
+    if room < 1:
+        raise PromptError(
+            f"the prompt has {tokens} tokens; with a canvas of {canvas}, "
+            f"at most {limit - canvas} of the {limit} positions are free for it"
+        )
+    return room
+
+
+def _checked(noise: Noise | None, settings: ResolvedSettings) -> Noise:
+    noise = SeededNoise(settings.seed) if noise is None else noise
+    if settings.empty_rerolls and not isinstance(noise, SeededNoise):
+        raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws")
+    if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
+        raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
+    return noise
