@@ -34,7 +34,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +63,7 @@ from mlx_diffgemma.config.generation import POLICIES
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise import loop as our_loop
 from mlx_diffgemma.denoise import step as our_step
+from mlx_diffgemma.denoise.canvas import Belief, Canvas, Plan
 from mlx_diffgemma.events import StepDone
 from mlx_diffgemma.model import DiffusionGemma, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
@@ -203,25 +204,29 @@ def our_steps(packed: bool, layers: int) -> Callable[[int, str], Step]:
             return LayerContext(leaf(shape, mx.bfloat16), leaf(shape, mx.bfloat16))
 
         layers = tuple(map(buffers, text.layers, kept))
-        before = our_step.Step(
-            canvas=tokens_of_canvas,
-            draft=tokens_of_canvas,
-            settled=leaf((1,), mx.bool_),
-            row_steps=leaf((1,), mx.int32),
-            belief=our_step.Belief(weights, per_position, per_position),
+        canvas = Canvas(
+            row=0,
+            settings=settings,
+            noise=SeededNoise(settings.seed),
+            pinned=None,
+            index=0,
+            plan=Plan(L, L, L),
+            tokens=tokens_of_canvas,
+            step=1,
+            drafts=(tokens_of_canvas,),
+            belief=Belief(weights, per_position, per_position),
             held=tokens_of_canvas if settings.acceptance == "confidence" else None,
         )
-        run = our_step.Run(model, settings, SeededNoise(settings.seed), None)
 
         def build() -> list[mx.array]:
-            plan, drafts = our_step.Plan(L, L, L), (tokens_of_canvas,)
             opened = [OpenContext(layers, kept, Context((), tokens, 1))]
             with as_on_gpu():
-                now = our_step.take_step(run, opened, 0, 1, before, drafts, plan)
-            parts = [getattr(now, field.name) for field in fields(now)]
-            parts += [array for x in opened[0].layers for array in (x.keys, x.values)]
-            parts += [now.belief.weights, now.belief.total, now.event.entropy]
-            return [part for part in parts if isinstance(part, mx.array)]
+                (now,), opened = our_step.take_step(model, [canvas], opened)
+            event, after = now.event, now.after
+            parts = [after.tokens, event.draft, event.accepted, event.entropy, event.certainty]
+            parts += [*now.check, after.belief.weights, after.belief.total]
+            parts += [] if after.held is None else [after.held]
+            return parts + [array for x in opened[0].layers for array in (x.keys, x.values)]
 
         owned = tuple(array for layer in layers for array in (layer.keys, layer.values))
         return Step(build, owned)
@@ -244,13 +249,13 @@ def written_in_place(policy: str) -> float:
     run, build = our_run(policy, gpu=True), our_loop.take_step
     addresses: dict[int, list[int]] = {}
 
-    def watched(run: Any, opened: Any, canvas_index: int, step: int, *rest: Any) -> Any:
-        if step:  # so the one before is evaluated, or about to be
+    def watched(model: Any, canvases: Any, opened: Any, *rest: Any) -> Any:
+        if step := canvases[0].step:  # so the one before is evaluated, or about to be
             layers = opened[0].layers
             arrays = [array for layer in layers for array in (layer.keys, layer.values)]
             addresses[step] = [np.asarray(array).ctypes.data for array in arrays]
             del layers, arrays  # or we would be the ones who hold them
-        return build(run, opened, canvas_index, step, *rest)
+        return build(model, canvases, opened, *rest)
 
     stayed: list[bool] = []
     our_loop.take_step = watched

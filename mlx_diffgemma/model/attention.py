@@ -72,20 +72,20 @@ class Attention(nn.Module):
         # layers that of the keys), without the keys' norm and rotation.
         normed = unit_rms(self._project(x).reshape(B, T, -1, H).astype(mx.float32), self.eps)
         scale = self.qk_scale if "qk_scale" in self else self.norm_scale()
-        rotating = (normed[:, :, : N + K] * scale).astype(x.dtype)
-        values = normed[:, :, -K:].astype(x.dtype)
+        rotating = (normed[:, :, : N + K] * scale).astype(x.dtype).swapaxes(1, 2)
+        runs = [(segment.position, segment.count) for segment in segments]
+        turned = rotate(rotating, runs, self._rope)  # [B, N + K, L, H] of each segment
+        values = normed[:, :, -K:].astype(x.dtype).swapaxes(1, 2)  # [B, K, T, H]
         outputs, kept, start = [], [], 0
-        for segment in segments:
+        for segment, heads in zip(segments, turned, strict=True):
             stop = start + segment.count
-            own = [x if segment.count == T else x[:, start:stop] for x in (rotating, values)]
-            turned, given = (x.swapaxes(1, 2) for x in own)  # [B, heads, L, H]
-            turned = rotate(turned, segment.position, self._rope)
-            seen, keep = segment.place(segment.past, turned[:, N:], given)
-            out = attend(turned[:, :N], seen, segment.mask)
-            outputs.append(out.swapaxes(1, 2).reshape(B, segment.count, -1))
+            own = values if segment.count == T else values[:, :, start:stop]
+            seen, keep = segment.place(segment.past, heads[:, N:], own)
+            outputs.append(attend(heads[:, :N], seen, segment.mask))  # [B, N, L, H]
             kept.append(keep)
             start = stop
-        joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+        joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+        joined = joined.swapaxes(1, 2).reshape(B, T, -1)
         return linear(self.o_proj, joined), kept
 
     def norm_scale(self) -> mx.array:

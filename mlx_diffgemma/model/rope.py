@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
 
 from ..config.model import RopeConfig
 from .backend import compiled, is_cpu
+
+# The first position, one for all rows of a batch or int32 [B], and the number of places.
+Run = tuple[int | mx.array, int]
 
 
 @cache
@@ -31,34 +36,49 @@ def periods(rope: RopeConfig, head_dim: int) -> mx.array:
     return table
 
 
-def rotate(x: mx.array, position: int | mx.array, rope: RopeConfig) -> mx.array:
-    """Rotate [B, heads, S, H]; `position` is that of the first token, one for all rows or int32
-    [B]."""
-    S, H = x.shape[-2:]
+def rotate(x: mx.array, runs: Sequence[Run], rope: RopeConfig) -> list[mx.array]:
+    """Rotate [B, heads, T, H], whose places are runs of neighbouring positions, and return each
+    run's part."""
+    H = x.shape[-1]
     if not is_cpu():
-        return mx.fast.rope(
-            x,
-            H,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=position,
-            freqs=periods(rope, H),
-        )
+        return [
+            mx.fast.rope(
+                part,
+                H,
+                traditional=False,
+                base=None,
+                scale=1.0,
+                offset=position,
+                freqs=periods(rope, H),
+            )
+            for part, (position, _) in zip(_parts(x, runs), runs, strict=True)
+        ]
     # There MLX recomputes sines and cosines in every layer. Here layers of a kind share them.
+    (position, count), *others = runs
     if isinstance(position, int):
-        cosines, sines = _table(rope, H, position, S)
-    else:
-        cosines, sines = _waves(rope, H, position[:, None, None, None], S)
+        cosines, sines = _table(rope, H, tuple(runs))
+    else:  # in training
+        assert not others
+        cosines, sines = _waves(rope, H, position[:, None, None, None], count)
     first, second = mx.split(x, 2, axis=-1)
-    return _turned(x, mx.concatenate([second, first], axis=-1), cosines, sines)
+    turned = _turned(x, mx.concatenate([second, first], axis=-1), cosines, sines)
+    return _parts(turned, runs)
 
 
-@lru_cache(maxsize=32)  # two kinds of layers, for the canvases of some rows and their next tokens
-def _table(rope: RopeConfig, head_dim: int, position: int, count: int) -> tuple[mx.array, mx.array]:
-    waves = _waves(rope, head_dim, mx.array(position), count)
-    mx.eval(waves)
-    return waves
+def _parts(x: mx.array, runs: Sequence[Run]) -> list[mx.array]:
+    if len(runs) == 1:
+        return [x]
+    ends = list(accumulate(count for _, count in runs))
+    return mx.split(x, ends[:-1], axis=2)
+
+
+# Two kinds of layers, for the canvases of some rows and for the tokens that they read.
+@lru_cache(maxsize=32)
+def _table(rope: RopeConfig, head_dim: int, runs: tuple[Run, ...]) -> tuple[mx.array, mx.array]:
+    waves = [_waves(rope, head_dim, mx.array(start), count) for start, count in runs]
+    cosines, sines = (mx.concatenate(list(parts), axis=0) for parts in zip(*waves, strict=True))
+    mx.eval(cosines, sines)
+    return cosines, sines
 
 
 def _waves(
