@@ -83,9 +83,8 @@ class Rows:
         """Take one step of the given rows."""
         if not rows:
             return
-        plans = [(row, _canvas(row).plan) for row in rows]
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.plans == plans:
+        if ahead is not None and ahead.fits([_canvas(row) for row in rows]):
             taken, opened = ahead.taken, ahead.opened
         else:
             ahead = None
@@ -119,17 +118,24 @@ class Rows:
             return
         canvases, opened = [_canvas(row) for row in rows], [row.opened[0] for row in rows]
         taken, opened = take_step(self.model, canvases, opened, self._mean_row)
-        plans = [(row, _canvas(row).plan) for row in rows]
-        self._ahead = _Ahead(plans, taken, opened)
+        self._ahead = _Ahead([(c.tokens, c.plan) for c in canvases], taken, opened)
 
 
 class _Ahead:
     """A step that is built but not yet computed."""
 
     def __init__(
-        self, plans: list[tuple[Row, Plan]], taken: list[Taken], opened: list[OpenContext]
+        self, seen: list[tuple[mx.array, Plan]], taken: list[Taken], opened: list[OpenContext]
     ) -> None:
-        self.plans, self.taken, self.opened = plans, taken, opened
+        self._seen, self.taken, self.opened = seen, taken, opened
+
+    def fits(self, canvases: list[Canvas]) -> bool:
+        """Return whether these are the canvases that the step was built for. A row's next canvas
+        may have the same plan, but never the same array of tokens."""
+        return len(canvases) == len(self._seen) and all(
+            canvas.tokens is tokens and canvas.plan == plan
+            for canvas, (tokens, plan) in zip(canvases, self._seen, strict=True)
+        )
 
 
 def denoise_tokens(

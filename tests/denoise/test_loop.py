@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +13,13 @@ import pytest
 from mlx_diffgemma import GenerationSettings, SeededNoise, denoise_tokens
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise import step as step_module
+from mlx_diffgemma.denoise.canvas import Belief, Canvas, Plan
+from mlx_diffgemma.denoise.loop import Rows
+from mlx_diffgemma.denoise.pinned import FREE, Pinned
+from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.denoise.sampler import shortlist, statistics
-from mlx_diffgemma.errors import ConfigError, PromptError
+from mlx_diffgemma.errors import ConfigError, PromptError, TemplateError
 from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone
-from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
 from tests.checkpoints import GENERATION, draw_config, load_drawn
 
@@ -35,62 +38,122 @@ def ahead(request):
         yield request.param
 
 
-# What the oracle thinks: tokens [B, L], and whether each row is sure of them.
-Answer = tuple[Sequence[Sequence[int]], Sequence[bool]]
+# What the oracle thinks of a row: its tokens, and how sure it is of each.
+Answer = tuple[Sequence[int], list[float]]
+Script = Callable[[int, int], Answer]
+
+SURE, UNSURE = 1e6, 0.1
 
 
-def sure(*rows: Sequence[int]) -> Answer:
-    return rows, [True] * len(rows)
+def sure(row: Sequence[int]) -> Answer:
+    return row, [SURE] * len(row)
 
 
-def unsure(*rows: Sequence[int]) -> Answer:
-    return rows, [False] * len(rows)
+def unsure(row: Sequence[int]) -> Answer:
+    return row, [UNSURE] * len(row)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the oracle remembers of a row's text."""
+
+    row: int
+    length: int
+    arrays: tuple[mx.array, ...] = ()
+
+    def closed(self) -> Known:
+        return self
+
+
+class Asked:
+    """What the oracle was asked about a row."""
+
+    def __init__(self) -> None:
+        self.read: list[list[int]] = []  # pieces of the prompt
+        self.commits: list[list[int]] = []
+        # Per canvas: the tokens and the self-conditioning of each look.
+        self.looks: list[list[tuple[mx.array, mx.array | None]]] = [[]]
+        self.is_writing = False
 
 
 class Oracle:
-    """A model that answers from a script: canvas index and look at that canvas -> answer.
+    """A model that answers from a script for each row: canvas index and look at that canvas ->
+    answer, cut to the columns that are asked for.
 
     Sure answers have an entropy of 0 under any cap, unsure ones of nearly ln 64. It writes down
     what it was asked; graphs are lazy, so a look that was built need not have been computed.
     """
 
-    def __init__(self, script: Callable[[int, int], Answer], **text: int):
-        raw = draw_config(0, vocab_size=V, canvas_length=L, **text)
+    dtype = mx.float32
+
+    def __init__(self, *scripts: Script, **text: int):
+        raw = draw_config(0, vocab_size=V, hidden_size=V, canvas_length=L, **text)
         self.config = ModelConfig.from_dict(raw, GENERATION)
-        self.script = script
-        self.commits: list[list[list[int]]] = []
-        self.looks: list[list[tuple[mx.array, mx.array | None]]] = [[]]  # per canvas
-        self.prefills: list[int] = []
+        self.scripts = scripts
+        self.rows = [Asked() for _ in scripts]
+        self.passes: list[list[int]] = []  # the rows of each forward pass over canvases
+        self.reads: list[list[int]] = []  # and of each over text
 
-    def prefill(self, tokens, context=None, *, lengths=None, step_size=2048, progress=None):
-        assert context is None
-        self.prefills.append(step_size)
-        if progress is not None:
-            progress(tokens.shape[1], tokens.shape[1])
-        return Context((), tokens.shape[1], tokens.shape[0])
-
-    def commit(self, canvas, context):
-        self.commits.append(canvas.tolist())
-        self.looks.append([])
-        return Context((), context.length + canvas.shape[1], context.batch)
+    def encode(self, pieces, contexts):
+        known = []
+        for piece, context in zip(pieces, contexts, strict=True):
+            (ids,) = piece.tolist()
+            if not context.length:
+                context = Known(sum(bool(asked.read) for asked in self.rows), 0)
+            asked = self.rows[context.row]
+            if asked.is_writing:
+                asked.commits.append(ids)
+                asked.looks.append([])
+            else:
+                asked.read.append(ids)
+            known.append(Known(context.row, context.length + len(ids)))
+        self.reads.append([each.row for each in known])
+        return None, known
 
     def open(self, context, canvas_length):
-        return OpenContext.of(context, canvas_length)
+        assert canvas_length <= L
+        self.rows[context.row].is_writing = True
+        return context
 
-    def look(self, canvas, context, *, self_conditioning=None):
-        looks = self.looks[-1]
-        rows, is_sure = self.script(len(self.commits), len(looks))
-        looks.append((canvas, self_conditioning))
-        height = np.where(is_sure, 1e6, 0.1).astype(np.float32)
-        one_hot = np.eye(V, dtype=np.float32)[np.array(rows)]
-        return mx.array(one_hot * height[:, None, None]), context
+    def canvas_states(self, canvases, opened, *, self_conditioning=None):
+        known, parts, start = list(opened), [], 0
+        opened.clear()
+        for canvas, context in zip(canvases, known, strict=True):
+            asked, width = self.rows[context.row], canvas.shape[1]
+            looks = asked.looks[-1]
+            tokens, heights = self.scripts[context.row](len(asked.commits), len(looks))
+            soft = self_conditioning
+            looks.append((canvas, None if soft is None else soft[:, start : start + width]))
+            outputs = np.eye(V, dtype=np.float32)[np.array(tokens)] * np.array(heights)[:, None]
+            parts.append(outputs[:width].astype(np.float32))
+            start += width
+        assert self_conditioning is None or self_conditioning.shape == (1, start, V)
+        self.passes.append([each.row for each in known])
+        return mx.array(np.concatenate(parts)[None]), known
+
+    def outputs(self, states):
+        return states
 
     def mean_embedding(self, weights, total):
         return weights  # so that a test can see what came back
 
     @property
+    def looks(self) -> list[list[tuple[mx.array, mx.array | None]]]:
+        (asked,) = self.rows
+        return asked.looks
+
+    @property
+    def commits(self) -> list[list[int]]:
+        (asked,) = self.rows
+        return asked.commits
+
+    @property
+    def asked(self) -> list[tuple[mx.array, mx.array | None]]:
+        return [look for looks in self.looks for look in looks]
+
+    @property
     def built(self) -> int:
-        return sum(map(len, self.looks))
+        return len(self.passes)
 
 
 def run(oracle: Oracle, tokens: mx.array = PROMPT, **settings) -> list:
@@ -106,12 +169,20 @@ def run(oracle: Oracle, tokens: mx.array = PROMPT, **settings) -> list:
     )
 
 
+def of_row(events: list, row: int) -> list:
+    return [event for event in events if event.row == row]
+
+
 def committed(events: list) -> list[CanvasCommitted]:
     return [event for event in events if isinstance(event, CanvasCommitted)]
 
 
 def steps_of(events: list) -> list[tuple[int, int]]:
     return [(e.canvas_index, e.step) for e in events if isinstance(e, StepDone)]
+
+
+def widths_of(events: list) -> list[int]:
+    return [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
 
 
 # When a canvas ends
@@ -121,7 +192,7 @@ def test_a_canvas_that_is_sure_at_once_takes_two_steps():
     events = run(Oracle(lambda canvas, look: sure(WORDS)))
     assert steps_of(events) == [(0, 0), (0, 1)]
     (canvas,) = committed(events)
-    assert (canvas.steps, canvas.row_steps) == (2, (2,))
+    assert canvas.steps == 2
     assert canvas.tokens.tolist() == [WORDS]
 
 
@@ -173,13 +244,11 @@ def test_events_come_in_order_of_happening_and_count_their_own_canvas():
         Finished,
     ]
     assert steps_of(events) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
-    assert [(c.canvas_index, c.steps, c.row_steps) for c in committed(events)] == [
-        (0, 2, (2,)),
-        (1, 3, (3,)),
-    ]
+    assert [(c.canvas_index, c.steps) for c in committed(events)] == [(0, 2), (1, 3)]
     finished = events[-1]
-    assert finished.row_steps == (5,) and finished.row_canvases == (2,)
-    assert finished.tokens_per_forward == (16 / 5,)
+    assert (finished.steps, finished.canvases, finished.positions) == (5, 2, 5 * L)
+    assert finished.tokens_per_forward == 16 / 5
+    assert {event.row for event in events} == {0}
 
 
 def test_step_events_carry_shapes_and_kinds_that_a_listener_can_read():
@@ -202,22 +271,32 @@ def test_candidates_are_left_out_unless_asked_for():
 def test_prefill_counts_tokens_without_padding_and_reports_its_progress():
     seen = []
     tokens = mx.array([[9, 9, 10], [10, 11, 12]], dtype=mx.int32)
+    oracle = Oracle(*[lambda canvas, look: sure(WORDS)] * 2)
     events = denoise_tokens(
-        Oracle(lambda canvas, look: sure(WORDS, WORDS)),
+        oracle,
         tokens,
-        GenerationSettings(seed=1, max_new_tokens=L),
+        GenerationSettings(seed=1, max_new_tokens=L, prefill_step_size=2),
         lengths=mx.array([1, 3]),
         prompt_progress_callback=lambda *places: seen.append(places),
     )
-    first = next(events)
-    assert isinstance(first, PrefillDone) and first.prompt_tokens == 4 and first.seconds >= 0
-    assert seen == [(3, 3)]
+    read = [event for event in events if isinstance(event, PrefillDone)]
+    assert [(event.row, event.prompt_tokens, event.cached_tokens) for event in read] == [
+        (0, 1, 0),
+        (1, 3, 0),
+    ]
+    assert all(event.seconds >= 0 for event in read)
+    assert seen == [(1, 1), (2, 3), (3, 3)]
+    assert [asked.read for asked in oracle.rows] == [[[10]], [[10, 11], [12]]]
 
 
-def test_prefill_reads_in_pieces_of_the_settings_size():
+@pytest.mark.parametrize(
+    ("size", "pieces"), [(1, [[10], [11], [12]]), (2, [[10, 11], [12]]), (3, [[10, 11, 12]])]
+)
+def test_prefill_reads_in_pieces_of_the_settings_size(size, pieces):
     oracle = Oracle(lambda canvas, look: sure(WORDS))
-    run(oracle, prefill_step_size=17)
-    assert oracle.prefills == [17]
+    events = run(oracle, prefill_step_size=size)
+    assert oracle.rows[0].read == pieces
+    assert [type(event) for event in events].count(PrefillDone) == 1
 
 
 # How long a run is
@@ -231,41 +310,41 @@ def test_max_new_tokens_cuts_exactly(limit, widths):
     assert [c.tokens.shape[1] for c in committed(events)] == widths
     written = [token for canvas in committed(events) for token in canvas.tokens[0].tolist()]
     assert written == (WORDS * 3)[:limit]
-    assert events[-1].reason == ("length",) and events[-1].new_tokens == (limit,)
+    assert events[-1].reason == "length" and events[-1].new_tokens == limit
 
 
 def test_an_end_token_ends_the_run_and_pads_what_follows_it():
     oracle = Oracle(lambda canvas, look: sure(ENDED))
     events = run(oracle, max_new_tokens=5 * L)
     assert [c.tokens.tolist() for c in committed(events)] == [[[30, 31, EOS, *[PAD] * 5]]]
-    assert events[-1].reason == ("stop",) and events[-1].new_tokens == (3,)
+    assert events[-1].reason == "stop" and events[-1].new_tokens == 3
     assert oracle.commits == []
 
 
 @pytest.mark.parametrize(("limit", "reason"), [(2, "length"), (3, "stop")])
 def test_an_end_token_behind_the_cut_does_not_count(limit, reason):
     events = run(Oracle(lambda canvas, look: sure(ENDED)), max_new_tokens=limit)
-    assert events[-1].reason == (reason,) and events[-1].new_tokens == (limit,)
+    assert events[-1].reason == reason and events[-1].new_tokens == limit
 
 
 def test_extra_end_tokens_end_a_run_too():
     events = run(Oracle(lambda canvas, look: sure(WORDS)), extra_eos_token_ids=(23,))
     assert committed(events)[0].tokens.tolist() == [[20, 21, 22, 23, *[PAD] * 4]]
-    assert events[-1].reason == ("stop",)
+    assert events[-1].reason == "stop"
 
 
 def test_a_pad_token_in_an_answer_is_a_token_like_any_other():
     answer = [20, PAD, 21, PAD, PAD, 22, EOS, 9]
     events = run(Oracle(lambda canvas, look: sure(answer)))
     assert committed(events)[0].tokens.tolist() == [[*answer[:7], PAD]]
-    assert events[-1].new_tokens == (7,)
+    assert events[-1].new_tokens == 7
 
 
 def test_a_run_commits_one_canvas_fewer_than_it_writes():
     oracle = Oracle(lambda canvas, look: sure(WORDS if canvas < 2 else ENDED))
     events = run(oracle, max_new_tokens=9 * L)
     assert len(committed(events)) == 3
-    assert oracle.commits == [[WORDS], [WORDS]]
+    assert oracle.commits == [WORDS, WORDS]
 
 
 def test_a_narrower_canvas_is_as_wide_as_asked():
@@ -278,7 +357,7 @@ def test_a_run_ends_where_the_positions_end():
     oracle = Oracle(lambda canvas, look: sure(WORDS), max_position_embeddings=3 + 2 * L + 1)
     events = run(oracle, max_new_tokens=100)
     assert len(committed(events)) == 2
-    assert events[-1].reason == ("length",) and events[-1].new_tokens == (2 * L,)
+    assert events[-1].reason == "length" and events[-1].new_tokens == 2 * L
 
 
 def test_a_closed_run_computes_no_further_step(ahead):
@@ -379,54 +458,162 @@ def test_the_same_seed_gives_the_same_canvases_and_another_seed_others():
 BOTH = mx.array([[10, 11, 12], [13, 14, 15]], dtype=mx.int32)
 
 
-def test_a_settled_row_keeps_its_draft_and_canvas_while_others_go_on():
-    def script(canvas, look):
-        first = WORDS if look < 2 else WORDS[::-1]  # settles in the second look, then would move
-        return [first, [40 + look] * L], [True, False]
-
-    oracle = Oracle(script)
+def test_a_row_leaves_when_it_is_done_and_nothing_more_is_computed_for_it(ahead):
+    oracle = Oracle(lambda canvas, look: sure(WORDS), lambda canvas, look: unsure([40 + look] * L))
     events = run(oracle, BOTH, max_denoising_steps=5)
-    (canvas,) = committed(events)
-    assert canvas.tokens.tolist() == [WORDS, [44] * L]
-    assert (canvas.steps, canvas.row_steps) == (5, (2, 5))
-    drafts = [event.draft[0].tolist() for event in events if isinstance(event, StepDone)]
-    assert drafts == [WORDS] * 5
-    inputs = [canvas[0].tolist() for canvas, _ in oracle.looks[0]]
-    assert inputs[2] == inputs[3] == inputs[4]
+    first, second = of_row(events, 0), of_row(events, 1)
+    assert steps_of(first) == [(0, 0), (0, 1)]
+    assert steps_of(second) == [(0, step) for step in range(5)]
+    assert events.index(first[-1]) < events.index(second[-3]), "it ends before the other does"
+    assert committed(first)[0].tokens.tolist() == [WORDS]
+    # Where steps are built ahead, one was built for both rows, and dropped.
+    dropped = [[0, 1]] * ahead
+    assert oracle.passes == [[0, 1], [0, 1], *dropped, [1], [1], [1]]
+    assert committed(second)[0].tokens.tolist() == [[44 + ahead] * L]
+    assert (first[-1].positions, second[-1].positions) == (2 * L, 5 * L)
 
 
-def test_a_row_that_has_ended_writes_padding_and_takes_no_more_steps():
+def test_rows_write_answers_of_different_numbers_of_canvases():
+    def longer(canvas, look):
+        return sure(ENDED if canvas == 2 else WORDS)
+
+    oracle = Oracle(lambda canvas, look: sure(ENDED), longer)
+    events = run(oracle, BOTH, max_new_tokens=9 * L)
+    first, second = of_row(events, 0), of_row(events, 1)
+    assert [c.tokens.tolist() for c in committed(first)] == [[[30, 31, EOS, *[PAD] * 5]]]
+    assert [c.canvas_index for c in committed(second)] == [0, 1, 2]
+    assert [asked.commits for asked in oracle.rows] == [[], [WORDS, WORDS]]
+    assert [(e.reason, e.new_tokens, e.steps, e.canvases) for e in (first[-1], second[-1])] == [
+        ("stop", 3, 2, 1),
+        ("stop", 2 * L + 3, 6, 3),
+    ]
+
+
+def test_a_row_begins_its_next_canvas_while_another_is_in_the_midst_of_its_own(ahead):
+    def slow(canvas, look):
+        return sure(WORDS) if look >= 5 + ahead else unsure(WORDS)
+
+    oracle = Oracle(lambda canvas, look: sure(WORDS), slow)
+    events = run(oracle, BOTH, max_new_tokens=3 * L)
+    first, second = of_row(events, 0), of_row(events, 1)
+    assert steps_of(first) == [(canvas, step) for canvas in range(3) for step in range(2)]
+    assert [look.steps for look in committed(first)] == [2, 2, 2]
+    starts = [SeededNoise(1).start(canvas, (1, L), V).tolist() for canvas in range(3)]
+    assert [looks[0][0].tolist() for looks in oracle.rows[0].looks] == starts
+    long = committed(second)[0]
+    assert long.steps >= 5
+    assert events.index(committed(first)[1]) < events.index(long) < events.index(second[-1])
+    assert oracle.reads[0] == [0, 1] and oracle.reads[1] == [0], "a commit waits for nobody"
+
+
+def test_a_row_that_commits_does_not_move_the_others_back():
+    oracle = Oracle(lambda canvas, look: sure(WORDS), lambda canvas, look: unsure([40 + look] * L))
+    both = run(oracle, BOTH, max_new_tokens=2 * L, max_denoising_steps=7)
+    alone = Oracle(lambda canvas, look: unsure([40 + look] * L))
+    second = run(alone, BOTH[1:], max_new_tokens=2 * L, max_denoising_steps=7, seed=2)
+    assert steps_of(of_row(both, 1)) == steps_of(second)
+    (own,), (others,) = oracle.rows[1].looks[0][:1], alone.looks[0][:1]
+    assert own[0].tolist() == others[0].tolist(), "row 1 of seed 1 is row 0 of seed 2"
+
+
+def test_one_noise_for_several_rows_is_refused():
+    oracle = Oracle(*[lambda canvas, look: sure(WORDS)] * 2)
+    with pytest.raises(ConfigError, match="a noise draws for one row, and the run has 2"):
+        run(oracle, BOTH, noise=SeededNoise(1))
+    assert oracle.reads == []
+
+
+def test_as_many_rows_are_pinned_as_there_are():
+    given = [Pinned(np.full(1, FREE, np.int32))]
+    oracle = Oracle(*[lambda canvas, look: sure(WORDS)] * 2)
+    with pytest.raises(TemplateError, match="1 rows are pinned, and the run has 2"):
+        list(denoise_tokens(oracle, BOTH, GenerationSettings(seed=1), pinned=given))
+    assert oracle.reads == []
+
+
+def test_rows_read_their_prompts_together_as_far_as_a_piece_goes():
+    tokens = mx.array([[10, 11, 12, 13], [9, 9, 14, 15], [9, 9, 9, 16]], dtype=mx.int32)
+    oracle = Oracle(*[lambda canvas, look: sure(WORDS)] * 3)
+    run(oracle, tokens, lengths=mx.array([4, 2, 1]), prefill_step_size=3)
+    assert [asked.read for asked in oracle.rows] == [[[10, 11, 12], [13]], [[14, 15]], [[16]]]
+    # The first piece is full. Then a short prompt's row need not wait for a long one's end.
+    assert oracle.reads == [[0], [1, 2], [0]]
+    assert oracle.passes[0] == [1, 2]
+
+
+# Rows that come and go
+
+
+def row_of(oracle: Oracle, tokens: Sequence[int], number: int, **settings) -> Row:
+    resolved = GenerationSettings(**{"seed": 1, "max_new_tokens": L} | settings).resolve(
+        oracle.config
+    )
+    return Row(oracle, resolved, np.array(tokens, np.int32), number=number)
+
+
+def test_a_row_that_joins_later_writes_what_it_writes_alone(ahead):
     def script(canvas, look):
-        return sure(ENDED if canvas == 0 else WORDS, WORDS)
+        return unsure([40 + look] * L)
 
-    oracle = Oracle(script)
-    events = run(oracle, BOTH, max_new_tokens=2 * L)
-    first, second = committed(events)
-    assert first.tokens.tolist() == [[30, 31, EOS, *[PAD] * 5], WORDS]
-    assert second.tokens.tolist() == [[PAD] * L, WORDS]
-    assert (first.row_steps, second.row_steps) == ((2, 2), (0, 2))
-    assert oracle.commits == [first.tokens.tolist()]
-    finished = events[-1]
-    assert finished.reason == ("stop", "length")
-    assert finished.new_tokens == (3, 16)
-    assert finished.row_steps == (2, 4) and finished.row_canvases == (1, 2)
+    oracle = Oracle(script, script)
+    rows = Rows(oracle)
+    rows.add(row_of(oracle, [10, 11], 0, max_denoising_steps=6))
+    events = [event for _ in range(3) for event in rows.advance()]
+    rows.add(row_of(oracle, [12], 1, max_denoising_steps=2, temperature=0, entropy_bound=1000))
+    events += rows.run()
+    assert steps_of(of_row(events, 0)) == [(0, step) for step in range(6)]
+    assert steps_of(of_row(events, 1)) == [(0, 0), (0, 1)]
+    canvases = [canvas.tolist()[0] for canvas, _ in oracle.rows[1].looks[0]]
+    assert canvases[1] == [40] * L, "its own settings hold for it"
+    assert oracle.rows[0].looks[0][-1][0].tolist()[0] != [44] * L, "and for it alone"
+    assert rows.rows == []
 
 
-def test_a_batch_ends_when_its_last_row_does():
+def test_a_row_that_is_removed_is_not_computed_again(ahead):
     def script(canvas, look):
-        return sure(ENDED, ENDED if canvas == 1 else WORDS)
+        return unsure([40 + look] * L)
 
-    events = run(Oracle(script), BOTH, max_new_tokens=9 * L)
-    assert len(committed(events)) == 2
-    assert events[-1].reason == ("stop", "stop") and events[-1].new_tokens == (3, 11)
+    oracle = Oracle(script, script)
+    rows = Rows(oracle)
+    going, staying = (row_of(oracle, [10 + i], i, max_denoising_steps=5) for i in range(2))
+    rows.add(going)
+    rows.add(staying)
+    for _ in range(2):
+        list(rows.advance())
+    rows.remove(going)
+    before = oracle.built
+    events = list(rows.run())
+    assert {event.row for event in events} == {1}
+    assert steps_of(events) == [(0, 2), (0, 3), (0, 4)]
+    assert all(passed == [1] for passed in oracle.passes[before:])
 
 
-def test_an_ended_row_does_not_hold_up_the_canvas():
-    def script(canvas, look):
-        return [ENDED, WORDS], [canvas == 0, True]  # ended, then never sure again
+def test_a_row_that_joins_is_conditioned_on_nothing_and_the_others_on_their_own_steps(ahead):
+    oracle = Oracle(
+        lambda canvas, look: sure([20 + look] * L), lambda canvas, look: sure([50 + look] * L)
+    )
+    rows = Rows(oracle)
+    rows.add(row_of(oracle, [10], 0, max_denoising_steps=4, stability_threshold=3))
+    list(rows.advance())
+    rows.add(row_of(oracle, [11], 1, max_denoising_steps=4, stability_threshold=3))
+    list(rows.run())
+    first, second = (asked.looks[0] for asked in oracle.rows)
+    assert not np.array(second[0][1]).any()
+    # A step was built ahead for the first row alone, and dropped: its script went on by one.
+    thoughts = [20, *range(21 + ahead, 24)], [50, 51, 52]
+    for looks, tokens in zip((first[1 + ahead :], second[1:]), thoughts, strict=True):
+        for (_, soft), token in zip(looks, tokens, strict=False):
+            assert soft.shape == (1, L, V)
+            assert (np.array(soft).argmax(-1) == token).all()
 
-    events = run(Oracle(script), BOTH, max_new_tokens=2 * L)
-    assert [canvas.steps for canvas in committed(events)] == [2, 2]
+
+def test_a_step_built_for_a_canvas_that_has_ended_is_not_taken_for_the_next(ahead):
+    """Its plan may be the same: same rows, same widths."""
+    oracle = Oracle(lambda canvas, look: sure([20 + 10 * canvas] * L))
+    events = run(oracle, max_new_tokens=3 * L)
+    drafts = [e.draft.tolist()[0][0] for e in events if isinstance(e, StepDone)]
+    assert drafts == [20, 20, 30, 30, 40, 40]
+    assert oracle.built == 6 + 3 * ahead
 
 
 # Empty answers
@@ -439,7 +626,7 @@ def test_an_empty_answer_is_drawn_again_when_asked(ahead):
     events = run(oracle, empty_rerolls=2)
     (canvas,) = committed(events)
     assert canvas.tokens.tolist() == [WORDS]
-    assert (canvas.steps, canvas.row_steps) == (4, (4,))
+    assert canvas.steps == 4
     first, again = oracle.looks[0][0][0], oracle.looks[0][2 + ahead][0]
     assert first.tolist() != again.tolist(), "the second try starts from other noise"
     assert oracle.looks[0][2 + ahead][1] is None, "and remembers nothing of the first"
@@ -450,19 +637,19 @@ def test_an_empty_answer_stands_when_nobody_asked_or_all_tries_are_spent():
         events = run(Oracle(lambda canvas, look: sure(EMPTY)), empty_rerolls=rerolls)
         assert committed(events)[0].tokens.tolist() == [[EOS, *[PAD] * 7]]
         assert len(steps_of(events)) == looks
-        assert events[-1].reason == ("stop",) and events[-1].new_tokens == (1,)
+        assert events[-1].reason == "stop" and events[-1].new_tokens == 1
 
 
 def test_only_empty_rows_are_drawn_again(ahead):
-    def script(canvas, look):
-        if look < 2 + ahead:
-            return sure(WORDS, EMPTY)
-        return sure(WORDS[::-1], WORDS)
+    def again(canvas, look):
+        return sure(EMPTY if look < 2 + ahead else WORDS)
 
-    events = run(Oracle(script), BOTH, empty_rerolls=1)
-    (canvas,) = committed(events)
-    assert canvas.tokens.tolist() == [WORDS, WORDS]
-    assert canvas.row_steps == (2, 4)
+    oracle = Oracle(lambda canvas, look: sure(WORDS), again)
+    events = run(oracle, BOTH, empty_rerolls=1)
+    assert [c.tokens.tolist() for c in committed(events)] == [[WORDS], [WORDS]]
+    assert [c.steps for c in committed(events)] == [2, 4]
+    retried = oracle.rows[1].looks[0][2 + ahead][0]
+    assert retried.tolist() == SeededNoise(2).reroll(1).start(0, (1, L), V).tolist()
 
 
 def test_a_later_canvas_may_begin_with_an_end():
@@ -515,26 +702,27 @@ def test_a_prompt_that_cannot_be_read_is_refused_before_any_work(tokens, lengths
             mx.array(tokens, dtype=mx.int32),
             lengths=None if lengths is None else mx.array(lengths),
         )
-    assert oracle.prefills == [] and oracle.built == 0
+    assert oracle.reads == [] and oracle.built == 0
 
 
 def test_the_longest_prompt_that_leaves_room_for_a_canvas_is_read():
     events = run(Oracle(lambda canvas, look: sure(WORDS)), mx.array([[10] * 1016]))
-    assert events[-1].new_tokens == (L,)
+    assert events[-1].new_tokens == L
 
 
 def test_padding_may_be_any_token_even_an_image():
     tokens = mx.array([[IMAGE, 10], [11, 12]], dtype=mx.int32)
-    oracle = Oracle(lambda canvas, look: sure(WORDS, WORDS))
+    oracle = Oracle(*[lambda canvas, look: sure(WORDS)] * 2)
     events = run(oracle, tokens, lengths=mx.array([1, 2]))
-    assert len(committed(events)) == 1
+    assert len(committed(events)) == 2
+    assert [asked.read for asked in oracle.rows] == [[[10]], [[11, 12]]]
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused_before_any_work():
     oracle = Oracle(lambda canvas, look: sure(WORDS))
     with pytest.raises(ConfigError, match="canvas_length 9 is longer than the checkpoint's 8"):
         run(oracle, canvas_length=9)
-    assert oracle.prefills == []
+    assert oracle.reads == []
 
 
 # Less work
@@ -546,7 +734,7 @@ def test_a_fast_canvas_that_is_sure_at_once_takes_one_step():
     events = run(Oracle(lambda canvas, look: sure(WORDS)), **FAST)
     assert steps_of(events) == [(0, 0)]
     assert committed(events)[0].tokens.tolist() == [WORDS]
-    assert events[-1].row_positions == (L,)
+    assert events[-1].positions == L
 
 
 def test_a_fast_canvas_that_is_never_sure_holds_one_more_position_in_every_step():
@@ -579,31 +767,36 @@ def test_what_moves_behind_the_end_holds_up_the_canvas_but_not_the_answer(rule):
     assert committed(answer)[0].tokens.tolist() == [[30, 31, EOS, *[PAD] * 5]]
 
 
-def widths_of(oracle, **settings):
-    events = run(oracle, canvas_width="answer", stop_on="answer", **settings)
-    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
-    return events, widths
+NARROW = {
+    "canvas_width": "answer",
+    "stop_on": "answer",
+    "entropy_bound": 1000,
+    "temperature": 0,
+}
 
 
 def test_columns_behind_an_accepted_end_are_dropped_and_the_text_is_the_same(ahead):
-    oracle = Narrow(lambda canvas, look: ([[30, 31 + look, EOS, *[33] * 5]], [look > 2]))
-    events, widths = widths_of(oracle, entropy_bound=1000, temperature=0, max_denoising_steps=4)
+    def script(canvas, look):
+        return (sure if look > 2 else unsure)([30, 31 + look, EOS, *[33] * 5])
+
+    oracle = Oracle(script)
+    events = run(oracle, **NARROW, max_denoising_steps=4)
+    widths = widths_of(events)
     assert widths == [8, 4, 4, 4]
     asked = [canvas.shape[1] for canvas, _ in oracle.asked]
     assert asked == ([8, 8, 4, 4, 4] if ahead else widths)  # one was built for too many
-    assert events[-1].row_positions == (sum(widths),)
+    assert events[-1].positions == sum(widths)
     assert committed(events)[0].tokens[0].tolist()[:3] == [30, 34 + ahead, EOS]
-    assert events[-1].reason == ("stop",)
+    assert events[-1].reason == "stop"
 
 
 def test_a_lost_end_gives_all_columns_back_with_their_own_noise(ahead):
     def script(canvas, look):
-        rows = [30, 31, EOS, *[33] * 5] if look == 0 else [34 + look] * L
-        return [rows], [False]
+        return unsure([30, 31, EOS, *[33] * 5] if look == 0 else [34 + look] * L)
 
-    oracle = Narrow(script)
-    _, widths = widths_of(oracle, entropy_bound=1000, temperature=0, max_denoising_steps=4)
-    assert widths == [8, 4, 8, 8]
+    oracle = Oracle(script)
+    events = run(oracle, **NARROW, max_denoising_steps=4)
+    assert widths_of(events) == [8, 4, 8, 8]
     wide = oracle.asked[4 if ahead else 2]  # two were built ahead and dropped
     assert wide[1].shape[1] == L, "the self-conditioning is as wide as the canvas"
     fresh = SeededNoise(1).renoise(0, 1, (1, L), V)
@@ -611,33 +804,29 @@ def test_a_lost_end_gives_all_columns_back_with_their_own_noise(ahead):
     assert not np.array(wide[1])[0, 4:].any(), "nothing is known of columns that were not looked at"
 
 
-def test_rows_of_a_batch_share_the_width_of_the_one_that_needs_most():
-    oracle = Narrow(lambda canvas, look: unsure(ENDED, [30, 31, 32, 33, 34, EOS, 36, 37]))
-    events = run(
-        oracle,
-        BOTH,
-        canvas_width="answer",
-        stop_on="answer",
-        entropy_bound=1000,
-        temperature=0,
-        max_denoising_steps=3,
+def test_each_row_has_its_own_width(ahead):
+    longer = [30, 31, 32, 33, 34, EOS, 36, 37]
+    oracle = Oracle(lambda canvas, look: unsure(ENDED), lambda canvas, look: unsure(longer))
+    events = run(oracle, BOTH, **NARROW, max_denoising_steps=3)
+    assert widths_of(of_row(events, 0)) == [8, 4, 4]
+    assert widths_of(of_row(events, 1)) == [8, 7, 7]
+    assert [e.positions for e in events if isinstance(e, Finished)] == [16, 22]
+    asked = [
+        [canvas.shape[1] for canvas, _ in rows.looks[0]] for rows in oracle.rows
+    ]  # with the look that was built too wide
+    assert asked == ([[8, 8, 4, 4], [8, 8, 7, 7]] if ahead else [[8, 4, 4], [8, 7, 7]])
+
+
+def test_a_row_with_another_width_brings_its_own_columns_back():
+    """Row 0 becomes narrow, row 1 does not: each is conditioned on its own columns."""
+    oracle = Oracle(
+        lambda canvas, look: unsure([30, 31, EOS, *[33] * 5]), lambda canvas, look: unsure(WORDS)
     )
-    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
-    assert widths == [8, 7, 7]
-    assert events[-1].row_positions == (22, 22)
-
-
-class Narrow(Oracle):
-    """Answers for as many columns as it is asked about, and keeps what it was asked."""
-
-    def __init__(self, script):
-        super().__init__(script)
-        self.asked: list[tuple[mx.array, mx.array | None]] = []
-
-    def look(self, canvas, context, *, self_conditioning=None):
-        outputs, context = super().look(canvas, context, self_conditioning=self_conditioning)
-        self.asked.append((canvas, self_conditioning))
-        return outputs[:, : canvas.shape[1]], context
+    run(oracle, BOTH, **NARROW, max_denoising_steps=4)
+    for asked, tokens in zip(oracle.rows, ([30, 31, EOS, *[33] * 5], WORDS), strict=True):
+        for canvas, soft in asked.looks[0][1:]:
+            width = canvas.shape[1]
+            assert np.array(soft)[0].argmax(-1).tolist() == tokens[:width]
 
 
 def test_draws_without_the_logits_are_those_of_the_contract():
@@ -668,66 +857,43 @@ def test_sparse_self_conditioning_with_every_token_in_its_list_is_dense(bound):
     assert drafts(self_conditioning="sparse", **sparse) == drafts()
 
 
-class PerPosition(Narrow):
-    """Sure of some positions only: the script gives a height for each."""
-
-    def look(self, canvas, context, *, self_conditioning=None):
-        looks = self.looks[-1]
-        rows, heights = self.script(len(self.commits), len(looks))
-        looks.append((canvas, self_conditioning))
-        self.asked.append((canvas, self_conditioning))
-        one_hot = np.eye(V, dtype=np.float32)[np.array(rows)]
-        outputs = one_hot * np.array(heights, np.float32)[..., None]
-        return mx.array(outputs)[:, : canvas.shape[1]], context
-
-
 def test_a_narrow_look_that_has_lost_its_end_does_not_settle(ahead):
-    # Row 0 shows an end, loses it while narrow, and is sure of all it sees then; row 1 goes on.
-    high, low = 1e6, 0.1
-    first = [30, 31, EOS, *[33] * 5]
-    lost = [30, 31, 32, 33, 34, 35, 36, EOS]
+    # It shows an end, loses it while narrow, and is sure of all it sees then.
+    first, lost = [30, 31, EOS, *[33] * 5], [30, 31, 32, 33, 34, 35, 36, EOS]
 
     def script(canvas, look):
-        early = look < 1 + ahead
-        a = (first, [high, low, high, *[low] * 5]) if early else (lost, [high] * L)
-        b = (first, [high, low, high, *[low] * 5]) if look < 3 else (first, [high] * L)
-        return [a[0], b[0]], [a[1], b[1]]
+        if look < 1 + ahead:
+            return first, [SURE, UNSURE, SURE, *[UNSURE] * 5]
+        return sure(lost)
 
-    events = run(PerPosition(script), BOTH, **FAST)
+    oracle = Oracle(script)
+    events = run(oracle, **FAST)
     (canvas,) = committed(events)
     assert canvas.tokens[0].tolist() == lost, "no padding, and all of the text"
-    assert events[-1].reason == ("stop", "stop") and events[-1].new_tokens[0] == L
+    assert 4 in widths_of(events), "it was narrow"
+    assert events[-1].reason == "stop" and events[-1].new_tokens == L
 
 
 def test_a_canvas_starts_as_narrow_as_what_is_left_to_write():
-    oracle = Narrow(lambda canvas, look: sure(WORDS))
+    oracle = Oracle(lambda canvas, look: sure(WORDS))
     events = run(oracle, policy="fast", max_new_tokens=L + 2)
-    widths = [event.draft.shape[1] for event in events if isinstance(event, StepDone)]
-    assert widths == [8, 3]  # two tokens, and an eighth to spare
+    assert widths_of(events) == [8, 3]  # two tokens, and an eighth to spare
     assert [canvas.tokens.tolist() for canvas in committed(events)] == [[WORDS], [WORDS[:2]]]
-    reference = Narrow(lambda canvas, look: sure(WORDS))
+    reference = Oracle(lambda canvas, look: sure(WORDS))
     run(reference, max_new_tokens=L + 2)
     assert {canvas.shape[1] for canvas, _ in reference.asked} == {L}
 
 
-def test_a_row_that_lost_its_end_is_drawn_again_with_the_empty_ones():
-    def script(canvas, look):
-        if look == 0:
-            return unsure([30, 31, EOS, *[33] * 5], EMPTY)
-        if look < 3:
-            return unsure([40] * L, EMPTY)
-        return sure(WORDS, WORDS)
+def test_an_empty_row_is_drawn_again_with_all_its_columns_beside_a_narrow_one(ahead):
+    def again(canvas, look):
+        return unsure(EMPTY) if look < 2 + ahead else sure(WORDS)
 
-    settings = {"canvas_width": "answer", "stop_on": "answer", "temperature": 0}
-    events = run(
-        Narrow(script),
-        BOTH,
-        **settings,
-        entropy_bound=1000,
-        max_denoising_steps=2,
-        empty_rerolls=2,
-    )
-    assert committed(events)[0].tokens.tolist() == [WORDS, WORDS]
+    oracle = Oracle(lambda canvas, look: unsure([30, 31, EOS, *[33] * 5]), again)
+    events = run(oracle, BOTH, **NARROW, max_denoising_steps=2, empty_rerolls=2)
+    first, second = (of_row(events, row) for row in range(2))
+    assert committed(first)[0].tokens.tolist()[0][:3] == [30, 31, EOS]
+    assert committed(second)[0].tokens.tolist() == [WORDS]
+    assert widths_of(second)[2] == L
 
 
 def test_a_width_that_follows_the_answer_needs_seeded_noise():
@@ -746,9 +912,11 @@ def test_the_most_uncertain_positions_are_conditioned_densely_and_the_others_spa
     sharp = np.array([9, 0.2, 8, 0.1])[:, None]  # positions 1 and 3 are the unsure ones
     seen = statistics(mx.array((rng.normal(size=(1, 4, vocab_size)) * sharp).astype(np.float32)))
     ids, p = shortlist(seen.weights, seen.total, 2)
-    belief = step_module.Belief(seen.weights, seen.total, seen.entropy, (ids, p))
-    run_ = step_module.Run(model, sparse, SeededNoise(0), model.mean_row())
-    mixed = np.array(step_module._soft_embedding(run_, belief, step_module.Plan(4, 2, 4)))[0]
+    belief = Belief(seen.weights, seen.total, seen.entropy, (ids, p))
+    tokens = mx.zeros((1, 4), mx.int32)
+    canvas = Canvas(0, sparse, SeededNoise(0), None, 0, Plan(4, 2, 4), tokens, belief=belief)
+    soft = step_module._self_conditioning(model, [canvas], model.mean_row())
+    mixed = np.array(soft)[0]
     dense = np.array(model.mean_embedding(seen.weights, seen.total))[0]
     short = np.array(model.sparse_embedding(ids, p, model.mean_row()))[0]
     for i, expected in enumerate((short, dense, short, dense)):

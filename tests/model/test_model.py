@@ -23,7 +23,7 @@ from mlx_diffgemma import (
 from mlx_diffgemma.config.model import ModelConfig, RopeConfig
 from mlx_diffgemma.denoise.sampler import shortlist, statistics
 from mlx_diffgemma.events import CanvasCommitted, Finished
-from mlx_diffgemma.model import Context, DiffusionGemma, experts, products
+from mlx_diffgemma.model import Context, DiffusionGemma, OpenContext, experts, products
 from mlx_diffgemma.model.attention import attend
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.model.context import LayerContext
@@ -60,6 +60,14 @@ def draw_tokens(model: DiffusionGemma, count: int, seed: int, rows: int = 1) -> 
     rng = np.random.default_rng(seed)
     vocab_size = model.config.text.vocab_size
     return mx.array(rng.integers(0, vocab_size, (rows, count), dtype=np.int32))
+
+
+def prefill_padded(
+    model: DiffusionGemma, tokens: mx.array, lengths: list[int], **pieces: int
+) -> Context:
+    """Read rows of different lengths, padded on the left, as training does."""
+    B, S = tokens.shape
+    return model.prefill(tokens, Context((), 0, B, S - mx.array(lengths)), **pieces)
 
 
 def draw_canvas(model: DiffusionGemma, seed: int, rows: int = 1) -> mx.array:
@@ -298,12 +306,13 @@ def test_sliding_layers_keep_one_place_less_than_their_window_and_full_ones_all(
 
 def test_places_count_padding_and_positions_do_not():
     model = drawn(1)
-    context = model.prefill(draw_tokens(model, 7, 1, rows=2), lengths=mx.array([4, 7]))
+    context = prefill_padded(model, draw_tokens(model, 7, 1, rows=2), [4, 7])
     assert context.length == 7 and context.position.tolist() == [4, 7]
     context = model.commit(draw_tokens(model, 5, 1, rows=2), context)
     assert context.length == 12 and context.position.tolist() == [9, 12]
-    full = model.prefill(draw_tokens(model, 7, 1, rows=2), lengths=mx.array([7, 7]))
-    assert full.position == 7, "full rows need no padding and no mask"
+    opened = model.open(context, 3)
+    assert opened.text.position.tolist() == opened.closed().position.tolist() == [9, 12]
+    assert model.prefill(draw_tokens(model, 7, 1)).position == 7
 
 
 def test_the_first_step_equals_one_conditioned_on_zeros():
@@ -345,12 +354,6 @@ def test_a_soft_embedding_is_the_mean_of_scaled_embeddings():
     np.testing.assert_allclose(np.array(model.soft_embedding(logits))[0], expected, atol=1e-5)
 
 
-def test_progress_counts_places_read():
-    model, seen = drawn(1), []
-    model.prefill(draw_tokens(model, 10, 1), step_size=4, progress=lambda *a: seen.append(a))
-    assert seen == [(4, 10), (8, 10), (10, 10)]
-
-
 # What the verbs refuse
 
 
@@ -361,28 +364,18 @@ def test_shapes_that_cannot_be_are_named():
         (lambda: model.prefill(mx.zeros((3,), mx.int32)), r"\[B, S\] with S >= 1, got \(3,\)"),
         (lambda: model.prefill(mx.zeros((1, 0), mx.int32)), r"S >= 1, got \(1, 0\)"),
         (lambda: model.prefill(draw_tokens(model, 2, 1), two), "1 rows, the context has 2"),
-        (
-            lambda: model.prefill(draw_tokens(model, 2, 1, 2), two, lengths=mx.array([1, 2])),
-            "keeps its padding",
-        ),
+        (lambda: model.prefill(draw_tokens(model, 2, 1), step_size=0), "at least 1, got 0"),
         (lambda: model.denoise(draw_canvas(model, 1), two), r"\[2, L\], got \(1, "),
     ):
         with pytest.raises(ValueError, match=message):
             call()
 
 
-@pytest.mark.parametrize("lengths", [[0, 2], [1, 4], [2], [1, 1, 1]])
-def test_lengths_that_do_not_fit_the_rows_are_refused(lengths):
-    model = drawn(1)
-    with pytest.raises(ValueError, match=r"lengths must be \[2\] numbers from 1 to 3"):
-        model.prefill(draw_tokens(model, 3, 1, rows=2), lengths=mx.array(lengths))
-
-
 # Rows, pieces, prefixes
 
 
 @pytest.mark.parametrize("get", MODELS)
-def test_a_row_in_a_batch_equals_the_row_alone(get):
+def test_a_row_of_a_padded_batch_equals_the_row_alone(get):
     model = get()
     window = model.config.text.sliding_window
     lengths = [2, 3 * window + 5, window, window - 1]
@@ -390,7 +383,7 @@ def test_a_row_in_a_batch_equals_the_row_alone(get):
     prompts = [draw_tokens(model, length, seed=i) for i, length in enumerate(lengths)]
     # Padding is any token: here one that is not the pad token.
     padded = [mx.pad(p, [(0, 0), (longest - p.shape[1], 0)], constant_values=7) for p in prompts]
-    together = model.prefill(mx.concatenate(padded), lengths=mx.array(lengths))
+    together = prefill_padded(model, mx.concatenate(padded), lengths)
     first, second, committed, third = (draw_canvas(model, 10 + i, len(lengths)) for i in range(4))
 
     def steps(context, row):
@@ -421,9 +414,86 @@ def test_prefill_in_pieces_equals_one_piece(get, step_size):
 def test_padded_rows_prefilled_in_pieces_equal_one_piece(get, step_size):
     model = get()
     prompt = mx.concatenate([long_prompt(model)] * 2)
-    lengths = mx.array([5, prompt.shape[1]])
-    pieces = model.prefill(prompt, lengths=lengths, step_size=step_size)
-    assert_close(look(model, pieces, 25), look(model, model.prefill(prompt, lengths=lengths), 25))
+    lengths = [5, prompt.shape[1]]
+    pieces = prefill_padded(model, prompt, lengths, step_size=step_size)
+    assert_close(look(model, pieces, 25), look(model, prefill_padded(model, prompt, lengths), 25))
+
+
+BACKENDS = [pytest.param(nullcontext, id="cpu"), pytest.param(as_on_gpu, id="gpu")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("get", MODELS)
+def test_texts_read_in_one_pass_are_those_read_alone(get, backend):
+    model = get()
+    window = model.config.text.sliding_window
+    lengths = [2, 3 * window + 5, 1, window, window - 1]
+    texts = [draw_tokens(model, length, seed=i) for i, length in enumerate(lengths)]
+    pieces = [draw_tokens(model, 1 + 4 * i, seed=10 + i) for i in range(len(texts))]
+    with backend():
+        states, first = model.encode(texts, [Context((), 0, 1) for _ in texts])
+        assert states.shape == (1, sum(lengths), model.config.text.hidden_size)
+        _, both = model.encode(pieces, first)
+        for text, piece, short, long in zip(texts, pieces, first, both, strict=True):
+            alone = model.prefill(text)
+            assert (short.length, short.position) == (text.shape[1], text.shape[1])
+            assert_close(look(model, short, 27), look(model, alone, 27))
+            longer = model.prefill(piece, alone)
+            assert long.length == longer.length
+            assert_close(look(model, long, 27), look(model, longer, 27))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("get", MODELS)
+def test_a_row_beside_others_equals_the_row_alone(get, backend):
+    """Lengths, widths, self-conditioning and shared contexts mixed, for two steps."""
+    model = get()
+    window, cap = model.config.text.sliding_window, model.config.text.final_logit_softcapping
+    lengths = [2, 3 * window + 5, window, window - 1]
+    L = max(2, model.config.canvas_length)
+    widths = [L, max(1, L // 3), L - 1, 1, L, 2]
+    with backend():
+        contexts = [
+            model.prefill(draw_tokens(model, length, seed=i)) for i, length in enumerate(lengths)
+        ]
+        contexts += [contexts[1]] * 2  # two rows share this one with a third
+        canvases = [draw_tokens(model, width, 20 + i) for i, width in enumerate(widths)]
+        opened = [
+            OpenContext.beside(context) if i > 3 else model.open(context, L)
+            for i, context in enumerate(contexts)
+        ]
+        soft = mx.random.normal(
+            (1, sum(widths), model.config.text.hidden_size), key=mx.random.key(3)
+        ).astype(model.dtype)
+        first, opened = model.canvas_states(canvases, opened)
+        second, opened = model.canvas_states(canvases, opened, self_conditioning=soft)
+        start = 0
+        for i, (context, canvas) in enumerate(zip(contexts, canvases, strict=True)):
+            own = slice(start, start + widths[i])
+            start = own.stop
+            expected = [
+                model.denoise(canvas, context),
+                model.denoise(canvas, context, self_conditioning=soft[:, own]),
+            ]
+            together = [softcap(model.outputs(states[:, own]), cap) for states in (first, second)]
+            assert_close([np.array(x) for x in together], [np.array(x) for x in expected])
+            assert opened[i].text.length == context.length and opened[i].is_shared == (i > 3)
+
+
+def test_a_context_that_rows_share_is_neither_copied_nor_written():
+    model = drawn(1)
+    context = model.prefill(long_prompt(model))
+    mx.eval(context.arrays)
+    before = [np.array(array) for array in context.arrays]
+    opened = [OpenContext.beside(context) for _ in range(3)]
+    states, opened = model.canvas_states([draw_canvas(model, i) for i in range(3)], opened)
+    mx.eval(states)
+    for row in opened:
+        for layer, kept in zip(row.layers, context.layers, strict=True):
+            assert layer.keys is kept.keys and layer.values is kept.values
+        assert row.closed().length == context.length
+    for old, array in zip(before, context.arrays, strict=True):
+        np.testing.assert_array_equal(old, np.array(array))
 
 
 @pytest.mark.parametrize("get", MODELS)
@@ -466,25 +536,27 @@ def test_a_batch_runs_to_the_ids_steps_and_ends_of_its_rows_alone():
 
     def run(tokens, lengths, seed):
         settings = GenerationSettings(seed=seed, max_new_tokens=128, max_denoising_steps=16)
-        events = list(
-            denoise_tokens(model, mx.array(tokens, dtype=mx.int32), settings, lengths=lengths)
-        )
-        canvases = [np.array(e.tokens) for e in events if isinstance(e, CanvasCommitted)]
-        assert isinstance(events[-1], Finished)
-        return np.concatenate(canvases, axis=1), events[-1]
+        ids, ends = [[] for _ in tokens], [None] * len(tokens)
+        for event in denoise_tokens(
+            model, mx.array(tokens, dtype=mx.int32), settings, lengths=lengths
+        ):
+            if isinstance(event, CanvasCommitted):
+                ids[event.row] += event.tokens[0].tolist()
+            elif isinstance(event, Finished):
+                ends[event.row] = (
+                    event.reason,
+                    event.new_tokens,
+                    event.steps,
+                    event.canvases,
+                    event.positions,
+                )
+        assert None not in ends
+        return ids, ends
 
     padded = [[0] * (longest - len(ids)) + ids for ids in rows]
-    together, finished = run(padded, mx.array([len(ids) for ids in rows]), seed=9)
-    for i, ids in enumerate(rows):
-        alone, ended = run([ids], None, seed=9 + i)
-        width = alone.shape[1]
-        assert together[i, :width].tolist() == alone[0].tolist()
-        assert not together[i, width:].any()
-        assert (finished.reason[i], finished.new_tokens[i], finished.row_steps[i]) == (
-            ended.reason[0],
-            ended.new_tokens[0],
-            ended.row_steps[0],
-        )
+    together = run(padded, mx.array([len(ids) for ids in rows]), seed=9)
+    alone = [run([ids], None, seed=9 + i) for i, ids in enumerate(rows)]
+    assert together == ([ids for (ids,), _ in alone], [end for _, (end,) in alone])
 
 
 # Fused products, unpacked ones, and the graph that GPUs get
@@ -599,39 +671,63 @@ def test_attention_on_the_cpu_is_the_kernel_of_gpus(mask):
         "window": causal_mask(S - L, L, first_key=0, window=4, padding=mx.array([0, 2])),
     }[mask]
     seen = LayerContext(keys, values)
-    here = attend(queries, seen, allowed)
+    here = attend(queries, [seen], allowed)
     with as_on_gpu():
-        there = attend(queries, seen, allowed)
+        there = attend(queries, [seen], allowed)
     np.testing.assert_allclose(np.array(here), np.array(there), atol=1e-5)
+    if mask == "none":  # keys in two parts, one of which other rows use too
+        parts = [
+            LayerContext(keys[:, :, places], values[:, :, places])
+            for places in (slice(0, 4), slice(4, S))
+        ]
+        for backend in (nullcontext, as_on_gpu):
+            with backend():
+                apart = attend(queries, parts, None)
+            np.testing.assert_allclose(np.array(here), np.array(apart), atol=1e-5)
 
 
-def test_a_canvas_is_written_where_the_last_step_had_it():
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_canvas_is_written_where_the_last_step_had_it(rows):
     model = drawn(1)
-    context = model.prefill(long_prompt(model))
-    only = [model.open(context, 8)]
-    mx.eval([layer.keys for layer in only[0].layers])
-    first = [np.asarray(layer.keys).ctypes.data for layer in only[0].layers]
-    outputs, opened = model.look(draw_tokens(model, 8, 1), only.pop())
-    mx.eval(outputs, [layer.keys for layer in opened.layers])
-    assert [np.asarray(layer.keys).ctypes.data for layer in opened.layers] == first
-    held = [np.array(layer.keys) for layer in opened.layers]
-    _, later = model.look(draw_tokens(model, 8, 2), opened)  # while the other is held: a copy
-    mx.eval([layer.keys for layer in later.layers])
-    for old, layer in zip(held, opened.layers, strict=True):
-        np.testing.assert_array_equal(old, np.array(layer.keys))
-    for before, after in zip(context.arrays, later.closed().arrays, strict=True):
-        np.testing.assert_array_equal(np.array(before), np.array(after))
+    contexts = [model.prefill(draw_tokens(model, 20 + i, i)) for i in range(rows)]
+    opened = [model.open(context, 8) for context in contexts]
+    canvases = [draw_tokens(model, 8 - i, 10 + i) for i in range(rows)]
+
+    def arrays(some: list[OpenContext]) -> list[mx.array]:
+        return [array for one in some for layer in one.layers for array in (layer.keys,)]
+
+    mx.eval(arrays(opened))
+    first = [np.asarray(keys).ctypes.data for keys in arrays(opened)]
+    states, opened = model.canvas_states(canvases, opened)
+    mx.eval(states, arrays(opened))
+    assert [np.asarray(keys).ctypes.data for keys in arrays(opened)] == first
+    before, held = [np.array(keys) for keys in arrays(opened)], list(opened)
+    other = [draw_tokens(model, 8, 20 + i) for i in range(rows)]
+    _, later = model.canvas_states(other, opened)  # while the others are held: a copy
+    mx.eval(arrays(later))
+    for old, keys in zip(before, arrays(held), strict=True):
+        np.testing.assert_array_equal(old, np.array(keys))
+    for context, after in zip(contexts, later, strict=True):
+        for old, new in zip(context.arrays, after.closed().arrays, strict=True):
+            np.testing.assert_array_equal(np.array(old), np.array(new))
+
+
+def test_the_list_of_open_contexts_is_emptied_so_that_nobody_holds_them():
+    model = drawn(1)
+    opened = [model.open(model.prefill(draw_tokens(model, 5, 1)), 4)]
+    model.canvas_states([draw_tokens(model, 4, 2)], opened)
+    assert opened == []
 
 
 def test_an_open_context_may_hold_a_canvas_narrower_than_its_room():
     model = drawn(2)
     context, canvas = model.prefill(long_prompt(model)), draw_tokens(model, 16, 4)
-    opened = model.open(context, 16)
-    _, opened = model.look(canvas, opened)  # what a wider step wrote behind it is not seen
-    outputs, _ = model.look(canvas[:, :6], opened)
+    # What a wider step wrote behind it is not seen.
+    _, opened = model.canvas_states([canvas], [model.open(context, 16)])
+    states, _ = model.canvas_states([canvas[:, :6]], opened)
     cap = model.config.text.final_logit_softcapping
     expected = model.denoise(canvas[:, :6], context)
-    assert_close([np.array(softcap(outputs, cap))], [np.array(expected)])
+    assert_close([np.array(softcap(model.outputs(states), cap))], [np.array(expected)])
 
 
 def test_a_sparse_embedding_gives_what_its_list_leaves_out_to_the_mean_of_all_embeddings():

@@ -212,7 +212,7 @@ def strange_events() -> list:
     ids = mx.array([list(range(len(STRANGE)))], dtype=mx.int32)
     some = mx.full(ids.shape, 0.5)
     step = StepDone(0, 0, ids, some > 0, some, some, (ids[..., None], some[..., None]))
-    return [step, CanvasCommitted(0, ids, 1, (1,)), Text("".join(STRANGE), "answer")]
+    return [step, CanvasCommitted(0, ids, 1), Text("".join(STRANGE), "answer")]
 
 
 def test_no_text_of_a_run_can_leave_its_script():
@@ -275,7 +275,7 @@ def test_three_canvases_of_48_random_steps_stay_under_two_megabytes():
     for canvas in range(3):
         events += [step(canvas, number) for number in range(48)]
         tokens = mx.array(rng.integers(0, size, (1, length), dtype=np.int32))
-        events.append(CanvasCommitted(canvas, tokens, 48, (48,)))
+        events.append(CanvasCommitted(canvas, tokens, 48))
     page = traced(events, Spelled(words)).html()
     assert len(page.encode()) < 2_000_000
 
@@ -460,5 +460,5 @@ def test_a_run_of_fill_is_kept_trial_by_trial_with_what_was_given():
 
 
 def test_a_finished_run_says_so():
-    finished = Finished(("stop",), (3,), (1,), (1,), (32,))
+    finished = Finished("stop", 3, 1, 1, 32)
     assert traced([*strange_events(), finished], Spelled(STRANGE)).as_object()["complete"]

@@ -17,8 +17,10 @@ import mlx_diffgemma
 from mlx_diffgemma import DiffGemmaError, GenerationSettings, Template, denoise_tokens, fill
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.constraint.automaton import Automaton
-from mlx_diffgemma.denoise.loop import denoise_context
-from mlx_diffgemma.denoise.pinned import FREE, Pinned, Span
+from mlx_diffgemma.denoise import loop
+from mlx_diffgemma.denoise.pinned import FREE, Pinned, Span, TokenSets
+from mlx_diffgemma.denoise.row import Row
+from mlx_diffgemma.denoise.step import take_step
 from mlx_diffgemma.errors import TemplateError
 from mlx_diffgemma.events import CanvasCommitted, StepDone
 from mlx_diffgemma.language.prompt import encode_text, token_bytes
@@ -29,7 +31,11 @@ from mlx_diffgemma.write import writer
 from mlx_diffgemma.write.fill import Filled, stream_fill
 from tests.checkpoints import GENERATION, draw_config, load_drawn
 
-V, L = 384, 16  # the bundled tokenizer's vocabulary, and a canvas that templates do not fit in
+M, V, L = (
+    16,
+    384,
+    16,
+)  # the bundled tokenizer's vocabulary, and a canvas that templates do not fit in
 
 
 @functools.cache
@@ -45,49 +51,70 @@ def small_model():
 class Dice:
     """A model without weights whose outputs are drawn anew at every look."""
 
+    dtype = mx.float32
+
     def __init__(self):
-        raw = draw_config(0, vocab_size=V, canvas_length=L)
+        raw = draw_config(0, vocab_size=V, hidden_size=M, canvas_length=L)
         self.config = ModelConfig.from_dict(raw, GENERATION)
         self.rng = np.random.default_rng(0)
 
-    def prefill(self, tokens, context=None, *, lengths=None, step_size=2048, progress=None):
+    def prefill(self, tokens, context=None, *, step_size=2048):
         return Context((), tokens.shape[1] + (context.length if context else 0), tokens.shape[0])
 
     commit = prefill
 
+    def encode(self, pieces, contexts):
+        return None, [self.prefill(*both) for both in zip(pieces, contexts, strict=True)]
+
     def open(self, context, canvas_length):
         return OpenContext.of(context, canvas_length)
 
-    def look(self, canvas, context, *, self_conditioning=None):
-        return self.denoise(canvas, context), context
+    def canvas_states(self, canvases, opened, *, self_conditioning=None):
+        later = list(opened)
+        opened.clear()
+        shape = (1, sum(canvas.shape[1] for canvas in canvases), V)
+        return mx.array(6 * self.rng.standard_normal(shape, np.float32)), later
 
-    def denoise(self, canvas, context):
-        shape = (*canvas.shape, V)
-        return mx.array(6 * self.rng.standard_normal(shape, np.float32))
+    def outputs(self, states):
+        return states
 
     def embed(self, tokens):
-        return mx.zeros((*tokens.shape, 4))
+        return mx.zeros((*tokens.shape, M))
 
     def mean_embedding(self, weights, total):
-        return mx.zeros((*weights.shape[:2], 4))
+        return mx.zeros((*weights.shape[:2], M))
 
 
 class Watched:
-    """Any model, with every canvas that it was asked about."""
+    """Any model, with every canvas that it was asked about, and the row and the trial of each."""
 
     def __init__(self, model):
-        self._model, self.canvases = model, []
+        self._model = model
+        self.canvases: list[tuple[int, int, mx.array]] = []  # trial, row, tokens
+        self.given: list[list[np.ndarray]] = []  # per trial, the pinned tokens of its rows
+        self._rows: list[int] | None = None
 
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def look(self, canvas, context, *, self_conditioning=None):
-        self.canvases.append(canvas)
-        return self._model.look(canvas, context, self_conditioning=self_conditioning)
+    def row(self, *arguments, number, pinned, **more):
+        """Make a row of a trial as `Row` does."""
+        if number == 0:
+            self.given.append([])
+        self.given[-1].append(pinned.tokens)
+        return Row(*arguments, number=number, pinned=pinned, **more)
 
-    def denoise(self, canvas, context, **rest):
-        self.canvases.append(canvas)
-        return self._model.denoise(canvas, context, **rest)
+    def step(self, model, canvases, opened, mean_row=None):
+        """Take a step as `take_step` does."""
+        self._rows = [canvas.row for canvas in canvases]
+        return take_step(model, canvases, opened, mean_row)
+
+    def canvas_states(self, canvases, opened, *, self_conditioning=None):
+        # A look that scores has all rows of the trial, in their order.
+        rows, self._rows = self._rows or range(len(self.given[-1])), None
+        trial = len(self.given) - 1
+        self.canvases += [(trial, *both) for both in zip(rows, canvases, strict=True)]
+        return self._model.canvas_states(canvases, opened, self_conditioning=self_conditioning)
 
 
 TEXTS = st.text(max_size=12)
@@ -119,19 +146,12 @@ def templates(draw):
 
 
 def check(model, template, policy, seed):
-    tokenizer = bundled()[1]
     watched = Watched(model)
-    given: list[tuple[int, np.ndarray]] = []  # canvases asked about before, and what was pinned
-
-    def denoising(model, contexts, chosen, *, pinned, **more):
-        given.append((len(watched.canvases), pinned.tokens))
-        return denoise_context(model, contexts, chosen, pinned=pinned, **more)
-
-    with patch.object(writer, "denoise_context", denoising):
-        check_run(watched, tokenizer, template, policy, seed, given)
+    with patch.object(writer, "Row", watched.row), patch.object(loop, "take_step", watched.step):
+        check_run(watched, bundled()[1], template, policy, seed)
 
 
-def check_run(watched, tokenizer, template, policy, seed, given):
+def check_run(watched, tokenizer, template, policy, seed):
     try:
         events = list(
             stream_fill(
@@ -172,13 +192,14 @@ def check_run(watched, tokenizer, template, policy, seed, given):
         encode_text(tokenizer, part) if isinstance(part, str) else part for part in template.parts
     ]
     drafts = [np.array(event.draft) for event in events if isinstance(event, StepDone)]
-    canvases = list(map(np.array, watched.canvases))
-    for i, (first, tokens) in enumerate(given):
-        last = given[i + 1][0] if i + 1 < len(given) else len(canvases)
-        assert last > first
-        for canvas in canvases[first:last]:
-            here = tokens[:, : canvas.shape[1]]
-            np.testing.assert_array_equal(canvas[here != FREE], here[here != FREE])
+    canvases = [np.array(canvas) for _, _, canvas in watched.canvases]
+    asked = set()
+    for (trial, row, _), canvas in zip(watched.canvases, canvases, strict=True):
+        here = watched.given[trial][row][None, : canvas.shape[1]]
+        np.testing.assert_array_equal(canvas[here != FREE], here[here != FREE])
+        asked.add((trial, row))
+    every = {(trial, row) for trial, rows in enumerate(watched.given) for row in range(len(rows))}
+    assert asked == every
     for canvas in [*canvases, *drafts]:
         for row in canvas.tolist():
             assert fits(row, pieces), (row, pieces)
@@ -284,7 +305,7 @@ def test_a_template_that_cannot_be_placed_is_refused(text, message):
 def test_nothing_pinned_is_plain_generation(policy):
     model, tokenizer = bundled()
     tokens = mx.array([encode_text(tokenizer, "Sort: 3 1 2")])
-    nothing = Pinned(np.full((1, 80), FREE, np.int32))
+    nothing = [Pinned(np.full(80, FREE, np.int32))]
 
     def ids(pinned):
         chosen = GenerationSettings(seed=4, policy=policy, max_new_tokens=96)
@@ -300,26 +321,26 @@ def test_pinned_positions_condition_themselves_and_are_not_counted():
             super().__init__()
             self.soft = []
 
-        def look(self, canvas, context, *, self_conditioning=None):
+        def canvas_states(self, canvases, opened, *, self_conditioning=None):
             self.soft.append(self_conditioning)
-            return super().look(canvas, context)
+            return super().canvas_states(canvases, opened)
 
         def embed(self, tokens):
-            return mx.broadcast_to(tokens[..., None], (*tokens.shape, 4)).astype(mx.float32)
+            return mx.broadcast_to(tokens[..., None], (*tokens.shape, M)).astype(mx.float32)
 
-    given = np.full((1, L), FREE, np.int32)
-    given[0, ::2] = np.arange(100, 100 + L // 2)
+    given = np.full(L, FREE, np.int32)
+    given[::2] = np.arange(100, 100 + L // 2)
     model = Asked()
     chosen = GenerationSettings(seed=0, max_denoising_steps=3, max_new_tokens=L)
-    pinned = Pinned(given)
+    pinned = [Pinned(given)]
     events = list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))
     steps = [event for event in events if isinstance(event, StepDone)]
     assert model.soft[0] is None
     for soft in model.soft[1:]:
-        np.testing.assert_array_equal(np.array(soft)[0, ::2, 0], given[0, ::2])
+        np.testing.assert_array_equal(np.array(soft)[0, ::2, 0], given[::2])
         assert not np.array(soft)[0, 1::2].any()
     for event in steps:
-        np.testing.assert_array_equal(np.array(event.draft)[0, ::2], given[0, ::2])
+        np.testing.assert_array_equal(np.array(event.draft)[0, ::2], given[::2])
         assert np.array(event.accepted)[0, ::2].all()
         assert not np.array(event.entropy)[0, ::2].any()
         assert (np.array(event.certainty)[0, ::2] == 1).all()
@@ -331,18 +352,18 @@ def test_a_set_leaves_other_tokens_no_mass_and_no_noise():
             super().__init__()
             self.weights, self.asked = [], []
 
-        def look(self, canvas, context, *, self_conditioning=None):
-            self.asked.append(canvas)
-            return super().look(canvas, context)
+        def canvas_states(self, canvases, opened, *, self_conditioning=None):
+            self.asked += canvases
+            return super().canvas_states(canvases, opened)
 
         def mean_embedding(self, weights, total):
             self.weights.append(weights)
             return super().mean_embedding(weights, total)
 
     sets = [np.array([50, 60]), np.array([7, 8, 9, 300])]
-    choices = np.array([[0, 1] * (L // 2)], np.int32)
+    choices = np.array([0, 1] * (L // 2), np.int32)
     model = Believed()
-    pinned = Pinned(np.full((1, L), FREE, np.int32), sets, choices)
+    pinned = [Pinned(np.full(L, FREE, np.int32), TokenSets(sets), choices)]
     chosen = GenerationSettings(seed=0, max_denoising_steps=4, max_new_tokens=L, top_candidates=6)
     events = list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))
     for canvas in [*map(np.array, model.asked), *(np.array(e.draft) for e in events[1:-2])]:
@@ -360,17 +381,17 @@ def test_a_set_leaves_other_tokens_no_mass_and_no_noise():
     assert set(starts[::2]) == {50, 60}  # both are drawn
 
 
-def test_rows_pinned_must_be_those_of_the_context():
+def test_as_many_rows_are_pinned_as_are_read():
     model, _ = bundled()
-    pinned = Pinned(np.full((2, 4), FREE, np.int32))
-    with pytest.raises(TemplateError, match="2 rows are pinned, the context has 1"):
+    pinned = [Pinned(np.full(4, FREE, np.int32))] * 2
+    with pytest.raises(TemplateError, match="2 rows are pinned, and the run has 1"):
         list(denoise_tokens(model, mx.array([[5, 6]]), GenerationSettings(), pinned=pinned))
 
 
 def test_a_span_across_two_canvases_is_refused():
     model, _ = bundled()
-    span = Span(0, 62, 3, Automaton.of_options([[50, 51, 52]]))
-    pinned = Pinned(np.full((1, 80), FREE, np.int32), spans=[span])
+    span = Span(62, 3, Automaton.of_options([[50, 51, 52]]))
+    pinned = [Pinned(np.full(80, FREE, np.int32), spans=[span])]
     chosen = GenerationSettings(max_new_tokens=128)
     with pytest.raises(TemplateError, match="crosses the border of two canvases, at position 64"):
         list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))

@@ -100,7 +100,7 @@ def test_a_batch_answers_every_prompt_as_if_it_were_alone(loaded):
         for i, prompt in enumerate(prompts)
     ]
     assert response.texts == alone
-    assert response.finished.reason == ("stop",) * 3
+    assert [done.reason for done in response.finished] == ["stop"] * 3
 
 
 COUNT = "Count from 12 to 36."
@@ -122,8 +122,8 @@ def test_an_answer_ends_before_a_stop_string_and_the_run_with_its_canvas(loaded)
     events = list(mlx_diffgemma.stream_generate(*loaded, COUNT, stop=["15 16"], settings=SEEDED))
     assert "".join(texts_of(events)) == "12 13 14 "
     assert sum(isinstance(event, CanvasCommitted) for event in events) == 1
-    assert isinstance(events[-1], Finished) and events[-1].reason == ("stop",)
-    assert events[-1].row_canvases == (1,)
+    assert isinstance(events[-1], Finished) and events[-1].reason == "stop"
+    assert events[-1].canvases == 1
 
 
 def test_a_stop_string_over_two_canvases_is_never_shown_in_part(loaded):
@@ -133,7 +133,7 @@ def test_a_stop_string_over_two_canvases_is_never_shown_in_part(loaded):
     stop = NUMBERS[len(first) - 3 : len(first) + 3]
     events = list(mlx_diffgemma.stream_generate(*loaded, COUNT, stop=[stop], settings=SEEDED))
     assert texts_of(events) == [first[:-3]]
-    assert events[-1].reason == ("stop",)
+    assert events[-1].reason == "stop"
     other = stop[:3] + "nothing like it"
     events = list(mlx_diffgemma.stream_generate(*loaded, COUNT, stop=[other], settings=SEEDED))
     assert texts_of(events)[0] == first[:-3] and "".join(texts_of(events)) == NUMBERS
@@ -147,8 +147,8 @@ def test_a_stop_string_ends_its_own_row_of_a_batch(loaded):
     assert response.texts[:2] == ["12 13 14 "] * 2
     alone = mlx_diffgemma.generate(*loaded, other, settings=GenerationSettings(seed=4))
     assert response.texts[2] == alone and len(alone) > 64
-    assert response.finished.row_canvases == (1, 1, 2)
-    assert response.finished.reason == ("stop",) * 3
+    assert [done.canvases for done in response.finished] == [1, 1, 2]
+    assert [done.reason for done in response.finished] == ["stop"] * 3
 
 
 @pytest.mark.parametrize("stop", [[""], [5], 5, b"x", {"a"}])
@@ -167,9 +167,9 @@ def test_max_tokens_is_the_same_limit_under_mlx_lms_name(loaded):
     short = GenerationSettings(seed=1)
     assert mlx_diffgemma.generate(*loaded, prompt=TABLE, max_tokens=10, settings=short) == expected
     response = mlx_diffgemma.batch_generate(*loaded, [TABLE], max_tokens=10, settings=short)
-    assert response.texts == [expected] and response.finished.reason == ("length",)
+    assert response.texts == [expected] and response.finished[0].reason == "length"
     *_, last = mlx_diffgemma.stream_generate(*loaded, TABLE, max_tokens=10, settings=short)
-    assert last.new_tokens == (10,)
+    assert last.new_tokens == 10
 
 
 def test_max_tokens_given_twice_or_impossible_is_refused(loaded):
@@ -197,7 +197,9 @@ def test_verbose_prints_as_mlx_lm_does_and_nothing_is_printed_without_it(loaded,
     said = [line.removeprefix("[batch_generate] ") for line in lines]
     assert said[0] == "Finished processing 0/2 ..." and "Finished processing 1/2 ..." in said
     assert said[-4] == "Finished processing 2/2" and said[-1].endswith(" GB")
-    assert said[-2].startswith(f"Generation: {sum(response.finished.new_tokens)} tokens, ")
+    assert said[-2].startswith(
+        f"Generation: {sum(done.new_tokens for done in response.finished)} tokens, "
+    )
     mlx_diffgemma.generate(*loaded, TABLE, settings=settings)
     mlx_diffgemma.batch_generate(*loaded, [TABLE], settings=settings)
     assert capsys.readouterr() == ("", "")
