@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .config.generation import GenerationSettings as GenerationSettings
     from .denoise.loop import denoise_tokens as denoise_tokens
     from .denoise.noise import SeededNoise as SeededNoise
+    from .denoise.store import Store as Store
+    from .engine.engine import Engine as Engine
     from .errors import DiffGemmaError as DiffGemmaError
     from .language.prompt import PromptOptions as PromptOptions
     from .language.prompt import encode_prompt as encode_prompt
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .write.edit import Selection as Selection
     from .write.edit import edit as edit
     from .write.fill import fill as fill
+    from .write.generate import Request as Request
     from .write.generate import batch_generate as batch_generate
     from .write.generate import generate as generate
     from .write.generate import stream_generate as stream_generate
@@ -33,10 +36,13 @@ if TYPE_CHECKING:
 # Public name -> the file that defines it.
 _HOME = {
     "DiffGemmaError": "errors",
+    "Engine": "engine.engine",
     "GenerationSettings": "config.generation",
     "PromptOptions": "language.prompt",
     "SeededNoise": "denoise.noise",
+    "Request": "write.generate",
     "Selection": "write.edit",
+    "Store": "denoise.store",
     "Template": "language.template",
     "batch_generate": "write.generate",
     "bundled_model": "checkpoint.files",

@@ -38,6 +38,18 @@ class DataError(DiffGemmaError):
     """A data file that cannot be read, or a line in it that is not a valid example."""
 
 
+class NumbersError(DiffGemmaError):
+    """A model that computes numbers that are not finite."""
+
+
+class ThreadError(DiffGemmaError):
+    """A stream that is read in another thread than the one that began it."""
+
+
+class EngineError(DiffGemmaError):
+    """An engine that cannot take a request, or has ended it."""
+
+
 class LossError(DiffGemmaError):
     """A loss that is not finite."""
 

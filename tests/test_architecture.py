@@ -32,7 +32,8 @@ WINGS = {
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load info",
     "denoise": "schedule sampler pinned noise stopping rows step loop",
-    "write": "writer verbose generate fill edit",
+    "write": "job writer verbose generate fill edit",
+    "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",

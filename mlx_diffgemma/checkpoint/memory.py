@@ -44,6 +44,15 @@ def needed_bytes(
     return weight_bytes + context_bytes(config, tokens, element_bytes) + max(logits, scores)
 
 
+def row_bytes(
+    config: TextConfig, tokens: int, canvas_length: int, *, element_bytes: int = 2
+) -> int:
+    """Return an estimate of what one row adds while it is written: its context of at most `tokens`
+    tokens, once more while it grows, and its arrays of the logits' size."""
+    logits = _LOGITS_COPIES * 4 * canvas_length * config.vocab_size
+    return 2 * context_bytes(config, tokens + canvas_length, element_bytes) + logits
+
+
 def recommended_bytes() -> int:
     """Return the memory that the device recommends to use at most, else the machine's memory."""
     import mlx.core as mx

@@ -4,7 +4,7 @@ settled, commit it, and so on. Rows join and leave between steps. Knows ids, not
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
@@ -19,15 +19,16 @@ from ..model.backend import is_cpu
 from .canvas import Canvas, Plan, Taken
 from .noise import Noise
 from .pinned import Pinned
-from .row import Row
+from .row import Row, checked_tokens
 from .step import take_step
+from .store import Store
 
 
 class Rows:
     """Rows that are computed together. Each writes what it would write alone."""
 
-    def __init__(self, model: DiffusionGemma) -> None:
-        self.model = model
+    def __init__(self, model: DiffusionGemma, store: Store | None = None) -> None:
+        self.model, self._store = model, store
         self.rows: list[Row] = []
         self._mean_row: mx.array | None = None  # [M], for sparse self-conditioning
         self._ahead: _Ahead | None = None
@@ -36,28 +37,32 @@ class Rows:
         """Let a row join. Nothing of the others is copied or computed again."""
         if row.settings.self_conditioning == "sparse" and self._mean_row is None:
             self._mean_row = self.model.mean_row()
+        row.join(self._store)
         self.rows.append(row)
 
     def remove(self, row: Row) -> None:
-        """Let a row leave before its end."""
-        self.rows.remove(row)
+        """Let a row leave before its end; its memory is free after the current step."""
+        row.leave()
 
     def run(self) -> Generator[LoopEvent, None, None]:
         """Run all rows to their ends."""
         while self.rows:
-            yield from self.advance()
+            for _, event in self.advance():
+                if isinstance(event, RowFailed):
+                    raise event.error
+                yield event
 
-    def advance(self) -> Generator[LoopEvent, None, None]:
+    def advance(self) -> Generator[tuple[Row, LoopEvent | RowFailed], None, None]:
         """Read one piece of text of the rows that have some to read, then take one step of all
-        others. Rows that finish leave."""
+        others. Yield events with the rows that they are of. Rows that finish or fail leave."""
         yield from self._read()
-        for row in self.rows:
-            if row.unread is None and row.canvas is None:
-                yield from row.begin_canvas()
+        for row in list(self.rows):
+            if row.unread is None and row.canvas is None and not row.is_done:
+                yield from _events(row, row.begin_canvas)
         yield from self._step([row for row in self.rows if row.canvas is not None])
         self.rows = [row for row in self.rows if not row.is_done]
 
-    def _read(self) -> Iterator[LoopEvent]:
+    def _read(self) -> Iterator[tuple[Row, LoopEvent | RowFailed]]:
         """Read the next piece of some rows in one pass, no more tokens than a piece of the first
         row may have. They go to the end of the line, so that a long text delays nobody."""
         waiting = [row for row in self.rows if row.unread is not None]
@@ -75,11 +80,10 @@ class Rows:
         mx.eval([context.arrays for context in contexts])
         mx.clear_cache()
         for row, context in zip(reading, contexts, strict=True):
-            if (event := row.has_read(context)) is not None:
-                yield event
+            yield from _events(row, partial(row.has_read, context))
         self.rows = [row for row in self.rows if row not in reading] + reading
 
-    def _step(self, rows: list[Row]) -> Iterator[LoopEvent]:
+    def _step(self, rows: list[Row]) -> Iterator[tuple[Row, LoopEvent | RowFailed]]:
         """Take one step of the given rows."""
         if not rows:
             return
@@ -99,13 +103,13 @@ class Rows:
         read = checks[0] if len(checks) == 1 else mx.concatenate(checks)
         mx.async_eval(read, *(array for each in taken for array in _heard(each)))
         self._look_ahead(rows)
-        for each in taken:
-            yield each.event
+        for row, each in zip(rows, taken, strict=True):
+            yield row, each.event
         numbers: list[int] = np.array(read).tolist()  # the one host read of a step
         for row, each in zip(rows, taken, strict=True):
             check, numbers = numbers[: len(each.check)], numbers[len(each.check) :]
-            if not row.goes_on(check):
-                yield from row.end_canvas(each.event.draft)
+            if row.canvas is not None and not row.goes_on(check):  # or it has left meanwhile
+                yield from _events(row, partial(row.end_canvas, each.event))
 
     def _look_ahead(self, rows: list[Row]) -> None:
         """Build the next step of the rows that have one before the host reads this one, so that the
@@ -119,6 +123,26 @@ class Rows:
         canvases, opened = [_canvas(row) for row in rows], [row.opened[0] for row in rows]
         taken, opened = take_step(self.model, canvases, opened, self._mean_row)
         self._ahead = _Ahead([(c.tokens, c.plan) for c in canvases], taken, opened)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowFailed:
+    """A row ended by an error of its own; the others go on."""
+
+    error: Exception
+
+
+def _events(
+    row: Row, happen: Callable[[], list[LoopEvent]]
+) -> Iterator[tuple[Row, LoopEvent | RowFailed]]:
+    """Yield the events of what happens to a row; its listeners are other people's code."""
+    try:
+        events: list[LoopEvent | RowFailed] = list(happen())
+    except Exception as error:  # whatever it is, it is the row's alone
+        row.leave()
+        events = [RowFailed(error)]
+    for event in events:
+        yield row, event
 
 
 class _Ahead:
@@ -230,16 +254,5 @@ def _check_prompt(
             f"lengths must be {host.shape[0]} numbers from 1 to {host.shape[1]}, "
             f"got {real.tolist()}"
         )
-    rows = [row[len(row) - count :] for row, count in zip(host, real.tolist(), strict=True)]
-    for row in rows:
-        check_tokens(row, config)
-    return rows
-
-
-def check_tokens(tokens: np.ndarray, config: ModelConfig) -> None:
-    """Raise a PromptError for a token that the model cannot read."""
-    vocab_size = config.text.vocab_size
-    if (bad := tokens[(tokens < 0) | (tokens >= vocab_size)]).size:
-        raise PromptError(f"token {bad[0]} is outside the vocabulary of {vocab_size}")
-    if (image := tokens[np.isin(tokens, config.image_token_ids)]).size:
-        raise PromptError(f"the prompt holds image token {image[0]}; images are not supported yet")
+    rows = zip(host, real.tolist(), strict=True)
+    return [checked_tokens(row[len(row) - count :], config) for row, count in rows]

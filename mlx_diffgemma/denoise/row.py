@@ -5,7 +5,7 @@ the device itself."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -14,13 +14,14 @@ import numpy as np
 
 from ..config.generation import ResolvedSettings
 from ..config.model import ModelConfig
-from ..errors import ConfigError, PromptError
-from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone
+from ..errors import ConfigError, NumbersError, PromptError
+from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
 from ..model import Context, DiffusionGemma, OpenContext
 from .canvas import Canvas, Plan, Taken
 from .noise import Noise, SeededNoise
 from .pinned import Pinned, PinnedCanvas
 from .stopping import width_for
+from .store import Store, snapshots
 
 
 class Row:
@@ -36,6 +37,7 @@ class Row:
         number: int = 0,
         context: Context | None = None,
         is_shared: bool = False,
+        only_reads: bool = False,
         noise: Noise | None = None,
         pinned: Pinned | None = None,
         stop: Callable[[np.ndarray], bool] | None = None,
@@ -50,6 +52,7 @@ class Row:
           number: of the row in its events.
           context: the text before `tokens`.
           is_shared: whether other rows use the context too; it is then not copied.
+          only_reads: whether the row ends once it has read its text, and leaves its context.
           noise: where draws come from; by default the settings' seed.
           pinned: the given parts of the answer.
           stop: called with each committed canvas, int32 [up to L]; the row ends with it if the
@@ -70,8 +73,12 @@ class Row:
         self.opened: list[OpenContext] = []  # the open context, while there is a canvas
         self.canvas: Canvas | None = None
         self.is_done = False
-        self._is_prompt = count > 0
-        self._stop, self._progress, self._started = stop, progress, time.perf_counter()
+        self._is_prompt, self._only_reads = count > 0, only_reads
+        self._store: Store | None = None
+        self._text = np.zeros(0, np.int32) if tokens is None else tokens  # behind `context`
+        self._snapshots: list[int] = []  # its lengths at which it is kept
+        self._cached = 0
+        self.stop, self._progress, self._started = stop, progress, time.perf_counter()
         self._left = min(settings.max_new_tokens, room * settings.canvas_length)
         # Free positions: a shortened canvas moves the later ones.
         self._places = model.config.text.max_position_embeddings - before - count
@@ -79,28 +86,56 @@ class Row:
         self._written = self._new_tokens = self._steps = self._positions = 0
 
     @property
+    def most_tokens(self) -> int:
+        """How many tokens the row's context may hold at its end."""
+        return self.model.config.text.max_position_embeddings - self._places + self._left
+
+    def join(self, store: Store | None) -> None:
+        """Prepare to be run: find what is known of the text already. A row that was given a context
+        uses no store, since the text of the context is unknown."""
+        if store is None or self.unread is None or self.context is not None:
+            return
+        self._store = store
+        self._snapshots = snapshots(self._text, store.every, self.settings.eos_token_ids)
+        self.context = store.find(self._text, self.model.config.text)
+        if self.context is not None:
+            self._cached = self.context.length
+            self.unread = self._text[self._cached :]
+
+    @property
     def piece(self) -> np.ndarray:
         """The tokens to read next."""
         assert self.unread is not None
-        return self.unread[: self.settings.prefill_step_size]
+        read = len(self._text) - len(self.unread)
+        after = next((place for place in self._snapshots if place > read), len(self._text))
+        return self.unread[: min(self.settings.prefill_step_size, after - read)]
 
     def take_context(self) -> Context:
         """Return the context to read behind; the row keeps no reference to it."""
         context, self.context = self.context, None
         return Context((), 0, 1) if context is None else context
 
-    def has_read(self, context: Context) -> PrefillDone | None:
-        """Take the context with the last piece in it; once all is read, open the next canvas."""
+    def has_read(self, context: Context) -> list[LoopEvent]:
+        """Take the context with the last piece in it."""
         assert self.unread is not None
         rest = self.unread[len(self.piece) :]
         self.context, self.unread = context, rest if len(rest) else None
+        read = len(self._text) - len(rest)
+        if self._store is not None and (not len(rest) or read in self._snapshots):
+            self._store.keep(self._text[:read], context, self.model.config.text)
         if self._is_prompt and self._progress is not None:
             self._progress(self.prompt_tokens - len(rest), self.prompt_tokens)
         if self.unread is not None or not self._is_prompt:
-            return None
-        self._is_prompt = False
+            return []
+        self._is_prompt, self.is_done = False, self._only_reads
         seconds = time.perf_counter() - self._started
-        return PrefillDone(self.prompt_tokens, 0, seconds, self.number)
+        return [PrefillDone(self.prompt_tokens, self._cached, seconds, self.number)]
+
+    def leave(self) -> None:
+        """End the row where it is, and give its memory back."""
+        self.is_done = True
+        self.unread = self.canvas = self.context = None
+        self.opened = []
 
     def begin_canvas(self) -> list[LoopEvent]:
         """Open the context and start the next canvas. Return the events of a canvas that is given
@@ -120,7 +155,7 @@ class Row:
             vocab_size = self.model.config.text.vocab_size
             given = self.pinned.canvas(self._written, settings.canvas_length, vocab_size)
             if not given.has_free:
-                return self.end_canvas(given.tokens)
+                return self._commit(given.tokens)
         self._start(given)
         return []
 
@@ -152,9 +187,23 @@ class Row:
         self.canvas = replace(self.canvas, plan=self._next_plan(check))
         return True
 
-    def end_canvas(self, draft: mx.array) -> list[LoopEvent]:
+    def end_canvas(self, last: StepDone) -> list[LoopEvent]:
+        """Commit a canvas after its last step, or start it again if its answer is empty and that is
+        asked for.
+
+        Raises:
+          NumbersError: if the step's numbers are not finite.
+        """
+        if not np.isfinite(np.array(last.entropy)).all():
+            raise NumbersError(
+                f"step {last.step + 1} of canvas {last.canvas_index + 1} gave numbers that are not "
+                "finite; the weights are damaged, or the model's type is too narrow for them"
+            )
+        return self._commit(last.draft)
+
+    def _commit(self, draft: mx.array) -> list[LoopEvent]:
         """Commit a canvas, [1, W]: cut it at `max_new_tokens`, pad it after end tokens, count its
-        tokens. Or start it again if its answer is empty and that is asked for."""
+        tokens."""
         settings, canvas = self.settings, self.canvas
         self.canvas = None  # the belief holds arrays of the logits' size
         host = np.array(draft)[0]
@@ -173,8 +222,8 @@ class Row:
         self._new_tokens += int(keep.sum())
         self._steps += self._steps_here
         has_ended = bool(is_end.any())
-        if self._stop is not None:
-            has_ended |= self._stop(tokens)
+        if self.stop is not None:
+            has_ended |= self.stop(tokens)
         events: list[LoopEvent] = [
             CanvasCommitted(self._index, mx.array(tokens[None]), self._steps_here, self.number)
         ]
@@ -184,6 +233,7 @@ class Row:
             events.append(self._finished("stop" if has_ended else "length"))
         else:
             self.context, self.unread = self.opened.pop().closed(), tokens
+            self._text = np.concatenate([self._text, tokens])
         return events
 
     def _finished(self, reason: Literal["stop", "length"]) -> Finished:
@@ -219,6 +269,22 @@ def check_room(config: ModelConfig, settings: ResolvedSettings, tokens: int) -> 
             f"at most {limit - canvas} of the {limit} positions are free for it"
         )
     return room
+
+
+def checked_tokens(tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Return a text's tokens as int32 [S]. Each is checked: one outside the table would be read as
+    garbage.
+
+    Raises:
+      PromptError: if a token is outside the vocabulary or stands for an image.
+    """
+    wide = np.array(tokens, np.int64)  # int32 would wrap a large one into the vocabulary
+    vocab_size = config.text.vocab_size
+    if (bad := wide[(wide < 0) | (wide >= vocab_size)]).size:
+        raise PromptError(f"token {bad[0]} is outside the vocabulary of {vocab_size}")
+    if (image := wide[np.isin(wide, config.image_token_ids)]).size:
+        raise PromptError(f"the prompt holds image token {image[0]}; images are not supported yet")
+    return wide.astype(np.int32)
 
 
 def _checked(noise: Noise | None, settings: ResolvedSettings) -> Noise:

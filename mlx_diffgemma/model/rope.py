@@ -69,7 +69,7 @@ def _parts(x: mx.array, runs: Sequence[Run]) -> list[mx.array]:
     if len(runs) == 1:
         return [x]
     ends = list(accumulate(count for _, count in runs))
-    return mx.split(x, ends[:-1], axis=2)
+    return list(mx.split(x, ends[:-1], axis=2))
 
 
 # Two kinds of layers, for the canvases of some rows and for the tokens that they read.

@@ -1,21 +1,19 @@
-"""Filling the slots of a template. Literals are pinned, unknown lengths are tried as rows of one
-batch, and a template longer than one canvas is written canvas by canvas."""
+"""Filling the slots of a template. Literals are pinned, unknown lengths are tried as rows over one
+context, and a template longer than one canvas is written canvas by canvas."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
 
-from ..checkpoint.memory import generation_limits
 from ..config.generation import GenerationSettings, ResolvedSettings
 from ..constraint.automaton import Automaton
+from ..denoise.row import checked_tokens
 from ..errors import TemplateError
-from ..events import Event, PrefillDone
+from ..events import Event
 from ..language.prompt import (
     Prompt,
     PromptOptions,
@@ -26,6 +24,7 @@ from ..language.prompt import (
 )
 from ..language.template import Slot, Template
 from ..model import DiffusionGemma
+from .job import Job, run_jobs
 from .writer import Choice, Piece, Writer, least_tokens, may_be_cut
 
 if TYPE_CHECKING:
@@ -121,43 +120,80 @@ def stream_fill(
     prompt_options: PromptOptions = PromptOptions(),
     is_shown: bool = False,
 ) -> Generator[Event | Filled, None, None]:
-    """Yield the loop's events during `fill`: PrefillDone, then TrialStarted and the steps of every
-    batch, one row per length, and at last Filled."""
-    if isinstance(template, str):
-        template = Template.parse(template)
-    if not isinstance(template, Template):
-        raise TemplateError(
-            f"a template is a string or comes from Template.parse, got {type(template).__name__}"
-        )
-    resolved = settings.resolve(model.config)
-    vocab_size = model.config.text.vocab_size
-    spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
-    text_tokens = np.array(sorted(spellings))
-    pieces: list[Piece] = [
-        encode_text(tokenizer, part)
-        if isinstance(part, str)
-        else _choice(tokenizer, part, gap_tokens, resolved.canvas_length, spellings, text_tokens)
-        for part in template.parts
-    ]
-    prompt, notes = _told(prompt, template, may_be_cut(pieces, resolved.canvas_length), is_shown)
-    ids = encode_prompt(tokenizer, prompt, prompt_options)
-    limit = model.config.text.max_position_embeddings
-    if len(ids) + (least := least_tokens(pieces)) + resolved.canvas_length > limit:
-        raise TemplateError(
-            f"the prompt has {len(ids)} tokens and the template at least {least}; with a canvas of "
-            f"{resolved.canvas_length} they do not fit into {limit} positions"
-        )
-    with generation_limits():
-        started = time.perf_counter()
-        context = model.prefill(
-            mx.array([ids], dtype=mx.int32), step_size=resolved.prefill_step_size
-        )
-        mx.eval(context.arrays)
-        mx.clear_cache()
-        yield PrefillDone(len(ids), 0, time.perf_counter() - started)
-        ends = _ends(tokenizer, resolved)
-        writer = Writer(model, resolved, ends, text_tokens, pieces, context)
-        yield from writer.write()
+    """Yield the loop's events during `fill`: PrefillDone, then TrialStarted and the steps of its
+    rows, one row per length, and at last Filled."""
+    task = FillTask(
+        template=template,
+        prompt=prompt,
+        gap_tokens=gap_tokens,
+        settings=settings,
+        prompt_options=prompt_options,
+        is_shown=is_shown,
+    )
+    for _, event in run_jobs(model, [task.job(model, tokenizer)]):
+        yield event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillTask:
+    """A template to fill, as a task for an engine; the fields are `fill`'s arguments."""
+
+    template: Template | str
+    prompt: Prompt | None = None
+    gap_tokens: tuple[int, int] | None = None
+    settings: GenerationSettings = GenerationSettings()
+    prompt_options: PromptOptions = PromptOptions()
+    is_shown: bool = False
+
+    def job(self, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase) -> Job[Event | Filled]:
+        """Return the job that fills it.
+
+        Raises:
+          DiffGemmaError: if the template cannot be filled, or the prompt or settings be used.
+        """
+        template = self.template
+        if isinstance(template, str):
+            template = Template.parse(template)
+        if not isinstance(template, Template):
+            raise TemplateError(
+                "a template is a string or comes from Template.parse, got "
+                f"{type(template).__name__}"
+            )
+        resolved = self.settings.resolve(model.config)
+        L = resolved.canvas_length
+        vocab_size = model.config.text.vocab_size
+        spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
+        text_tokens = np.array(sorted(spellings))
+        pieces: list[Piece] = [
+            encode_text(tokenizer, part)
+            if isinstance(part, str)
+            else _choice(tokenizer, part, self.gap_tokens, L, spellings, text_tokens)
+            for part in template.parts
+        ]
+        is_long = may_be_cut(pieces, L)
+        prompt, notes = _told(self.prompt, template, is_long, self.is_shown)
+        ids = encode_prompt(tokenizer, prompt, self.prompt_options)
+        limit = model.config.text.max_position_embeddings
+        if len(ids) + (least := least_tokens(pieces)) + L > limit:
+            raise TemplateError(
+                f"the prompt has {len(ids)} tokens and the template at least {least}; with a "
+                f"canvas of {L} they do not fit into {limit} positions"
+            )
+        tokens = checked_tokens(ids, model.config)
+        writer = Writer(model, resolved, _ends(tokenizer, resolved), text_tokens, pieces)
+        return _filled(writer, tokens, template, spellings, notes)
+
+
+def _filled(
+    writer: Writer,
+    tokens: np.ndarray,
+    template: Template,
+    spellings: Mapping[int, bytes],
+    notes: tuple[str, ...],
+) -> Job[Event | Filled]:
+    """Read the prompt, write the slots, and yield the result last."""
+    yield from writer.read(tokens)
+    yield from writer.write()
     slots = {
         slot.name: FilledSlot(
             slot.name,
@@ -172,7 +208,7 @@ def stream_fill(
         template.filled({name: slot.text for name, slot in slots.items()}),
         slots,
         (*notes, *writer.notes),
-        len(ids),
+        len(tokens),
         writer.canvases,
         writer.steps,
         writer.positions,

@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
 
-from ..checkpoint.memory import generation_limits
 from ..config.generation import GenerationSettings
-from ..denoise.loop import denoise_tokens
 from ..denoise.noise import Noise
+from ..denoise.row import Row, checked_tokens
 from ..errors import ConfigError, PromptError
-from ..events import CanvasCommitted, Event, Finished, StepDone, Text
+from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text
 from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..language.stops import stop_strings
 from ..language.text import TextStream
 from ..model import DiffusionGemma
+from .job import Ask, Job, run_jobs
 from .verbose import Printed, PrintedBatch
 
 if TYPE_CHECKING:
@@ -34,6 +33,59 @@ class BatchResponse:
     thoughts: list[str]
     prompt_tokens: int
     finished: tuple[Finished, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An answer to one prompt, as a task for an engine; the fields are `generate`'s arguments."""
+
+    prompt: Prompt
+    settings: GenerationSettings = GenerationSettings()
+    prompt_options: PromptOptions = PromptOptions()
+    stop: str | Sequence[str] = ()
+
+    def job(
+        self,
+        model: DiffusionGemma,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        noise: Noise | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Job[Event]:
+        """Return the job that answers.
+
+        Raises:
+          DiffGemmaError: if the prompt, the stop strings or the settings cannot be used.
+        """
+        resolved = self.settings.resolve(model.config)
+        strings = stop_strings(self.stop)
+        ids = encode_prompt(tokenizer, self.prompt, self.prompt_options)
+        tokens = checked_tokens(ids, model.config)
+        stream = TextStream(tokenizer, resolved.eos_token_ids, ids, strings)
+        row = Row(model, resolved, tokens, noise=noise, progress=progress)
+        return _answer(stream, row)
+
+
+def _answer(stream: TextStream, row: Row) -> Job[Event]:
+    """Yield a row's events, `Text` after each `CanvasCommitted`; a stop string ends the row."""
+    pieces: list[Text] = []
+
+    def stop(tokens: np.ndarray) -> bool:
+        pieces[:] = stream.push(tokens.tolist())
+        return stream.is_stopped
+
+    row.stop = stop
+    yield Ask([row])
+    while True:
+        event = yield None
+        assert event is not None
+        if isinstance(event, Finished):
+            yield from stream.finish()
+            yield event
+            return
+        yield event
+        if isinstance(event, CanvasCommitted):
+            yield from pieces
 
 
 def generate(
@@ -116,25 +168,10 @@ def stream_generate(
     Raises:
       DiffGemmaError: if the prompt, the stop strings or the settings cannot be used.
     """
-    resolved = _limited(settings, max_tokens).resolve(model.config)
-    strings = stop_strings(stop)
-    ids = encode_prompt(tokenizer, prompt, prompt_options)
-    _check_ids(ids, model)
-    answer = _Answer(TextStream(tokenizer, resolved.eos_token_ids, ids, strings))
-    with generation_limits():
-        for event in denoise_tokens(
-            model,
-            mx.array([ids], dtype=mx.int32),
-            resolved,
-            noise=noise,
-            stop=lambda _, tokens: answer.take(tokens),
-            prompt_progress_callback=prompt_progress_callback,
-        ):
-            if isinstance(event, Finished):
-                yield from answer.stream.finish()
-            yield event
-            if isinstance(event, CanvasCommitted):
-                yield from answer.pieces
+    request = Request(prompt, _limited(settings, max_tokens), prompt_options, stop)
+    job = request.job(model, tokenizer, noise=noise, progress=prompt_progress_callback)
+    for _, event in run_jobs(model, [job]):
+        yield event
 
 
 def batch_generate(
@@ -165,64 +202,36 @@ def batch_generate(
     Raises:
       DiffGemmaError: if a prompt, the stop strings or the settings cannot be used.
     """
-    resolved = _limited(settings, max_tokens).resolve(model.config)
-    strings = stop_strings(stop)
-    rows = []
-    for number, prompt in enumerate(_listed(prompts), 1):
+    settings = _limited(settings, max_tokens)
+    seed = settings.resolve(model.config).seed
+    jobs = []
+    for number, prompt in enumerate(_listed(prompts)):
+        request = Request(prompt, replace(settings, seed=seed + number), prompt_options, stop)
         try:
-            rows.append(encode_prompt(tokenizer, prompt, prompt_options))
-            _check_ids(rows[-1], model)
+            jobs.append(request.job(model, tokenizer))
         except PromptError as error:
-            raise PromptError(f"prompt {number}: {error}") from error
-    lengths = [len(ids) for ids in rows]
-    padded = np.full((len(rows), max(lengths)), resolved.pad_token_id, np.int32)
-    for i, ids in enumerate(rows):
-        padded[i, -len(ids) :] = ids
-    answers = [_Answer(TextStream(tokenizer, resolved.eos_token_ids, ids, strings)) for ids in rows]
-    printed = PrintedBatch(len(rows)) if verbose else None
-    finished: list[Finished | None] = [None] * len(rows)
-    with generation_limits():
-        for event in denoise_tokens(
-            model,
-            mx.array(padded),
-            resolved,
-            lengths=mx.array(lengths, dtype=mx.int32),
-            stop=lambda row, tokens: answers[row].take(tokens),
-        ):
-            if isinstance(event, Finished):
-                answers[event.row].keep(answers[event.row].stream.finish())
-                finished[event.row] = event
-            elif isinstance(event, CanvasCommitted):
-                answers[event.row].keep(answers[event.row].pieces)
-            if printed is not None and not isinstance(event, StepDone):
-                printed.observe(event, sum(one is not None for one in finished))
+            raise PromptError(f"prompt {number + 1}: {error}") from error
+    printed = PrintedBatch(len(jobs)) if verbose else None
+    texts = [{"answer": "", "thought": ""} for _ in jobs]
+    finished: dict[int, Finished] = {}
+    prompt_tokens = 0
+    for number, event in run_jobs(model, jobs):
+        if isinstance(event, Text):
+            texts[number][event.channel] += event.piece
+        elif isinstance(event, PrefillDone):
+            prompt_tokens += event.prompt_tokens
+        elif isinstance(event, Finished):
+            finished[number] = replace(event, row=number)
+        if printed is not None and not isinstance(event, (StepDone, Text)):
+            printed.observe(event, len(finished))
     if printed is not None:
         printed.conclude()
     return BatchResponse(
-        [answer.text["answer"] for answer in answers],
-        [answer.text["thought"] for answer in answers],
-        sum(lengths),
-        tuple(one for one in finished if one is not None),
+        [text["answer"] for text in texts],
+        [text["thought"] for text in texts],
+        prompt_tokens,
+        tuple(finished[number] for number in range(len(jobs))),
     )
-
-
-class _Answer:
-    """The text of a row, which tells the loop when the row has ended."""
-
-    def __init__(self, stream: TextStream) -> None:
-        self.stream = stream
-        self.pieces: list[Text] = []  # from the last canvas
-        self.text = {"answer": "", "thought": ""}
-
-    def take(self, tokens: np.ndarray) -> bool:
-        """Read a canvas, int32 [up to L]; return whether a stop string ends the row."""
-        self.pieces = self.stream.push(tokens.tolist())
-        return self.stream.is_stopped
-
-    def keep(self, pieces: list[Text]) -> None:
-        """Add pieces to the whole text."""
-        for piece in pieces:
-            self.text[piece.channel] += piece.piece
 
 
 def _limited(settings: GenerationSettings, max_tokens: int | None) -> GenerationSettings:
@@ -257,10 +266,3 @@ def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def _is_encoding(item: object) -> bool:
     return isinstance(item, Mapping) and "input_ids" in item
-
-
-def _check_ids(ids: Sequence[int], model: DiffusionGemma) -> None:
-    """Check ids before they become int32, which would wrap a large one into the vocabulary."""
-    vocab_size = model.config.text.vocab_size
-    if bad := [token for token in ids if not 0 <= token < vocab_size]:
-        raise PromptError(f"token {bad[0]} is outside the vocabulary of {vocab_size}")

@@ -12,14 +12,14 @@ import numpy as np
 
 from ..config.generation import ResolvedSettings
 from ..constraint.automaton import Automaton
-from ..denoise.loop import Rows
 from ..denoise.noise import SeededNoise
 from ..denoise.pinned import ANY, FREE, Pinned, Span, TokenSets
 from ..denoise.row import Row
 from ..denoise.sampler import probability_of
 from ..denoise.step import look_once
-from ..events import Event, Finished, StepDone, TrialStarted
+from ..events import Event, Finished, LoopEvent, StepDone, TrialStarted
 from ..model import Context, DiffusionGemma, OpenContext
+from .job import Ask, Job
 
 # Lengths are tried in batches of at most ROWS rows, fewer if their logits would exceed MOST_LOGITS
 # numbers: all possible lengths, or ALL_OF spread over them and then the best one's neighbours.
@@ -92,7 +92,7 @@ class Writer:
     ends: tuple[int, int]  # the end of the turn, and the token that fills a canvas after it
     text_tokens: np.ndarray  # ids of all tokens that are text
     rest: list[Piece]
-    context: Context
+    context: Context | None = None
     done: list[Written] = field(default_factory=list)
     canvases: int = 0
     steps: int = 0
@@ -100,10 +100,19 @@ class Writer:
     batches: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def write(self) -> Generator[Event, None, None]:
+    def read(self, tokens: np.ndarray) -> Job[Event]:
+        """Read tokens, int32 [S], behind the context so far."""
+        row = Row(self.model, self.settings, tokens, context=self.context, only_reads=True)
+        yield Ask([row])
+        event = yield None
+        if self.context is None and event is not None:
+            yield event  # of the prompt
+        self.context = row.context
+
+    def write(self) -> Job[Event]:
         """Fill every slot, in order."""
         while any(isinstance(piece, Choice) for piece in self.rest):
-            self._advance()
+            yield from self._advance()
             inside = _fitting(self.rest, self.settings.canvas_length)
             choices = [p for p in self.rest[:inside] if isinstance(p, Choice)]
             best, scores = yield from self._search(choices)
@@ -115,7 +124,7 @@ class Writer:
                 mean = float(np.exp(np.log(np.maximum(certainty, _LEAST_CERTAIN)).mean()))
                 self.done.append(Written(tuple(tokens.tolist()), mean, tried))
 
-    def _advance(self) -> None:
+    def _advance(self) -> Job[Event]:
         """Commit the text before the next slot, unless one canvas holds the whole rest: so a window
         shows as much of the text after it as possible."""
         if least_tokens(self.rest) <= self.settings.canvas_length:
@@ -124,16 +133,11 @@ class Writer:
         lead = [token for piece in self.rest[:first] for token in cast(list[int], piece)]
         self.rest = self.rest[first:]
         if lead:
-            self.context = self.model.prefill(
-                mx.array([lead], dtype=mx.int32),
-                self.context,
-                step_size=self.settings.prefill_step_size,
-            )
-            mx.eval(self.context.arrays)
+            yield from self.read(np.array(lead, np.int32))
 
     def _search(
         self, choices: list[Choice]
-    ) -> Generator[Event, None, tuple[_Trial, list[dict[int, float]]]]:
+    ) -> Generator[Event | Ask | None, LoopEvent | None, tuple[_Trial, list[dict[int, float]]]]:
         """Return the best lengths found for the slots of a window, and every score by slot and
         length."""
         room = self._room()
@@ -185,6 +189,7 @@ class Writer:
                 mx.array(np.where(where, tokens, trial.canvas)[None])
                 for where, trial in zip(is_noise, trials, strict=True)
             ]
+            assert self.context is not None
             opened = [OpenContext.beside(self.context) for _ in trials]
             for row, seen in enumerate(look_once(self.model, noisy, opened)):
                 truth = mx.array(trials[row].canvas[None])
@@ -210,7 +215,7 @@ class Writer:
 
     def _denoise(
         self, choices: list[Choice], rows: list[tuple[int, ...]], trial_steps: int | None
-    ) -> Generator[Event, None, list[_Trial]]:
+    ) -> Generator[Event | Ask | None, LoopEvent | None, list[_Trial]]:
         """Denoise one canvas per row of lengths, all after the same context; without `trial_steps`,
         to its end."""
         L = self.settings.canvas_length
@@ -231,10 +236,12 @@ class Writer:
             tuple(mx.array(row.tokens[None] >= 0) for row in pinned),
             is_final=trial_steps is None,
         )
-        together = Rows(self.model)
-        for number, given in enumerate(pinned):
-            noise = SeededNoise(self.settings.seed + number, attempt=self.batches - 1)
-            together.add(
+        noises = [
+            SeededNoise(self.settings.seed + number, attempt=self.batches - 1)
+            for number in range(len(rows))
+        ]
+        yield Ask(
+            [
                 Row(
                     self.model,
                     settings,
@@ -244,14 +251,19 @@ class Writer:
                     noise=noise,
                     pinned=given,
                 )
-            )
+                for number, (given, noise) in enumerate(zip(pinned, noises, strict=True))
+            ]
+        )
         last: dict[int, StepDone] = {}
-        for event in together.run():
+        under_way = len(rows)
+        while under_way:
+            event = yield None
             if isinstance(event, StepDone):
                 last[event.row] = event
                 yield replace(event, canvas_index=self.canvases)
             elif isinstance(event, Finished):
                 self.positions += event.positions
+                under_way -= 1
         self.steps += 1 + max(event.step for event in last.values())
         return [
             self._trial(choices, given, slots, last[row])

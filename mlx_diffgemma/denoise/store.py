@@ -1,0 +1,198 @@
+"""Contexts kept across requests, found again by the tokens that they begin with.
+
+Sliding layers keep their last places only, so a context cannot be cut back to any place. The store
+holds snapshots: a tree whose nodes are texts, each behind its parent's. A node has the keys and
+values of full layers for its own part of the text alone, so that the texts of one conversation
+share them, and those of sliding layers as they are at its end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..config.model import TextConfig
+from ..errors import ConfigError
+from ..model import Context
+from ..model.context import LayerContext
+
+
+class Node:
+    """A text whose context is kept."""
+
+    def __init__(self, parent: Node | None, tokens: np.ndarray) -> None:
+        self.parent, self.tokens = parent, tokens  # of its own part, int32 [S]
+        self.length: int = len(tokens) + (parent.length if parent else 0)
+        self.children: list[Node] = []
+        self.full: list[LayerContext] = []  # of its own part
+        self.sliding: list[LayerContext] | None = None  # at its end; None if dropped
+        self.used = 0  # when it was last used
+
+    @property
+    def nbytes(self) -> int:
+        layers = [*self.full, *(self.sliding or ())]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    def path(self) -> list[Node]:
+        """The nodes from the root's first child to this one."""
+        node: Node | None = self
+        found = []
+        while node is not None and node.parent is not None:
+            found.append(node)
+            node = node.parent
+        return found[::-1]
+
+
+class Store:
+    """Keeps contexts of one model, up to a number of bytes; those not used for longest go first.
+
+    It may be used by several threads, its arrays by the thread that runs the model.
+    """
+
+    def __init__(self, max_bytes: int, *, every: int = 2048) -> None:
+        """Make a store.
+
+        Args:
+          max_bytes: of keys and values together.
+          every: tokens of a long text between two snapshots: at most so many are read again before
+            the place where a text differs from one before.
+
+        Raises:
+          ConfigError: if a number is below 1.
+        """
+        for name, value in (("max_bytes", max_bytes), ("every", every)):
+            if value < 1:
+                raise ConfigError(f"{name} of a store must be at least 1, got {value}")
+        self.max_bytes, self.every = max_bytes, every
+        self._root = Node(None, np.zeros(0, np.int32))
+        self._clock = 0
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are kept."""
+        return self._bytes
+
+    def find(self, tokens: np.ndarray, config: TextConfig) -> Context | None:
+        """Return the context of the longest text that is kept and that `tokens`, int32 [S], begin
+        with; at least one token is left to read. None if there is none."""
+        with self._lock:
+            nodes = [n for n in self._beginnings(self._root, tokens[:-1]) if n.sliding is not None]
+            if not nodes:
+                return None
+            node = max(nodes, key=lambda n: n.length)
+            self._use(node)
+            return _context(node, config)
+
+    def keep(self, tokens: np.ndarray, context: Context, config: TextConfig) -> None:
+        """Keep the context of `tokens`, int32 [S], if it fits into the store."""
+        with self._lock:
+            nodes = list(self._beginnings(self._root, tokens))
+            node = max(nodes, key=lambda n: n.length)
+            if node.length < len(tokens):
+                before, node = node, Node(node, tokens[node.length :].copy())
+                node.full = _own_part(context, before.length, config)
+                mx.eval([a for layer in node.full for a in (layer.keys, layer.values)])
+                before.children.append(node)
+                self._bytes += node.nbytes
+            if node.sliding is None:
+                self._bytes -= node.nbytes
+                node.sliding = _sliding(context, config)
+                self._bytes += node.nbytes
+            self._use(node)
+            self._make_room(node)
+
+    def _beginnings(self, node: Node, tokens: np.ndarray) -> Iterator[Node]:
+        """Yield the kept texts that the tokens begin with."""
+        yield node
+        for child in node.children:
+            own = len(child.tokens)
+            if len(tokens) >= own and np.array_equal(child.tokens, tokens[:own]):
+                yield from self._beginnings(child, tokens[own:])
+
+    def _use(self, node: Node) -> None:
+        self._clock += 1
+        for each in node.path():
+            each.used = self._clock
+
+    def _make_room(self, newest: Node) -> None:
+        """Drop what was not used for longest: snapshots inside of texts first, then whole ends."""
+        while self._bytes > self.max_bytes:
+            nodes = list(self._all(self._root))
+            inner = [n for n in nodes if n.children and n.sliding is not None]
+            leaves = [n for n in nodes if not n.children]
+            oldest = min([*inner, *leaves], key=lambda n: (n is newest, n.used, not n.children))
+            self._bytes -= oldest.nbytes
+            if oldest.children:
+                oldest.sliding = None
+                self._bytes += oldest.nbytes
+            else:
+                self._cut(oldest)
+
+    def _cut(self, node: Node) -> None:
+        """Remove an end, and the texts before it that only served it."""
+        parent = node.parent
+        assert parent is not None
+        parent.children.remove(node)
+        node.full, node.sliding = [], None
+        if parent.parent is not None and not parent.children and parent.sliding is None:
+            self._bytes -= parent.nbytes
+            self._cut(parent)
+
+    def _all(self, node: Node) -> Iterator[Node]:
+        for child in node.children:
+            yield child
+            yield from self._all(child)
+
+
+def _context(node: Node, config: TextConfig) -> Context:
+    """Return the context of a node; full layers' parts are joined into new arrays."""
+    path, sliding, layers = node.path(), iter(node.sliding or ()), []
+    depth = 0
+    for layer in config.layers:
+        if layer.is_sliding:
+            layers.append(next(sliding))
+            continue
+        parts = [each.full[depth] for each in path]
+        depth += 1
+        layers.append(
+            parts[0]
+            if len(parts) == 1
+            else LayerContext(
+                mx.concatenate([part.keys for part in parts], axis=2),
+                mx.concatenate([part.values for part in parts], axis=2),
+            )
+        )
+    return Context(tuple(layers), node.length, 1)
+
+
+def _own_part(context: Context, start: int, config: TextConfig) -> list[LayerContext]:
+    """Return the keys and values of full layers from a place on, as arrays of their own."""
+    return [
+        LayerContext(
+            mx.contiguous(layer.keys[:, :, start:]), mx.contiguous(layer.values[:, :, start:])
+        )
+        if start
+        else layer
+        for layer, kind in zip(context.layers, config.layers, strict=True)
+        if not kind.is_sliding
+    ]
+
+
+def _sliding(context: Context, config: TextConfig) -> list[LayerContext]:
+    return [
+        layer for layer, kind in zip(context.layers, config.layers, strict=True) if kind.is_sliding
+    ]
+
+
+def snapshots(tokens: Sequence[int] | np.ndarray, every: int, ends: Sequence[int]) -> list[int]:
+    """Return the lengths of a text at which it is worth keeping: every so many tokens, behind its
+    first and its last turn, and at its end."""
+    text = np.asarray(tokens)
+    turns = (np.flatnonzero(np.isin(text, ends)) + 1).tolist()
+    places = {*range(every, len(text), every), len(text), *turns[:1], *turns[-1:]}
+    return sorted(places)

@@ -1,0 +1,274 @@
+"""The engine: a thread that runs the rows of many jobs together over one model."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..checkpoint.memory import WARN_ABOVE, generation_limits, recommended_bytes, row_bytes
+from ..denoise.loop import Rows
+from ..denoise.row import Row
+from ..denoise.store import Store
+from ..errors import EngineError
+from ..model import DiffusionGemma
+from ..write.job import Running, Task
+from .run import END, Channel, Failure, Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A request in the engine."""
+
+    running: Running
+    channel: Channel
+    rows: list[Row] = field(default_factory=list)  # under way
+    waiting: deque[Row] = field(default_factory=deque)  # asked for, until there is room
+
+
+class Engine:
+    """Runs requests of any thread together. Each writes what it would write alone.
+
+    Requests begin in the order in which they came. A row joins while there is room for it, and the
+    memory of all rows together stays within the budget.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_rows: int = 8,
+        max_queue: int = 64,
+        store: Store | None = None,
+        memory_bytes: int | None = None,
+    ) -> None:
+        """Start the engine's thread.
+
+        Args:
+          model: from `load`; no other thread may run it while the engine does.
+          tokenizer: from `load`.
+          max_rows: rows that are stepped together.
+          max_queue: requests that may wait until the ones before have begun.
+          store: where contexts are kept across requests.
+          memory_bytes: for the contexts and logits of all rows; by default what the device
+            recommends, less the weights, the store and a tenth.
+
+        Raises:
+          EngineError: if a limit is below 1.
+        """
+        for name, value in (("max_rows", max_rows), ("max_queue", max_queue)):
+            if value < 1:
+                raise EngineError(f"{name} must be at least 1, got {value}")
+        if memory_bytes is None:
+            leaves: Any = tree_flatten(model.parameters())
+            weights = sum(array.nbytes for _, array in leaves)
+            kept = store.max_bytes if store is not None else 0
+            memory_bytes = int(recommended_bytes() * WARN_ABOVE) - weights - kept
+        if memory_bytes < 1:
+            raise EngineError(f"the model leaves no memory for requests ({memory_bytes:,} bytes)")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows, self.max_queue, self.memory_bytes = max_rows, max_queue, memory_bytes
+        self._changed = threading.Condition()
+        self._queue: deque[_Entry] = deque()
+        self._is_closed = self._is_draining = False
+        self._entries: list[_Entry] = []  # begun; the engine's thread alone uses them
+        self._owners: dict[Row, _Entry] = {}
+        self._store = store
+        self._rows = Rows(model, store)
+        self._encoding = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="mlx_diffgemma engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Task) -> Run:
+        """Queue a request and return its run.
+
+        Raises:
+          EngineError: if the queue is full or the engine is closed.
+          DiffGemmaError: if the request cannot be used.
+        """
+        with self._encoding:  # tokenizers are not safe in several threads
+            job = task.job(self.model, self.tokenizer)
+        channel = Channel()
+        with self._changed:
+            if self._is_closed:
+                raise EngineError("the engine is closed")
+            if len(self._queue) >= self.max_queue:
+                raise EngineError(f"{self.max_queue} requests are waiting already; try again later")
+            self._queue.append(_Entry(Running(job), channel))
+            self._changed.notify_all()
+        return Run(channel, self._cancel)
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Take no more requests, run those under way and waiting to their ends (or cancel them),
+        and end the thread."""
+        with self._changed:
+            self._is_closed = True
+            if cancel:
+                for entry in (*self._queue, *self._entries):
+                    entry.channel.is_cancelled = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(cancel=True)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many requests wait and run, and how many rows are stepped."""
+        with self._changed:
+            return {
+                "waiting": len(self._queue),
+                "running": len(self._entries),
+                "rows": len(self._rows.rows),
+            }
+
+    def _cancel(self, channel: Channel) -> None:
+        # Also called when a run is collected, in any thread: no lock may be taken here.
+        channel.is_cancelled = True
+
+    def _work(self) -> None:
+        """Run requests until the engine is closed and nothing is left."""
+        try:
+            with generation_limits():
+                while self._wait():
+                    try:
+                        self._drop_cancelled()
+                        self._begin()
+                        self._join()
+                        self._advance()
+                    except Exception as error:  # such as a lack of memory: it may be any row's
+                        self._fail_all(error)
+        finally:
+            self._fail_all(EngineError("the engine's thread has ended"))
+            self._rows = Rows(self.model, self._store)
+            mx.clear_streams()  # or the process aborts when it ends
+            mx.clear_cache()
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; return False once the engine is closed and has
+        nothing left."""
+        with self._changed:
+            while not (self._queue or self._entries or self._is_closed):
+                self._changed.wait()
+            return bool(self._queue or self._entries)
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            dropped = [entry for entry in self._queue if entry.channel.is_cancelled]
+            self._queue = deque(e for e in self._queue if not e.channel.is_cancelled)
+        for entry in [*dropped, *(e for e in self._entries if e.channel.is_cancelled)]:
+            self._end(entry, END)
+
+    def _begin(self) -> None:
+        """Begin requests while no row of an earlier one waits for room."""
+        while not any(entry.waiting for entry in self._entries):
+            if len(self._rows.rows) >= self.max_rows:
+                return
+            with self._changed:
+                if not self._queue:
+                    return
+                entry = self._queue.popleft()
+                self._entries.append(entry)
+            self._hear(entry, entry.running.begin())
+            self._join()
+
+    def _join(self) -> None:
+        """Let waiting rows join, in order, while there is room for them."""
+        for entry in list(self._entries):
+            while entry.waiting and len(self._rows.rows) < self.max_rows:
+                row = entry.waiting[0]
+                needed = self._bytes_of(row)
+                if needed > self.memory_bytes:
+                    error = EngineError(
+                        f"the request needs {needed / 1e9:.2f} GB for {row.most_tokens} tokens, "
+                        f"and the engine has {self.memory_bytes / 1e9:.2f} GB for all rows; ask "
+                        "for fewer tokens"
+                    )
+                    self._end(entry, Failure(error))
+                    break
+                if needed + self._used() > self.memory_bytes:
+                    return
+                entry.waiting.popleft()
+                entry.rows.append(row)
+                self._owners[row] = entry
+                self._rows.add(row)
+
+    def _used(self) -> int:
+        """Return the most bytes that the rows under way will need."""
+        return sum(self._bytes_of(row) for row in self._rows.rows)
+
+    def _bytes_of(self, row: Row) -> int:
+        return row_bytes(
+            self.model.config.text,
+            row.most_tokens,
+            row.settings.canvas_length,
+            element_bytes=self.model.dtype.size,
+        )
+
+    def _advance(self) -> None:
+        """Step all rows once, and pass their events to their jobs."""
+        for row, event in self._rows.advance():
+            entry = self._owners.get(row)
+            if entry is None or entry.channel.is_cancelled:
+                continue
+            self._hear(entry, entry.running.take(event))
+        for row in [row for row in self._owners if row.is_done]:
+            owner = self._owners.pop(row)
+            if row in owner.rows:
+                owner.rows.remove(row)
+
+    def _hear(self, entry: _Entry, words: Iterator[Any]) -> None:
+        """Pass on what a job says, and take the rows that it asks for."""
+        try:
+            for said in words:
+                mx.eval(_arrays(said))  # another thread cannot compute them
+                entry.channel.put(said)
+        except Exception as error:  # whatever it is, it is the job's alone
+            self._end(entry, Failure(error))
+            return
+        entry.waiting.extend(entry.running.asked)
+        entry.running.asked = []
+        if entry.running.is_done:
+            self._end(entry, END)
+
+    def _end(self, entry: _Entry, word: Any) -> None:
+        """End a request with a last word."""
+        for row in entry.rows:
+            self._rows.remove(row)
+        entry.rows.clear()
+        entry.waiting.clear()
+        with self._changed:
+            if entry in self._entries:
+                self._entries.remove(entry)
+        entry.running.close()
+        entry.channel.put(word)
+        if word is not END:
+            entry.channel.put(END)
+
+    def _fail_all(self, error: Exception) -> None:
+        """End all requests under way with an error; the engine goes on with the next ones."""
+        self._rows, self._owners = Rows(self.model, self._store), {}
+        for entry in list(self._entries):
+            reason = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+            reason.__cause__ = error
+            self._end(entry, Failure(reason))
+
+
+def _arrays(said: Any) -> list[mx.array]:
+    """Return the arrays of an event."""
+    values = [getattr(said, f.name) for f in fields(said)] if is_dataclass(said) else []
+    values += [x for value in values if isinstance(value, tuple) for x in value]
+    return [value for value in values if isinstance(value, mx.array)]
