@@ -31,7 +31,7 @@ WINGS = {
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load info",
-    "denoise": "schedule sampler pinned noise stopping rows step loop",
+    "denoise": "schedule sampler pinned noise stopping canvas row step loop",
     "write": "writer verbose generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "pages report trace",
