@@ -104,7 +104,8 @@ FAULTS = (
         "self-conditioning norm: in the encoder too",
         "model/diffusion_gemma.py",
         "scalars = self.model.encoder.language_model.layers\n",
-        "scalars = self.model.encoder.language_model.layers\n        x = self.model.decoder.self_conditioning(x, None)\n",
+        "scalars = self.model.encoder.language_model.layers\n"
+        "        x = self.model.decoder.self_conditioning(x, None)\n",
         (LOGITS,),
     ),
     Fault(
@@ -139,7 +140,8 @@ FAULTS = (
         "acceptance rule: accepted positions are frozen",
         "denoise/step.py",
         "        tokens = pinned.over(tokens)\n    return _Judgement(",
-        "        tokens = pinned.over(tokens)\n    tokens = mx.where(seen.entropy < 0.1, draft, tokens)\n    return _Judgement(",
+        "        tokens = pinned.over(tokens)\n"
+        "    tokens = mx.where(seen.entropy < 0.1, draft, tokens)\n    return _Judgement(",
         (TRAJECTORY,),
     ),
     Fault(
