@@ -22,6 +22,7 @@ MODEL, LOGITS = "tests/model/test_model.py", "tests/parity/test_logits.py"
 LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.py"
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
+ROWS = "tests/denoise/test_rows.py"
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
 TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"
 OBJECTIVE = "tests/parity/test_objective.py"
@@ -88,8 +89,8 @@ FAULTS = (
     Fault(
         "window edge: the canvas sees one place more",
         "model/diffusion_gemma.py",
-        "(text.sliding_window - 1)",
-        "text.sliding_window",
+        "text.sliding_window - 1 if is_sliding",
+        "text.sliding_window if is_sliding",
         (LOGITS,),
     ),
     Fault(
@@ -102,8 +103,9 @@ FAULTS = (
     Fault(
         "self-conditioning norm: in the encoder too",
         "model/diffusion_gemma.py",
-        "x, layers = self.embed(tokens), []",
-        "x, layers = self.model.decoder.self_conditioning(self.embed(tokens), None), []",
+        "scalars = self.model.encoder.language_model.layers\n",
+        "scalars = self.model.encoder.language_model.layers\n"
+        "        x = self.model.decoder.self_conditioning(x, None)\n",
         (LOGITS,),
     ),
     Fault(
@@ -116,7 +118,7 @@ FAULTS = (
     Fault(
         "self-conditioning: never comes back",
         "denoise/step.py",
-        "soft = None if before.belief is None else _soft_embedding(run, before.belief, plan)",
+        "soft = _self_conditioning(model, canvases, mean_row)",
         "soft = None",
         (LOOP,),
     ),
@@ -137,36 +139,37 @@ FAULTS = (
     Fault(
         "acceptance rule: accepted positions are frozen",
         "denoise/step.py",
-        "next_canvas = mx.where(frozen, canvas, judged.canvas)",
-        "next_canvas = mx.where(frozen, canvas, mx.where(judged.accepted, proposal, canvas))",
-        (LOOP,),
+        "        tokens = pinned.over(tokens)\n    return _Judgement(",
+        "        tokens = pinned.over(tokens)\n"
+        "    tokens = mx.where(seen.entropy < 0.1, draft, tokens)\n    return _Judgement(",
+        (TRAJECTORY,),
     ),
     Fault(
         "commit: forgotten",
-        "denoise/loop.py",
-        "context = model.commit(mx.array(committed), opened.pop().closed())",
-        "context = opened.pop().closed()",
+        "denoise/row.py",
+        "self.context, self.unread = self.opened.pop().closed(), tokens",
+        "self.context, self.unread = self.opened.pop().closed(), None",
         (LOOP,),
     ),
     Fault(
         "commit: encoded with the decoder's layer scalars",
         "model/diffusion_gemma.py",
-        "scalars[i].layer_scalar",
+        "scalars[depth].layer_scalar",
         "layer.layer_scalar",
         (LOGITS,),
     ),
     Fault(
-        "commit: the proposal instead of the draft",
+        "commit: the next canvas instead of the draft",
         "denoise/loop.py",
-        "rows.take(last.draft, last.row_steps)",
-        "rows.take(last.canvas, last.row_steps)",
+        "row.end_canvas(each.event.draft)",
+        "row.end_canvas(each.after.tokens)",
         (LOOP,),
     ),
     Fault(
         "canvas position: one too late",
         "model/diffusion_gemma.py",
-        "                text.position,",
-        "                text.position + 1,",
+        "return Segment(width, past, place, mask, text.position)",
+        "return Segment(width, past, place, mask, text.position + 1)",
         (LOGITS,),
     ),
     Fault(
@@ -233,18 +236,123 @@ FAULTS = (
         (STOPPING,),
     ),
     Fault(
-        "rows: a settled one moves on",
+        "rows: one that is done is computed on",
+        "denoise/loop.py",
+        "self.rows = [row for row in self.rows if not row.is_done]",
+        "pass",
+        (LOOP,),
+    ),
+    Fault(
+        "rows: a step built ahead is taken though a row left",
+        "denoise/loop.py",
+        "return len(canvases) == len(self._seen) and all(",
+        "return all(",
+        (LOOP, ROWS),
+    ),
+    Fault(
+        "rows: a step built ahead is taken for the next canvas",
+        "denoise/loop.py",
+        "canvas.tokens is tokens and canvas.plan == plan",
+        "canvas.plan == plan",
+        (LOOP,),
+    ),
+    Fault(
+        "rows: a step built ahead is taken though a width changed",
+        "denoise/loop.py",
+        "canvas.tokens is tokens and canvas.plan == plan",
+        "canvas.tokens is tokens",
+        (LOOP,),
+    ),
+    Fault(
+        "rows: the first one's position for all",
+        "model/diffusion_gemma.py",
+        "mask, text.position)",
+        "mask, texts[0].position)",
+        (MODEL,),
+    ),
+    Fault(
+        "rows: the first one's mask for all texts",
+        "model/diffusion_gemma.py",
+        "_joined, masks[row, is_sliding], context.position",
+        "_joined, masks[0, is_sliding], context.position",
+        (MODEL,),
+    ),
+    Fault(
+        "rows: one writes its keys at another's place",
+        "model/diffusion_gemma.py",
+        "else partial(_behind, places)",
+        "else partial(_behind, kept[0][depth])",
+        (MODEL,),
+    ),
+    Fault(
+        "rows: each attends to the first one's columns",
+        "model/attention.py",
+        "x if segment.count == T else x[:, start:stop] for",
+        "x if segment.count == T else x[:, : segment.count] for",
+        (MODEL,),
+    ),
+    Fault(
+        "rows: the first one's heat for all of a piece",
         "denoise/step.py",
-        "settings.pad_token_id), seen.draft)",
-        "settings.pad_token_id) * 0 + seen.draft, seen.draft)",
+        "mx.broadcast_to(h, (1, widths[r], 1)) for h, r in zip(heats",
+        "mx.broadcast_to(heats[0], (1, widths[r], 1)) for h, r in zip(heats",
+        (ROWS,),
+    ),
+    Fault(
+        "rows: soft embeddings in the wrong order",
+        "denoise/step.py",
+        "own = _columns(soft, at, at + widths[row])\n                parts.append(",
+        "own = _columns(soft, at, at + widths[row])\n                parts.insert(0, ",
+        (LOOP,),
+    ),
+    Fault(
+        "rows: one without a belief shifts the others",
+        "denoise/step.py",
+        "parts.append(mx.zeros((1, first.plan.width, hidden), model.dtype))",
+        "parts.insert(0, mx.zeros((1, first.plan.width, hidden), model.dtype))",
+        (LOOP,),
+    ),
+    Fault(
+        "rows: a shared context is written in place",
+        "model/diffusion_gemma.py",
+        "place = _beside if shared[row] else partial(_behind, places)",
+        "place = partial(_behind, places)",
+        (MODEL,),
+    ),
+    Fault(
+        "rows: a shared context is opened with a copy",
+        "denoise/row.py",
+        "if self.is_shared\n",
+        "if False\n",
+        (ROWS,),
+    ),
+    Fault(
+        "rows: a long text delays the others",
+        "denoise/loop.py",
+        "self.rows = [row for row in self.rows if row not in reading] + reading",
+        "pass",
+        (LOOP,),
+    ),
+    Fault(
+        "rows: one that joins moves the others' numbers",
+        "denoise/loop.py",
+        "check, numbers = numbers[: len(each.check)], numbers[len(each.check) :]",
+        "check = numbers[: len(each.check)]",
+        (LOOP,),
+    ),
+    Fault(
+        "rows: an empty answer is drawn again from the same noise",
+        "denoise/row.py",
+        "noise = noise.reroll(self._attempt)",
+        "noise = noise.reroll(0)",
         (LOOP,),
     ),
     Fault(
         "rows: all draw from one key",
-        "denoise/noise.py",
-        "[self.seed + row, self.attempt, *draw]",
-        "[self.seed, self.attempt, *draw]",
-        (NOISE,),
+        "denoise/loop.py",
+        "replace(settings, seed=settings.seed + number)",
+        "settings",
+        (LOOP,),
     ),
     Fault(
         "softcap: left out of the statistics",
@@ -263,8 +371,8 @@ FAULTS = (
     Fault(
         "canvas keys: behind what the last step wrote",
         "model/diffusion_gemma.py",
-        "return written.first(kept + keys.shape[2]), written",
-        "return written, written",
+        "return (written.first(kept + keys.shape[2]),), written",
+        "return (written,), written",
         (MODEL,),
     ),
     Fault(
@@ -290,23 +398,23 @@ FAULTS = (
     ),
     Fault(
         "end token: what follows it stays",
-        "denoise/rows.py",
-        "tokens = np.where(keep, tokens, self.settings.pad_token_id).astype(np.int32)",
+        "denoise/row.py",
+        "tokens = np.where(keep, tokens, settings.pad_token_id).astype(np.int32)",
         "tokens = tokens.astype(np.int32)",
         (LOOP,),
     ),
     Fault(
         "pinned: conditioned on what the model thought there",
         "denoise/step.py",
-        "mx.where(pinned.free[:, :W, None], soft, given)",
+        "mx.where(canvas.pinned.free[:, :W, None], soft, given)",
         "soft",
         (FILL,),
     ),
     Fault(
         "pinned: noised with the rest",
         "denoise/step.py",
-        "        next_canvas = pinned.over(next_canvas)\n",
-        "",
+        "        accepted = accepted | ~pinned.free[:, :W]\n        tokens = pinned.over(tokens)\n",
+        "        accepted = accepted | ~pinned.free[:, :W]\n",
         (FILL,),
     ),
     Fault(
@@ -375,8 +483,8 @@ FAULTS = (
     Fault(
         "fill: nothing ends the turn behind the template",
         "write/writer.py",
-        "tokens[row, at : at + 1], tokens[row, at + 1 :] = self.ends",
-        "tokens[row, at:] = FREE",
+        "tokens[at : at + 1], tokens[at + 1 :] = self.ends",
+        "tokens[at:] = FREE",
         (FILL,),
     ),
     Fault(
@@ -759,16 +867,16 @@ FAULTS = (
     ),
     Fault(
         "stop strings: the run goes on behind one",
-        "denoise/rows.py",
-        "self.ended |= np.array(are_over, bool)",
-        "pass",
+        "denoise/row.py",
+        "has_ended |= self._stop(tokens)",
+        "self._stop(tokens)",
         (GENERATE,),
     ),
     Fault(
-        "stop strings: one row ends all of a batch",
-        "denoise/rows.py",
-        "self.ended |= np.array(are_over, bool)",
-        "self.ended |= np.array(are_over, bool).any()",
+        "stop strings: one row reads the text of another",
+        "write/generate.py",
+        "stop=lambda row, tokens: answers[row].take(tokens)",
+        "stop=lambda row, tokens: answers[0].take(tokens)",
         (GENERATE,),
     ),
 )
