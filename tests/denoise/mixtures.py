@@ -229,7 +229,7 @@ def first_difference(
             zip(map(np.array, a[1]), map(np.array, b[1]), strict=True)
         ):
             if (gap := _flipped(some, other, top_k)) is not None:
-                explained = is_smooth and gap < max(UNDECIDED, MOST_GROWTH * drift) < MOST_DRIFT
+                explained = is_smooth and gap < MOST_GROWTH * drift and drift < MOST_DRIFT
                 return f"{where}: experts of layer {depth}", gap, explained
             drift = max(drift, float(np.abs(some - other).max()))
         is_smooth = is_smooth and drift < max(UNDECIDED, MOST_GROWTH * before)

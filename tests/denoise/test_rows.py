@@ -7,7 +7,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma.denoise import step
 from mlx_diffgemma.denoise.loop import Rows
 from mlx_diffgemma.model import Context, OpenContext
 from tests.denoise import mixtures
@@ -38,18 +37,6 @@ def finds(seeds=range(7)) -> bool:
         if tally.findings:
             return True
     return False
-
-
-def test_a_mixture_shows_a_row_with_the_temperature_of_another(monkeypatch):
-    real = step.temperature
-    heats: list[float] = []
-
-    def first_of_all(number, settings):
-        heats.append(real(number, settings))
-        return heats[0]
-
-    monkeypatch.setattr(step, "temperature", first_of_all)
-    assert finds()
 
 
 def test_a_mixture_shows_a_row_that_reads_the_context_of_another(monkeypatch):
