@@ -245,7 +245,12 @@ def test_nothing_is_unpickled():
 
 
 # The tokenizers library raises a bare Exception for a damaged file, so nothing narrower catches it.
-ALLOWED_BROAD_EXCEPTS = {"mlx_diffgemma.language.tokenizer": 1}
+ALLOWED_BROAD_EXCEPTS = {
+    "mlx_diffgemma.language.tokenizer": 1,
+    # Listeners and jobs are other people's code; their errors end their own row or request.
+    "mlx_diffgemma.denoise.loop": 1,
+    "mlx_diffgemma.engine.engine": 2,
+}
 
 
 def test_no_error_is_caught_without_naming_its_kind():

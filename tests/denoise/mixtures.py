@@ -206,7 +206,7 @@ def run(
                     together.add(made[number])
                 if drawn.leaves == time and made[number] in together.rows and len(rows) > 1:
                     together.remove(made[number])
-            for event in together.advance():
+            for _, event in together.advance():
                 traces[event.row].events.append(event)
             time += 1
     return traces

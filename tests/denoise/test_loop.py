@@ -558,7 +558,7 @@ def test_a_row_that_joins_later_writes_what_it_writes_alone(ahead):
     oracle = Oracle(script, script)
     rows = Rows(oracle)
     rows.add(row_of(oracle, [10, 11], 0, max_denoising_steps=6))
-    events = [event for _ in range(3) for event in rows.advance()]
+    events = [event for _ in range(3) for _, event in rows.advance()]
     rows.add(row_of(oracle, [12], 1, max_denoising_steps=2, temperature=0, entropy_bound=1000))
     events += rows.run()
     assert steps_of(of_row(events, 0)) == [(0, step) for step in range(6)]

@@ -209,7 +209,8 @@ def test_periods_are_powers_over_the_whole_head(rope, head_dim, expected):
 
 def test_pairs_half_a_head_apart_rotate_by_position_over_period():
     x = mx.array([[[[1.0, 1.0, 0.0, 0.0]] * 2]])  # one head, positions 3 and 4
-    out = np.array(rotate(x, 3, RopeConfig("proportional", 1e6, 0.5)))[0, 0]
+    (turned,) = rotate(x, [(3, 2)], RopeConfig("proportional", 1e6, 0.5))
+    out = np.array(turned)[0, 0]
     for row, position in zip(out, (3, 4), strict=True):
         expected = [math.cos(position), 1, math.sin(position), 0]
         np.testing.assert_allclose(row, expected, atol=1e-6)
@@ -218,10 +219,19 @@ def test_pairs_half_a_head_apart_rotate_by_position_over_period():
 def test_rows_rotate_from_their_own_positions():
     x = mx.array(np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(np.float32))
     rope = RopeConfig("default", 100.0)
-    both = rotate(x, mx.array([5, 9]), rope)
+    (both,) = rotate(x, [(mx.array([5, 9]), 4)], rope)
     for i, position in enumerate((5, 9)):
-        alone = rotate(x[i : i + 1], position, rope)
+        (alone,) = rotate(x[i : i + 1], [(position, 4)], rope)
         np.testing.assert_allclose(np.array(both[i : i + 1]), np.array(alone), atol=1e-6)
+
+
+def test_runs_of_places_rotate_from_their_own_positions():
+    x = mx.array(np.random.default_rng(0).normal(size=(1, 3, 7, 8)).astype(np.float32))
+    rope = RopeConfig("default", 100.0)
+    parts = rotate(x, [(5, 4), (0, 1), (9, 2)], rope)
+    for part, position, start, stop in zip(parts, (5, 0, 9), (0, 4, 5), (4, 5, 7), strict=True):
+        (alone,) = rotate(x[:, :, start:stop], [(position, stop - start)], rope)
+        np.testing.assert_allclose(np.array(part), np.array(alone), atol=1e-6)
 
 
 # Router and experts
