@@ -208,6 +208,9 @@ def commands_page() -> str:
         "Every command is a program of this name, and `python -m mlx_diffgemma.NAME` and "
         "`python -m mlx_diffgemma NAME` run the same. `--help` prints what this page says. "
         "Settings are explained with their bounds in the [settings reference](settings.md).",
+        "Every program also has `--version`, `--install-completion SHELL` and "
+        "`--show-completion SHELL`, for bash, zsh and fish: see "
+        "[Install](install.md#shell-completion).",
         *sections,
     )
 

@@ -36,8 +36,8 @@ WINGS = {
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
-    "cli": "interrupt options render render_convert render_train render_watch output convert "
-    "generate fill edit info models train fuse",
+    "cli": "interrupt program options render render_convert render_train render_watch output "
+    "convert generate fill edit info models train fuse",
     "__main__": "",
     "demo": "",
 }
