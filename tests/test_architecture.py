@@ -161,6 +161,15 @@ def test_python_m_runs_every_command():
         assert "Usage" in helped.stdout, command
 
 
+def test_python_m_runs_a_command_by_its_deep_path_too():
+    for command in PROJECT["project"]["scripts"]:
+        deep = command.replace(".", ".cli.")
+        told = subprocess.run(
+            [sys.executable, "-m", deep, "--version"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert told.returncode == 0 and told.stdout.startswith("mlx-diffgemma "), deep
+
+
 def test_importing_the_package_and_its_commands_loads_nothing_heavy():
     heavy = "mlx", "transformers", "torch", "tokenizers", "huggingface_hub", "jinja2", "numpy"
     commands = [

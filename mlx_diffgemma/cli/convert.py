@@ -192,13 +192,19 @@ def _reading(progress: Progress, hf_path: str) -> None:
 
 @contextmanager
 def _telling(rest: Callable[[], str]) -> Iterator[None]:
-    """Answer Ctrl-C and SIGTERM with one line on how to resume, and exit code 130."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Answer Ctrl-C and SIGTERM with one line on how to resume, and exit code 128 + n."""
+    caught = [signal.SIGINT]
+
+    def end(number: int, _: object) -> None:
+        caught.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     except KeyboardInterrupt as error:
         print(f"interrupted: {rest()}", file=sys.stderr)
-        raise typer.Exit(130) from error
+        raise typer.Exit(128 + caught[-1]) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -229,3 +235,7 @@ def _command(without: str = "") -> str:
 
 def main() -> None:
     run(convert)
+
+
+if __name__ == "__main__":
+    main()

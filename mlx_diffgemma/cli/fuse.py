@@ -44,3 +44,7 @@ def fuse(
 
 def main() -> None:
     run(fuse)
+
+
+if __name__ == "__main__":
+    main()

@@ -106,3 +106,7 @@ def is_terminal() -> bool:
 
 def main() -> None:
     run(app)
+
+
+if __name__ == "__main__":
+    main()
