@@ -35,12 +35,13 @@ bench: $(VENV)/.bench
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
 	$(BIN)/python bench/table.py --write
 
-# What is too long for every change: each deliberate fault is noticed, and conversions survive damage
-# and kills in full counts.
+# What is too long for every change: each deliberate fault is noticed, conversions survive damage and
+# kills in full counts, and the package installs with pip, uv and pipx on every Python here.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.fuzz
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.kills
+	$(BIN)/python tests/check_installs.py
 
 # Writes the pages and the picture that are made from the code.
 docs: $(VENV)/.test
