@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_diffgemma.cli.program import scripts, variable
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -157,6 +159,16 @@ def test_completion_works_in_a_session_once_it_is_installed(programs, shell, tmp
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(terminal)
+
+
+def test_the_variable_of_completion_is_a_name_that_every_shell_keeps():
+    assert all(re.fullmatch(r"_MLX_DIFFGEMMA_[A-Z]+_COMPLETE", variable(name)) for name in SCRIPTS)
+
+
+def test_a_script_of_zsh_completes_at_the_first_tab_too():
+    """Also where zsh is not installed: the file that zsh loads must run what it has defined."""
+    assert scripts("zsh").count("loadautofunc ]] && ") == len(scripts("zsh").split("#compdef")) - 1
+    assert "loadautofunc" not in scripts("bash") + scripts("fish")
 
 
 def test_a_proposal_needs_nothing_heavy():
