@@ -116,7 +116,7 @@ def with_pipx(python: Path, tools: Path, scratch: Path) -> None:
     home = scratch / f"pipx-{python.name}"
     places = {"PIPX_HOME": f"{home}/home", "PIPX_BIN_DIR": f"{home}/bin"}
     run(tools / "pipx", "install", "-q", "--python", python, f"{ROOT}{EXTRA}", cwd=scratch,
-        PIPX_DEFAULT_BACKEND="pip", **places)  # fmt: skip
+        **places)  # fmt: skip
     check_commands(home / "bin", scratch)
 
 
