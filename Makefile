@@ -35,13 +35,15 @@ bench: $(VENV)/.bench
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
 	$(BIN)/python bench/table.py --write
 
-# What is too long for every change: each deliberate fault is noticed, conversions survive damage
-# and kills in full counts, and rows of 300 mixtures write what they write alone.
+# What is too long for every change: each deliberate fault is noticed, conversions survive damage and
+# kills in full counts, rows of 300 mixtures write what they write alone, and the package installs with
+# pip, uv and pipx on every Python here.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.fuzz
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.kills
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.mixtures
+	$(BIN)/python tests/check_installs.py
 
 # Writes the pages and the picture that are made from the code.
 docs: $(VENV)/.test

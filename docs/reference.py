@@ -23,7 +23,7 @@ import typer
 from typer.main import get_command
 
 from mlx_diffgemma import GenerationSettings
-from mlx_diffgemma.config.entry import Entry, choices, kinds
+from mlx_diffgemma.config.entry import Entry, choices, kinds, range_of
 from mlx_diffgemma.config.generation import POLICIES, decider_of
 from mlx_diffgemma.config.training import LoraParameters, TrainSettings
 
@@ -133,16 +133,7 @@ def value_of(cls: Any, field: Field[Any], entry: Entry | None) -> str:
     text = words.get(kind) or ("list" if get_origin(kind) is tuple else "keys and values")
     if entry is None:
         return text
-    bounds = [
-        f"{word} {bound:g}" if abs(bound) < 1e6 else f"{word} {bound}"
-        for word, bound in (
-            ("above", entry.above),
-            ("at least", entry.at_least),
-            ("at most", entry.at_most),
-        )
-        if bound is not None
-    ]
-    return ", ".join([text, *bounds])
+    return ",".join(filter(None, [text, range_of(entry)]))
 
 
 def type_of(cls: Any, name: str) -> Any:
@@ -208,6 +199,9 @@ def commands_page() -> str:
         "Every command is a program of this name, and `python -m mlx_diffgemma.NAME` and "
         "`python -m mlx_diffgemma NAME` run the same. `--help` prints what this page says. "
         "Settings are explained with their bounds in the [settings reference](settings.md).",
+        "Every program also has `--version`, `--install-completion SHELL` and "
+        "`--show-completion SHELL`, for bash, zsh and fish: see "
+        "[Install](install.md#shell-completion).",
         *sections,
     )
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .write.generate import generate as generate
     from .write.generate import stream_generate as stream_generate
 
+    __version__: str
+
 # Public name -> the file that defines it.
 _HOME = {
     "DiffGemmaError": "errors",
@@ -74,6 +76,10 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mlx-diffgemma")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -9,6 +9,7 @@ from .cli.fuse import fuse
 from .cli.generate import generate
 from .cli.info import info
 from .cli.models import app as models
+from .cli.options import run
 from .cli.train import train
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     app.command()(convert)
     app.command()(train)
     app.command()(fuse)
-    app(prog_name="python -m mlx_diffgemma")
+    run(app, "python -m mlx_diffgemma")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_pef
 
 INSTALL, CACHE = "tests/test_install.py", "tests/checkpoint/test_cache.py"
 CHOICE, BLAS = "tests/checkpoint/test_choice.py", "tests/checkpoint/test_blas.py"
-MODELS = "tests/cli/test_models.py"
+MODELS, PROGRAM = "tests/cli/test_models.py", "tests/cli/test_program.py"
 
 
 @dataclass(frozen=True)
@@ -815,6 +815,34 @@ FAULTS = (
         "if content is None or isinstance(content, str):",
         'if content is None or isinstance(content, str) or role == "tool":',
         (GIVEN,),
+    ),
+    Fault(
+        "media: keys beside the content are dropped",
+        "language/given.py",
+        "if key in keys and not is_empty:",
+        "if False:",
+        (GIVEN,),
+    ),
+    Fault(
+        "media: the answer of an example is not looked at",
+        "train/data.py",
+        'refuse_media(last, "the answer")',
+        "pass",
+        (TRAIN_DATA,),
+    ),
+    Fault(
+        "program: the variable of completion keeps the dot",
+        "cli/program.py",
+        "[^A-Z0-9]",
+        "[^A-Z0-9.]",
+        (PROGRAM,),
+    ),
+    Fault(
+        "program: a script of zsh only defines at the first Tab",
+        "cli/program.py",
+        '_FIRST_TAB.format(name) if shell == "zsh" else ""',
+        '""',
+        (PROGRAM,),
     ),
     Fault(
         "prompts: a padded encoding is read, padding and all",

@@ -37,8 +37,8 @@ WINGS = {
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
-    "cli": "interrupt options render render_convert render_train render_watch output convert "
-    "generate fill edit info models train fuse",
+    "cli": "interrupt program options render render_convert render_train render_watch output "
+    "convert generate fill edit info models train fuse",
     "__main__": "",
     "demo": "",
 }
@@ -160,6 +160,15 @@ def test_python_m_runs_every_command():
         )
         assert helped.returncode == 0, helped.stderr
         assert "Usage" in helped.stdout, command
+
+
+def test_python_m_runs_a_command_by_its_deep_path_too():
+    for command in PROJECT["project"]["scripts"]:
+        deep = command.replace(".", ".cli.")
+        told = subprocess.run(
+            [sys.executable, "-m", deep, "--version"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert told.returncode == 0 and told.stdout.startswith("mlx-diffgemma "), deep
 
 
 def test_importing_the_package_and_its_commands_loads_nothing_heavy():

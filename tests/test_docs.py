@@ -34,12 +34,14 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma.cli.options import _every_program, app_of
 from mlx_diffgemma.convert import convert
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-SHOWN = [README, *sorted(DOCS.glob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+SHOWN = [README, CONTRIBUTING, *sorted(DOCS.glob("*.md"))]
 LINKED = [*SHOWN, ROOT / "mlx_diffgemma" / "demo" / "README.md", ROOT / "recipes" / "README.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BF16, PACKED = (
@@ -167,12 +169,17 @@ class Shell:
         return ""
 
     def run_words(self, words: list[str], stdin: str) -> str:
-        if words[0] in ("make", "pip", "source"):
+        if words[0] in ("make", "pip", "uv", "pipx", "source", "ruff", "mypy"):
             check_setup(words)
             return ""
         if words[0] == "export":
             name, _, value = words[1].partition("=")
             os.environ[name] = value  # the fixture restores it
+            return ""
+        if words[0] == "python" and (
+            words[1].endswith(".py") or (words[2:3] and words[1:3] == ["-m", "pytest"])
+        ):
+            check_script(words[1:])
             return ""
         if (found := command_of(words)) is None:
             assert words[0] in TOOLS, f"nobody runs {words[0]}"
@@ -182,6 +189,12 @@ class Shell:
             return finished.stdout
         name, arguments = found
         check_options(name, arguments)
+        if PROGRAM_FLAGS & {*arguments}:  # of the program around the command
+            program = [sys.executable, "-m", f"mlx_diffgemma.{name}", *arguments]
+            home = os.environ | {"HOME": str(self.folder), "PYTHONPATH": str(ROOT)}
+            return subprocess.run(
+                program, env=home, capture_output=True, text=True, check=True
+            ).stdout
         if "--upload-repo" in arguments or (name == "models" and arguments):  # needs the Hub
             return ""
         arguments = [
@@ -207,19 +220,43 @@ def check_setup(words: list[str]) -> None:
         assert re.search(f"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
     elif words[0] == "source":
         assert words[1:] == [".venv/bin/activate"], words
+    elif words[0] in ("ruff", "mypy"):
+        makefile = (ROOT / "Makefile").read_text()
+        assert f"$(BIN)/{words[0]}" in makefile and words[2:] in ([], ["."]), words
     else:
-        assert words[1] == "install", words
-        extras = re.findall(r"\[([\w,]+)\]", words[2])
+        at = 2 if words[0] == "uv" else 1
+        assert words[at - 1 : at + 1] in (["tool", "install"], [words[0], "install"]), words
+        extras = re.findall(r"\[([\w,]+)\]", words[at + 1])
         assert {e for group in extras for e in group.split(",")} <= {
             *PROJECT["optional-dependencies"]
         }, words
+
+
+def check_script(words: list[str]) -> None:
+    """Scripts of this repository, and pytest: they exist, and so do what they are given."""
+    if words[:2] == ["-m", "pytest"]:
+        given = [word for word in words[2:] if not word.startswith("-")]
+        assert given and all((ROOT / word).exists() for word in given), words
+        return
+    text = (ROOT / words[0]).read_text()
+    for word in words[1:]:
+        assert f'"{word}"' in text if word.startswith("-") else word in text, words
+
+
+PROGRAM_FLAGS = {
+    flag for option in get_command(app_of(_every_program)).params for flag in option.opts
+}
 
 
 def flags_of(name: str) -> set[str]:
     command = get_command(REFERENCE.app_of(name))
     parts = [command, *getattr(command, "commands", {}).values()]
     options = [option for part in parts for option in part.params]
-    return {flag for p in options for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
+    return (
+        {flag for p in options for flag in (*p.opts, *p.secondary_opts)}
+        | {"--help"}
+        | PROGRAM_FLAGS
+    )
 
 
 def check_options(name: str, arguments: list[str]) -> None:

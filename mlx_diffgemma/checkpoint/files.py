@@ -107,9 +107,9 @@ def resolve(
         _refuse_other_things(text, [path.name for path in folder.iterdir()], folder)
         return folder
     if is_there:
-        what = other_things([folder.name])
-        instead = what or f"give the folder of the checkpoint, {folder.parent}"
-        raise SourceError(f"{text} is a file; {instead}")
+        if what := other_things([folder.name], place=text):
+            raise SourceError(what if what.startswith(text) else f"{text} is a file; {what}")
+        raise SourceError(f"{text} is a file; give the folder of the checkpoint, {folder.parent}")
     if match := re.fullmatch(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)(/.*)?", text):
         raise SourceError(f"{text} is a web address; give the Hub repo id, {match[1]}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith((".", "~", "/")):
@@ -183,13 +183,13 @@ def _download(
         raise SourceError(f"{repo}{at} could not be downloaded: {reason}") from error
 
 
-def other_things(names: Iterable[str]) -> str | None:
+def other_things(names: Iterable[str], *, place: str | None = None) -> str | None:
     """Return what files without `model*.safetensors` are, and what to use instead; None if they are
-    unknown."""
+    unknown. A single file is called by its place, where given."""
     names = sorted(names)
     for pattern, what in _OTHER_THINGS.items():
         if found := fnmatch.filter(names, pattern):
-            return what.format(name=found[0])
+            return what.format(name=place or found[0])
     return None
 
 

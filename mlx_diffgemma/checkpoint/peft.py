@@ -99,9 +99,9 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
         raise SourceError(f"{path}: peft_type {kind!r} is not supported, only LORA")
     for key, what in _REFUSED.items():
         if config.get(key):
-            raise SourceError(f"{path}: {what} is not supported, got {key} {config[key]!r}")
+            raise SourceError(f"{path}: no support for {what}, got {key} {config[key]!r}")
     if (bias := config.get("bias", "none")) != "none":
-        raise SourceError(f"{path}: trained biases are not supported, got bias {bias!r}")
+        raise SourceError(f"{path}: no support for trained biases, got bias {bias!r}")
     begins = config.get("init_lora_weights", True)
     if isinstance(begins, str) and begins.startswith(_CHANGES_BASE):
         raise SourceError(

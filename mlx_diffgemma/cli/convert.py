@@ -17,6 +17,7 @@ import typer
 from ..checkpoint.choice import full_name
 from ..errors import ConfigError
 from .options import REVISION_HELP, friendly_errors, run
+from .program import among, model_names
 
 if TYPE_CHECKING:
     from mlx_diffgemma.convert.plan import Plan
@@ -35,13 +36,19 @@ GroupSizeOption = Annotated[
 ]
 ModeOption = Annotated[
     str | None,
-    typer.Option("--q-mode", help="affine, mxfp4, mxfp8 or nvfp4.", show_default="affine"),
+    typer.Option(
+        "--q-mode",
+        help="affine, mxfp4, mxfp8 or nvfp4.",
+        show_default="affine",
+        autocompletion=among("affine", "mxfp4", "mxfp8", "nvfp4"),
+    ),
 ]
 RecipeOption = Annotated[
     str,
     typer.Option(
         help="mixed (the --q flags set the experts, 8 bits elsewhere), "
-        "uniform (they set everything), or a TOML file."
+        "uniform (they set everything), or a TOML file.",
+        autocompletion=among("mixed", "uniform"),
     ),
 ]
 DtypeOption = Annotated[
@@ -74,7 +81,10 @@ _GO_WITH_VERIFY = {"mlx_path", "verify", "hf_path", "revision"}
 def convert(
     context: typer.Context,
     hf_path: Annotated[
-        str | None, typer.Option(help="Source: local folder, Hub repo id or short name.")
+        str | None,
+        typer.Option(
+            help="Source: local folder, Hub repo id or short name.", autocompletion=model_names
+        ),
     ] = None,
     mlx_path: Annotated[str, typer.Option(help="Folder of the result.")] = "mlx_model",
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
@@ -182,13 +192,19 @@ def _reading(progress: Progress, hf_path: str) -> None:
 
 @contextmanager
 def _telling(rest: Callable[[], str]) -> Iterator[None]:
-    """Answer Ctrl-C and SIGTERM with one line on how to resume, and exit code 130."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Answer Ctrl-C and SIGTERM with one line on how to resume, and exit code 128 + n."""
+    caught = [signal.SIGINT]
+
+    def end(number: int, _: object) -> None:
+        caught.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     except KeyboardInterrupt as error:
         print(f"interrupted: {rest()}", file=sys.stderr)
-        raise typer.Exit(130) from error
+        raise typer.Exit(128 + caught[-1]) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -219,3 +235,7 @@ def _command(without: str = "") -> str:
 
 def main() -> None:
     run(convert)
+
+
+if __name__ == "__main__":
+    main()

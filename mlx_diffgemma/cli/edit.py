@@ -196,3 +196,7 @@ def _name_in_diff(file: Path) -> str:
 
 def main() -> None:
     run(edit)
+
+
+if __name__ == "__main__":
+    main()

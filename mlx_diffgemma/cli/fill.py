@@ -128,3 +128,7 @@ def _template_text(template: str | None, file: Path | None) -> str:
 
 def main() -> None:
     run(fill)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import typer
 
 from ..checkpoint.choice import MODEL_VARIABLE
 from .options import REVISION_HELP, command, run
+from .program import model_names
 
 
 @command
@@ -16,6 +17,7 @@ def fuse(
         typer.Option(
             help="Local folder, Hub repo id or short name of the model that was trained.",
             envvar=MODEL_VARIABLE,
+            autocompletion=model_names,
         ),
     ],
     adapter_path: Annotated[
@@ -42,3 +44,7 @@ def fuse(
 
 def main() -> None:
     run(fuse)
+
+
+if __name__ == "__main__":
+    main()

@@ -127,6 +127,7 @@ def generate(
             notes.append(f"seed {settings.seed}")
         loaded, tokenizer = model.load()
         from ..language.prompt import single_tokens, special_tokens
+        from ..view.pages import model_name
 
         if chat.extra_eos_token and text in special_tokens(tokenizer):
             raise PromptError(
@@ -135,7 +136,7 @@ def generate(
             )
         extra = single_tokens(tokenizer, chat.extra_eos_token or [])
         settings = replace(settings, extra_eos_token_ids=extra)
-        start = {"event": "start", "model": str(model.source), "seed": settings.seed}
+        start = {"event": "start", "model": model_name(model.source), "seed": settings.seed}
         follows, settings = follower(
             output, view, loaded, tokenizer, settings, name=model.source, prompt=message
         )
@@ -204,3 +205,7 @@ def _answer(
 
 def main() -> None:
     run(generate)
+
+
+if __name__ == "__main__":
+    main()

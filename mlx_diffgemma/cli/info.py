@@ -32,3 +32,7 @@ def info(
 
 def main() -> None:
     run(info)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ def leave(*_: object) -> None:
 
 
 # As a program only: a library does not touch the signals of its host.
-_FILES = ("__main__.py", "*/__main__.py", "cli/as_module/*.py")  # of `python -m`
+_FILES = ("__main__.py", "*/__main__.py", "cli/as_module/*.py", "cli/*.py")  # of `python -m`
 if (
     Path(sys.argv[0]).name.startswith("mlx_diffgemma.")
     or any(Path(sys.argv[0]).match(f"mlx_diffgemma/{file}") for file in _FILES)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import SourceError
-from .options import REVISION_HELP, friendly_errors
+from .options import REVISION_HELP, friendly_errors, run
+from .program import model_names
 
 app = typer.Typer(
     add_completion=False,
@@ -19,7 +20,7 @@ _NAME_HELP = (
     "Repo id, or a short name: 4bit, 5bit, 6bit, 8bit, mxfp4, mxfp8, nvfp4 or bf16, as published "
     "by mlx-community."
 )
-NameArgument = Annotated[str, typer.Argument(help=_NAME_HELP)]
+NameArgument = Annotated[str, typer.Argument(help=_NAME_HELP, autocompletion=model_names)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")]
 
 
@@ -104,4 +105,8 @@ def is_terminal() -> bool:
 
 
 def main() -> None:
-    app()
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

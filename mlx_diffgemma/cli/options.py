@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.completion import completion_init
+from typer.main import get_command
 
 from ..checkpoint.choice import MODEL_VARIABLE
 from ..config.entry import Entry, kinds
 from ..config.generation import GenerationSettings, decider_of
 from ..errors import DiffGemmaError, PromptError, TemplateError, backend_error
 from .interrupt import ended_in_order, leave
+from .program import Shell, among, install, model_names, scripts, variable, version
 
 MODEL_HELP = (
     "Local folder, Hub repo id, or short name of a published one (4bit, 5bit, 6bit, 8bit, mxfp4, "
@@ -89,12 +92,20 @@ def gap_bounds(text: str | None) -> tuple[int, int] | None:
     return low, high
 
 
-ModelOption = Annotated[str | None, typer.Option(help=MODEL_HELP, envvar=MODEL_VARIABLE)]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help=MODEL_HELP, envvar=MODEL_VARIABLE, autocompletion=model_names),
+]
 SystemPromptOption = Annotated[
     str | None, typer.Option("--system-prompt", help="System prompt for the chat template.")
 ]
 VerboseOption = Annotated[
-    str, typer.Option(metavar="BOOLEAN", help="False prints nothing but the result and errors.")
+    str,
+    typer.Option(
+        metavar="BOOLEAN",
+        help="False prints nothing but the result and errors.",
+        autocompletion=among("True", "False"),
+    ),
 ]
 
 
@@ -179,7 +190,10 @@ def _options_of(block: type, command_name: str) -> list[Parameter]:
                 continue
             default = entry.command_default
             option = typer.Option(
-                *entry.flags, help=entry.help, show_default=_shown(f.name, entry) or False
+                *entry.flags,
+                help=entry.help,
+                show_default=_shown(f.name, entry) or False,
+                autocompletion=model_names if f.name == "model" else None,
             )
             kind = Annotated[kinds(block)[f.name] | None, option]
         elif get_origin(kind) is not Annotated:
@@ -217,6 +231,39 @@ def _is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
 
 
+def _at_once(flag: str, act: Callable[[Any], None], help: str) -> Any:
+    """Return an option that does one thing and ends the program."""
+
+    def callback(context: typer.Context, value: Any) -> None:
+        if value and not context.resilient_parsing:  # a shell that asks for proposals
+            with friendly_errors():
+                act(value)
+            raise typer.Exit
+
+    return typer.Option(
+        flag,
+        help=help,
+        callback=callback,
+        is_eager=True,
+        expose_value=False,
+        rich_help_panel="Program",
+    )
+
+
+def _show_version(_: bool) -> None:
+    typer.echo(f"mlx-diffgemma {version()}")
+
+
+def _show_completion(shell: Shell) -> None:
+    typer.echo(scripts(shell))
+
+
+def _install_completion(shell: Shell) -> None:
+    for file in install(shell):
+        typer.echo(f"wrote {file}", err=True)
+    typer.echo("completion works in shells that are started from now on", err=True)
+
+
 @contextmanager
 def friendly_errors() -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code
@@ -241,11 +288,36 @@ def friendly_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def run(command: Callable[..., None]) -> None:
-    """Run a command as a program."""
+def run(command: Callable[..., None] | typer.Typer, name: str | None = None) -> None:
+    """Run a command as a program, with the options that every program has."""
+    program = get_command(command if isinstance(command, typer.Typer) else app_of(command))
+    program.params += get_command(app_of(_every_program)).params
+    completion_init()  # Typer calls it for its own options of completion
+    program(prog_name=name, complete_var=variable(Path(sys.argv[0]).name))
+
+
+def app_of(command: Callable[..., None]) -> typer.Typer:
+    """Return an app of one command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
-    app()
+    return app
+
+
+def _every_program(
+    version: Annotated[bool, _at_once("--version", _show_version, "Print the version.")] = False,
+    install_completion: Annotated[
+        Shell | None,
+        _at_once(
+            "--install-completion",
+            _install_completion,
+            "Let this shell complete all mlx_diffgemma commands from now on.",
+        ),
+    ] = None,
+    show_completion: Annotated[
+        Shell | None,
+        _at_once("--show-completion", _show_completion, "Print what --install-completion writes."),
+    ] = None,
+) -> None: ...
 
 
 def _show_warning(

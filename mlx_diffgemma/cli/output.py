@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from .options import VerboseOption, boolean
 
 if TYPE_CHECKING:
-    from ..events import Event, StepDone
+    from ..events import Event, StepDone, TrialStarted
     from .render import View
 
 
@@ -100,6 +100,8 @@ class Follower:
     drafts: Any = None  # of --json-drafts
     _spellings: Any = None
     _trial: str = ""
+    _is_final: bool = True  # the trial's text is the result
+    _compared: int | None = None  # the last window whose lengths are compared
     _pinned: list[bool] = field(default_factory=list)
 
     def observe(self, event: Event) -> None:
@@ -110,7 +112,10 @@ class Follower:
             self.trace.observe(event)
         if isinstance(event, TrialStarted):
             self._pinned = event.pinned[0][0].tolist()  # type: ignore[assignment]
-            self._trial = _about_trial(event)
+            self._trial, self._is_final = _about_trial(event), event.is_final
+            if not event.is_final and event.window != self._compared:
+                self._compared = event.window
+                self._comparing(event)
 
     def trial(self, event: Event) -> None:
         """Handle an event of fill or edit, whose text is shown when it is complete."""
@@ -123,9 +128,19 @@ class Follower:
         if self.drafts is not None:
             self.object(event)
         elif isinstance(event, StepDone) and isinstance(self.view, WatchView):
-            self.step(event)
+            if self.view.is_live or self._is_final:
+                self.step(event)
         else:
             self.view.trial(event)
+
+    def _comparing(self, event: TrialStarted) -> None:
+        """Say once per canvas, where --watch writes a log, that its lengths are compared: the steps
+        of that are of no use in one."""
+        from .render_watch import WatchView
+
+        if isinstance(self.view, WatchView) and not self.view.is_live:
+            slots = ", ".join(event.slots)
+            self.view.note(f"canvas {event.window + 1}: comparing lengths of slot {slots}")
 
     def conclude(self, filled: Any) -> None:
         """Record the result of fill or edit, and restore the screen."""

@@ -69,3 +69,7 @@ def _train(session: Any, view: Any) -> None:
 
 def main() -> None:
     run(train)
+
+
+if __name__ == "__main__":
+    main()

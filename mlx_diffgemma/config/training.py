@@ -34,17 +34,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
 # This one may have any value: the cache of freed memory is bounded anyway.
 _IGNORED = frozenset({"clear_cache_threshold"})
 
-
 _TRAIN = ("train",)  # the command that has the settings as options
-
-
-def _setting(help: str, default: Any = None, **known: Any) -> Any:
-    return setting(Entry(help=help, default=default, **known))
-
-
-def _option(help: str, default: Any = None, **known: Any) -> Any:
-    """Return a setting's field; the command has an option for it."""
-    return _setting(help, default, commands=_TRAIN, **known)
 
 
 def _is_number(value: Any) -> bool:
@@ -55,12 +45,18 @@ def _is_number(value: Any) -> bool:
 class LoraParameters:
     """The form of adapters; the keys are those of mlx-lm's `lora_parameters`."""
 
-    rank: int = _setting("Columns of each factor.", 8, at_least=1)
-    scale: float = _setting("Factor on the product of the two factors.", 20.0, above=0)
-    dropout: float = _setting(
-        "Share of the inputs that training leaves out.", 0.0, at_least=0, below=1
+    rank: int = setting(Entry(help="Columns of each factor.", default=8, at_least=1))
+    scale: float = setting(
+        Entry(help="Factor on the product of the two factors.", default=20.0, above=0)
     )
-    keys: tuple[str, ...] = _setting("Modules that get an adapter.", DEFAULT_KEYS)
+    dropout: float = setting(
+        Entry(
+            help="Share of the inputs that training leaves out.", default=0.0, at_least=0, below=1
+        )
+    )
+    keys: tuple[str, ...] = setting(
+        Entry(help="Modules that get an adapter.", default=DEFAULT_KEYS)
+    )
 
     def __post_init__(self) -> None:
         try:
@@ -94,73 +90,169 @@ class LoraParameters:
 class TrainSettings:
     """How to train. An iteration is a batch, as in mlx-lm."""
 
-    fine_tune_type: FineTuneType = _option("Train adapters, or all weights.", "lora")
-    num_layers: int = _option(
-        "Train only the last N layers, and nothing outside of layers; -1 for everything.",
-        -1,
-        at_least=1,
-        all_is=-1,
+    fine_tune_type: FineTuneType = setting(
+        Entry(help="Train adapters, or all weights.", default="lora", commands=_TRAIN)
     )
-    lora_parameters: LoraParameters = _setting(
-        "Rank, scale, dropout and keys of adapters.", LoraParameters()
+    num_layers: int = setting(
+        Entry(
+            help="Train only the last N layers, and nothing outside of layers; -1 for everything.",
+            default=-1,
+            at_least=1,
+            all_is=-1,
+            commands=_TRAIN,
+        )
     )
-    batch_size: int = _option("Examples per batch.", 4, at_least=1)
-    pool_batches: int = _setting(
-        "Batches cut from one pool of examples, sorted by length; 1: any lengths together.",
-        32,
-        at_least=1,
+    lora_parameters: LoraParameters = setting(
+        Entry(help="Rank, scale, dropout and keys of adapters.", default=LoraParameters())
     )
-    iters: int = _option("Batches to train on.", 1000, at_least=1)
-    grad_accumulation_steps: int = _option("Batches per update of the weights.", 1, at_least=1)
-    learning_rate: float = _option("Learning rate, where no schedule is given.", 1e-5, above=0)
-    lr_schedule: Mapping[str, Any] | None = _setting(
-        "name, arguments, warmup and warmup_init, as in mlx-lm."
+    batch_size: int = setting(
+        Entry(help="Examples per batch.", default=4, at_least=1, commands=_TRAIN)
     )
-    optimizer: Optimizer = _option("adam, adamw, muon, sgd or adafactor.", "adam")
-    optimizer_config: Mapping[str, Any] | None = _setting("More arguments, by optimizer.")
-    max_grad_norm: float = _option(
-        "Largest norm of the gradient; a larger one is scaled down. 0: no limit.", 1.0, at_least=0
+    pool_batches: int = setting(
+        Entry(
+            help="Batches cut from one pool of examples, sorted by length; "
+            "1: any lengths together.",
+            default=32,
+            at_least=1,
+        )
     )
-    max_seq_length: int = _option(
-        "Most tokens of an example, its canvases included.", 2048, at_least=2
+    iters: int = setting(
+        Entry(help="Batches to train on.", default=1000, at_least=1, commands=_TRAIN)
     )
-    canvas_length: int | None = _option(
-        "Tokens per canvas.", at_least=1, shown_default="the checkpoint's"
+    grad_accumulation_steps: int = setting(
+        Entry(help="Batches per update of the weights.", default=1, at_least=1, commands=_TRAIN)
     )
-    mask_prompt: bool = _option(
-        "Leave the prompt out of the causal loss.", False, flags=("--mask-prompt",)
+    learning_rate: float = setting(
+        Entry(
+            help="Learning rate, where no schedule is given.",
+            default=1e-5,
+            above=0,
+            commands=_TRAIN,
+        )
     )
-    noise_min: float = _option(
-        "Smallest share of a canvas that is replaced by noise.", 1e-4, at_least=0, at_most=1
+    lr_schedule: Mapping[str, Any] | None = setting(
+        Entry(help="name, arguments, warmup and warmup_init, as in mlx-lm.")
     )
-    noise_max: float = _option(
-        "Largest share of a canvas that is replaced by noise.", 1 - 1e-4, at_least=0, at_most=1
+    optimizer: Optimizer = setting(
+        Entry(help="adam, adamw, muon, sgd or adafactor.", default="adam", commands=_TRAIN)
     )
-    causal_weight: float = _option(
-        "Weight of the causal loss on the clean text; 0: none.", 1.0, at_least=0
+    optimizer_config: Mapping[str, Any] | None = setting(
+        Entry(help="More arguments, by optimizer.")
     )
-    self_conditioning_probability: float = _option(
-        "Share of examples with self-conditioning from a first forward pass.",
-        0.5,
-        at_least=0,
-        at_most=1,
+    max_grad_norm: float = setting(
+        Entry(
+            help="Largest norm of the gradient; a larger one is scaled down. 0: no limit.",
+            default=1.0,
+            at_least=0,
+            commands=_TRAIN,
+        )
     )
-    gradients_through_context: bool = _option(
-        "Whether the canvas loss also trains through the text's keys and values.",
-        True,
+    max_seq_length: int = setting(
+        Entry(
+            help="Most tokens of an example, its canvases included.",
+            default=2048,
+            at_least=2,
+            commands=_TRAIN,
+        )
     )
-    val_batches: int = _option(
-        "Batches of a validation; -1: all of them.", 25, at_least=1, all_is=-1
+    canvas_length: int | None = setting(
+        Entry(
+            help="Tokens per canvas.", at_least=1, shown_default="the checkpoint's", commands=_TRAIN
+        )
     )
-    test_batches: int = _option("Batches of a test; -1: all of them.", 500, at_least=1, all_is=-1)
-    steps_per_report: int = _option("Batches between reports.", 10, at_least=1)
-    steps_per_eval: int = _option("Batches between validations.", 200, at_least=1)
-    save_every: int = _option("Batches between checkpoints.", 100, at_least=1)
-    grad_checkpoint: bool = _option(
-        "Compute layers twice to save memory.", False, flags=("--grad-checkpoint",)
+    mask_prompt: bool = setting(
+        Entry(
+            help="Leave the prompt out of the causal loss.",
+            default=False,
+            flags=("--mask-prompt",),
+            commands=_TRAIN,
+        )
     )
-    seed: int = _option(
-        "Seed of the data's order and of all draws.", 0, at_least=0, at_most=2**31 - 1
+    noise_min: float = setting(
+        Entry(
+            help="Smallest share of a canvas that is replaced by noise.",
+            default=1e-4,
+            at_least=0,
+            at_most=1,
+            commands=_TRAIN,
+        )
+    )
+    noise_max: float = setting(
+        Entry(
+            help="Largest share of a canvas that is replaced by noise.",
+            default=1 - 1e-4,
+            at_least=0,
+            at_most=1,
+            commands=_TRAIN,
+        )
+    )
+    causal_weight: float = setting(
+        Entry(
+            help="Weight of the causal loss on the clean text; 0: none.",
+            default=1.0,
+            at_least=0,
+            commands=_TRAIN,
+        )
+    )
+    self_conditioning_probability: float = setting(
+        Entry(
+            help="Share of examples with self-conditioning from a first forward pass.",
+            default=0.5,
+            at_least=0,
+            at_most=1,
+            commands=_TRAIN,
+        )
+    )
+    gradients_through_context: bool = setting(
+        Entry(
+            help="Whether the canvas loss also trains through the text's keys and values.",
+            default=True,
+            commands=_TRAIN,
+        )
+    )
+    val_batches: int = setting(
+        Entry(
+            help="Batches of a validation; -1: all of them.",
+            default=25,
+            at_least=1,
+            all_is=-1,
+            commands=_TRAIN,
+        )
+    )
+    test_batches: int = setting(
+        Entry(
+            help="Batches of a test; -1: all of them.",
+            default=500,
+            at_least=1,
+            all_is=-1,
+            commands=_TRAIN,
+        )
+    )
+    steps_per_report: int = setting(
+        Entry(help="Batches between reports.", default=10, at_least=1, commands=_TRAIN)
+    )
+    steps_per_eval: int = setting(
+        Entry(help="Batches between validations.", default=200, at_least=1, commands=_TRAIN)
+    )
+    save_every: int = setting(
+        Entry(help="Batches between checkpoints.", default=100, at_least=1, commands=_TRAIN)
+    )
+    grad_checkpoint: bool = setting(
+        Entry(
+            help="Compute layers twice to save memory.",
+            default=False,
+            flags=("--grad-checkpoint",),
+            commands=_TRAIN,
+        )
+    )
+    seed: int = setting(
+        Entry(
+            help="Seed of the data's order and of all draws.",
+            default=0,
+            at_least=0,
+            at_most=2**31 - 1,
+            commands=_TRAIN,
+        )
     )
 
     def __post_init__(self) -> None:
@@ -196,25 +288,50 @@ class TrainJob:
     """What a run does, with which model, data and folder: the part of a recipe beside the
     settings."""
 
-    model: str | None = _option("Local folder or Hub repo id.", shown_default="")
-    train: bool = _option("Train.", False, flags=("--train",), shown_default="")
-    test: bool = _option(
-        "Measure the loss on test.jsonl.", False, flags=("--test",), shown_default=""
+    model: str | None = setting(
+        Entry(help="Local folder or Hub repo id.", shown_default="", commands=_TRAIN)
     )
-    data: str | None = _option(
-        "Folder with train.jsonl, and valid.jsonl and test.jsonl if there are.", shown_default=""
+    train: bool = setting(
+        Entry(help="Train.", default=False, flags=("--train",), shown_default="", commands=_TRAIN)
     )
-    adapter_path: str = _option("Folder of the run.", "adapters")
-    resume: bool = _option(
-        "Continue the run in --adapter-path.",
-        False,
-        flags=("--resume",),
-        shown_default="",
+    test: bool = setting(
+        Entry(
+            help="Measure the loss on test.jsonl.",
+            default=False,
+            flags=("--test",),
+            shown_default="",
+            commands=_TRAIN,
+        )
     )
-    resume_adapter_file: str | None = _option(
-        "Start from these weights, with a fresh optimizer.", shown_default=""
+    data: str | None = setting(
+        Entry(
+            help="Folder with train.jsonl, and valid.jsonl and test.jsonl if there are.",
+            shown_default="",
+            commands=_TRAIN,
+        )
     )
-    revision: str | None = _option("Branch, tag or commit of a Hub repository.", shown_default="")
+    adapter_path: str = setting(
+        Entry(help="Folder of the run.", default="adapters", commands=_TRAIN)
+    )
+    resume: bool = setting(
+        Entry(
+            help="Continue the run in --adapter-path.",
+            default=False,
+            flags=("--resume",),
+            shown_default="",
+            commands=_TRAIN,
+        )
+    )
+    resume_adapter_file: str | None = setting(
+        Entry(
+            help="Start from these weights, with a fresh optimizer.",
+            shown_default="",
+            commands=_TRAIN,
+        )
+    )
+    revision: str | None = setting(
+        Entry(help="Branch, tag or commit of a Hub repository.", shown_default="", commands=_TRAIN)
+    )
 
     def __post_init__(self) -> None:
         check(self)

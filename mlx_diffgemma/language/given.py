@@ -29,6 +29,15 @@ _MEDIA = {
     "video is not supported": ("video", "video_url", "input_video"),
     "files are not supported": ("file", "input_file", "document"),
 }
+# Keys beside the content that hold media, in messages and in examples of training data.
+_MEDIA_KEYS = {
+    key: said
+    for said, kinds in _MEDIA.items()
+    if not said.startswith("files")
+    for kind in kinds
+    for key in (kind, f"{kind}s")
+}
+_FILE_KEYS = dict.fromkeys(("files", "attachments"), "files are not supported")
 
 
 def given_ids(prompt: object) -> list[int] | None:
@@ -98,10 +107,25 @@ def given_messages(prompt: Any) -> list[Message]:
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
             raise PromptError(f"a message must be an object with role and content, got {message!r}")
+        refuse_media(message, f"a {message['role']} message", _MEDIA_KEYS | _FILE_KEYS)
         _check_content(message)
     if not any(_says_something(message) for message in messages):
         raise PromptError("the prompt is empty: no message has any content")
     return messages
+
+
+def refuse_media(
+    holder: Mapping[str, Any], what: str, keys: Mapping[str, str] = _MEDIA_KEYS
+) -> None:
+    """Refuse images, audio and video beside the content, which templates drop.
+
+    Raises:
+      PromptError: names the key and `what` has it.
+    """
+    for key, value in holder.items():
+        is_empty = value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
+        if key in keys and not is_empty:
+            raise PromptError(f"{what} has {key!r} beside its text; {keys[key]}")
 
 
 def _says_something(message: Message) -> bool:

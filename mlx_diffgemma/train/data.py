@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError, PromptError
+from ..language.given import refuse_media
 from ..language.prompt import PromptOptions, encode_prompt, encode_text, special_tokens
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _record(line: bytes, where: str) -> Mapping[str, Any]:
 def _example(
     record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, end: int, where: str
 ) -> Example:
+    refuse_media(record, "the example")
     if "messages" in record:
         messages = record["messages"]
         if not isinstance(messages, list) or len(messages) < 2:
@@ -101,6 +103,7 @@ def _example(
         *before, last = messages
         if last.get("role") not in ("assistant", "model"):
             raise DataError(f"{where}: the last message must be the assistant's")
+        refuse_media(last, "the answer")
         for key in ("tool_calls", "reasoning", "reasoning_content", "thinking"):
             if last.get(key):
                 raise DataError(f"{where}: {key} in an answer cannot be learned yet, only content")

@@ -63,6 +63,13 @@ def test_a_file_of_a_checkpoint_is_refused_with_its_folder(tmp_path, name):
     assert said in refusal(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["model-Q4_0.gguf", "pytorch_model.bin", "adapters.safetensors"])
+def test_a_file_of_another_kind_is_named_once(tmp_path, name):
+    (tmp_path / name).touch()
+    said = refusal(tmp_path / name)
+    assert said.startswith(f"{tmp_path / name} ") and said.count(name) == 1
+
+
 OTHER_THINGS = [
     ("gemma-Q4_K_M.gguf", "gemma-Q4_K_M.gguf is a GGUF file, which is made for llama.cpp; use a"),
     ("pytorch_model.bin", "pytorch_model.bin is a pickle file, which is never opened"),

@@ -86,14 +86,15 @@ def test_drafts_are_objects_of_their_own_and_tell_what_was_given(tmp_path):
     assert kept["text"]["answer"] == result["text"] and len(kept["canvases"]) == len(trials)
 
 
-def test_watch_shows_a_line_per_step_where_there_is_no_terminal():
+def test_watch_shows_the_steps_of_the_text_where_there_is_no_terminal():
+    """And of the lengths that lose against it only that they are compared."""
     done = invoke(*COUNT, "--watch")
     assert done.stdout == "12 13 14 15 16 17 18"
-    lines = [line for line in done.stderr.splitlines() if line.startswith("canvas 1, ")]
-    assert lines[0].startswith(
-        "canvas 1, one of 8 lengths that are tried (slot n with 2 tokens), step 1: "
-    )
-    assert " of 2 accepted, mean entropy" in lines[0]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("canvas 1")]
+    assert lines[0] == "canvas 1: comparing lengths of slot n"
+    assert lines[1].startswith("canvas 1, final text (slot n with 8 tokens), step 1: ")
+    assert all(", final text (" in line for line in lines[1:])
+    assert " of 8 accepted, mean entropy" in lines[1]
     assert lines[-1].startswith("canvas 1, final text (slot n with 8 tokens), step ")
     assert lines[-1].endswith("draft: 12 13 14 15 16 17 18")
     done = invoke(*COUNT, "--watch", "--json-drafts")

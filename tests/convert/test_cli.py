@@ -209,7 +209,7 @@ def test_an_interruption_says_how_to_go_on_and_the_next_run_does(source, tmp_pat
         time.sleep(0.02)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr.decode()
+    assert process.returncode == 128 + number, stderr.decode()
     (line,) = stderr.decode().splitlines()
     said, command = line.split("; to resume, run: ")
     assert said == f"interrupted: {partial} keeps the work so far" and stdout == b""

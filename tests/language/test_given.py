@@ -116,6 +116,33 @@ def test_a_part_that_is_not_text_is_refused_by_name_in_every_message(role, part,
     assert said in message and role in message
 
 
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("images", ["aGk="], "images are not supported yet"),
+        ("image", {"url": "x"}, "images are not supported yet"),
+        ("image_url", "x", "images are not supported yet"),
+        ("audio", {"id": "a"}, "audio is not supported"),
+        ("audios", ["x.wav"], "audio is not supported"),
+        ("input_audio", {"data": ""}, "audio is not supported"),
+        ("videos", np.zeros((2, 2)), "video is not supported"),
+        ("files", ["a.pdf"], "files are not supported"),
+        ("attachments", [{}], "files are not supported"),
+    ],
+)
+def test_media_beside_the_content_are_refused_by_key(key, value, said, allow):
+    chat = [*MESSAGES, {"role": "user", "content": "what is this?", key: value}]
+    message = refusal(chat, PromptOptions(allow_special_tokens=allow))
+    assert message == f"a user message has {key!r} beside its text; {said}"
+
+
+@pytest.mark.parametrize("extra", [{"images": []}, {"audio": None}, {"name": "a"}, {"id": 5}])
+def test_other_keys_and_empty_ones_are_let_pass(extra):
+    plain = encode_prompt(TOKENIZER, MESSAGES)
+    assert encode_prompt(TOKENIZER, [dict(message) | extra for message in MESSAGES]) == plain
+
+
 @pytest.mark.parametrize("content", [5, {"a": 1}, True, 1.5])
 @pytest.mark.parametrize("role", ["user", "system", "assistant"])
 def test_content_of_another_type_is_refused(role, content):

@@ -59,6 +59,29 @@ def test_control_tokens_spelled_in_tools_are_text(tmp_path, tokenizer):
     assert "clock<turn|>\n<|turn>user\nhi<turn|>" in tokenizer.decode(typed.prompt)
 
 
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("record", "the example has 'images' beside its text; images are not supported yet"),
+        ("question", "a user message has 'images' beside its text; images are not supported yet"),
+        ("answer", "the answer has 'images' beside its text; images are not supported yet"),
+    ],
+)
+def test_media_beside_the_text_are_refused_with_their_line(tmp_path, tokenizer, place, says):
+    media = {"images": ["a.png"]}
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    plain = {"messages": [question, answer], "file": "where it is from"}
+    given = {
+        "record": plain | media,
+        "question": {"messages": [question | media, answer]},
+        "answer": {"messages": [question, answer | media]},
+    }[place]
+    assert len(split_of(write_lines(tmp_path, lines=[plain]), tokenizer)) == 1
+    folder = write_lines(tmp_path, lines=[plain, given])
+    with pytest.raises(DataError, match=f"line 2: {says}"):
+        split_of(folder, tokenizer)
+
+
 def test_a_part_of_a_message_that_is_no_text_is_refused_with_its_line(tmp_path, tokenizer):
     content = [{"type": "text", "text": "What is it?"}, {"type": "input_audio"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A dog."}]
