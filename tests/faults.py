@@ -29,7 +29,7 @@ SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
 CONVERT_CLI = "tests/convert/test_cli.py"
 CONTROLS, GIVEN = "tests/language/test_controls.py", "tests/language/test_given.py"
 TEXT, TOKENIZER = "tests/language/test_text.py", "tests/language/test_tokenizer.py"
-GENERATE = "tests/write/test_generate.py"
+GENERATE, AS_ON_GPU = "tests/write/test_generate.py", "tests/write/test_as_on_gpu.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
 ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_peft.py"
 
@@ -252,6 +252,13 @@ FAULTS = (
         "(outputs.astype(mx.float32) if cap == NO_CAP else softcap(outputs, cap)) / heat",
         "outputs.astype(mx.float32) / heat",
         (SAMPLER,),
+    ),
+    Fault(
+        "packed: GPUs get another soft embedding",
+        "model/products.py",
+        "        weights,\n        table.weight,",
+        "        weights * weights,\n        table.weight,",
+        (f"{AS_ON_GPU}::test_in_float32_every_policy_writes_what_the_cpu_graph_writes",),
     ),
     Fault(
         "unpacking: biases left out",

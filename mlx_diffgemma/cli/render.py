@@ -24,7 +24,7 @@ from ..events import StepDone
 from .interrupt import on_suspend
 
 if TYPE_CHECKING:
-    from ..events import Event
+    from ..events import Event, ToolCall
     from ..write.fill import Filled
 
 
@@ -85,6 +85,10 @@ class View:
         complete, line_break, self._open_thought = self._open_thought.rpartition("\n")
         if line_break:
             self._print_thought(complete)
+
+    def tool_call(self, call: ToolCall) -> None:
+        """Print a tool call in one line on stderr."""
+        self.note(f"tool call {call.id}: {_printable(call.line())}")
 
     def object(self, value: dict[str, Any]) -> None:
         """Print one line of JSON on stdout."""

@@ -18,7 +18,7 @@ from ..events import CanvasCommitted, LoopEvent, PrefillDone, StepDone
 from ..model import Context, DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
 from .noise import Noise, SeededNoise
-from .pinned import Pinned
+from .pinned import Pinned, begun_with
 from .rows import Planner, Rows, check_room
 from .step import Run, Step, take_step
 
@@ -32,6 +32,7 @@ def denoise_tokens(
     noise: Noise | None = None,
     pinned: Pinned | None = None,
     stop: Callable[[np.ndarray], Sequence[bool]] | None = None,
+    begin: Callable[[], Sequence[Sequence[int]]] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[LoopEvent, None, None]:
     """Run a batch of prompts to its end. Closing the generator stops the run; no further step is
@@ -47,6 +48,8 @@ def denoise_tokens(
         draft; they are never noised, accepted or counted in the stop rule.
       stop: called with each committed canvas, int32 [B, up to L], before it is yielded; a row for
         which it returns True ends with it, as with an end token.
+      begin: called before each canvas; returns the tokens that each row's canvas begins with, if
+        any. Without effect where `pinned` is given.
       prompt_progress_callback: called with (places read, places in all) during prefill.
 
     Yields:
@@ -75,7 +78,14 @@ def denoise_tokens(
     contexts = [context]
     del context  # so that its memory is freed once the first canvas has its copy
     yield from denoise_context(
-        model, contexts, settings, longest=int(real.max()), noise=noise, pinned=pinned, stop=stop
+        model,
+        contexts,
+        settings,
+        longest=int(real.max()),
+        noise=noise,
+        pinned=pinned,
+        stop=stop,
+        begin=begin,
     )
 
 
@@ -88,6 +98,7 @@ def denoise_context(
     noise: Noise | None = None,
     pinned: Pinned | None = None,
     stop: Callable[[np.ndarray], Sequence[bool]] | None = None,
+    begin: Callable[[], Sequence[Sequence[int]]] | None = None,
 ) -> Generator[LoopEvent, None, None]:
     """Run `denoise_tokens` after a context that has been read already: everything after
     PrefillDone.
@@ -101,6 +112,7 @@ def denoise_context(
       noise: as for `denoise_tokens`.
       pinned: as for `denoise_tokens`.
       stop: as for `denoise_tokens`.
+      begin: as for `denoise_tokens`.
     """
     noise = _checked(noise, settings)
     context = contexts.pop()
@@ -120,6 +132,9 @@ def denoise_context(
         if pinned is not None:
             here = pinned.canvas(position, settings.canvas_length, run.vocab_size)
             run = replace(run, pinned=here)
+        elif begin is not None:
+            begun = begun_with(begin(), settings.canvas_length, run.vocab_size)
+            run = replace(run, pinned=begun)
         last = yield from _denoise_canvas(run, opened, canvas_index, rows)
         committed, row_steps = rows.take(last.draft, last.row_steps)
         position += committed.shape[1]

@@ -68,6 +68,16 @@ class Pinned:
         )
 
 
+def begun_with(rows: Sequence[Sequence[int]], length: int, vocab_size: int) -> PinnedCanvas | None:
+    """Return a canvas whose rows begin with the given tokens; None if no row has any."""
+    if not any(rows):
+        return None
+    tokens = np.full((len(rows), length), FREE, np.int32)
+    for place, given in zip(tokens, rows, strict=True):
+        place[: len(given)] = given[:length]
+    return Pinned(tokens).canvas(0, length, vocab_size)
+
+
 @dataclass(frozen=True, eq=False)
 class PinnedCanvas:
     """The given parts of one canvas."""

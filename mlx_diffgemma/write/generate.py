@@ -11,14 +11,16 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.memory import generation_limits
-from ..config.generation import GenerationSettings
+from ..config.generation import GenerationSettings, ResolvedSettings
 from ..denoise.loop import denoise_tokens
 from ..denoise.noise import Noise
 from ..errors import ConfigError, PromptError
-from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text
+from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text, ToolCall
+from ..language.controls import THOUGHT_END, special_tokens
 from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..language.stops import stop_strings
 from ..language.text import TextStream
+from ..language.tools import CallEvent
 from ..model import DiffusionGemma
 from .verbose import Printed, PrintedBatch
 
@@ -28,12 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BatchResponse:
-    """Texts of a batch, in the order of its prompts."""
+    """Texts and tool calls of a batch, in the order of its prompts."""
 
     texts: list[str]
     thoughts: list[str]
     prompt_tokens: int
     finished: Finished
+    tool_calls: list[list[ToolCall]]
 
 
 def generate(
@@ -48,7 +51,7 @@ def generate(
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
 ) -> str:
-    """Return the answer to one prompt, without the model's thoughts.
+    """Return the answer to one prompt, without the model's thoughts and tool calls.
 
     Args:
       model: from `load`.
@@ -59,7 +62,7 @@ def generate(
       verbose: print the answer while it is written, and then the speed, on stdout.
       stop: strings that end the answer; it ends before the one that is complete first.
       settings: how to denoise; the checkpoint fills in open settings.
-      prompt_options: system prompt, thinking, and how contents are read.
+      prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
 
     Raises:
@@ -96,7 +99,7 @@ def stream_generate(
     noise: Noise | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[Event, None, None]:
-    """Yield the loop's events, and `Text` after each `CanvasCommitted`.
+    """Yield the loop's events, and `Text` and `ToolCall` after each `CanvasCommitted`.
 
     Closing the generator stops the run. A piece of text never contains a part of a stop string;
     text that may still become one is held back. The run ends with the canvas that completes one,
@@ -109,7 +112,7 @@ def stream_generate(
       max_tokens: as in `generate`.
       stop: as in `generate`.
       settings: how to denoise; the checkpoint fills in open settings.
-      prompt_options: system prompt, thinking, and how contents are read.
+      prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
       prompt_progress_callback: called with (places read, places in all) during prefill.
 
@@ -120,7 +123,7 @@ def stream_generate(
     strings = stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt, prompt_options)
     _check_ids(ids, model)
-    answers = _Answers([TextStream(tokenizer, resolved.eos_token_ids, ids, strings)])
+    answers = _Answers(tokenizer, resolved, [ids], strings)
     with generation_limits():
         for event in denoise_tokens(
             model,
@@ -128,6 +131,7 @@ def stream_generate(
             resolved,
             noise=noise,
             stop=answers.take,
+            begin=answers.begin,
             prompt_progress_callback=prompt_progress_callback,
         ):
             if isinstance(event, Finished):
@@ -178,9 +182,8 @@ def batch_generate(
     padded = np.full((len(rows), max(lengths)), resolved.pad_token_id, np.int32)
     for i, ids in enumerate(rows):
         padded[i, -len(ids) :] = ids
-    answers = _Answers(
-        [TextStream(tokenizer, resolved.eos_token_ids, ids, strings) for ids in rows]
-    )
+    answers = _Answers(tokenizer, resolved, rows, strings)
+    calls: list[list[ToolCall]] = [[] for _ in rows]
     channels: list[dict[str, str]] = [{"answer": "", "thought": ""} for _ in rows]
     printed = PrintedBatch(len(rows)) if verbose else None
     prompt_tokens, finished = 0, None
@@ -191,31 +194,60 @@ def batch_generate(
             resolved,
             lengths=mx.array(lengths, dtype=mx.int32),
             stop=answers.take,
+            begin=answers.begin,
         ):
-            pieces: list[list[Text]] = []
+            pieces: list[list[CallEvent]] = []
             if isinstance(event, PrefillDone):
                 prompt_tokens = event.prompt_tokens
             elif isinstance(event, CanvasCommitted):
                 pieces = answers.pieces
             elif isinstance(event, Finished):
                 finished, pieces = event, answers.finish()
-            for channel, texts in zip(channels, pieces, strict=bool(pieces)):
-                for text in texts:
-                    channel[text.channel] += text.piece
+            for i, piece in ((i, piece) for i, row in enumerate(pieces) for piece in row):
+                if isinstance(piece, Text):
+                    channels[i][piece.channel] += piece.piece
+                elif isinstance(piece, ToolCall):
+                    calls[i].append(piece)
             if printed is not None and not isinstance(event, StepDone):
                 printed.observe(event, answers.done)
     assert finished is not None
     return BatchResponse(
-        [c["answer"] for c in channels], [c["thought"] for c in channels], prompt_tokens, finished
+        [c["answer"] for c in channels],
+        [c["thought"] for c in channels],
+        prompt_tokens,
+        finished,
+        calls,
     )
 
 
 class _Answers:
-    """The texts of a run's rows, which tell the loop when a row has ended."""
+    """The texts of a run's rows. They tell the loop when a row has ended, and when a canvas is to
+    begin with the end of a thought."""
 
-    def __init__(self, streams: list[TextStream]) -> None:
-        self._streams = streams
-        self.pieces: list[list[Text]] = []  # of each row, from the last canvas
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: ResolvedSettings,
+        prompts: Sequence[list[int]],
+        stop: tuple[str, ...],
+    ) -> None:
+        ends = settings.eos_token_ids
+        self._streams = [TextStream(tokenizer, ends, ids, stop) for ids in prompts]
+        self._most_thinking = settings.max_thinking_tokens
+        self._end_of_thought = special_tokens(tokenizer).get(THOUGHT_END)
+        self.pieces: list[list[CallEvent]] = []  # of each row, from the last canvas
+
+    def begin(self) -> list[list[int]]:
+        """Return the tokens that each row's next canvas begins with: the end of a thought that has
+        used up its tokens."""
+        if self._most_thinking < 0 or self._end_of_thought is None:
+            return [[] for _ in self._streams]
+        return [
+            [self._end_of_thought]
+            if stream.is_thinking and stream.thought_tokens >= self._most_thinking
+            else []
+            for stream in self._streams
+        ]
 
     def take(self, tokens: np.ndarray) -> list[bool]:
         """Read a canvas, int32 [B, up to L]; return which rows are stopped."""
@@ -223,7 +255,7 @@ class _Answers:
         self.pieces = [stream.push(ids) for stream, ids in pairs]
         return [stream.is_stopped for stream in self._streams]
 
-    def finish(self) -> list[list[Text]]:
+    def finish(self) -> list[list[CallEvent]]:
         """Return each row's text that was held back."""
         return [stream.finish() for stream in self._streams]
 
