@@ -195,9 +195,9 @@ def _answer(
                 (view.answer if event.channel == "answer" else view.thought)(event.piece)
             elif isinstance(event, ToolCall):
                 is_empty = False
-                view.tool_call(event)
+                view.remark(f"tool call {event.id}: {event.line()}")
             elif isinstance(event, BrokenToolCall):
-                view.note(f"the tool call above is {event.problem}")
+                view.remark(f"the tool call in this answer is {event.problem}")
             elif isinstance(event, StepDone):
                 run.step(event)
             if summary is not None:

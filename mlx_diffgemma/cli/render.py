@@ -24,7 +24,7 @@ from ..events import StepDone
 from .interrupt import on_suspend
 
 if TYPE_CHECKING:
-    from ..events import Event, ToolCall
+    from ..events import Event
     from ..write.fill import Filled
 
 
@@ -86,9 +86,14 @@ class View:
         if line_break:
             self._print_thought(complete)
 
-    def tool_call(self, call: ToolCall) -> None:
-        """Print a tool call in one line on stderr."""
-        self.note(f"tool call {call.id}: {_printable(call.line())}")
+    def remark(self, line: str) -> None:
+        """Print one line on stderr between the answer so far and the rest of it."""
+        self._end_thought()
+        if self._open_line:
+            self._erase()
+            self._write(self._open_line + "\n")
+            self._open_line, self._ends_with_break = "", True
+        self.note(_printable(line))
 
     def object(self, value: dict[str, Any]) -> None:
         """Print one line of JSON on stdout."""

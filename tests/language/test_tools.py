@@ -80,7 +80,7 @@ def arguments_of(inside: str):
     return event.arguments if isinstance(event, ToolCall) else None
 
 
-# --- the round trip ---
+# --- the round trip: 2,800 values ---
 
 # "▁" stands for a space in the tokenizer; it is no text that could come back.
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
@@ -127,7 +127,7 @@ def exactly(calls) -> list[str]:
     return [f"{name} {json.dumps(arguments, sort_keys=True)}" for name, arguments in calls]
 
 
-@settings(max_examples=350, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(CALLS, st.booleans(), st.lists(st.integers(0, 400), max_size=4))
 def test_the_values_that_a_template_writes_are_read_however_canvases_split_them(
     calls, as_text, borders
@@ -201,7 +201,7 @@ def test_a_call_that_the_budget_or_an_end_cuts_off_is_text_and_named_incomplete(
             "{a:.5}",
         ),
         *("{a:+1}", "{a:1 2}", "{a:[1,]}", "{a:[1}", "{a:1,}", "{a:True}", "{a:NaN}", "{a:1e999}"),
-        *("{a:-}", '{a:<|"|>b}', '{a:<|"|>b<|"|>c}', '{a:"b}', "{a:\0}", "", "(a:1)"),
+        *("{a:.5}", "{a:-}", '{a:<|"|>b}', '{a:<|"|>b<|"|>c}', '{a:"b}', "{a:\0}", "", "(a:1)"),
         "{a:" + "[" * 150 + "]" * 150 + "}",
         "{a:" + "9" * 5000 + "}",
     ],
