@@ -80,7 +80,7 @@ def arguments_of(inside: str):
     return event.arguments if isinstance(event, ToolCall) else None
 
 
-# --- the round trip: 2,800 values ---
+# --- the round trip: 2,345 values ---
 
 # "▁" stands for a space in the tokenizer; it is no text that could come back.
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
@@ -127,7 +127,7 @@ def exactly(calls) -> list[str]:
     return [f"{name} {json.dumps(arguments, sort_keys=True)}" for name, arguments in calls]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(CALLS, st.booleans(), st.lists(st.integers(0, 400), max_size=4))
 def test_the_values_that_a_template_writes_are_read_however_canvases_split_them(
     calls, as_text, borders
