@@ -144,13 +144,14 @@ def _encode_messages(
 def _variables(options: PromptOptions) -> dict[str, Any]:
     """Return the template's variables beside the messages."""
     variables = {"enable_thinking": options.thinking, **options.chat_template_config}
-    tools: Any = variables.get("tools") or ()
-    if tools and options.tools:
-        raise PromptError("tools are given twice, in `tools` and in the template's variables")
-    if tools := tools or options.tools:
-        if not isinstance(tools, (list, tuple)):
-            raise PromptError(f"tools must be a list, got {type(tools).__name__}")
-        variables["tools"] = [declared(declaration_of(tool)) for tool in tools]
+    if given := variables.get("tools"):
+        if options.tools:
+            raise PromptError("tools are given twice, in `tools` and in the template's variables")
+        variables["tools"] = [declaration_of(tool) for tool in given]
+    elif options.tools:
+        if not isinstance(options.tools, (list, tuple)):
+            raise PromptError(f"tools must be a list, got {type(options.tools).__name__}")
+        variables["tools"] = [declared(declaration_of(tool)) for tool in options.tools]
     return variables
 
 

@@ -344,7 +344,7 @@ def test_tools_in_every_form_are_declared_alike():
         tuple(encode_prompt(TOKENIZER, "x", options))
         for options in (
             *(PromptOptions(tools=[tool]) for tool in (add, function, framed)),
-            PromptOptions(chat_template_config={"tools": [function]}),
+            PromptOptions(chat_template_config={"tools": [framed]}),
         )
     }
     assert len(prompts) == 1
