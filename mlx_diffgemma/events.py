@@ -7,8 +7,9 @@ canvas) and lazy: nothing is computed for a listener that does not read them. Un
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -88,5 +89,29 @@ class Text:
     channel: Literal["answer", "thought"]
 
 
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """The model calls a tool. Its text is in no `Text`."""
+
+    id: str  # "call_0", "call_1", ... over the conversation, for the `tool_call_id` of the result
+    name: str
+    arguments: dict[str, Any]  # JSON's types
+
+    def line(self) -> str:
+        """Return the call in one line, for display."""
+        arguments = json.dumps(self.arguments, ensure_ascii=False)
+        return f"{self.name}({arguments})"
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenToolCall:
+    """A tool call that cannot be carried out. Its text comes as a `Text` of the answer just
+    before."""
+
+    id: str
+    text: str  # all of it, with its markers
+    problem: Literal["incomplete", "malformed"]  # it was cut off, or cannot be read
+
+
 LoopEvent = PrefillDone | StepDone | CanvasCommitted | Finished
-Event = LoopEvent | TrialStarted | Text
+Event = LoopEvent | TrialStarted | Text | ToolCall | BrokenToolCall

@@ -29,8 +29,9 @@ OBJECTIVE = "tests/parity/test_objective.py"
 SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
 CONVERT_CLI = "tests/convert/test_cli.py"
 CONTROLS, GIVEN = "tests/language/test_controls.py", "tests/language/test_given.py"
+TOOLS, TOOL_CALLS = "tests/language/test_tools.py", "tests/write/test_tool_calls.py"
 TEXT, TOKENIZER = "tests/language/test_text.py", "tests/language/test_tokenizer.py"
-GENERATE = "tests/write/test_generate.py"
+GENERATE, AS_ON_GPU = "tests/write/test_generate.py", "tests/write/test_as_on_gpu.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
 ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_peft.py"
 
@@ -360,6 +361,13 @@ FAULTS = (
         "(outputs.astype(mx.float32) if cap == NO_CAP else softcap(outputs, cap)) / heat",
         "outputs.astype(mx.float32) / heat",
         (SAMPLER,),
+    ),
+    Fault(
+        "packed: GPUs get another soft embedding",
+        "model/products.py",
+        "        weights,\n        table.weight,",
+        "        weights * weights,\n        table.weight,",
+        (f"{AS_ON_GPU}::test_in_float32_every_policy_writes_what_the_cpu_graph_writes",),
     ),
     Fault(
         "unpacking: biases left out",
@@ -878,6 +886,83 @@ FAULTS = (
         "elif final or not _THOUGHT.startswith(text):",
         "elif final or text:",
         (TEXT,),
+    ),
+    Fault(
+        "tool calls: a marker in a string breaks the call off",
+        "language/tools.py",
+        "self._ids.count(self._quote or -1) % 2 == 0",
+        "True",
+        (TOOLS,),
+    ),
+    Fault(
+        "tool calls: quotes do not mark a string",
+        "language/tools.py",
+        "parts.append([])",
+        "parts[-1].append(token)",
+        (TOOLS,),
+    ),
+    Fault(
+        "tool calls: whole numbers become floats",
+        "language/tools.py",
+        "float(word) if fraction or exponent else int(word)",
+        "float(word)",
+        (TOOLS,),
+    ),
+    Fault(
+        "tool calls: what follows the arguments is dropped",
+        "language/tools.py",
+        "if self._at != len(self._text):",
+        "if self._at > len(self._text):",
+        (TOOLS,),
+    ),
+    Fault(
+        "tool calls: a call of the next turn is numbered from 0 again",
+        "language/tools.py",
+        "sum(prompt[i] == self.begin for i in borders) - self.is_open",
+        "0",
+        (TOOLS,),
+    ),
+    Fault(
+        "tool calls: one that is cut off is dropped",
+        "language/text.py",
+        "[*self._calls.break_off(), *self._flush(final=True)]",
+        "[*self._flush(final=True)]",
+        (TOOLS,),
+    ),
+    Fault(
+        "tool calls: one in a thought is carried out",
+        "language/text.py",
+        'if self._channel == "thought":\n            return False',
+        'if self._channel == "nothing":\n            return False',
+        (TOOLS,),
+    ),
+    Fault(
+        "tool calls: text that a stop string held back comes behind the call",
+        "language/text.py",
+        "if isinstance(event, ToolCall):  #",
+        "if event is None:  #",
+        (TOOLS,),
+    ),
+    Fault(
+        "tool calls: arguments as JSON go into the template as text",
+        "language/tools.py",
+        "_decoded(given) if isinstance(given, str) else {} if",
+        "{'text': given} if isinstance(given, str) else {} if",
+        (TOOLS,),
+    ),
+    Fault(
+        "thoughts: the budget counts the last thought only",
+        "language/text.py",
+        "return self._past_thoughts + (",
+        "return (",
+        (TOOL_CALLS,),
+    ),
+    Fault(
+        "thoughts: the budget closes an answer too",
+        "write/generate.py",
+        "is_over = stream.is_thinking and stream.thought_tokens",
+        "is_over = stream.thought_tokens",
+        (TOOL_CALLS,),
     ),
     Fault(
         "stop strings: one character too few is held back",

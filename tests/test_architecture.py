@@ -25,7 +25,7 @@ WINGS = {
     "errors": "",
     "events": "",
     "config": "entry reading formats generation quantization model training",
-    "language": "tokenizer controls given prompt pattern template stops text",
+    "language": "tokenizer controls tools given prompt pattern template stops text",
     "constraint": "automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",

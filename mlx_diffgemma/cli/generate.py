@@ -166,7 +166,7 @@ def _answer(
     start: dict[str, Any] | None,
 ) -> None:
     """Run one prompt and show its events. The output stays, however the run ends."""
-    from ..events import StepDone, Text
+    from ..events import BrokenToolCall, StepDone, Text, ToolCall
     from ..view.report import Stopwatch
     from ..write.generate import stream_generate
 
@@ -194,6 +194,11 @@ def _answer(
             elif isinstance(event, Text):
                 is_empty &= event.channel != "answer" or not event.piece.strip()
                 (view.answer if event.channel == "answer" else view.thought)(event.piece)
+            elif isinstance(event, ToolCall):
+                is_empty = False
+                view.remark(f"tool call {event.id}: {event.line()}")
+            elif isinstance(event, BrokenToolCall):
+                view.remark(f"the tool call in this answer is {event.problem}")
             elif isinstance(event, StepDone):
                 run.step(event)
             if summary is not None:

@@ -87,6 +87,15 @@ class View:
         if line_break:
             self._print_thought(complete)
 
+    def remark(self, line: str) -> None:
+        """Print one line on stderr between the answer so far and the rest of it."""
+        self._end_thought()
+        if self._open_line:
+            self._erase()
+            self._write(self._open_line + "\n")
+            self._open_line, self._ends_with_break = "", True
+        self.note(_printable(line))
+
     def object(self, value: dict[str, Any]) -> None:
         """Print one line of JSON on stdout."""
         self._write(json.dumps(value) + "\n")

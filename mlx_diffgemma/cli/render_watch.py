@@ -89,13 +89,20 @@ class WatchView(View):
         else:
             super().thought(piece)
 
+    def remark(self, line: str) -> None:
+        if self._is_watching:
+            self._waiting.append(("remark", line))
+        else:
+            super().remark(line)
+
     def close(self) -> None:
         """Restore the screen and print the text that waited for it."""
         self._give_back()
         self._is_watching = False
         waiting, self._waiting = self._waiting, []
+        show = {"answer": super().answer, "thought": super().thought, "remark": super().remark}
         for method, piece in waiting:
-            (super().answer if method == "answer" else super().thought)(piece)
+            show[method](piece)
         super().close()
 
     def _give_back(self) -> None:

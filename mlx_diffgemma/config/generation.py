@@ -274,6 +274,17 @@ class _Settings(Generic[Open]):
             shown_default="max_denoising_steps",
         )
     )
+    max_thinking_tokens: int | Open = _setting(
+        Entry(
+            help="Tokens of thoughts after which the next canvas begins with the end of the "
+            "thought; a canvas that is being written is not cut.",
+            default=-1,
+            at_least=0,
+            all_is=-1,
+            commands=_GENERATE,
+            shown_default="no limit",
+        )
+    )
     extra_eos_token_ids: tuple[int, ...] = ()  # ids of one tokenizer, so no option of a command
 
     def __post_init__(self) -> None:

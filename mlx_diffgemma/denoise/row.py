@@ -41,6 +41,7 @@ class Row:
         noise: Noise | None = None,
         pinned: Pinned | None = None,
         stop: Callable[[np.ndarray], bool] | None = None,
+        begin: Callable[[], Sequence[int]] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Make a row.
@@ -57,6 +58,8 @@ class Row:
           pinned: the given parts of the answer.
           stop: called with each committed canvas, int32 [up to L]; the row ends with it if the
             result is True.
+          begin: called before each canvas; returns the tokens that the canvas begins with, if any.
+            Without effect where `pinned` is given.
           progress: called with (tokens read, tokens in all) while the text is read.
 
         Raises:
@@ -78,7 +81,8 @@ class Row:
         self._text = np.zeros(0, np.int32) if tokens is None else tokens  # behind `context`
         self._snapshots: list[int] = []  # its lengths at which it is kept
         self._cached = 0
-        self.stop, self._progress, self._started = stop, progress, time.perf_counter()
+        self.stop, self.begin = stop, begin
+        self._progress, self._started = progress, time.perf_counter()
         self._left = min(settings.max_new_tokens, room * settings.canvas_length)
         # Free positions: a shortened canvas moves the later ones.
         self._places = model.config.text.max_position_embeddings - before - count
@@ -150,12 +154,13 @@ class Row:
         ]
         self.is_shared = False
         self._attempt = self._steps_here = 0
-        given = None
+        given, vocab_size = None, self.model.config.text.vocab_size
         if self.pinned is not None:
-            vocab_size = self.model.config.text.vocab_size
             given = self.pinned.canvas(self._written, settings.canvas_length, vocab_size)
-            if not given.has_free:
-                return self._commit(given.tokens)
+        elif self.begin is not None and (first := self.begin()):
+            given = Pinned(np.array(first)).canvas(0, settings.canvas_length, vocab_size)
+        if given is not None and not given.has_free:
+            return self._commit(given.tokens)
         self._start(given)
         return []
 

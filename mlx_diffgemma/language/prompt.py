@@ -21,6 +21,7 @@ from .controls import special_tokens as special_tokens
 from .given import Message, given_ids, given_messages
 from .given import Prompt as Prompt
 from .tokenizer import declaration_of
+from .tools import calls_as_objects, declared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,10 @@ class PromptOptions:
     thinking: bool = False
     response_prefix: str | None = None  # the answer begins with this text
     use_chat_template: bool = True  # False: the prompt is raw text, control tokens and all
-    # More variables for the template, such as `tools` and `documents`.
+    # Tools that the model may call: Python functions with types and a docstring, or declarations in
+    # OpenAI's form.
+    tools: Sequence[Any] = ()
+    # More variables for the template, such as `documents`.
     chat_template_config: Mapping[str, Any] = field(default_factory=dict)
     # Control tokens spelled in messages and variables take effect, as in transformers.
     allow_special_tokens: bool = False
@@ -114,9 +118,8 @@ def _encode_messages(
     messages = given_messages(prompt)
     if options.system_prompt is not None:
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
-    variables = {"enable_thinking": options.thinking, **options.chat_template_config}
-    if variables.get("tools"):
-        variables["tools"] = [declaration_of(tool) for tool in variables["tools"]]
+    messages = [calls_as_objects(message) for message in messages]
+    variables = _variables(options)
     prefix = options.response_prefix or ""
     specials = special_tokens(tokenizer)
     text = _render(tokenizer, messages, variables) + prefix
@@ -136,6 +139,20 @@ def _encode_messages(
     for part in split_at(specials, text, marks.typed(text, marked)):
         ids += encode_text(tokenizer, part) if isinstance(part, str) else [part]
     return ids
+
+
+def _variables(options: PromptOptions) -> dict[str, Any]:
+    """Return the template's variables beside the messages."""
+    variables = {"enable_thinking": options.thinking, **options.chat_template_config}
+    if given := variables.get("tools"):
+        if options.tools:
+            raise PromptError("tools are given twice, in `tools` and in the template's variables")
+        variables["tools"] = [declaration_of(tool) for tool in given]
+    elif options.tools:
+        if not isinstance(options.tools, (list, tuple)):
+            raise PromptError(f"tools must be a list, got {type(options.tools).__name__}")
+        variables["tools"] = [declared(declaration_of(tool)) for tool in options.tools]
+    return variables
 
 
 def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:

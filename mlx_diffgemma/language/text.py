@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..events import StepDone, Text
+from ..events import StepDone, Text, ToolCall
 from .controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
 from .stops import Stops
+from .tools import CALL_BEGIN, CALL_END, QUOTE, CallEvent, CallReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Control tokens that belong to the answer: programs that run tools need them.
-_SHOWN = frozenset({"<|tool_call>", "<tool_call|>", '<|"|>'})
+# Control tokens of tool calls: where they stand outside of a call, they are shown as text.
+_SHOWN = frozenset({CALL_BEGIN, CALL_END, QUOTE})
 # The text after THOUGHT_BEGIN where a thought begins; any other channel belongs to the answer.
 # Source: transformers 5.23, cli/serving/utils.py, the response template of this family.
 _THOUGHT = "thought\n"
@@ -29,7 +30,8 @@ class TextStream:
 
     Ids separate thoughts from the answer: the markers of a channel are control tokens, and its name
     after the first of them is plain text up to a line break. The channel `thought` is the thought.
-    Text of a channel of another name is part of the answer, name and all.
+    Text of a channel of another name is part of the answer, name and all. A tool call in the answer
+    becomes a `ToolCall`; one that a thought mentions is text of the thought.
     """
 
     def __init__(
@@ -39,8 +41,8 @@ class TextStream:
         prompt: Sequence[int] = (),
         stop: Sequence[str] = (),
     ):
-        """Begin after `prompt`, where the template may have left a thought open. The answer ends
-        before the first of the strings `stop`; thoughts may contain them."""
+        """Begin after `prompt`, where the template may have left a thought or a call open. The
+        answer ends before the first of the strings `stop`; thoughts and calls may contain them."""
         self._tokenizer = tokenizer
         specials = special_tokens(tokenizer)
         self._open, self._close = specials.get(THOUGHT_BEGIN), specials.get(THOUGHT_END)
@@ -52,12 +54,16 @@ class TextStream:
         self._shown = 0  # characters of it
         # None inside of a channel whose name may become `thought`.
         self._channel: Literal["answer", "thought"] | None = "answer"
+        self._written = 0  # tokens of the channel's text, without those in the prompt
+        self._past_thoughts = 0  # tokens of the thoughts before it
+        self._calls = CallReader(tokenizer, self._ends, prompt)
         markers = [token for token in prompt if token in (self._open, self._close)]
         if markers and markers[-1] == self._open:
             last = len(prompt) - 1 - list(reversed(prompt)).index(markers[-1])
             self._enter(None)
             self._ids = [token for token in prompt[last + 1 :] if token not in self._hidden]
             self._shown = len(self._decode(final=True))
+            self._calls.forget()
 
     @property
     def is_stopped(self) -> bool:
@@ -69,42 +75,75 @@ class TextStream:
         """Whether the text is complete: an end token or a stop string was found."""
         return self._ended or self.is_stopped
 
-    def push(self, ids: Iterable[int]) -> list[Text]:
-        """Return the text that these ids make final; nothing after an end token or a stop
-        string."""
-        pieces: list[Text] = []
+    @property
+    def is_thinking(self) -> bool:
+        """Whether a thought is open."""
+        return self._channel == "thought" and not self.has_ended
+
+    @property
+    def thought_tokens(self) -> int:
+        """The number of tokens in thoughts so far, their name included."""
+        return self._past_thoughts + (self._written if self._channel == "thought" else 0)
+
+    def push(self, ids: Iterable[int]) -> list[CallEvent]:
+        """Return the text and the tool calls that these ids make final; nothing after an end token
+        or a stop string."""
+        events: list[CallEvent] = []
         for token in ids:
             if self._ended:
                 break
+            if (read := self._calls.push(token)) is not None:
+                events += read
+                continue
+            events += self._calls.break_off()
             if token in self._ends:
                 self._ended = True
             elif token == self._open:
-                pieces += self._flush(final=True)
+                events += self._flush(final=True)
                 self._enter(None)
             elif token == self._close:
-                pieces += self._flush(final=True)
+                events += self._flush(final=True)
                 self._enter("answer")
+            elif token == self._calls.begin and self._begins_call(events):
+                self._calls.open()
             elif token not in self._hidden and self._spelling(token) is not None:
                 self._ids.append(token)
-        return self._before_stop(pieces + self._flush(final=self._ended), final=self._ended)
+                self._written += 1
+        return self._before_stop([*events, *self._flush(final=self._ended)], final=self._ended)
 
-    def finish(self) -> list[Text]:
-        """Return the text that was held back, since the run is over."""
-        return self._before_stop(self._flush(final=True), final=True)
+    def finish(self) -> list[CallEvent]:
+        """Return the text that was held back, since the run is over; an open call is broken off."""
+        return self._before_stop([*self._calls.break_off(), *self._flush(final=True)], final=True)
 
-    def _before_stop(self, pieces: list[Text], *, final: bool) -> list[Text]:
-        before: list[Text] = []
-        for text in pieces:
+    def _begins_call(self, events: list[CallEvent]) -> bool:
+        """Return whether the marker of a call begins one here; then add the text before it."""
+        events += self._flush(final=False)  # this decides whether an open channel is a thought
+        if self._channel == "thought":
+            return False
+        self._channel = "answer"
+        events += self._flush(final=True)
+        self._enter("answer")
+        return True
+
+    def _before_stop(self, events: Iterable[CallEvent], *, final: bool) -> list[CallEvent]:
+        before: list[CallEvent] = []
+        for event in events:
             if self.is_stopped:
                 break
-            piece = self._stops.push(text.piece) if text.channel == "answer" else text.piece
-            before += [Text(piece, text.channel)] if piece else []
+            if isinstance(event, ToolCall):  # a stop string does not go around it
+                before += [Text(held, "answer")] if (held := self._stops.finish()) else []
+            if not isinstance(event, Text):
+                before.append(event)
+                continue
+            piece = self._stops.push(event.piece) if event.channel == "answer" else event.piece
+            before += [Text(piece, event.channel)] if piece else []
         if final and (held := self._stops.finish()):
             before.append(Text(held, "answer"))
         return before
 
     def _enter(self, channel: Literal["answer"] | None) -> None:
-        self._channel, self._ids, self._shown = channel, [], 0
+        self._past_thoughts = self.thought_tokens
+        self._channel, self._ids, self._shown, self._written = channel, [], 0, 0
 
     def _flush(self, *, final: bool) -> list[Text]:
         text = self._decode(final=final)

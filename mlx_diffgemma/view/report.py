@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text, TrialStarted
+from ..events import (
+    BrokenToolCall,
+    CanvasCommitted,
+    Event,
+    Finished,
+    PrefillDone,
+    StepDone,
+    Text,
+    ToolCall,
+    TrialStarted,
+)
 from ..language.text import Spellings
 from ..write.edit import Edited
 from ..write.fill import Filled
@@ -172,6 +182,10 @@ def as_object(
             }
         case Text():
             return {"event": "text", "channel": event.channel, "text": event.piece}
+        case ToolCall():
+            return {"event": "tool_call", **asdict(event)}
+        case BrokenToolCall():
+            return {"event": "broken_tool_call", **asdict(event)}
         case Finished():
             return {"event": "finished", **(asdict(summary) if summary else {})}
 

@@ -7,6 +7,7 @@ run.json:
     model (a repository's id or a folder's name), seed, prompt, settings (those that were given),
     complete (False: the run was cut short)
     text        {"answer", "thought"}: what is final
+    tool_calls  each {"id", "name", "arguments"}
     vocabulary  token id -> how it looks, for every id below; a control token by its name
     controls    the ids among them that are control tokens
     canvases    each {"canvas", "tokens" (None where it was not committed), "text", "steps"}
@@ -28,7 +29,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ import numpy as np
 
 from ..checkpoint.files import write_whole
 from ..config.generation import GenerationSettings
-from ..events import CanvasCommitted, Event, Finished, StepDone, Text, TrialStarted
+from ..events import CanvasCommitted, Event, Finished, StepDone, Text, ToolCall, TrialStarted
 from ..language.text import CERTAINTY_BANDS, Spellings
 from .pages import FORMAT, check_page, model_name
 
@@ -110,6 +111,7 @@ class Trace:
             "settings": {name: value for name, value in given.items() if value not in (None, ())},
         }
         self._canvases: list[_Canvas] = []
+        self._tool_calls: list[dict[str, Any]] = []
         self._text = {"answer": "", "thought": ""}
         self._is_complete = False
 
@@ -137,6 +139,8 @@ class Trace:
                 canvas.tokens = np.array(event.tokens[0]).tolist()
             case Text():
                 self._text[event.channel] += event.piece
+            case ToolCall():
+                self._tool_calls.append(asdict(event))
             case Finished():
                 self._is_complete = True
 
@@ -197,6 +201,7 @@ class Trace:
             **self._about,
             "complete": self._is_complete,
             "text": self._text,
+            "tool_calls": self._tool_calls,
         }
 
     def _ids(self) -> list[int]:

@@ -13,10 +13,12 @@ from ..config.generation import GenerationSettings
 from ..denoise.noise import Noise
 from ..denoise.row import Row, checked_tokens
 from ..errors import ConfigError, PromptError
-from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text
+from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text, ToolCall
+from ..language.controls import THOUGHT_END, special_tokens
 from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..language.stops import stop_strings
 from ..language.text import TextStream
+from ..language.tools import CallEvent
 from ..model import DiffusionGemma
 from .job import Ask, Job, run_jobs
 from .verbose import Printed, PrintedBatch
@@ -27,12 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BatchResponse:
-    """Texts of a batch, in the order of its prompts."""
+    """Texts and tool calls of a batch, in the order of its prompts."""
 
     texts: list[str]
     thoughts: list[str]
     prompt_tokens: int
     finished: tuple[Finished, ...]
+    tool_calls: list[list[ToolCall]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +65,28 @@ class Request:
         ids = encode_prompt(tokenizer, self.prompt, self.prompt_options)
         tokens = checked_tokens(ids, model.config)
         stream = TextStream(tokenizer, resolved.eos_token_ids, ids, strings)
+        end = special_tokens(tokenizer).get(THOUGHT_END)
         row = Row(model, resolved, tokens, noise=noise, progress=progress)
-        return _answer(stream, row)
+        return _answer(stream, row, end)
 
 
-def _answer(stream: TextStream, row: Row) -> Job[Event]:
-    """Yield a row's events, `Text` after each `CanvasCommitted`; a stop string ends the row."""
-    pieces: list[Text] = []
+def _answer(stream: TextStream, row: Row, end_of_thought: int | None) -> Job[Event]:
+    """Yield a row's events, `Text` and calls after each `CanvasCommitted`; a stop string ends the
+    row. A canvas begins with the end of a thought that has used up its tokens."""
+    pieces: list[CallEvent] = []
+    most_thinking = row.settings.max_thinking_tokens
 
     def stop(tokens: np.ndarray) -> bool:
         pieces[:] = stream.push(tokens.tolist())
         return stream.is_stopped
 
-    row.stop = stop
+    def begin() -> list[int]:
+        if end_of_thought is None or most_thinking < 0:
+            return []
+        is_over = stream.is_thinking and stream.thought_tokens >= most_thinking
+        return [end_of_thought] if is_over else []
+
+    row.stop, row.begin = stop, begin
     yield Ask([row])
     while True:
         event = yield None
@@ -100,7 +112,7 @@ def generate(
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
 ) -> str:
-    """Return the answer to one prompt, without the model's thoughts.
+    """Return the answer to one prompt, without the model's thoughts and tool calls.
 
     Args:
       model: from `load`.
@@ -111,7 +123,7 @@ def generate(
       verbose: print the answer while it is written, and then the speed, on stdout.
       stop: strings that end the answer; it ends before the one that is complete first.
       settings: how to denoise; the checkpoint fills in open settings.
-      prompt_options: system prompt, thinking, and how contents are read.
+      prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
 
     Raises:
@@ -148,7 +160,7 @@ def stream_generate(
     noise: Noise | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[Event, None, None]:
-    """Yield the loop's events, and `Text` after each `CanvasCommitted`.
+    """Yield the loop's events, and `Text` and `ToolCall` after each `CanvasCommitted`.
 
     Closing the generator stops the run. A piece of text never contains a part of a stop string;
     text that may still become one is held back. The run ends with the canvas that completes one,
@@ -161,7 +173,7 @@ def stream_generate(
       max_tokens: as in `generate`.
       stop: as in `generate`.
       settings: how to denoise; the checkpoint fills in open settings.
-      prompt_options: system prompt, thinking, and how contents are read.
+      prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
       prompt_progress_callback: called with (places read, places in all) during prefill.
 
@@ -213,11 +225,14 @@ def batch_generate(
             raise PromptError(f"prompt {number + 1}: {error}") from error
     printed = PrintedBatch(len(jobs)) if verbose else None
     texts = [{"answer": "", "thought": ""} for _ in jobs]
+    calls: list[list[ToolCall]] = [[] for _ in jobs]
     finished: dict[int, Finished] = {}
     prompt_tokens = 0
     for number, event in run_jobs(model, jobs):
         if isinstance(event, Text):
             texts[number][event.channel] += event.piece
+        elif isinstance(event, ToolCall):
+            calls[number].append(event)
         elif isinstance(event, PrefillDone):
             prompt_tokens += event.prompt_tokens
         elif isinstance(event, Finished):
@@ -231,6 +246,7 @@ def batch_generate(
         [text["thought"] for text in texts],
         prompt_tokens,
         tuple(finished[number] for number in range(len(jobs))),
+        calls,
     )
 
 

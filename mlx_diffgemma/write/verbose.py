@@ -7,7 +7,7 @@ import time
 
 import mlx.core as mx
 
-from ..events import Event, Finished, PrefillDone, Text
+from ..events import Event, Finished, PrefillDone, Text, ToolCall
 
 _RULE = "=" * 10
 
@@ -27,6 +27,9 @@ class Printed:
         elif isinstance(event, Text) and event.channel == "answer":
             self._has_text = True
             print(event.piece, end="", flush=True)
+        elif isinstance(event, ToolCall):
+            self._has_text = True
+            print(f"[tool call] {event.line()}", flush=True)
         elif isinstance(event, Finished):
             print(f"\n{_RULE}")
             if not self._has_text:

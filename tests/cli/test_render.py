@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text as Styled
 
 from mlx_diffgemma.cli.render import Fitted, View
+from mlx_diffgemma.cli.render_watch import WatchView
 
 ROOT = Path(__file__).parents[2]
 ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -113,3 +114,36 @@ def test_thoughts_go_to_stderr_whole_and_do_not_touch_the_answer(capfdbinary):
     out, err = capfdbinary.readouterr()
     assert out == b"The answer.\n"
     assert err.decode() == f"I think that this is it.\n{long}and more\n"
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_remark_stands_between_the_answer_before_and_behind_it(shares, monkeypatch):
+    """On one terminal, the line before it is completed first."""
+    written: list[str] = []
+    view = View(verbose=True)
+    monkeypatch.setattr(view, "_shares_terminal", shares)
+    monkeypatch.setattr(view, "_write", lambda text: written.append(text) if text else None)
+    monkeypatch.setattr(view, "note", lambda line: written.append(f"({line})"))
+    view.answer("one\nso ")
+    view.remark("a call\x1b[31m")
+    view.answer("then")
+    view.close()
+    end = "\n" if shares else ""
+    assert "".join(written) == f"one\nso {end}(a call·[31m)then\n"
+
+
+def test_a_remark_waits_while_the_screen_is_taken(monkeypatch):
+    view = WatchView()
+    seen: list[str] = []
+    for name in ("answer", "thought", "remark"):
+        monkeypatch.setattr(View, name, lambda _, text, name=name: seen.append(f"{name} {text}"))
+    monkeypatch.setattr(view, "_shares_terminal", True)
+    view._is_watching = True
+    view.thought("a")
+    view.answer("b")
+    view.remark("c")
+    assert seen == []
+    view.close()
+    assert seen == ["thought a", "answer b", "remark c"]
+    view.remark("d")
+    assert seen[-1] == "remark d"

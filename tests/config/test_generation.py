@@ -133,6 +133,7 @@ def test_the_defaults_are_the_references():
         self_conditioning="dense",
         sparse_tokens=64,
         sparse_entropy=2.0,
+        max_thinking_tokens=-1,
         schedule_steps=48,
         eos_token_ids=(1, 9, 16),
         pad_token_id=0,
