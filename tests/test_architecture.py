@@ -34,6 +34,8 @@ WINGS = {
     "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer verbose generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
+    "doctor": "outcome device exact random_models products experts attention kernels sampling "
+    "writes whole checks",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt options render render_convert render_train render_watch output convert "

@@ -71,7 +71,7 @@ def checks() -> Iterator[Check]:
             yield Check(
                 f"rope, heads of {size}, {type_name}",
                 PART,
-                # Sines of angles up to 600, which float32 holds to 2^-14; fast ones lose a few bits.
+                # Sines of angles up to 600, which float32 holds to 2^-14.
                 2 * tolerance(dtype),
                 "rope that is wrong from a batch's second row on, for single tokens (mlx issue "
                 "3494), and pairs that are not half a head apart",
@@ -118,13 +118,14 @@ def _allowed(kind: str, queries: int) -> np.ndarray:
 
 
 def _attention(dtype: mx.Dtype, size: int, mask: str) -> float:
-    differences = []
-    for queries in _QUERIES:
-        (q, k, v), exact = _drawn(dtype, size, queries)
-        (found,) = computed(
-            lambda q=q, k=k, v=v, n=queries: attend(q, LayerContext(k, v), _mask(mask, n))
-        )
-        differences.append(relative(found, attention(*exact, _allowed(mask, queries))))
+    cases = [(queries, *_drawn(dtype, size, queries)) for queries in _QUERIES]
+    found = computed(
+        lambda: [attend(q, LayerContext(k, v), _mask(mask, n)) for n, (q, k, v), _ in cases]
+    )
+    differences = [
+        relative(out, attention(*exact, _allowed(mask, queries)))
+        for out, (queries, _, exact) in zip(found, cases, strict=True)
+    ]
     return float(np.max(differences))
 
 
@@ -153,12 +154,18 @@ def _rope(dtype: mx.Dtype, size: int) -> float:
     pairs = np.arange(size // 2)
     turning = pairs < rope.partial_rotary_factor * size / 2
     periods = np.where(turning, rope.rope_theta ** (2.0 * pairs / size), np.inf)
-    differences = []
-    for tokens, starts in ((1, (600, 600)), (1, (17, 600)), (9, (3, 3)), (9, (0, 311))):
-        x = drawn(46, (2, 3, tokens, size), dtype)
-        first, second = starts
-        where = first if first == second else mx.array(starts)
-        (found,) = computed(lambda x=x, where=where: rotate(x.array, where, rope))
-        positions = np.array(starts)[:, None] + np.arange(tokens)
-        differences.append(relative(found, rotated(x.exact, positions, periods)))
+    cases = [
+        (drawn(46, (2, 3, tokens, size), dtype), np.array(starts, np.int32))
+        for tokens, starts in ((1, (600, 600)), (1, (17, 600)), (9, (3, 3)), (9, (0, 311)))
+    ]
+
+    def turn(x: mx.array, starts: np.ndarray) -> mx.array:
+        is_one = starts[0] == starts[1]
+        return rotate(x, int(starts[0]) if is_one else mx.array(starts), rope)
+
+    found = computed(lambda: [turn(x.array, starts) for x, starts in cases])
+    differences = [
+        relative(out, rotated(x.exact, starts[:, None] + np.arange(x.exact.shape[2]), periods))
+        for out, (x, starts) in zip(found, cases, strict=True)
+    ]
     return float(np.max(differences))

@@ -57,8 +57,8 @@ class Given(NamedTuple):
 
 
 def given(values: np.ndarray, dtype: mx.Dtype) -> Given:
-    """Return an operand for the device. The CPU backend rounds it, so that the device's own rounding
-    is not part of the reference."""
+    """Return an operand for the device. The CPU backend rounds it, so that its exact values do not
+    depend on the device."""
     with reference():
         array = mx.array(values.astype(np.float32)).astype(dtype)
         return Given(array, _to_host(array)[0])
@@ -104,7 +104,21 @@ def tolerance(dtype: mx.Dtype, *, packed_terms: int = 0) -> float:
 
 
 def logits_tolerance(dtype: mx.Dtype, *, is_packed: bool) -> float:
-    return 1.0
+    """Return the largest root mean square difference of logits, relative to theirs, that rounding
+    explains after all layers.
+
+    With products that add in float32 (on the CPU backend, with casts around each) the random
+    model's logits differ by up to 0.08 in bfloat16 and 0.005 in float16, the bundled one's by a
+    fifth of that; twice and four times that is allowed. TF32 rounds as float16 does. With MLX's CPU
+    backend as the device, float32 differs by 1e-5, packed bfloat16 by 0.26, packed float16 by
+    0.025.
+    """
+    on_cpu = _is_cpu_backend()
+    if dtype == mx.float32:
+        return 1e-4 if on_cpu else 0.02
+    if is_packed and on_cpu:
+        return {mx.bfloat16: 0.4, mx.float16: 0.06}[dtype]
+    return {mx.bfloat16: 0.16, mx.float16: 0.02}[dtype]
 
 
 def has_plain_experts(dtype: mx.Dtype) -> bool:

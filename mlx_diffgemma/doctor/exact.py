@@ -68,9 +68,7 @@ def packed(packing: Quantization, shape: tuple[int, ...], dtype: mx.Dtype, seed:
         packing.mode
     ]
     bytes_ = rng.integers(lowest, highest, groups, dtype=np.uint8)
-    return Packed(
-        mx.array(weight), mx.array(bytes_), None, decode(weight, bytes_, None, packing)
-    )
+    return Packed(mx.array(weight), mx.array(bytes_), None, decode(weight, bytes_, None, packing))
 
 
 def decode(

@@ -23,8 +23,8 @@ _EXPERTS, _OUTPUTS = 4, 128
 # The widths of the published model's experts, and one that is no multiple of 64.
 _WIDTHS = (704, 2816)
 _RAGGED = 352
-# Rows per expert of sorted pairs: enough for MLX's sorted kernels, tiles that several experts share,
-# and one expert that nobody chose.
+# Enough rows per expert for MLX's sorted kernels, tiles that several experts share, and one expert
+# that nobody chose.
 _SORTED = np.repeat(np.arange(_EXPERTS, dtype=np.uint32), (17, 0, 1, 18))
 _UNSORTED = np.array([3, 0, 2, 2, 0, 3, 1, 0, 3, 1], np.uint32)
 _LONG = 32_802  # rows; more than an int16 counts, and not a multiple of 64
@@ -126,9 +126,7 @@ def _by_pair(x: np.ndarray, weights: np.ndarray, pairs: np.ndarray) -> np.ndarra
     return out
 
 
-def _packed_experts(
-    packing: Quantization, dtype: mx.Dtype, width: int, is_sorted: bool
-) -> float:
+def _packed_experts(packing: Quantization, dtype: mx.Dtype, width: int, is_sorted: bool) -> float:
     pairs = _SORTED if is_sorted else _UNSORTED
     weights = packed(packing, (_EXPERTS, _OUTPUTS, width), dtype, 11)
     x = drawn(12, (len(pairs), width), dtype)
@@ -254,8 +252,8 @@ def _router(type_name: str) -> Check:
         PART,
         # Rounded to the type: the normed input, its product with the scale, and the logits.
         3 * tolerance(dtype),
-        "experts that are not the likeliest although their logits are no near tie, and weights that "
-        "are not the softmax of the chosen logits",
+        "experts that are not the likeliest, although no near tie, and weights that are not the "
+        "softmax of the chosen logits",
         f"computing in {type_name}",
         partial(_router_difference, dtype),
     )
@@ -264,7 +262,7 @@ def _router(type_name: str) -> Check:
 def _router_difference(dtype: mx.Dtype) -> float:
     """Return how far a chosen logit is below one that should have been chosen, relative to the
     largest: near ties, which rounding may flip, count as little as they matter."""
-    config = random_config(hidden_size=_M, experts=32, chosen=4).text
+    config = random_config(hidden_size=_M, experts=32, chosen=4, expert_size=_F).text
     router = Router(config)
     proj, scale = drawn(31, (32, _M), dtype), given(np.linspace(0.5, 1.5, _M), dtype)
     each = given(np.linspace(0.5, 2, 32), mx.float32)
@@ -280,5 +278,3 @@ def _router_difference(dtype: mx.Dtype) -> float:
     twice = any(len(set(row)) < len(row) for row in chosen.tolist())
     right = softmax(taken) * each.exact[chosen]
     return float(np.max([lost, relative(weights, right), float(twice)]))
-
-

@@ -10,9 +10,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config.quantization import Quantization
-from ..model.products import head, weighted_rows
+from ..model.products import head, linear, weighted_rows
 from . import device
-from .device import TYPES, affordable, computed, given, relative, tolerance
+from .device import TYPES, Given, affordable, computed, given, relative, tolerance
 from .exact import PACKINGS, PACKINGS_BY_USE, PUBLISHED, Packed, decode, drawn, name_of, packed
 from .outcome import Check
 
@@ -105,7 +105,7 @@ def _packing(packing: Quantization) -> Check:
         # what they cost on the CPU backend.
         0.02,
         "packing that loses more precision on the device than on the CPU backend",
-        f"convert with {words} on this device; add --device cpu or convert elsewhere",
+        f"converting to {words} on this device; convert on another machine",
         partial(_packing_error, packing),
     )
 
@@ -202,9 +202,7 @@ def _packing_error(packing: Quantization) -> float:
 def _table(packing: Quantization, dtype: mx.Dtype) -> tuple[nn.QuantizedEmbedding, Packed]:
     weights = packed(packing, (_VOCABULARY, _inputs(packing)), dtype, 5)
     with device.reference():  # the table's own random weights are not used
-        table = nn.QuantizedEmbedding(
-            1, 128, packing.group_size, packing.bits, mode=packing.mode
-        )
+        table = nn.QuantizedEmbedding(1, 128, packing.group_size, packing.bits, mode=packing.mode)
     table.weight, table.scales = weights.weight, weights.scales
     if weights.biases is not None:
         table.biases = weights.biases
@@ -227,10 +225,17 @@ def _outputs_of_head(packing: Quantization, dtype: mx.Dtype) -> float:
     return relative(found, x.exact @ weights.exact.T)
 
 
+def _plain(weights: Given) -> nn.Linear:
+    with device.reference():  # the module's own random weights are not used
+        module = nn.Linear(1, 1, bias=False)
+    module.weight = weights.array
+    return module
+
+
 def _plain_product(dtype: mx.Dtype) -> float:
     weights = drawn(8, (_OUTPUTS, 704), dtype)
     operands = [drawn(9 + rows, (rows, 704), dtype) for rows in _ROWS]
-    found = computed(lambda: [x.array @ weights.array.T for x in operands])
+    found = computed(lambda: [linear(_plain(weights), x.array) for x in operands])
     pairs = zip(found, operands, strict=True)
     return max_of(relative(out, x.exact @ weights.exact.T) for out, x in pairs)
 
@@ -240,7 +245,7 @@ def _large_sums() -> float:
     signs = np.where(np.arange(704) < 352, 1.0, -1.0)
     x = given(np.full((40, 704), 32.0) + np.eye(40, 704), mx.float16)
     weights = given(26.0 * signs * np.ones((_OUTPUTS, 1)), mx.float16)
-    (found,) = computed(lambda: x.array @ weights.array.T)
+    (found,) = computed(lambda: linear(_plain(weights), x.array))
     return relative(found, x.exact @ weights.exact.T)
 
 

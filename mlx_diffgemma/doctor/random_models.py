@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -15,9 +17,7 @@ from ..model.fused import fuse
 CANVAS = 12
 
 
-def random_config(
-    *, hidden_size: int = 256, experts: int = 8, chosen: int = 2, expert_size: int = 192
-) -> ModelConfig:
+def random_config(*, hidden_size: int, experts: int, chosen: int, expert_size: int) -> ModelConfig:
     """Return the config of a model of two sliding layers and a full one, with heads of 256 and
     512."""
     sliding, full = "sliding_attention", "full_attention"
@@ -30,9 +30,9 @@ def random_config(
             "tie_word_embeddings": True,
             "text_config": {
                 "model_type": "diffusion_gemma_text",
-                "vocab_size": 512,
+                "vocab_size": 320,
                 "hidden_size": hidden_size,
-                "intermediate_size": 256,
+                "intermediate_size": 128,
                 "moe_intermediate_size": expert_size,
                 "num_experts": experts,
                 "top_k_experts": chosen,
@@ -75,8 +75,9 @@ def fill(module: nn.Module, seed: int) -> None:
     keys make scores of deviation 3; larger ones multiply rounding as no trained model does."""
     rng = np.random.default_rng([19, seed])
     drawn = []
-    for name, array in tree_flatten(module.parameters()):
-        values = rng.standard_normal(array.shape)
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    for name, array in parameters:
+        values: np.ndarray = rng.standard_normal(array.shape)
         if "norm" in name or "scal" in name:
             values = 1 + 0.1 * values
             if "q_norm" in name or "k_norm" in name:
@@ -92,9 +93,7 @@ def prepared(
 ) -> DiffusionGemma:
     """Return the model packed, rounded to a type and fused, in place."""
     if packing is not None:
-        nn.quantize(
-            model, group_size=packing.group_size, bits=packing.bits, mode=packing.mode
-        )
+        nn.quantize(model, group_size=packing.group_size, bits=packing.bits, mode=packing.mode)
     model.set_dtype(dtype)
     fuse(model)
     mx.eval(model.parameters())
@@ -103,7 +102,12 @@ def prepared(
 
 
 def random_model() -> DiffusionGemma:
-    """Return a model with random weights in float32, as `prepared` takes it."""
-    model = DiffusionGemma(random_config())
+    """Return a model with random weights in float32, as `prepared` takes it.
+
+    All experts are chosen for every token: with random weights two are often nearly as likely, and
+    bfloat16 swaps them, which is no fault but changes the logits.
+    """
+    config = random_config(hidden_size=128, experts=4, chosen=4, expert_size=64)
+    model = DiffusionGemma(config)
     fill(model, 1)
     return model

@@ -56,9 +56,7 @@ def checks() -> Iterator[Check]:
             partial(_statistics, dtype),
         )
     yield Check("shortlist", PART, 0.0, _SORTING, "--self-conditioning sparse", _shortlist)
-    yield Check(
-        "candidates, best first", PART, 1e-3, _SORTING, "--candidates, traces", _candidates
-    )
+    yield Check("candidates, best first", PART, 1e-3, _SORTING, "--trace", _candidates)
     yield Check(
         "acceptance by entropy",
         PART,
@@ -73,7 +71,7 @@ def checks() -> Iterator[Check]:
         _SIGMAS,
         "biased Gumbel noise (mlx issue 1494), and draws that take a chunk of the vocabulary for "
         "another",
-        "temperatures above 0; use --temperature 0",
+        "temperatures above 0; use --temp 0",
         _draws,
     )
     yield Check(
@@ -105,9 +103,7 @@ def _chosen_values(found: np.ndarray, values: np.ndarray, count: int) -> float:
 
 def _argpartition(rows: int, columns: int, count: int, dtype: mx.Dtype) -> float:
     x = drawn(140, (rows, columns), dtype)
-    (found,) = computed(
-        lambda: mx.argpartition(x.array, kth=-count, axis=-1)[..., -count:]
-    )
+    (found,) = computed(lambda: mx.argpartition(x.array, kth=-count, axis=-1)[..., -count:])
     return _chosen_values(found, x.exact, count)
 
 

@@ -14,7 +14,7 @@ from .exact import drawn
 from .outcome import Check
 
 PART = "writes in place"
-_AVOID = "several answers from one context: batches, fills and --prompt-cache"
+_AVOID = "several answers from one context: batches, fills and edits"
 _TEXT, _CANVAS = 37, 12
 
 
