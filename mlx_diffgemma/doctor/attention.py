@@ -53,8 +53,9 @@ def checks() -> Iterator[Check]:
             yield Check(
                 f"attention, heads of {size}, scores near 200, {type_name}",
                 PART,
-                # The scores are whole numbers, so that nothing but the result is rounded.
-                tolerance(dtype),
+                # Scores are whole numbers that every type holds, but kernels may round queries
+                # after a factor of log2(e).
+                3 * tolerance(dtype),
                 "exponentials of scores whose maximum is not subtracted: infinity, then NaN "
                 "(mlx issue 2096)",
                 f"computing in {type_name}",

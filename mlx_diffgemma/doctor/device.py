@@ -130,11 +130,16 @@ def has_plain_experts(dtype: mx.Dtype) -> bool:
 def affordable(
     packings: Sequence[Quantization], dtype: mx.Dtype, *, is_long: bool = False
 ) -> Sequence[Quantization]:
-    """Return the packings to check in this type, most used first: all, but only the first on MLX's
-    CPU backend in float16, and for long checks in bfloat16. There they take 40 and 9 times as long
-    as in float32, by one scalar kernel for all packings."""
-    is_slow = dtype == mx.float16 or (is_long and dtype == mx.bfloat16)
-    return packings[:1] if is_slow and _is_cpu_backend() else packings
+    """Return the packings to check in this type, most used first: only the first where the type is
+    slow."""
+    return packings[:1] if is_slow(dtype, is_long=is_long) else packings
+
+
+def is_slow(dtype: mx.Dtype, *, is_long: bool = False) -> bool:
+    """Return whether products with packed weights take too long to check all of them: on MLX's CPU
+    backend in float16, and for long checks in bfloat16. They take 40 and 9 times as long as in
+    float32 there, by one kernel for all packings."""
+    return _is_cpu_backend() and (dtype == mx.float16 or (is_long and dtype == mx.bfloat16))
 
 
 def _is_cpu_backend() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -196,7 +197,7 @@ def _packing_error(packing: Quantization) -> float:
         return device.root_mean_square(decode(codes, scales, biases, packing), values.exact)
 
     here, there = error(*computed(pack)), error(*device.expected(pack))
-    return abs(here / there - 1)
+    return max(0.0, here / there - 1) if math.isfinite(here) else here
 
 
 def _table(packing: Quantization, dtype: mx.Dtype) -> tuple[nn.QuantizedEmbedding, Packed]:

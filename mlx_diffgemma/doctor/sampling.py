@@ -85,7 +85,9 @@ def checks() -> Iterator[Check]:
     yield Check(
         "random bits are the CPU's",
         PART,
-        0.0,
+        # Keys are bits. Tokens are made of bits by a division; where that is rounded otherwise, one
+        # in a hundred is the next token.
+        0.03,
         "a seed that gives other answers on this device than elsewhere",
         "seeds, to repeat an answer of another machine",
         _bits,
@@ -220,10 +222,12 @@ def _sigmas(tokens: np.ndarray, chances: np.ndarray) -> float:
 
 
 def _bits() -> float:
-    def build() -> tuple[mx.array, ...]:
+    """Return the share of keys, and of the tokens drawn with them, that are not the reference's."""
+
+    def build() -> list[mx.array]:
         keys = [mx.random.key(seed) for seed in (0, 7, 2**63 + 5)]
-        bits = [mx.random.randint(0, 2**31 - 1, (1001,), key=key) for key in keys]
-        return (*bits, mx.random.split(keys[1], 5))
+        parts = [mx.random.split(key, 5) for key in keys]
+        return parts + [mx.random.randint(0, _VOCABULARY, (1001,), key=key) for key in keys]
 
     here, there = computed(build), device.expected(build)
     return max(share(a != b) for a, b in zip(here, there, strict=True))

@@ -486,7 +486,7 @@ WRONG = (
         "quantized_matmul",
         for_mode("nvfp4", lambda x, w, s, rest: (x, w, mx.roll(s, 1, axis=-1))),
         fails=r"nvfp4",
-        runs=r"^(packed product|head), (nvfp4|mxfp4|affine 4-bit, groups of 64), (float32|bfloat16)",
+        runs=r"^(packed product|head), (nvfp4|mxfp4|affine 4-bit, groups of 64), (f|b)",
         part="packed products",
         avoid="packed as nvfp4",
     ),
