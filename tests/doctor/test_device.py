@@ -1,5 +1,5 @@
-"""The device computes by one graph and the reference by the other; packed weights are decoded as MLX
-does."""
+"""The device computes by one graph and the reference by the other, and packed weights are decoded
+as MLX does."""
 
 from __future__ import annotations
 
