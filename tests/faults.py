@@ -37,7 +37,13 @@ ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_pef
 
 INSTALL, CACHE = "tests/test_install.py", "tests/checkpoint/test_cache.py"
 CHOICE, BLAS = "tests/checkpoint/test_choice.py", "tests/checkpoint/test_blas.py"
+<<<<<<< HEAD
 MODELS, PROGRAM = "tests/cli/test_models.py", "tests/cli/test_program.py"
+=======
+MODELS = "tests/cli/test_models.py"
+CHECKS, OUTCOME = "tests/doctor/test_checks.py", "tests/doctor/test_outcome.py"
+DEVICE = "tests/doctor/test_device.py"
+>>>>>>> checks
 
 
 @dataclass(frozen=True)
@@ -991,6 +997,41 @@ FAULTS = (
         "stop=lambda row, tokens: answers[row].take(tokens)",
         "stop=lambda row, tokens: answers[0].take(tokens)",
         (GENERATE,),
+    ),
+    Fault(
+        "doctor: NaN is within every tolerance",
+        "doctor/outcome.py",
+        "self.difference <= self.check.tolerance",
+        "not self.difference > self.check.tolerance",
+        (OUTCOME,),
+    ),
+    Fault(
+        "doctor: an error shows a path",
+        "doctor/outcome.py",
+        "_PATH.sub('(a path)', message)",
+        "message",
+        (OUTCOME,),
+    ),
+    Fault(
+        "doctor: the device computes by the CPU's graph",
+        "doctor/device.py",
+        "with as_on_gpu():",
+        "if as_on_gpu:",
+        (DEVICE,),
+    ),
+    Fault(
+        "doctor checks: every packed difference is allowed",
+        "doctor/device.py",
+        "return 1.5 * _EPSILON[dtype] * packed_terms**0.5",
+        "return 2.0",
+        (CHECKS,),
+    ),
+    Fault(
+        "doctor: the reference is what the device computes",
+        "doctor/device.py",
+        "with reference():\n        return _to_host(build())",
+        "with under_test():\n        return _to_host(build())",
+        (DEVICE,),
     ),
 )
 

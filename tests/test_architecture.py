@@ -35,6 +35,8 @@ WINGS = {
     "write": "job writer verbose generate fill edit",
     "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
+    "doctor": "outcome device exact random_models products experts attention kernels sampling "
+    "writes whole checks",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt program options render render_convert render_train render_watch output "
