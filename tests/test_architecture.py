@@ -34,6 +34,7 @@ WINGS = {
     "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer verbose generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
+    "doctor": "published floors machine outcome checks made_up speed answers report run",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt options render render_convert render_train render_watch output convert "
