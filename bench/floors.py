@@ -1,8 +1,8 @@
 """What should a step of the 26B model cost on which chip, and where would that leave tokens/s?
 
 A model, no clock (`mlx_diffgemma/doctor/floors.py`): work counted from the published config part by
-part, rates of chips as published or assumed. Every line it prints is marked as a prediction, or as published by others;
-nothing here was measured by us, and nothing was run on Apple hardware.
+part, rates of chips as published or assumed. Every line it prints is marked as a prediction, or as
+published by others; nothing here was measured by us, and nothing was run on Apple hardware.
 
 Per part and chip: the greater of FLOPs / rate and bytes / bandwidth, summed. Two sums: "floor" at
 peak rates with fused attention, 6.5 passes over the logits and no copies; "MLX" at sustained rates

@@ -34,11 +34,11 @@ WINGS = {
     "denoise": "schedule sampler pinned noise stopping rows step loop",
     "write": "writer verbose generate fill edit",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
-    "doctor": "published floors machine outcome checks made_up speed answers report run",
+    "doctor": "published floors machine outcome checks made_up speed answers report block run",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
-    "cli": "interrupt options render render_convert render_train render_watch output convert "
-    "generate fill edit info models train fuse",
+    "cli": "interrupt options render render_convert render_train render_watch render_doctor "
+    "output convert generate fill edit info doctor models train fuse",
     "__main__": "",
     "demo": "",
 }
