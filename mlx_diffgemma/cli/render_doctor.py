@@ -136,7 +136,7 @@ class DoctorView:
             timings = [timing for timing in speed.timings if timing.of == of]
             if timings:
                 self._print("")
-                self._timings(title, timings)
+                self._timings(title, timings, all_are_known=speed.extrapolation is not None)
         sums = speed.extrapolation
         if sums is None:
             return
@@ -153,13 +153,15 @@ class DoctorView:
             f"faster above {number(sums.break_even_steps)} steps per canvas."
         )
 
-    def _timings(self, title: str, timings: Sequence[Timing]) -> None:
+    def _timings(self, title: str, timings: Sequence[Timing], *, all_are_known: bool) -> None:
         has_floor = all(timing.floor_ms is not None for timing in timings)
         heads = f"{title:<30}{'times':>6}{'ms':>9}"
         self._print(heads + (f"{'floor':>9}" if has_floor else ""), _HEAD)
         for timing in timings:
             floor = f"{number(timing.floor_ms or 0.0):>9}" if has_floor else ""
             self._print(f"{timing.name:<30}{timing.count:>6}{number(timing.ms):>9}{floor}")
+        if not all_are_known:
+            return
         total = number(sum(timing.total_ms for timing in timings))
         least = number(sum(timing.count * (timing.floor_ms or 0.0) for timing in timings))
         self._print(f"{'all':<30}{'':>6}{total:>9}" + (f"{least:>9}" if has_floor else ""))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 SEED = 17
+_PUBLISHERS = ("google", "mlx-community")
 _CONTEXT = 4096  # tokens for which the memory must suffice
 
 
@@ -69,7 +70,7 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The model that answered. A folder's name is the user's own, so it is left out."""
+    """The model that answered; see `public_name`."""
 
     name: str
     has_adapters: bool
@@ -158,10 +159,11 @@ def find(source: str, revision: str | None = None, adapter_path: str | None = No
 
 
 def public_name(source: str) -> str:
-    """Return a Hub repository's id, and for a folder no name at all."""
+    """Return the id of a published model; no name of a folder or of a user's own repository."""
     if os.path.exists(os.path.expanduser(source)):
         return "a local folder"
-    return SHORT_NAMES.get(source, source)
+    repo = SHORT_NAMES.get(source, source)
+    return repo if repo.partition("/")[0] in _PUBLISHERS else "another repository"
 
 
 def answers(patient: Patient) -> Iterator[Answer]:
