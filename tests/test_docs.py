@@ -46,7 +46,7 @@ BF16, PACKED = (
     "google/diffusiongemma-26B-A4B-it",
     "mlx-community/diffusiongemma-26B-A4B-it-4bit",
 )
-# What a test adds to a long training run, and to an examination. The last value of an option counts.
+# What a test adds to a long training run, and to an examination. An option's last value counts.
 SHORTER = ["--iters", "2", "--batch-size", "1", "--grad-accumulation-steps", "1"]
 ONLY_A_PART = ["--only", "machine"]
 # Tools that pages use beside our commands.

@@ -63,8 +63,10 @@ def doctor(
             report = replace(report, is_complete=True)
         finally:  # after Ctrl-C or an error too, what is known is shown
             report = replace(report, seconds=time.perf_counter() - started)
-            view.result(report, every_check=every_check)
-            _write(report, target, to_stdout=json_file == "-")
+            try:
+                view.result(report, every_check=every_check)
+            finally:  # also if stdout is gone
+                _write(report, target, to_stdout=json_file == "-")
     if not report.is_all_right:
         view.verdict(report)
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ from ..doctor.machine import Machine
 from ..doctor.outcome import Outcome
 from ..doctor.report import Answers, CheckResult, Event, Note, Report, Speed, Started
 from ..doctor.speed import Shape, Timing
+from .render import wrapped
 from .render_convert import Progress
 
 if TYPE_CHECKING:
@@ -195,7 +196,9 @@ class DoctorView:
         self._print(f"\n{text}", _HEAD)
 
     def _print(self, line: str, style: str = "") -> None:
-        self._console.print(Styled(line, style))
+        for row in wrapped(self._console, Styled(line), self._console.width):
+            row.rstrip()
+            self._console.print(row, style=style, soft_wrap=True)
 
     def _say(self, line: str) -> None:
         if self._is_live:
