@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from mlx_diffgemma.doctor.made_up import made_up_model, narrowed
 from mlx_diffgemma.doctor.published import published_model
 from mlx_diffgemma.doctor.speed import Shape, Timing, extrapolated, time_parts, width_divisor
 from mlx_diffgemma.model.backend import as_on_gpu
+from mlx_diffgemma.model.diffusion_gemma import Layer
 
 PUBLISHED = published_model()
 
@@ -93,13 +95,19 @@ def test_a_narrow_model_has_no_floors():
     assert shape.is_narrow and shape.chip is None
 
 
-def test_a_wider_layer_takes_longer():
-    """Times come from the layers, not from something that is always the same."""
-    ms = []
-    for width in (64, 512):
-        config = tiny(hidden_size=width)
-        ms.append(next(t for t in time_parts("", 1, config=config) if isinstance(t, Timing)))
-    assert ms[0].least_ms < ms[1].least_ms
+def test_the_time_of_a_layer_is_that_of_one_layer(monkeypatch):
+    """By a clock that only layers move."""
+    clock, call = [0.0], Layer.__call__
+
+    def timed(self, *arguments):
+        clock[0] += 0.03
+        return call(self, *arguments)
+
+    monkeypatch.setattr(Layer, "__call__", timed)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for t in list(time_parts("", 1, config=tiny()))[1:]:
+        wanted = 30.0 if "layer" in t.name else 0.0
+        assert [t.ms, t.least_ms] == pytest.approx([wanted, wanted]), t
 
 
 @pytest.mark.parametrize(
