@@ -29,9 +29,10 @@ from typing import Any
 
 from common import finish, record
 from convert_interop import equal_modules
-from make_checkpoint import config_26b, write_checkpoint
+from make_checkpoint import write_checkpoint
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma.doctor.published import config_26b
 
 OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0")
 SHARE = 1 / 3

@@ -43,7 +43,6 @@ import mlx.core as mx
 import numpy as np
 from common import finish, record
 from graph import Array, Graph, Node, layouts, leaf, trace, view
-from make_checkpoint import config_26b
 from mlx.utils import tree_map
 from mlx_vlm.generate import diffusion
 from mlx_vlm.models.diffusion_gemma import Model as TheirModel
@@ -64,6 +63,7 @@ from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise import loop as our_loop
 from mlx_diffgemma.denoise import step as our_step
 from mlx_diffgemma.denoise.canvas import Belief, Canvas, Plan
+from mlx_diffgemma.doctor.published import config_26b
 from mlx_diffgemma.events import StepDone
 from mlx_diffgemma.model import DiffusionGemma, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu

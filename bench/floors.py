@@ -1,8 +1,8 @@
 """What should a step of the 26B model cost on which chip, and where would that leave tokens/s?
 
-A model, no clock: work counted from the published config part by part, rates of chips as
-published or assumed. Every line it prints is marked as a prediction, or as published by others;
-nothing here was measured by us, and nothing was run on Apple hardware.
+A model, no clock (`mlx_diffgemma/doctor/floors.py`): work counted from the published config part by
+part, rates of chips as published or assumed. Every line it prints is marked as a prediction, or as
+published by others; nothing here was measured by us, and nothing was run on Apple hardware.
 
 Per part and chip: the greater of FLOPs / rate and bytes / bandwidth, summed. Two sums: "floor" at
 peak rates with fused attention, 6.5 passes over the logits and no copies; "MLX" at sustained rates
@@ -22,67 +22,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from common import RESULTS, finish, record
-from make_checkpoint import config_26b, official_tensors
+
+from mlx_diffgemma.doctor.floors import (
+    CHIPS,
+    LAUNCHES_PER_LAYER,
+    M1_ULTRA,
+    M3_MAX,
+    Chip,
+    Model,
+)
+from mlx_diffgemma.doctor.published import published_model
 
 BOUND = 0.03
-LAUNCHES_PER_LAYER = 54  # counted by hand over mlx-vlm's code; counts.py counts 53
-SCORE_PASSES = 5  # over the scores of unfused attention
-SAMPLER_PASSES = {"floor": 6.5, "MLX": 18.5}  # over float32 logits
-# Over bf16 activations per layer: norms, adds, gathers. 97 gives the 4.2 GB of 1.1; 12 is stated
-# nowhere, and is what makes the floors of 1.4 come out.
-SMALL_PASSES = {"floor": 12, "MLX": 97}
-VECTOR_KERNEL_BELOW = 4  # pairs per expert; below, sorted gather_qmm is not chosen
-
-
-@dataclass(frozen=True, slots=True)
-class Chip:
-    name: str
-    peak: float  # TFLOPS
-    sustained: float
-    bandwidth: float  # GB/s
-    tile_rows: int | None = None  # rows of a tile of MLX's sorted gather_qmm; None: no waste
-    weight_bits: float = 4.5  # affine 4-bit in groups of 64, 16-bit scale and bias
-
-    @property
-    def launch_ms(self) -> float:
-        return 2.0 if self.tile_rows is None else 5.0
-
-
-# From 1.2; sustained fp8 is not stated there, and is taken as twice that of bf16 on an H100.
-CHIPS = (
-    Chip("M2 Ultra", 27.2, 21.0, 800, 16),
-    Chip("M3 Ultra", 28.6, 20.5, 819, 16),
-    Chip("M4 Max", 17.2, 14.5, 546, 16),
-    Chip("M5", 17.0, 15.4, 153, 16),
-    Chip("M5 Pro", 34.0, 27.0, 307, 16),
-    Chip("M5 Max", 70.0, 50.0, 614, 16),
-    Chip("RTX 5090 bf16", 209.5, 180, 1792),
-    Chip("RTX 5090 nvfp4", 1676, 900, 1792),
-    Chip("H100 bf16", 989, 700, 3350),
-    Chip("H100 fp8", 1979, 1400, 3350, weight_bits=8),
-    Chip("H200 bf16", 989, 780, 4800),
-    Chip("H200 fp8", 1979, 1400, 4800, weight_bits=8),
-)
-M1_ULTRA = Chip("M1 Ultra", 21.2, 16.4, 800, 16)  # rates scaled from M2 Ultra's
-M3_MAX = Chip("M3 Max", 14.3, 10.25, 409.5, 16)  # half an M3 Ultra
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    name: str
-    flops: float
-    bytes: float
-    in_commit: bool = True
-
-    def ms(self, chip: Chip, kind: str) -> float:
-        rate = chip.peak if kind == "floor" else chip.sustained
-        return max(self.flops / rate / 1e9, self.bytes / chip.bandwidth / 1e6)
 
 
 def main() -> None:
@@ -94,7 +49,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens before the canvas")
     parser.add_argument("--save", action="store_true", help="append to bench/results/")
     options = parser.parse_args()
-    model = Model(config_26b())
+    model = Model(published_model())
     width = model.canvas if options.width is None else options.width
     if not 1 <= width <= model.canvas or options.context < 0:
         parser.error(f"--width must lie within 1 .. {model.canvas}, --context be at least 0")
@@ -131,113 +86,6 @@ def main() -> None:
     )
     finish(line, save=options.save)
     sys.exit(0 if passed else 1)
-
-
-class Model:
-    """Counts of the published shapes, and the work of a step."""
-
-    def __init__(self, config: dict[str, Any]):
-        self.canvas = config["canvas_length"]
-        text = config["text_config"]
-        self.experts, self.picks = text["num_experts"], text["top_k_experts"]
-        self.hidden, self.vocab = text["hidden_size"], text["vocab_size"]
-        self.layers, self.heads = text["num_hidden_layers"], text["num_attention_heads"]
-        self.window = text["sliding_window"]
-        kinds = text["layer_types"]
-        self.attention = {  # name: layers, head size, key/value heads
-            "sliding": (
-                kinds.count("sliding_attention"),
-                text["head_dim"],
-                text["num_key_value_heads"],
-            ),
-            "full": (
-                kinds.count("full_attention"),
-                text["global_head_dim"],
-                text["num_global_key_value_heads"],
-            ),
-        }
-        self.parameters = dict.fromkeys(
-            ("self_attn", "mlp", "router", "experts", "self_conditioning", "embed_tokens"), 0
-        )
-        for tensor in official_tensors({**config, "vision_config": None}):
-            for name in self.parameters:
-                if f".{name}." in tensor.name and len(tensor.shape) > 1:
-                    self.parameters[name] += math.prod(tensor.shape)
-
-    def hit(self, rows: int) -> float:
-        """Expected number of experts that rows x k uniform picks touch."""
-        return self.experts * (1 - (1 - 1 / self.experts) ** (rows * self.picks))
-
-    def tile_waste(self, rows: int, tile_rows: int) -> float:
-        """Tiles are run once per expert present in them; sorted rows change expert hit - 1 times,
-        almost never between two tiles."""
-        tiles = rows * self.picks / tile_rows
-        return 1 + (self.hit(rows) - 1) / tiles
-
-    def step(self, rows: int, context: int, chip: Chip, kind: str) -> list[Part]:
-        """A denoise step of `rows` canvas positions, part by part."""
-        P, weight, mlx = self.parameters, chip.weight_bits / 8, kind == "MLX"
-        logits = rows * self.vocab
-
-        def dense(name: str, key: str, **facts: Any) -> Part:
-            return Part(name, 2 * rows * P[key], P[key] * weight, **facts)
-
-        pairs = rows * self.picks
-        expert_flops = 2 * pairs * P["experts"] / self.experts
-        expert_bytes = P["experts"] * weight * self.hit(rows) / self.experts
-        if mlx and chip.tile_rows:
-            if pairs // self.experts >= VECTOR_KERNEL_BELOW:
-                expert_flops *= self.tile_waste(rows, chip.tile_rows)
-            else:  # one pair at a time: each streams its expert
-                expert_bytes = P["experts"] * weight * pairs / self.experts
-        head = Part(
-            "lm_head",
-            2 * rows * P["embed_tokens"],
-            P["embed_tokens"] * weight + 2 * logits,
-            in_commit=False,
-        )
-        parts = [
-            dense("attention projections", "self_attn"),
-            dense("dense MLP", "mlp"),
-            dense("router", "router"),
-            dense("self-conditioning MLP", "self_conditioning", in_commit=False),
-            Part("experts", expert_flops, expert_bytes),
-            head,
-            Part("soft embedding", head.flops, head.bytes, in_commit=False),
-        ]
-        concatenated = 0
-        for name, (layers, size, kv_heads) in self.attention.items():
-            keys = rows + (min(context, self.window) if name == "sliding" else context)
-            flops = layers * 4 * rows * keys * self.heads * size
-            kv = layers * keys * 2 * kv_heads * size * 2
-            scores = layers * SCORE_PASSES * self.heads * rows * keys * 2
-            parts.append(Part(f"attention, {name}", flops, kv + scores * mlx))
-            concatenated += 2 * kv * mlx
-        small = SMALL_PASSES[kind] * self.layers * rows * self.hidden * 2
-        return [
-            *parts,
-            Part("concatenation of keys and values", 0, concatenated),
-            Part("sampler", 0, SAMPLER_PASSES[kind] * 4 * logits, in_commit=False),
-            Part("norms, adds, gathers", 0, small),
-        ]
-
-    def step_ms(self, rows: int, context: int, chip: Chip, kind: str) -> float:
-        parts = self.step(rows, context, chip, kind)
-        return sum(part.ms(chip, kind) for part in parts) + chip.launch_ms * (kind == "MLX")
-
-    def commit_ms(self, rows: int, context: int, chip: Chip, kind: str) -> float:
-        """The encoder over the finished canvas, so a step without head and sampler."""
-        parts = [part for part in self.step(rows, context, chip, kind) if part.in_commit]
-        return sum(part.ms(chip, kind) for part in parts) + chip.launch_ms * (kind == "MLX")
-
-    def canvas_ms(self, steps: float, rows: int, context: int, chip: Chip, kind: str) -> float:
-        step = self.step_ms(rows, context, chip, kind)
-        return steps * step + self.commit_ms(rows, context, chip, kind)
-
-    def tokens_per_second(
-        self, steps: float, rows: int, context: int, chip: Chip, kind: str
-    ) -> float:
-        return 1e3 * rows / self.canvas_ms(steps, rows, context, chip, kind)
 
 
 # Worked out by hand. ms per step: floor / MLX at contexts of 1k and 32k; tokens/s at 8 and 20

@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlx_diffgemma.doctor.published import config_26b
+
 Layout = Literal["official", "4bit"]
 Fill = Literal["packed", "scales", "biases", "weight", "one", "zero"]
 
@@ -30,80 +32,6 @@ SHARD_BYTES = 5_000_000_000  # "5GB" as transformers reads it
 _BLOCK = 1 << 22  # values made at a time
 _ELEMENT_BYTES = {"BF16": 2, "U32": 4}
 
-# The published 26B model. `config_26b()` gives a copy to change.
-_CONFIG: dict[str, Any] = {
-    "architectures": ["DiffusionGemmaForBlockDiffusion"],
-    "model_type": "diffusion_gemma",
-    "dtype": "bfloat16",
-    "canvas_length": 256,
-    "boi_token_id": 255999,
-    "image_token_id": 258880,
-    "eoi_token_id": 258882,
-    "eos_token_id": [1, 106],
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
-    "vision_soft_tokens_per_image": 280,
-    "text_config": {
-        "model_type": "diffusion_gemma_text",
-        "vocab_size": 262144,
-        "hidden_size": 2816,
-        "intermediate_size": 2112,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "num_global_key_value_heads": 2,
-        "head_dim": 256,
-        "global_head_dim": 512,
-        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
-        "sliding_window": 1024,
-        "num_experts": 128,
-        "top_k_experts": 8,
-        "moe_intermediate_size": 704,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-6,
-        "final_logit_softcapping": 30.0,
-        "rope_parameters": {
-            "full_attention": {
-                "rope_type": "proportional",
-                "partial_rotary_factor": 0.25,
-                "rope_theta": 1_000_000.0,
-            },
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
-        "max_position_embeddings": 262144,
-        "use_bidirectional_attention": "vision",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-        "dtype": "bfloat16",
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-    },
-    "vision_config": {
-        "model_type": "gemma4_vision",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 72,
-        "global_head_dim": 72,
-        "patch_size": 16,
-        "pooling_kernel_size": 3,
-        "position_embedding_size": 10240,
-        "default_output_length": 280,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        "standardize": True,
-        "use_clipped_linears": False,
-        "max_position_embeddings": 131072,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "dtype": "bfloat16",
-    },
-}
 _GENERATION: dict[str, Any] = {
     "max_new_tokens": 256,
     "max_denoising_steps": 48,
@@ -142,11 +70,6 @@ class Written:
     tensor_bytes: int
     shards: int
     packed_modules: int
-
-
-def config_26b() -> dict[str, Any]:
-    """config.json of the published model, to use or to change."""
-    return copy.deepcopy(_CONFIG)
 
 
 def official_tensors(config: dict[str, Any]) -> list[Tensor]:

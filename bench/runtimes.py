@@ -33,12 +33,13 @@ sys.setdlopenflags(_flags)
 
 import mlx.core as mx
 import numpy as np
-from make_checkpoint import config_26b, write_checkpoint
+from make_checkpoint import write_checkpoint
 from mlx.utils import tree_flatten
 
 from mlx_diffgemma import GenerationSettings, bundled_model, denoise_tokens, load_model
 from mlx_diffgemma.checkpoint.memory import generation_limits
 from mlx_diffgemma.checkpoint.names import Ignored, translate
+from mlx_diffgemma.doctor.published import config_26b
 from mlx_diffgemma.events import CanvasCommitted, PrefillDone, StepDone
 from mlx_diffgemma.model import DiffusionGemma
 

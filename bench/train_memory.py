@@ -30,12 +30,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from common import finish, peak_rss_bytes, record
-from make_checkpoint import config_26b, official_tensors, packed_tensors
+from make_checkpoint import official_tensors, packed_tensors
 from runtimes import checkpoint, read_config
 
 from mlx_diffgemma import load_model
 from mlx_diffgemma.config.model import LayerConfig, ModelConfig, TextConfig
 from mlx_diffgemma.config.training import LoraParameters, TrainSettings
+from mlx_diffgemma.doctor.published import config_26b
 from mlx_diffgemma.train.checkpoint import trained_weights
 from mlx_diffgemma.train.data import Example
 from mlx_diffgemma.train.objective import _LOGITS_BYTES

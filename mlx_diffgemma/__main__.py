@@ -3,6 +3,7 @@
 import typer
 
 from .cli.convert import convert
+from .cli.doctor import doctor
 from .cli.edit import edit
 from .cli.fill import fill
 from .cli.fuse import fuse
@@ -24,6 +25,7 @@ def main() -> None:
     app.command()(fill)
     app.command()(edit)
     app.command()(info)
+    app.command()(doctor)
     app.add_typer(models, name="models")
     app.command()(convert)
     app.command()(train)

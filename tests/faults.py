@@ -37,13 +37,12 @@ ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_pef
 
 INSTALL, CACHE = "tests/test_install.py", "tests/checkpoint/test_cache.py"
 CHOICE, BLAS = "tests/checkpoint/test_choice.py", "tests/checkpoint/test_blas.py"
-<<<<<<< HEAD
 MODELS, PROGRAM = "tests/cli/test_models.py", "tests/cli/test_program.py"
-=======
-MODELS = "tests/cli/test_models.py"
 CHECKS, OUTCOME = "tests/doctor/test_checks.py", "tests/doctor/test_outcome.py"
 DEVICE = "tests/doctor/test_device.py"
->>>>>>> checks
+FLOORS, MACHINE = "tests/doctor/test_floors.py", "tests/doctor/test_machine.py"
+SPEED, ANSWERS = "tests/doctor/test_speed.py", "tests/doctor/test_answers.py"
+REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
 
 
 @dataclass(frozen=True)
@@ -794,6 +793,76 @@ FAULTS = (
         'r"lib(openblas',
         'r"lib(scipy_openblas|openblas',
         (BLAS,),
+    ),
+    Fault(
+        "doctor: a relative of a chip gets its rates",
+        "doctor/floors.py",
+        " and _SAME_CHIP.fullmatch(name[len(own) :])",
+        "",
+        (FLOORS,),
+    ),
+    Fault(
+        "doctor: full layers have a projection of values",
+        "doctor/floors.py",
+        "(2 if layer.is_sliding else 1)",
+        "2",
+        (FLOORS,),
+    ),
+    Fault(
+        "doctor: a commit takes no time",
+        "doctor/speed.py",
+        "commit_ms = sum(t.total_ms for t in step if t.in_commit)",
+        "commit_ms = 0.0",
+        (SPEED,),
+    ),
+    Fault(
+        "doctor: half of the made-up bits are zero",
+        "doctor/made_up.py",
+        "(high << 16) | low",
+        "high << 16",
+        (SPEED,),
+    ),
+    Fault(
+        "doctor: missing kernels of an M5 are not told",
+        "doctor/machine.py",
+        "if not _holds(library, _ACCELERATED_KERNELS):",
+        "if False:",
+        (MACHINE,),
+    ),
+    Fault(
+        "doctor: every answer is as expected",
+        "doctor/answers.py",
+        "prompt.expected in text",
+        "True",
+        (ANSWERS,),
+    ),
+    Fault(
+        "doctor: a user's repository is named",
+        "doctor/answers.py",
+        'repo if repo.partition("/")[0] in _PUBLISHERS else "another repository"',
+        "repo",
+        (ANSWERS,),
+    ),
+    Fault(
+        "doctor: paths stay in messages",
+        "doctor/report.py",
+        '_PATH.sub("(path)", text)',
+        "text",
+        (REPORT,),
+    ),
+    Fault(
+        "doctor: wrong results end with exit code 0",
+        "cli/doctor.py",
+        "if not report.is_all_right:",
+        "if False:",
+        (DOCTOR,),
+    ),
+    Fault(
+        "doctor: Ctrl-C prints nothing",
+        "cli/doctor.py",
+        "finally:  # after",
+        "except ValueError:\n            raise\n        else:  # after",
+        (DOCTOR,),
     ),
     Fault(
         "prompts: marks before what is typed, which changes how names are sorted",

@@ -36,11 +36,11 @@ WINGS = {
     "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
-    "writes whole checks",
+    "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
-    "cli": "interrupt program options render render_convert render_train render_watch output "
-    "convert generate fill edit info models train fuse",
+    "cli": "interrupt program options render render_convert render_train render_watch "
+    "render_doctor output convert generate fill edit info doctor models train fuse",
     "__main__": "",
     "demo": "",
 }

@@ -48,8 +48,9 @@ BF16, PACKED = (
     "google/diffusiongemma-26B-A4B-it",
     "mlx-community/diffusiongemma-26B-A4B-it-4bit",
 )
-# What a test adds to a long training run. The last value of an option counts.
+# What a test adds to a long training run, and to an examination. An option's last value counts.
 SHORTER = ["--iters", "2", "--batch-size", "1", "--grad-accumulation-steps", "1"]
+ONLY_A_PART = ["--only", "machine"]
 # Tools that pages use beside our commands.
 TOOLS = {"printf", "mkdir", "cat"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -203,6 +204,8 @@ class Shell:
         ]
         if name == "train" and not re.search(r"--iters \d( |$)", " ".join(arguments)):
             arguments = [*arguments, *SHORTER]
+        if name == "doctor" and "--only" not in arguments:
+            arguments = [*arguments, *ONLY_A_PART]
         result = CliRunner().invoke(REFERENCE.app_of(name), arguments, input=stdin)
         assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}\n{result.exception!r}"
         return result.stdout

@@ -33,6 +33,7 @@ COMMANDS = {
     "train": ["--train", "--model", "model", "--data", "data"],
     "fuse": ["--model", "model"],
     "convert": ["--hf-path", "model"],
+    "doctor": [],
 }
 
 

@@ -81,16 +81,9 @@ def build_model(
     fused: bool = True,
 ) -> DiffusionGemma:
     """Run `load_model` on a config that was read already, so that its warnings come once."""
-    used = list(read_assigned(folder)[1].used.values())
-    weights, element_bytes = sum(info.nbytes for info in used), 2
-    if mx.default_device() == mx.cpu:  # there, weights that are not packed become float32
-        weights += sum(info.nbytes for info in used if info.dtype in ("BF16", "F16"))
-        element_bytes = 4
-        if hint := slow_blas(weights):
-            warnings.warn(hint, stacklevel=2)
-    needed = needed_bytes(
-        config.text, weights, _WARNED_AT_TOKENS, config.canvas_length, element_bytes=element_bytes
-    )
+    if mx.default_device() == mx.cpu and (hint := slow_blas(_in_memory(folder)[0])):
+        warnings.warn(hint, stacklevel=2)
+    needed = loading_bytes(folder, config, _WARNED_AT_TOKENS)
     if needed > WARN_ABOVE * (available := recommended_bytes()):
         warnings.warn(
             f"{folder} needs about {needed / 1e9:.1f} GB, "
@@ -106,3 +99,22 @@ def build_model(
         fuse(model)
     model.eval()
     return model
+
+
+def loading_bytes(folder: Path, config: ModelConfig, tokens: int) -> int:
+    """Return an estimate of the bytes that a folder's model needs on this device, with a context of
+    `tokens`. Reads only headers."""
+    weights, element_bytes = _in_memory(folder)
+    return needed_bytes(
+        config.text, weights, tokens, config.canvas_length, element_bytes=element_bytes
+    )
+
+
+def _in_memory(folder: Path) -> tuple[int, int]:
+    """Return the bytes of a folder's weights after loading, and of a number in computation."""
+    used = list(read_assigned(folder)[1].used.values())
+    weights = sum(info.nbytes for info in used)
+    if mx.default_device() != mx.cpu:
+        return weights, 2
+    # There, weights that are not packed become float32.
+    return weights + sum(info.nbytes for info in used if info.dtype in ("BF16", "F16")), 4
