@@ -165,10 +165,10 @@ FAULTS = (
         (LOGITS,),
     ),
     Fault(
-        "commit: the next canvas instead of the draft",
-        "denoise/loop.py",
-        "row.end_canvas(each.event.draft)",
-        "row.end_canvas(each.after.tokens)",
+        "commit: other tokens than the draft",
+        "denoise/row.py",
+        "return self._commit(last.draft)",
+        "return self._commit(mx.zeros_like(last.draft))",
         (LOOP,),
     ),
     Fault(
@@ -293,8 +293,8 @@ FAULTS = (
     Fault(
         "rows: each attends to the first one's columns",
         "model/attention.py",
-        "x if segment.count == T else x[:, start:stop] for",
-        "x if segment.count == T else x[:, : segment.count] for",
+        "values if segment.count == T else values[:, :, start:stop]",
+        "values if segment.count == T else values[:, :, : segment.count]",
         (MODEL,),
     ),
     Fault(
@@ -1056,15 +1056,15 @@ FAULTS = (
     Fault(
         "stop strings: the run goes on behind one",
         "denoise/row.py",
-        "has_ended |= self._stop(tokens)",
-        "self._stop(tokens)",
+        "has_ended |= self.stop(tokens)",
+        "self.stop(tokens)",
         (GENERATE,),
     ),
     Fault(
-        "stop strings: one row reads the text of another",
+        "batches: one row gets the text of another",
         "write/generate.py",
-        "stop=lambda row, tokens: answers[row].take(tokens)",
-        "stop=lambda row, tokens: answers[0].take(tokens)",
+        "texts[number][event.channel] += event.piece",
+        "texts[0][event.channel] += event.piece",
         (GENERATE,),
     ),
     Fault(

@@ -104,3 +104,7 @@ def _write(report: Any, target: Path | None, *, to_stdout: bool) -> None:
 
 def main() -> None:
     run(doctor)
+
+
+if __name__ == "__main__":
+    main()

@@ -190,7 +190,7 @@ def answer(
 ) -> Answer:
     """Return the numbers of the answer to one prompt."""
     mx.reset_peak_memory()
-    text, canvases, prefill = "", 0, PrefillDone(0, 0.0)
+    text, canvases, prefill = "", 0, PrefillDone(0, 0, 0.0)
     started = time.perf_counter()
     for event in stream_generate(model, tokenizer, prompt.text, settings=settings):
         match event:
@@ -207,9 +207,9 @@ def answer(
         kind=prompt.kind,
         policy=settings.policy or "reference",
         prompt_tokens=prefill.prompt_tokens,
-        new_tokens=sum(finished.new_tokens),
+        new_tokens=finished.new_tokens,
         canvases=canvases,
-        steps=sum(finished.row_steps),
+        steps=finished.steps,
         prefill_seconds=prefill.seconds,
         seconds=seconds,
         peak_bytes=mx.get_peak_memory(),

@@ -121,7 +121,7 @@ def _allowed(kind: str, queries: int) -> np.ndarray:
 def _attention(dtype: mx.Dtype, size: int, mask: str) -> float:
     cases = [(queries, *_drawn(dtype, size, queries)) for queries in _QUERIES]
     found = computed(
-        lambda: [attend(q, LayerContext(k, v), _mask(mask, n)) for n, (q, k, v), _ in cases]
+        lambda: [attend(q, [LayerContext(k, v)], _mask(mask, n)) for n, (q, k, v), _ in cases]
     )
     differences = [
         relative(out, attention(*exact, _allowed(mask, queries)))
@@ -139,13 +139,13 @@ def _large_scores(dtype: mx.Dtype, size: int) -> float:
     queries[..., 0], queries[..., 1] = 12, 1
     q, k = given(queries, dtype), given(keys, dtype)
     v = drawn(45, (1, 1, _KEYS, size), dtype)
-    (found,) = computed(lambda: attend(q.array, LayerContext(k.array, v.array), None))
+    (found,) = computed(lambda: attend(q.array, [LayerContext(k.array, v.array)], None))
     return relative(found, attention(q.exact, k.exact, v.exact, None))
 
 
 def _view(dtype: mx.Dtype, size: int) -> float:
     (q, k, v), exact = _drawn(dtype, size, 40)
-    (found,) = computed(lambda: attend(q, LayerContext(k, v).with_room(30).first(_KEYS), None))
+    (found,) = computed(lambda: attend(q, [LayerContext(k, v).with_room(30).first(_KEYS)], None))
     return relative(found, attention(*exact, None))
 
 
@@ -162,7 +162,9 @@ def _rope(dtype: mx.Dtype, size: int) -> float:
 
     def turn(x: mx.array, starts: np.ndarray) -> mx.array:
         is_one = starts[0] == starts[1]
-        return rotate(x, int(starts[0]) if is_one else mx.array(starts), rope)
+        position = int(starts[0]) if is_one else mx.array(starts)
+        (turned,) = rotate(x, [(position, x.shape[2])], rope)
+        return turned
 
     found = computed(lambda: [turn(x.array, starts) for x, starts in cases])
     differences = [

@@ -198,7 +198,7 @@ def _draws() -> float:
 
 def _uniform() -> float:
     vocabulary = 384
-    (tokens,) = computed(lambda: SeededNoise(149).renoise(0, 0, (4, 8192), vocabulary))
+    (tokens,) = computed(lambda: SeededNoise(149).renoise(0, 0, (1, 32768), vocabulary))
     return _sigmas(tokens, np.full(vocabulary, 1 / vocabulary))
 
 

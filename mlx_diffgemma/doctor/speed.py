@@ -21,6 +21,7 @@ from ..denoise.noise import SeededNoise
 from ..denoise.sampler import decide, draw, statistics
 from ..denoise.stopping import is_settled
 from ..model import DiffusionGemma
+from ..model.attention import Segment
 from ..model.backend import is_cpu
 from ..model.context import LayerContext
 from ..model.diffusion_gemma import Layer
@@ -245,12 +246,15 @@ def _layers_run(
     ]
     mx.eval(x, [(past.keys, past.values) for past in pasts])
 
+    def segment(past: LayerContext) -> Segment:
+        return Segment(rows, past, _at_the_end, None, CONTEXT)
+
     def run() -> mx.array:
         nonlocal x
         for layer in layers:
             # Without another reference, keys and values are written in place, as in a real step.
-            x, past = layer(x, pasts.pop(0), _at_the_end, None, CONTEXT, layer.layer_scalar)
-            pasts.append(past)
+            x, kept = layer(x, [segment(pasts.pop(0))], layer.layer_scalar)
+            pasts.extend(kept)
         return x
 
     return run
@@ -258,11 +262,11 @@ def _layers_run(
 
 def _at_the_end(
     past: LayerContext | None, keys: mx.array, values: mx.array
-) -> tuple[LayerContext, LayerContext]:
+) -> tuple[tuple[LayerContext], LayerContext]:
     """Write keys and values over the last places."""
     assert past is not None
     written = past.written(past.keys.shape[2] - keys.shape[2], keys, values)
-    return written, written
+    return (written,), written
 
 
 def _sampler_run(outputs: mx.array, config: ModelConfig) -> Callable[[], tuple[mx.array, ...]]:

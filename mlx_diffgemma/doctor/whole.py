@@ -100,11 +100,10 @@ def _tokens(model: DiffusionGemma, rows: int, count: int, seed: int) -> mx.array
 
 def _outputs(model: DiffusionGemma, rows: int, canvas: int) -> list[mx.array]:
     """Return logits of a first step, of a self-conditioned one, and of a first step after a commit.
-    With two rows one is padded, and the text is longer than the window and read in two pieces."""
+    With two rows the text is longer than the window and read in two pieces."""
     window = model.config.text.sliding_window
-    places, lengths = (window + 6, mx.array([window + 6, window - 1])) if rows == 2 else (17, None)
-    text = _tokens(model, rows, places, 1)
-    context = model.prefill(text, lengths=lengths, step_size=window)
+    text = _tokens(model, rows, window + 6 if rows == 2 else 17, 1)
+    context = model.prefill(text, step_size=window)
     first, second, third = (_tokens(model, rows, canvas, seed) for seed in (2, 3, 4))
     logits = model.denoise(first, context)
     soft = model.soft_embedding(logits / 0.8)
@@ -150,9 +149,15 @@ def _answer(model: DiffusionGemma, policy: Policy, rows: int) -> mx.array:
     settings = GenerationSettings(
         policy=policy, seed=3, canvas_length=_WIDTH, max_new_tokens=_WIDTH
     )
-    committed = [
-        event.tokens
+    committed = {
+        event.row: event.tokens
         for event in denoise_tokens(model, tokens[:rows], settings, lengths=lengths[:rows])
         if isinstance(event, CanvasCommitted)
-    ]
-    return mx.concatenate(committed, axis=1)
+    }
+    pad = model.config.pad_token_id
+    return mx.concatenate(
+        [
+            mx.pad(canvas, [(0, 0), (0, _WIDTH - canvas.shape[1])], constant_values=pad)
+            for _, canvas in sorted(committed.items())
+        ]
+    )

@@ -8,7 +8,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from ..model.context import Context, LayerContext
+from ..model.context import Context, LayerContext, OpenContext
 from .device import TYPES, computed, given, share
 from .exact import drawn
 from .outcome import Check
@@ -106,10 +106,13 @@ def _shared_rows() -> float:
     context = Context((LayerContext(text.array, text.array),), _TEXT, 1)
 
     def build() -> list[mx.array]:
-        (layer,) = context.repeated(3).layers
-        written = layer.with_room(_CANVAS).written(_TEXT, canvas.array, canvas.array)
-        direct = layer.written(0, canvas.array, canvas.array)
-        return [written.keys, direct.values, *context.arrays]
+        own = [canvas.array[row : row + 1] for row in range(3)]
+        opened = [OpenContext.of(context, _CANVAS).layers[0] for _ in own]
+        behind = [
+            layer.written(_TEXT, keys, keys).keys for layer, keys in zip(opened, own, strict=True)
+        ]
+        over = [context.layers[0].written(0, keys, keys).values for keys in own]
+        return [mx.concatenate(behind), mx.concatenate(over), *context.arrays]
 
     rows = np.repeat(text.exact, 3, axis=0)
     behind = np.concatenate([rows, canvas.exact], axis=2)

@@ -972,11 +972,11 @@ WRONG = (
         part="writes in place",
     ),
     Wrong(
-        "rows of a shared context get one canvas",
+        "rows of a batch get one canvas",
         LayerContext,
         "written",
         all_rows_into_one,
-        fails=r"^rows that share|^steps|^a snapshot",
+        fails=r"^steps|^a snapshot",
         runs=r"^(rows that share|steps write|a snapshot|columns)",
         part="writes in place",
     ),

@@ -141,7 +141,8 @@ def test_made_up_weights_are_packed_shared_and_of_the_right_size():
         assert shares.min() > 0.03, f"bits from {shift} on"
     tokens = mx.arange(16)[None]
     context = model.prefill(tokens)
-    outputs, _ = model.look(tokens, model.open(context, 16))
+    states, _ = model.canvas_states([tokens], [model.open(context, 16)])
+    outputs = model.outputs(states)
     assert outputs.shape == (1, 16, 512) and mx.isfinite(outputs).all().item()
 
 
