@@ -234,8 +234,7 @@ class _Settings(Generic[Open]):
     canvas_width: CanvasWidth | Open = _setting(
         Entry(
             help="'fixed', or 'answer': columns well after the draft's first end token are "
-            "dropped once it has been accepted, and come back if it is lost. Rows of a batch "
-            "share one width.",
+            "dropped once it has been accepted, and come back if it is lost.",
             default="fixed",
             commands=_GENERATE,
         )
