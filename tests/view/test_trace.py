@@ -449,7 +449,7 @@ def test_a_run_of_fill_is_kept_trial_by_trial_with_what_was_given():
     assert run["canvases"][0]["trial"] == first
     bits = iter(columns(run)["accepted"])
     for canvas, event in zip(kept["canvases"], trials, strict=True):
-        assert canvas["pinned"] == event.pinned[0].tolist()
+        assert canvas["pinned"] == event.pinned[0][0].tolist()
         n = canvas["trial"]["lengths"]["n"]
         for step in canvas["steps"]:
             given = canvas["pinned"][: len(step["draft"])]

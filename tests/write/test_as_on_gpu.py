@@ -35,7 +35,8 @@ from mlx_diffgemma import (
 from mlx_diffgemma.checkpoint.headers import read_headers
 from mlx_diffgemma.config.generation import POLICIES
 from mlx_diffgemma.convert import convert
-from mlx_diffgemma.denoise.loop import denoise_context
+from mlx_diffgemma.denoise.loop import Rows
+from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone, Text
 from mlx_diffgemma.model import backend
 from mlx_diffgemma.model.backend import as_on_gpu
@@ -113,8 +114,8 @@ def test_rows_of_a_batch_are_right_and_what_they_are_alone(policy):
     assert response.texts == [text_of(events) for events in alone]
     assert response.texts == [ANSWERS[prompt] for prompt in prompts]
     finished = [events[-1] for events in alone]
-    assert response.finished.new_tokens == tuple(end.new_tokens[0] for end in finished)
-    assert response.finished.row_steps == tuple(end.row_steps[0] for end in finished)
+    for row, end in zip(response.finished, finished, strict=True):
+        assert (row.new_tokens, row.steps) == (end.new_tokens, end.steps)
 
 
 def test_a_choice_is_the_one_that_fits_its_surroundings():
@@ -172,7 +173,7 @@ def test_a_stream_over_two_canvases_has_all_of_its_events(policy):
     assert [(e.canvas_index, e.step) for e in steps] == [
         (canvas.canvas_index, step) for canvas in canvases for step in range(canvas.steps)
     ]
-    assert events[-1].row_steps == (len(steps),) and events[-1].reason == ("stop",)
+    assert events[-1].steps == len(steps) and events[-1].reason == "stop"
     for event in steps:  # read only now: no later step may have overwritten what they hold
         certainty, entropy = np.array(event.certainty), np.array(event.entropy)
         ids, chances = map(np.array, event.candidates)
@@ -198,7 +199,9 @@ def test_a_context_is_as_it_was_after_a_run_and_serves_another(policy):
     settings = short(policy).resolve(model.config)
     runs = []
     for _ in range(2):
-        events = list(denoise_context(model, [context], settings))
+        rows = Rows(model)
+        rows.add(Row(model, settings, context=context))
+        events = list(rows.run())
         runs.append([e.tokens.tolist() for e in events if isinstance(e, CanvasCommitted)])
         for array, old in zip(context.arrays, before, strict=True):
             np.testing.assert_array_equal(np.array(array), old)

@@ -97,11 +97,12 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def row(self, *arguments, number, pinned, **more):
-        """Make a row of a trial as `Row` does."""
-        if number == 0:
-            self.given.append([])
-        self.given[-1].append(pinned.tokens)
+    def row(self, *arguments, number=0, pinned=None, **more):
+        """Make a row as `Row` does; those of a trial have pinned tokens."""
+        if pinned is not None:
+            if number == 0:
+                self.given.append([])
+            self.given[-1].append(pinned.tokens)
         return Row(*arguments, number=number, pinned=pinned, **more)
 
     def step(self, model, canvases, opened, mean_row=None):

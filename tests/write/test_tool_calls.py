@@ -4,6 +4,7 @@ a script."""
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -32,7 +33,6 @@ from mlx_diffgemma.events import (
     ToolCall,
 )
 from mlx_diffgemma.language.controls import special_tokens
-from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.view.report import as_object
 from mlx_diffgemma.view.trace import Trace
 from tests.checkpoints import GENERATION, draw_config
@@ -45,9 +45,24 @@ CALL = '<|tool_call>call:weather{city:<|"|>Paris<|"|>,days:[1,2]}<tool_call|>'
 WEATHER = {"city": "Paris", "days": [1, 2]}
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the model remembers of a row's text: how many of its canvases are committed."""
+
+    row: int
+    length: int
+    commits: int = -1  # before the prompt
+    arrays: tuple[mx.array, ...] = ()
+
+    def closed(self) -> Known:
+        return self
+
+
 class Script:
-    """A model that writes given texts, canvas by canvas, whatever the canvas holds. Each look goes
-    to the text's next tokens: a pinned token takes the place of the script's."""
+    """A model that writes given texts, one per row, canvas by canvas, whatever the canvas holds.
+    Each look goes to the text's next tokens: a pinned token takes the place of the script's."""
+
+    dtype = mx.float32
 
     def __init__(self, *texts: str):
         raw = draw_config(0, vocab_size=V, canvas_length=L)
@@ -55,22 +70,31 @@ class Script:
             raw, GENERATION | {"eos_token_id": [1, END, SPECIALS["<|tool_response>"]]}
         )
         self.rows = [TOKENIZER.encode(text, add_special_tokens=False) for text in texts]
-        self.commits = 0
+        self.begun = 0
 
-    def prefill(self, tokens, context=None, *, lengths=None, step_size=2048, progress=None):
-        return Context((), tokens.shape[1], tokens.shape[0])
-
-    def commit(self, canvas, context):
-        self.commits += 1
-        return Context((), context.length + canvas.shape[1], context.batch)
+    def encode(self, pieces, contexts):
+        known = []
+        for piece, context in zip(pieces, contexts, strict=True):
+            if not context.length:
+                context, self.begun = Known(self.begun, 0), self.begun + 1
+            length = context.length + piece.shape[1]
+            known.append(Known(context.row, length, context.commits + 1))
+        return None, known
 
     def open(self, context, canvas_length):
-        return OpenContext.of(context, canvas_length)
+        return context
 
-    def look(self, canvas, context, *, self_conditioning=None):
-        start = self.commits * L
-        rows = [[*row[start : start + L], *[END] * L][:L] for row in self.rows]
-        return mx.array(1e6 * np.eye(V, dtype=np.float32)[np.array(rows)]), context
+    def canvas_states(self, canvases, opened, *, self_conditioning=None):
+        known = list(opened)
+        opened.clear()
+        rows = []
+        for context in known:
+            start = context.commits * L
+            rows += [*self.rows[context.row][start : start + L], *[END] * L][:L]
+        return mx.array(1e6 * np.eye(V, dtype=np.float32)[np.array(rows)][None]), known
+
+    def outputs(self, states):
+        return states
 
     def embed(self, tokens):
         return mx.zeros((*tokens.shape, V))
@@ -110,7 +134,7 @@ def test_calls_over_several_canvases_come_in_order_with_the_text():
     first = parts.index(calls[0])
     assert joined(parts[:first]) == "Let me see. " and parts[first + 1] == calls[1]
     assert joined(parts[first:]) == " Done."
-    assert isinstance(events[-1], Finished) and events[-1].row_canvases[0] > 4
+    assert isinstance(events[-1], Finished) and events[-1].canvases > 4
 
 
 def test_generate_returns_the_text_alone_and_prints_a_call_in_a_line(capsys):
@@ -142,7 +166,7 @@ def test_a_call_that_the_budget_cuts_off_is_text_and_named():
 def test_a_model_that_opens_a_result_after_its_call_has_ended():
     events = events_of(f"{CALL}<|tool_response>response:weather{{}}")
     assert written(events) == [ToolCall("call_0", "weather", WEATHER)]
-    assert events[-1].reason == ("stop",)
+    assert events[-1].reason == "stop"
 
 
 def test_calls_are_objects_in_json_and_in_the_trace():
