@@ -39,6 +39,7 @@ bench: $(VENV)/.bench
 # kills in full counts, rows of 300 mixtures write what they write alone, and the package installs with
 # pip, uv and pipx on every Python here.
 long: $(VENV)/.test
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.fuzz
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.kills

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,19 @@ def test_transformers_says_that_torch_is_missing_where_nobody_stops_it():
 def test_nothing_says_that_torch_is_missing(name):
     done = python(WITHOUT_TORCH + QUIET[name])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.parametrize("command", ["generate", "info", "fill", "train"])
+def test_no_command_imports_torch(command):
+    arguments = {"generate": ["Sort: 3 1 2"], "fill": ["12 {{gap:1}} 14"]}
+    arguments |= {"train": ["--test", "--data", "nowhere"], "info": []}
+    told = python(
+        f"import atexit, sys\nsys.argv = {['mlx_diffgemma', command, *arguments[command]]}\n"
+        "atexit.register(lambda: print('torch', bool(sys.modules.get('torch'))))\n"
+        "from mlx_diffgemma.__main__ import main\nmain()"
+    )
+    assert told.stdout.endswith("torch False\n"), told
 
 
 STATE = """

@@ -290,6 +290,8 @@ def friendly_errors() -> Iterator[None]:
 
 def run(command: Callable[..., None] | typer.Typer, name: str | None = None) -> None:
     """Run a command as a program, with the options that every program has."""
+    # No command needs torch. Where it is installed, transformers would import it, for seconds.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     program = get_command(command if isinstance(command, typer.Typer) else app_of(command))
     program.params += get_command(app_of(_every_program)).params
     completion_init()  # Typer calls it for its own options of completion

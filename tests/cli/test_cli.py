@@ -211,7 +211,7 @@ def test_info_prints_the_parameters_and_as_json_the_same():
 
 
 @pytest.mark.perf
-def test_help_answers_in_under_seven_tenths_of_a_second():
+def test_help_answers_in_under_a_second():
     def seconds() -> float:
         """Of processor time, which is what it takes where nothing else runs."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -219,7 +219,7 @@ def test_help_answers_in_under_seven_tenths_of_a_second():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.7
+    assert min(seconds() for _ in range(3)) < 1
 
 
 def test_help_shows_every_flag_with_its_help_and_default_from_the_settings():

@@ -152,8 +152,14 @@ def state_of(folder: Path) -> dict[str, np.ndarray]:
     "changes",
     [
         {"lora_parameters": {"rank": 2, "scale": 4.0, "dropout": 0.1}, "grad_checkpoint": True},
-        {"lora_parameters": {"rank": 2}, "num_layers": 1, "grad_accumulation_steps": 2},
-        {"fine_tune_type": "full", "optimizer": "adamw", "grad_accumulation_steps": 2},
+        pytest.param(
+            {"lora_parameters": {"rank": 2}, "num_layers": 1, "grad_accumulation_steps": 2},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"fine_tune_type": "full", "optimizer": "adamw", "grad_accumulation_steps": 2},
+            marks=pytest.mark.long,
+        ),
         {"fine_tune_type": "full", "optimizer": "muon", "num_layers": 1},
     ],
     ids=[
