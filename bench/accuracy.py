@@ -121,10 +121,8 @@ def ours(folder: Path, entries: list[dict[str, str]], batch: int, seed: int) -> 
         settings = GenerationSettings(seed=seed + start)
         prompts = [entries[i]["prompt"] for i in part]
         response = batch_generate(model, tokenizer, prompts, settings=settings)
-        done = response.finished
-        columns = (response.texts, done.new_tokens, done.row_steps, done.row_canvases)
-        for i, *row in zip(part, *columns, strict=True):
-            answers[i] = Answer(*row)
+        for i, text, done in zip(part, response.texts, response.finished, strict=True):
+            answers[i] = Answer(text, done.new_tokens, done.steps, done.canvases)
         print(f"ours: {len(answers)} of {len(entries)}", file=sys.stderr, flush=True)
     return [answers[i] for i in range(len(entries))]
 

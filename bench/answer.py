@@ -221,8 +221,7 @@ def ours(model: Any, tokenizer: Any, values: dict[str, Any]) -> Run:
             elif isinstance(event, Finished):
                 done = event
         assert done is not None
-        columns = (done.new_tokens, done.row_canvases, done.row_steps, done.row_positions)
-        return Answer("".join(pieces), *(column[0] for column in columns))
+        return Answer("".join(pieces), done.new_tokens, done.canvases, done.steps, done.positions)
 
     return run
 

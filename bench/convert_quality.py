@@ -126,10 +126,8 @@ def answer(folder: Path, entries: list[dict[str, str]], batch: int, seed: int) -
             [entries[i]["prompt"] for i in part],
             settings=GenerationSettings(seed=seed + start),
         )
-        done = response.finished
-        columns = (response.texts, done.new_tokens, done.row_steps, done.row_canvases)
-        for i, *row in zip(part, *columns, strict=True):
-            answers[i] = Answer(*row)
+        for i, text, done in zip(part, response.texts, response.finished, strict=True):
+            answers[i] = Answer(text, done.new_tokens, done.steps, done.canvases)
     return [answers[i] for i in range(len(entries))]
 
 

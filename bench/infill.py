@@ -130,7 +130,7 @@ class Runner:
             if isinstance(event, Text):
                 text += event.piece
             elif isinstance(event, Finished):
-                (positions,) = event.row_positions
+                positions = event.positions
         return text, positions
 
     def fill(self, parts: list[str | Slot], prompt: str, seed: int) -> Filled:

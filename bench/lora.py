@@ -155,9 +155,12 @@ def answers(
         lengths = mx.array([len(p) for p in prompts])
         settings = GenerationSettings(seed=1000 + start).resolve(model.config)
         events = denoise_tokens(model, tokens, settings, lengths=lengths)
-        canvases = [np.array(e.tokens) for e in events if isinstance(e, CanvasCommitted)]
+        written: list[list[int]] = [[] for _ in prompts]
+        for event in events:
+            if isinstance(event, CanvasCommitted):
+                written[event.row] += np.array(event.tokens)[0].tolist()
         ends = set(settings.eos_token_ids)
-        for row in np.concatenate(canvases, axis=1).tolist():
+        for row in written:
             end = next((i for i, token in enumerate(row) if token in ends), len(row))
             out.append(tuple(row[: end + 1]))
     return out

@@ -65,8 +65,8 @@ def main() -> None:
         last = deque(events, maxlen=1).pop()  # keeps no event but the last
         if not isinstance(last, Finished):
             raise SystemExit(f"generation {i + 1} ended with {last}")
-        new_tokens += sum(last.new_tokens)
-        canvases += sum(last.row_canvases)
+        new_tokens += last.new_tokens
+        canvases += last.canvases
         resident.append(current_rss_bytes())
         if (i + 1) % WARMUP == 0:
             print(

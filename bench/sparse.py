@@ -99,10 +99,11 @@ def steps(model: DiffusionGemma, ids: list[int], seed: int) -> Iterator[Statisti
     settings = GenerationSettings(seed=seed).resolve(model.config)
     noise, cap = SeededNoise(seed), model.config.text.final_logit_softcapping
     shape, vocab_size = (1, model.config.canvas_length), model.config.text.vocab_size
-    opened = model.open(model.prefill(mx.array([ids], dtype=mx.int32)), shape[1])
+    opened = [model.open(model.prefill(mx.array([ids], dtype=mx.int32)), shape[1])]
     canvas, soft = noise.start(0, shape, vocab_size), None
     for step in range(8):
-        outputs, opened = model.look(canvas, opened, self_conditioning=soft)
+        states, opened = model.canvas_states([canvas], opened, self_conditioning=soft)
+        outputs = model.outputs(states)
         seen = statistics(outputs, temperature(step, settings), cap)
         fresh = noise.renoise(0, step, shape, vocab_size)
         canvas = decide(

@@ -1105,16 +1105,20 @@ FAULTS = (
 )
 
 
-def run(copy: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
-    """Whether the tests pass, and otherwise the first that fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests],
-        cwd=copy,
-        # No bytecode: its time stamps are too coarse for files that change within a second.
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+def run(copy: Path, tests: tuple[str, ...], most_seconds: float | None) -> tuple[bool, str]:
+    """Whether the tests pass, and otherwise the first that fails. With a fault they may not end."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests],
+            cwd=copy,
+            # No bytecode: its time stamps are too coarse for files that change within a second.
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=most_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no end of {', '.join(tests)} within {most_seconds:.0f} s"
     if done.returncode == 0:
         return True, ""
     found = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", done.stdout, re.MULTILINE)
@@ -1134,7 +1138,9 @@ def main() -> int:
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", copy)
         used = tuple(sorted({test for fault in faults for test in fault.tests}))
-        passes, failing = run(copy, used)
+        started = time.perf_counter()
+        passes, failing = run(copy, used, None)
+        most_seconds = 60 + 3 * (time.perf_counter() - started)
         if not passes:
             raise SystemExit(f"{failing} fails without any fault; nothing can be learned")
         print("| fault | noticed by | seconds |\n|---|---|---|", flush=True)
@@ -1147,7 +1153,7 @@ def main() -> int:
                 )
             started = time.perf_counter()
             path.write_text(source.replace(fault.before, fault.after))
-            passes, failing = run(copy, fault.tests)
+            passes, failing = run(copy, fault.tests, most_seconds)
             path.write_text(source)
             survivors += passes
             seconds = time.perf_counter() - started
