@@ -6,8 +6,8 @@ import atexit
 import threading
 import traceback
 from collections import deque
-from contextvars import copy_context
 from collections.abc import Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Self
 
