@@ -3,6 +3,7 @@ settled, commit it, and so on. Rows join and leave between steps. Knows ids, not
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 
 from ..config.generation import GenerationSettings, ResolvedSettings
 from ..config.model import ModelConfig
-from ..errors import ConfigError, PromptError, TemplateError
+from ..errors import ConfigError, PromptError, TemplateError, ThreadError
 from ..events import LoopEvent
 from ..model import DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
@@ -66,12 +67,14 @@ class Rows:
         self._ahead = None  # it may hold the row's context
 
     def run(self) -> Generator[LoopEvent, None, None]:
-        """Run all rows to their ends."""
+        """Run all rows to their ends, in one thread."""
+        thread = threading.get_ident()
         while self.rows:
             for _, event in self.advance():
                 if isinstance(event, RowFailed):
                     raise event.error
                 yield event
+                check_thread(thread)
 
     def advance(self) -> Generator[tuple[Row, LoopEvent | RowFailed], None, None]:
         """Read one piece of text of the rows that have some to read, then take one step of all
@@ -257,6 +260,15 @@ def denoise_tokens(
             )
         )
     yield from rows.run()
+
+
+def check_thread(began_in: int) -> None:
+    """Raise `ThreadError` unless this is the thread with the given identifier."""
+    if threading.get_ident() != began_in:
+        raise ThreadError(
+            "a stream is read in the thread that began it, since MLX's streams belong to a thread; "
+            "Engine runs requests of any thread"
+        )
 
 
 def _canvas(row: Row) -> Canvas:
