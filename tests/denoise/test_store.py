@@ -43,23 +43,6 @@ def size(tokens: np.ndarray) -> int:
     return read(tokens).nbytes
 
 
-def test_answers_are_the_same_and_no_more_is_read_than_is_new():
-    told, held = run(20)
-    assert told.findings == []
-    assert len(told.undecided) <= 1
-    assert told.found > told.read > 0
-    assert all(0.99 < held / said < 1.01 for said, held in held)
-
-
-def test_a_small_store_changes_no_answer_and_holds_no_more_than_its_budget():
-    told, held = run(9, max_bytes=120_000, first=50)
-    assert told.findings == []
-    assert told.found > 0
-    for said, held_by_it in held:
-        assert 0 < held_by_it <= 120_000
-        assert 0.99 < held_by_it / said < 1.01
-
-
 def test_a_text_that_differs_22_tokens_before_its_end_reads_no_more_than_a_piece():
     model, store, text = model_of(MODEL), Store(1 << 30, every=64), TEXT.copy()
     assert answer(model, text, 1, store)[0] == [400, 0]
@@ -220,3 +203,20 @@ def test_snapshots_are_at_turns_and_every_so_many_tokens():
     assert snapshots(text, 30, [1, 5]) == [10, 30, 60, 90, 100]
     assert snapshots(text[:20], 30, [1, 5]) == [10, 20]
     assert snapshots([7], 30, [1]) == [1]
+
+
+def test_answers_are_the_same_and_no_more_is_read_than_is_new():
+    told, held = run(20)
+    assert told.findings == []
+    assert len(told.undecided) <= 1
+    assert told.found > told.read > 0
+    assert all(0.99 < held / said < 1.01 for said, held in held)
+
+
+def test_a_small_store_changes_no_answer_and_holds_no_more_than_its_budget():
+    told, held = run(9, max_bytes=120_000, first=50)
+    assert told.findings == []
+    assert told.found > 0
+    for said, held_by_it in held:
+        assert 0 < held_by_it <= 120_000
+        assert 0.99 < held_by_it / said < 1.01
