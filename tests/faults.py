@@ -273,9 +273,9 @@ FAULTS = (
     ),
     Fault(
         "engine: a cancelled request runs on",
-        "engine/engine.py",
-        "self._drop_cancelled()\n",
-        "pass\n",
+        "engine/run.py",
+        'iteration ends."""\n        self._cancel(self._channel)',
+        'iteration ends."""',
         (ENGINE,),
     ),
     Fault(
