@@ -342,16 +342,6 @@ FAULTS = (
         (ENGINE,),
     ),
     Fault(
-        "engine: arrays are left to their readers",
-        "engine/engine.py",
-        "mx.eval(_arrays(said))",
-        "pass;",
-        (
-            RUN,
-            ENGINE,
-        ),
-    ),
-    Fault(
         "engine: the process ends without closing it",
         "engine/engine.py",
         "atexit.register(self.close, cancel=True)",
