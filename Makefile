@@ -36,14 +36,17 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/table.py --write
 
 # What is too long for every change: each deliberate fault is noticed, conversions survive damage and
-# kills in full counts, rows of 300 mixtures write what they write alone, and the package installs with
-# pip, uv and pipx on every Python here.
+# kills in full counts, rows of 300 mixtures write what they write alone, a store changes no answer of
+# 200 conversations, no request of 2,000 is lost, and the package installs with pip, uv and pipx on
+# every Python here.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.fuzz
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.kills
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.mixtures
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.conversations
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak
 	$(BIN)/python tests/check_installs.py
 
 # Writes the pages and the picture that are made from the code.

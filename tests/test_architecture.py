@@ -260,7 +260,7 @@ ALLOWED_BROAD_EXCEPTS = {
     "mlx_diffgemma.language.tokenizer": 1,
     # Listeners and jobs are other people's code; their errors end their own row or request.
     "mlx_diffgemma.denoise.loop": 1,
-    "mlx_diffgemma.engine.engine": 2,
+    "mlx_diffgemma.engine.engine": 3,
 }
 
 

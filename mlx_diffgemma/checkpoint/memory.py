@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -65,6 +66,7 @@ def recommended_bytes() -> int:
     )
 
 
+_limits = threading.Lock()
 _before: tuple[int, int | None] = (0, None)
 _runs = 0  # inside `generation_limits`; the first one sets the limits, the last one resets them
 
@@ -72,23 +74,25 @@ _runs = 0  # inside `generation_limits`; the first one sets the limits, the last
 @contextmanager
 def generation_limits() -> Iterator[None]:
     """Limit MLX's memory during a run. On Metal all recommended memory may stay wired, as in
-    mlx-lm; everywhere the cache of freed memory is bounded. Runs may overlap."""
+    mlx-lm; everywhere the cache of freed memory is bounded. Runs of any threads may overlap."""
     global _runs, _before
     import mlx.core as mx
 
-    if _runs == 0:
-        cache_limit = mx.set_cache_limit(CACHE_LIMIT_BYTES)
-        mx.set_cache_limit(min(cache_limit, CACHE_LIMIT_BYTES))  # not above an earlier limit
-        is_metal = mx.metal.is_available()
-        _before = cache_limit, mx.set_wired_limit(recommended_bytes()) if is_metal else None
-    _runs += 1
+    with _limits:
+        if _runs == 0:
+            cache_limit = mx.set_cache_limit(CACHE_LIMIT_BYTES)
+            mx.set_cache_limit(min(cache_limit, CACHE_LIMIT_BYTES))  # not above an earlier limit
+            is_metal = mx.metal.is_available()
+            _before = cache_limit, mx.set_wired_limit(recommended_bytes()) if is_metal else None
+        _runs += 1
     try:
         yield
     finally:
-        _runs -= 1
-        if _runs == 0:
-            cache_limit, wired_limit = _before
-            mx.set_cache_limit(cache_limit)
-            if wired_limit is not None:
-                mx.synchronize()  # no work may be running when memory is unwired
-                mx.set_wired_limit(wired_limit)
+        with _limits:
+            _runs -= 1
+            if _runs == 0:
+                cache_limit, wired_limit = _before
+                mx.set_cache_limit(cache_limit)
+                if wired_limit is not None:
+                    mx.synchronize()  # no work may be running when memory is unwired
+                    mx.set_wired_limit(wired_limit)

@@ -3,6 +3,7 @@ settled, commit it, and so on. Rows join and leave between steps. Knows ids, not
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 
 from ..config.generation import GenerationSettings, ResolvedSettings
 from ..config.model import ModelConfig
-from ..errors import ConfigError, PromptError, TemplateError
+from ..errors import ConfigError, PromptError, TemplateError, ThreadError
 from ..events import LoopEvent
 from ..model import DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
@@ -27,8 +28,27 @@ from .store import Store
 class Rows:
     """Rows that are computed together. Each writes what it would write alone."""
 
-    def __init__(self, model: DiffusionGemma, store: Store | None = None) -> None:
-        self.model, self._store = model, store
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        store: Store | None = None,
+        *,
+        are_events_computed: bool = False,
+    ) -> None:
+        """Make an empty set of rows.
+
+        Args:
+          model: the model that computes them.
+          store: where contexts are found and kept.
+          are_events_computed: whether all arrays of a step's events are computed with it, for
+            readers in other threads; else only those that most listeners read.
+
+        Raises:
+          ConfigError: if the store keeps another model's contexts.
+        """
+        if store is not None:
+            store.serve(model)
+        self.model, self._store, self._are_events_computed = model, store, are_events_computed
         self.rows: list[Row] = []
         self._mean_row: mx.array | None = None  # [M], for sparse self-conditioning
         self._ahead: _Ahead | None = None
@@ -43,14 +63,18 @@ class Rows:
     def remove(self, row: Row) -> None:
         """Let a row leave before its end; its memory is free after the current step."""
         row.leave()
+        self.rows = [each for each in self.rows if each is not row]
+        self._ahead = None  # it may hold the row's context
 
     def run(self) -> Generator[LoopEvent, None, None]:
-        """Run all rows to their ends."""
+        """Run all rows to their ends, in one thread."""
+        thread = threading.get_ident()
         while self.rows:
             for _, event in self.advance():
                 if isinstance(event, RowFailed):
                     raise event.error
                 yield event
+                check_thread(thread)
 
     def advance(self) -> Generator[tuple[Row, LoopEvent | RowFailed], None, None]:
         """Read one piece of text of the rows that have some to read, then take one step of all
@@ -80,7 +104,8 @@ class Rows:
         mx.eval([context.arrays for context in contexts])
         mx.clear_cache()
         for row, context in zip(reading, contexts, strict=True):
-            yield from _events(row, partial(row.has_read, context))
+            if not row.is_done:  # it may have left while another one's event was heard
+                yield from _events(row, partial(row.has_read, context))
         self.rows = [row for row in self.rows if row not in reading] + reading
 
     def _step(self, rows: list[Row]) -> Iterator[tuple[Row, LoopEvent | RowFailed]]:
@@ -101,10 +126,11 @@ class Rows:
         del ahead, opened  # arrays without other references are written in place
         checks = [number for each in taken for number in each.check]
         read = checks[0] if len(checks) == 1 else mx.concatenate(checks)
-        mx.async_eval(read, *(array for each in taken for array in _heard(each)))
+        mx.async_eval(read, *(array for each in taken for array in self._heard(each)))
         self._look_ahead(rows)
         for row, each in zip(rows, taken, strict=True):
-            yield row, each.event
+            if not row.is_done:
+                yield row, each.event
         numbers: list[int] = np.array(read).tolist()  # the one host read of a step
         for row, each in zip(rows, taken, strict=True):
             check, numbers = numbers[: len(each.check)], numbers[len(each.check) :]
@@ -123,6 +149,19 @@ class Rows:
         canvases, opened = [_canvas(row) for row in rows], [row.opened[0] for row in rows]
         taken, opened = take_step(self.model, canvases, opened, self._mean_row)
         self._ahead = _Ahead([(c.tokens, c.plan) for c in canvases], taken, opened)
+
+    def _heard(self, taken: Taken) -> Iterator[mx.array]:
+        """Yield the arrays of a step that are computed with it: what a listener reads, and the
+        next canvas, or the arrays that it is drawn from would stay in memory until then."""
+        event = taken.event
+        yield event.draft
+        yield event.entropy
+        yield from event.candidates or ()
+        if self._are_events_computed:
+            yield event.accepted
+            yield event.certainty
+        if taken.after.has_steps_left:
+            yield taken.after.tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,19 +262,18 @@ def denoise_tokens(
     yield from rows.run()
 
 
+def check_thread(began_in: int) -> None:
+    """Raise `ThreadError` unless this is the thread with the given identifier."""
+    if threading.get_ident() != began_in:
+        raise ThreadError(
+            "a stream is read in the thread that began it, since MLX's streams belong to a thread; "
+            "Engine runs requests of any thread"
+        )
+
+
 def _canvas(row: Row) -> Canvas:
     assert row.canvas is not None
     return row.canvas
-
-
-def _heard(taken: Taken) -> Iterator[mx.array]:
-    """Yield the arrays of a step that are computed with it: what a listener reads, and the next
-    canvas, or the arrays that it is drawn from would stay in memory until then."""
-    yield taken.event.draft
-    yield taken.event.entropy
-    yield from taken.event.candidates or ()
-    if taken.after.has_steps_left:
-        yield taken.after.tokens
 
 
 def _check_prompt(

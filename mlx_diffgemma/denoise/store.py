@@ -9,6 +9,7 @@ share them, and those of sliding layers as they are at its end.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..config.model import TextConfig
 from ..errors import ConfigError
-from ..model import Context
+from ..model import Context, DiffusionGemma
 from ..model.context import LayerContext
 
 
@@ -29,7 +30,8 @@ class Node:
         self.children: list[Node] = []
         self.full: list[LayerContext] = []  # of its own part
         self.sliding: list[LayerContext] | None = None  # at its end; None if dropped
-        self.used = 0  # when it was last used
+        self.used = 0  # when it, or a text behind it, was last used
+        self.read = 0  # when its own end was last used
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +69,7 @@ class Store:
             if value < 1:
                 raise ConfigError(f"{name} of a store must be at least 1, got {value}")
         self.max_bytes, self.every = max_bytes, every
+        self._model: weakref.ref[DiffusionGemma] | None = None
         self._root = Node(None, np.zeros(0, np.int32))
         self._clock = 0
         self._bytes = 0
@@ -77,11 +80,26 @@ class Store:
         """The bytes that are kept."""
         return self._bytes
 
+    def serve(self, model: DiffusionGemma) -> None:
+        """Keep contexts of this model from now on.
+
+        Raises:
+          ConfigError: if the store has served another one.
+        """
+        with self._lock:
+            if self._model is None:
+                self._model = weakref.ref(model)
+            if self._model() is not model:
+                raise ConfigError(
+                    "a store keeps the contexts of one model, and this one has served another; "
+                    "make a store for each model"
+                )
+
     def find(self, tokens: np.ndarray, config: TextConfig) -> Context | None:
         """Return the context of the longest text that is kept and that `tokens`, int32 [S], begin
         with; at least one token is left to read. None if there is none."""
         with self._lock:
-            nodes = [n for n in self._beginnings(self._root, tokens[:-1]) if n.sliding is not None]
+            nodes = [n for n in self._beginnings(tokens[:-1]) if n.sliding is not None]
             if not nodes:
                 return None
             node = max(nodes, key=lambda n: n.length)
@@ -89,14 +107,15 @@ class Store:
             return _context(node, config)
 
     def keep(self, tokens: np.ndarray, context: Context, config: TextConfig) -> None:
-        """Keep the context of `tokens`, int32 [S], if it fits into the store."""
+        """Keep the context of `tokens`, int32 [S]. One that does not fit into the store alone is
+        not kept, and nothing is dropped for it."""
         with self._lock:
-            nodes = list(self._beginnings(self._root, tokens))
-            node = max(nodes, key=lambda n: n.length)
+            if context.nbytes > self.max_bytes:
+                return
+            node = max(self._beginnings(tokens), key=lambda n: n.length)
             if node.length < len(tokens):
                 before, node = node, Node(node, tokens[node.length :].copy())
                 node.full = _own_part(context, before.length, config)
-                mx.eval([a for layer in node.full for a in (layer.keys, layer.values)])
                 before.children.append(node)
                 self._bytes += node.nbytes
             if node.sliding is None:
@@ -106,28 +125,31 @@ class Store:
             self._use(node)
             self._make_room(node)
 
-    def _beginnings(self, node: Node, tokens: np.ndarray) -> Iterator[Node]:
-        """Yield the kept texts that the tokens begin with."""
-        yield node
-        for child in node.children:
-            own = len(child.tokens)
-            if len(tokens) >= own and np.array_equal(child.tokens, tokens[:own]):
-                yield from self._beginnings(child, tokens[own:])
+    def _beginnings(self, tokens: np.ndarray) -> Iterator[Node]:
+        """Yield the kept texts that the tokens begin with, and the root."""
+        nodes = [self._root]
+        while nodes:
+            yield (node := nodes.pop())
+            for child in node.children:
+                if np.array_equal(child.tokens, tokens[node.length : child.length]):
+                    nodes.append(child)
 
     def _use(self, node: Node) -> None:
         self._clock += 1
+        node.read = self._clock
         for each in node.path():
             each.used = self._clock
 
     def _make_room(self, newest: Node) -> None:
-        """Drop what was not used for longest: snapshots inside of texts first, then whole ends."""
+        """Drop what was not used for longest, but the newest text: snapshots inside of texts, and
+        ends of texts."""
         while self._bytes > self.max_bytes:
-            nodes = list(self._all(self._root))
+            nodes = [node for node in self._all() if node is not newest]
             inner = [n for n in nodes if n.children and n.sliding is not None]
-            leaves = [n for n in nodes if not n.children]
-            oldest = min([*inner, *leaves], key=lambda n: (n is newest, n.used, not n.children))
-            self._bytes -= oldest.nbytes
+            ends = [n for n in nodes if not n.children]
+            oldest = min([*inner, *ends], key=lambda n: n.read)
             if oldest.children:
+                self._bytes -= oldest.nbytes
                 oldest.sliding = None
                 self._bytes += oldest.nbytes
             else:
@@ -135,18 +157,19 @@ class Store:
 
     def _cut(self, node: Node) -> None:
         """Remove an end, and the texts before it that only served it."""
-        parent = node.parent
-        assert parent is not None
-        parent.children.remove(node)
-        node.full, node.sliding = [], None
-        if parent.parent is not None and not parent.children and parent.sliding is None:
-            self._bytes -= parent.nbytes
-            self._cut(parent)
+        while node.parent is not None and not node.children:
+            parent = node.parent
+            parent.children.remove(node)
+            self._bytes -= node.nbytes
+            if parent.sliding is not None:
+                break
+            node = parent
 
-    def _all(self, node: Node) -> Iterator[Node]:
-        for child in node.children:
-            yield child
-            yield from self._all(child)
+    def _all(self) -> Iterator[Node]:
+        nodes = list(self._root.children)
+        while nodes:
+            yield (node := nodes.pop())
+            nodes.extend(node.children)
 
 
 def _context(node: Node, config: TextConfig) -> Context:
@@ -171,13 +194,9 @@ def _context(node: Node, config: TextConfig) -> Context:
 
 
 def _own_part(context: Context, start: int, config: TextConfig) -> list[LayerContext]:
-    """Return the keys and values of full layers from a place on, as arrays of their own."""
+    """Return the keys and values of full layers from a place on."""
     return [
-        LayerContext(
-            mx.contiguous(layer.keys[:, :, start:]), mx.contiguous(layer.values[:, :, start:])
-        )
-        if start
-        else layer
+        _alone(LayerContext(layer.keys[:, :, start:], layer.values[:, :, start:]))
         for layer, kind in zip(context.layers, config.layers, strict=True)
         if not kind.is_sliding
     ]
@@ -185,8 +204,18 @@ def _own_part(context: Context, start: int, config: TextConfig) -> list[LayerCon
 
 def _sliding(context: Context, config: TextConfig) -> list[LayerContext]:
     return [
-        layer for layer, kind in zip(context.layers, config.layers, strict=True) if kind.is_sliding
+        _alone(layer)
+        for layer, kind in zip(context.layers, config.layers, strict=True)
+        if kind.is_sliding
     ]
+
+
+def _alone(layer: LayerContext) -> LayerContext:
+    """Return a copy of a layer. Its arrays may be views, which keep the whole in memory."""
+    none = layer.first(0)
+    copied = layer.join(none.keys, none.values)  # `mx.contiguous` copies only some views
+    mx.eval(copied.keys, copied.values)
+    return copied
 
 
 def snapshots(tokens: Sequence[int] | np.ndarray, every: int, ends: Sequence[int]) -> list[int]:

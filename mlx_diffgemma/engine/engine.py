@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,7 +41,9 @@ class Engine:
     """Runs requests of any thread together. Each writes what it would write alone.
 
     Requests begin in the order in which they came. A row joins while there is room for it, and the
-    memory of all rows together stays within the budget.
+    memory of all rows together stays within the budget. An error of one request ends that one
+    alone; an error of the model ends all that are under way, and the engine takes further ones.
+    The engine runs until it is closed, or the process ends.
     """
 
     def __init__(
@@ -57,13 +62,14 @@ class Engine:
           model: from `load`; no other thread may run it while the engine does.
           tokenizer: from `load`.
           max_rows: rows that are stepped together.
-          max_queue: requests that may wait until the ones before have begun.
+          max_queue: requests that may wait, beyond `max_rows` others.
           store: where contexts are kept across requests.
           memory_bytes: for the contexts and logits of all rows; by default what the device
             recommends, less the weights, the store and a tenth.
 
         Raises:
-          EngineError: if a limit is below 1.
+          EngineError: if a limit is below 1, or the model leaves no memory.
+          ConfigError: if the store keeps another model's contexts.
         """
         for name, value in (("max_rows", max_rows), ("max_queue", max_queue)):
             if value < 1:
@@ -74,19 +80,29 @@ class Engine:
             kept = store.max_bytes if store is not None else 0
             memory_bytes = int(recommended_bytes() * WARN_ABOVE) - weights - kept
         if memory_bytes < 1:
-            raise EngineError(f"the model leaves no memory for requests ({memory_bytes:,} bytes)")
+            raise EngineError(
+                f"memory_bytes must be at least 1, got {memory_bytes:,}: the model and the store "
+                "leave no memory for requests"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_queue, self.memory_bytes = max_rows, max_queue, memory_bytes
         self._changed = threading.Condition()
         self._queue: deque[_Entry] = deque()
-        self._is_closed = self._is_draining = False
+        self._is_closed = False
         self._entries: list[_Entry] = []  # begun; the engine's thread alone uses them
         self._owners: dict[Row, _Entry] = {}
         self._store = store
-        self._rows = Rows(model, store)
+        self._rows = Rows(model, store, are_events_computed=True)
         self._encoding = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="mlx_diffgemma engine", daemon=True)
+        self._thread = threading.Thread(
+            target=copy_context().run,  # such as the choice of the graph
+            args=(self._work,),
+            name="mlx_diffgemma engine",
+            daemon=True,
+        )
         self._thread.start()
+        # MLX aborts the process if a thread is still using it at the end.
+        atexit.register(self.close, cancel=True)
 
     def submit(self, task: Task) -> Run:
         """Queue a request and return its run.
@@ -101,8 +117,12 @@ class Engine:
         with self._changed:
             if self._is_closed:
                 raise EngineError("the engine is closed")
-            if len(self._queue) >= self.max_queue:
-                raise EngineError(f"{self.max_queue} requests are waiting already; try again later")
+            if len(self._queue) + len(self._entries) >= self.max_rows + self.max_queue:
+                raise EngineError(
+                    f"the queue is full: {len(self._entries)} requests are under way and "
+                    f"{len(self._queue)} wait (max_rows={self.max_rows}, "
+                    f"max_queue={self.max_queue}); try again later"
+                )
             self._queue.append(_Entry(Running(job), channel))
             self._changed.notify_all()
         return Run(channel, self._cancel)
@@ -118,6 +138,7 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         return self
@@ -152,8 +173,11 @@ class Engine:
                     except Exception as error:  # such as a lack of memory: it may be any row's
                         self._fail_all(error)
         finally:
-            self._fail_all(EngineError("the engine's thread has ended"))
-            self._rows = Rows(self.model, self._store)
+            with self._changed:
+                self._is_closed = True
+                self._entries.extend(self._queue)
+                self._queue.clear()
+            self._fail_all(EngineError("its thread has ended"))
             mx.clear_streams()  # or the process aborts when it ends
             mx.clear_cache()
 
@@ -167,9 +191,9 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         with self._changed:
-            dropped = [entry for entry in self._queue if entry.channel.is_cancelled]
-            self._queue = deque(e for e in self._queue if not e.channel.is_cancelled)
-        for entry in [*dropped, *(e for e in self._entries if e.channel.is_cancelled)]:
+            dropped = [e for e in (*self._queue, *self._entries) if e.channel.is_cancelled]
+            self._queue = deque(e for e in self._queue if e not in dropped)
+        for entry in dropped:
             self._end(entry, END)
 
     def _begin(self) -> None:
@@ -193,8 +217,8 @@ class Engine:
                 needed = self._bytes_of(row)
                 if needed > self.memory_bytes:
                     error = EngineError(
-                        f"the request needs {needed / 1e9:.2f} GB for {row.most_tokens} tokens, "
-                        f"and the engine has {self.memory_bytes / 1e9:.2f} GB for all rows; ask "
+                        f"the request needs {_gigabytes(needed)} for {row.most_tokens} tokens, "
+                        f"and the engine has {_gigabytes(self.memory_bytes)} for all rows; ask "
                         "for fewer tokens"
                     )
                     self._end(entry, Failure(error))
@@ -221,14 +245,15 @@ class Engine:
     def _advance(self) -> None:
         """Step all rows once, and pass their events to their jobs."""
         for row, event in self._rows.advance():
-            entry = self._owners.get(row)
-            if entry is None or entry.channel.is_cancelled:
-                continue
-            self._hear(entry, entry.running.take(event))
+            entry = self._owners.get(row)  # None if its request has ended
+            if entry is not None and not entry.channel.is_cancelled:
+                self._hear(entry, entry.running.take(event))
         for row in [row for row in self._owners if row.is_done]:
-            owner = self._owners.pop(row)
-            if row in owner.rows:
-                owner.rows.remove(row)
+            self._owners.pop(row).rows.remove(row)
+        for entry in list(self._entries):
+            if not (entry.rows or entry.waiting or entry.channel.is_cancelled):
+                error = EngineError("the request waits for events, but none of its rows is left")
+                self._end(entry, Failure(error))
 
     def _hear(self, entry: _Entry, words: Iterator[Any]) -> None:
         """Pass on what a job says, and take the rows that it asks for."""
@@ -248,19 +273,25 @@ class Engine:
         """End a request with a last word."""
         for row in entry.rows:
             self._rows.remove(row)
+            self._owners.pop(row, None)
         entry.rows.clear()
         entry.waiting.clear()
         with self._changed:
             if entry in self._entries:
                 self._entries.remove(entry)
-        entry.running.close()
+        try:
+            entry.running.close()
+        except Exception as error:  # of the job's own tidying up
+            word = Failure(error) if word is END else word
         entry.channel.put(word)
         if word is not END:
             entry.channel.put(END)
 
     def _fail_all(self, error: Exception) -> None:
         """End all requests under way with an error; the engine goes on with the next ones."""
-        self._rows, self._owners = Rows(self.model, self._store), {}
+        traceback.clear_frames(error.__traceback__)  # askers keep the error, not the rows' arrays
+        self._rows = Rows(self.model, self._store, are_events_computed=True)
+        self._owners.clear()
         for entry in list(self._entries):
             reason = EngineError(f"the engine failed: {type(error).__name__}: {error}")
             reason.__cause__ = error
@@ -272,3 +303,7 @@ def _arrays(said: Any) -> list[mx.array]:
     values = [getattr(said, f.name) for f in fields(said)] if is_dataclass(said) else []
     values += [x for value in values if isinstance(value, tuple) for x in value]
     return [value for value in values if isinstance(value, mx.array)]
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -24,7 +24,7 @@ class Channel:
         self.is_cancelled = False
 
     def put(self, said: Any) -> None:
-        """Add an event, an error to raise, or END."""
+        """Add an event, a failure, or END, which comes last."""
         with self._changed:
             self._words.append(said)
             self._changed.notify_all()
@@ -102,7 +102,6 @@ class Run:
 
     def _heard(self, said: Any) -> Any:
         if isinstance(said, Failure):
-            self._channel.put(END)
             raise said.error
         return said
 

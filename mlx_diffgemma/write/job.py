@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..checkpoint.memory import generation_limits
-from ..denoise.loop import RowFailed, Rows
+from ..denoise.loop import RowFailed, Rows, check_thread
 from ..denoise.row import Row
 from ..denoise.store import Store
-from ..errors import ThreadError
 from ..events import LoopEvent
 from ..model import DiffusionGemma
 
@@ -94,11 +93,7 @@ def run_jobs(
     def saying(number: int, words: Iterator[Any]) -> Iterator[tuple[int, Any]]:
         for said in words:
             yield number, said
-            if threading.get_ident() != thread:
-                raise ThreadError(
-                    "a stream is read in the thread that began it, since MLX's streams belong to a "
-                    "thread; Engine runs requests of any thread"
-                )
+            check_thread(thread)
         for row in running[number].asked:
             rows.add(row)
             owners[row] = number
