@@ -32,7 +32,7 @@ WINGS = {
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load info",
     "denoise": "schedule sampler pinned noise stopping canvas store row step loop",
-    "write": "job writer verbose generate fill edit",
+    "write": "job writer verbose generate fill edit chat_file chat",
     "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
