@@ -40,7 +40,8 @@ WINGS = {
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt program options render render_convert render_train render_watch "
-    "render_doctor output convert generate fill edit info doctor models train fuse",
+    "render_doctor render_chat output lines session convert generate chat fill edit info doctor "
+    "models train fuse",
     "__main__": "",
     "demo": "",
 }

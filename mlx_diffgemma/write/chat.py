@@ -193,6 +193,11 @@ class Chat:
         return [m["content"] for m in self._messages if m["role"] == "user"]
 
     @property
+    def unsent(self) -> str | None:
+        """The message that got no answer, if it was the last one; `retry` sends it again."""
+        return None if self._unsent is None else self._unsent[-1]["content"]
+
+    @property
     def open_calls(self) -> list[ToolCall]:
         """The tool calls that wait for a result."""
         answered = set()
