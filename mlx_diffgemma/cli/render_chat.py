@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from .render import View, cut, printable, wrapped
 
 _FENCE = re.compile(r" {0,3}(```+|~~~+)")
 _LIST = re.compile(r"\s*([-*+]|\d+[.)])\s")
+_FRAME = re.compile(r"\A\n+|\n+\Z")  # blank lines around a block
 _HARD_SPACE = "\xa0"
 
 
@@ -58,7 +60,16 @@ class ChatView(View):
         super().close()
 
     def note(self, line: str) -> None:
-        super().note(printable(line))
+        """Print a note, on a terminal broken between words."""
+        self._erase()
+        self._console.print(printable(line), style="dim", markup=False, soft_wrap=not self.is_live)
+
+    def listing(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Print names and what they do, in two columns."""
+        indent = max(len(name) for name, _ in rows) + 2
+        for name, does in rows:
+            lines = textwrap.wrap(does, max(20, self._console.width - indent - 1))
+            self.note(f"{name:<{indent}}" + f"\n{'':<{indent}}".join(lines))
 
     def error(self, line: str) -> None:
         """Print what could not be done, in one line on stderr."""
@@ -75,11 +86,12 @@ class ChatView(View):
             return
         self._erase()
         with self._console.capture() as captured:
-            if self._has_printed:
-                self._console.print()
             self._console.print(markdown(text))
+        if self._has_printed:
+            self._write("\n")
         self._has_printed = True
-        self._write(captured.get().replace(_HARD_SPACE, " "))
+        lines = captured.get().replace(_HARD_SPACE, " ").split("\n")
+        self._write(_FRAME.sub("", "\n".join(line.rstrip(" ") for line in lines)) + "\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,8 @@ class Session:
     def run(self, first: str | None = None) -> None:
         """Carry out all lines, after a first one."""
         if first is not None:
+            if self._lines.is_terminal:
+                self._view.note(f"> {first}")
             self._do(lambda: self._turn(self._chat.send(first)))
         while self._do(self._next):
             pass
@@ -175,6 +177,10 @@ class Session:
         totals.last = summary
         totals.answers += 1
         totals.new_tokens += summary.new_tokens
+        self._view.summary(
+            f"{summary.new_tokens} tokens, {summary.steps} steps, "
+            f"{summary.tokens_per_second:.1f} tokens/s"
+        )
         for call in self._chat.open_calls:
             self._view.note(f"the next line is the result of {call.id} ({call.name})")
         if not last["content"].strip() and "tool_calls" not in last:
@@ -189,9 +195,8 @@ class Session:
             self._view.note("stopped; what is written so far stays, and /undo takes it back")
 
     def _help(self) -> None:
-        width = max(len(f"{name} {takes}") for name, (takes, _) in COMMANDS.items())
-        for name, (takes, does) in COMMANDS.items():
-            self._view.note(f"{f'{name} {takes}':<{width}}  {does}")
+        rows = [(f"{name} {takes}", does) for name, (takes, does) in COMMANDS.items()]
+        self._view.listing(rows)
         for line in _TYPING:
             self._view.note(line)
 

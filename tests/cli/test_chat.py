@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import time
+from functools import partial
 
 import pytest
+from rich.console import Console
+from rich.text import Text as Styled
 
 from mlx_diffgemma.cli.chat import chat
+from mlx_diffgemma.cli.render_chat import ChatView, Settling, markdown, split_blocks
 from mlx_diffgemma.cli.session import setting_named, value_of
 from mlx_diffgemma.errors import ChatError
-from tests.cli.test_cli import invoke
+from tests.cli.test_cli import ROOT, invoke
+from tests.cli.test_render import ESCAPE
 
 # The bundled model answers a first message in a few steps; the limits are for the others.
 QUICK = ("--seed", "7", "--max-tokens", "24", "--canvas-length", "24")
@@ -158,3 +170,175 @@ def test_names_and_values_of_settings():
     )  # fmt: skip
     with pytest.raises(ChatError, match="no setting 'x'"):
         setting_named("x")
+
+
+# --- a terminal ---
+
+# Time to press keys between steps.
+SLOW = """
+import sys, time
+from mlx_diffgemma.cli import chat, render_chat
+seconds, draft = float(sys.argv.pop(1)), render_chat.ChatView.draft
+def slow_draft(self, pieces, caption):
+    draft(self, pieces, caption)
+    time.sleep(seconds)
+render_chat.ChatView.draft = slow_draft
+chat.main()
+"""
+CTRL_C, CTRL_D, ENTER, NEW_LINE, LEFT = "\x03", "\x04", "\r", "\x1b\r", "\x1b[D"
+
+
+class Typist:
+    """Types at a chat in a terminal, and reads what it shows."""
+
+    def __init__(self, seconds: float, *options: str, rows: int = 24, columns: int = 60) -> None:
+        fcntl = pytest.importorskip("fcntl", reason="no pseudo-terminals on this system")
+        termios = pytest.importorskip("termios", reason="no pseudo-terminals on this system")
+        self.master, slave = os.openpty()
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TERM": "xterm"}
+        environment |= {"PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody answers where the cursor is
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, str(seconds), *options],
+            pass_fds=(slave,),
+            env=environment,
+            preexec_fn=partial(os.login_tty, slave),  # Ctrl-C is sent to its session
+        )
+        os.close(slave)
+        self.raw = b""
+
+    @property
+    def seen(self) -> str:
+        return ESCAPE.sub(b"", self.raw).replace(b"\r", b"").decode("utf-8", "replace")
+
+    def wait_for(self, words: str, *, seconds: float = 30) -> str:
+        """Read until the words are there; return what came with them, and begin anew."""
+        until = time.monotonic() + seconds
+        while words not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], max(0, until - time.monotonic()))
+            assert ready, f"no {words!r} in {self.seen!r}"
+            self.raw += os.read(self.master, 65536)
+        seen, self.raw = self.seen, b""
+        return seen
+
+    def type(self, *keys: str) -> None:
+        os.write(self.master, "".join(keys).encode())
+
+    def end(self) -> int:
+        """Read to the end; the exit code."""
+        try:
+            while chunk := os.read(self.master, 65536):
+                self.raw += chunk
+        except OSError:  # Linux ends a closed terminal so
+            pass
+        return self.process.wait(timeout=30)
+
+
+def test_a_person_at_a_terminal(tmp_path):
+    file = tmp_path / "chat.json"
+    typist = Typist(0.15, "--seed", "7", "--canvas-length", "24", "--max-tokens", "72")
+    assert "Ctrl-D leaves" in typist.wait_for("leaves\n>")
+    typist.type("Count from 12 to x.", LEFT, "\x7f15", ENTER)  # the line is edited
+    shown = typist.wait_for("tokens/s")
+    assert "canvas 1, step 1" in shown and "12 13 14 15" in shown
+    # A stopped answer without any text: the conversation is what it was.
+    typist.type("Sort: 3 1", NEW_LINE, "2", ENTER)
+    typist.wait_for("canvas 1, step 2")
+    typist.type(CTRL_C)
+    assert "stopped before there was any text; /retry" in typist.wait_for("again")
+    typist.type("/retry", ENTER)
+    typist.wait_for("canvas 1, step 2")
+    typist.type(CTRL_C)
+    typist.wait_for("again")
+    typist.type(f"/save {file}", ENTER)
+    typist.wait_for("wrote")
+    typist.type("/unod", ENTER)
+    assert "did you mean /undo?" in typist.wait_for("/undo?")
+    typist.type("half a line", CTRL_C)
+    assert "leaves" in typist.wait_for("leaves)")
+    typist.type("/edit 1", ENTER)
+    typist.wait_for("1> Count from 12 to 15.")
+    typist.type("\x7f\x7f8.", ENTER)
+    assert "12 13 14 15 16 17 18" in typist.wait_for("tokens/s")
+    typist.type("/undo", ENTER)
+    assert "took back: Count from 12 to 18." in typist.wait_for("18.\n")
+    typist.type(f"/load {file}", ENTER)
+    assert "1> Count from 12 to 15." in typist.wait_for("15.\n")
+    saved = json.loads(file.read_text())["messages"]
+    assert [message["content"] for message in saved] == [COUNT, "12 13 14 15"]
+    # A stopped answer with text: the text stays.
+    typist.type("/reset", ENTER, "/set canvas_length 8", ENTER, "Count from 12 to 90.", ENTER)
+    typist.wait_for("canvas 3, step 1")
+    typist.type(CTRL_C)
+    typist.wait_for("stopped; what is written so far stays")
+    typist.type(f"/save {file}", ENTER)
+    typist.wait_for("wrote")
+    asked, said = json.loads(file.read_text())["messages"]
+    assert asked["content"] == "Count from 12 to 90." and said["content"].startswith("12 13 14")
+    typist.type(CTRL_D)
+    assert typist.end() == 0
+    assert "Traceback" not in typist.seen
+
+
+# --- Markdown ---
+
+
+def shown(*pieces: str, monkeypatch, width: int = 40) -> str:
+    """What a terminal has of an answer in the end, without colours."""
+    view, written = ChatView(markdown=True), io.StringIO()
+    view._console = Console(file=io.StringIO(), force_terminal=True, width=width, height=12)
+    monkeypatch.setattr(view, "_is_markdown", True)
+    monkeypatch.setattr(view, "is_live", True)
+    monkeypatch.setattr(view, "_write", written.write)
+    for piece in pieces:
+        view.answer(piece)
+        view.draft([("draft ", True), ("more", False)], "canvas 1, step 1")
+    view.close()
+    return ESCAPE.sub(b"", written.getvalue().encode()).decode()
+
+
+def test_markdown_loses_nothing_of_the_text(monkeypatch):
+    """Line breaks, indents and HTML, which Markdown gives another meaning, stay."""
+    text = (
+        "1 2\n3 4\n\ndef f(x):\n    return <b>x</b>\n\nuse <div> & co, \x1b[2Jthen [a](http://b)\n"
+    )
+    assert shown(text, monkeypatch=monkeypatch).splitlines() == [
+        "1 2", "3 4", "", "def f(x):", "    return <b>x</b>", "",
+        "use <div> & co, ·[2Jthen a (http://b)",
+    ]  # fmt: skip
+
+
+def test_markdown_is_styled_and_pieces_are_joined(monkeypatch):
+    pieces = (
+        "# Ti",
+        "tle\n\nsome *wo",
+        "rds*\n\n- one\n- two\n\n```py",
+        "thon\nx = 1\n\ny = 2\n```\nend",
+    )
+    lines = [line.strip() for line in shown(*pieces, monkeypatch=monkeypatch).splitlines()]
+    for line in ("some words", "• one", "• two", "x = 1", "y = 2", "end"):
+        assert line in lines, lines
+    assert any("Title" in line for line in lines) and not any("`" in line for line in lines)
+
+
+def test_blocks_are_split_where_no_text_behind_can_change_them():
+    assert split_blocks("a\n\nb") == ("a\n\n", "b")
+    for text in ("a\n\n", "a\nb", "```\na\n\nb", "- a\n\n  b", "````\n```\n\na", "~~~\n```\n\na"):
+        assert split_blocks(text) == ("", text)
+    assert split_blocks("```\na\n\nb\n```\n\nc\n\n") == ("```\na\n\nb\n```\n\n", "c\n\n")
+
+
+@pytest.mark.parametrize("height", [1, 2, 4, 8, 40])
+def test_the_settling_picture_leaves_one_line_free(height):
+    console = Console(width=20, height=height, force_terminal=True)
+    block = markdown("\n".join(f"line {i}" for i in range(12)))
+    picture = Settling(block, Styled("word " * 8), Styled("canvas 1"))
+    with console.capture() as capture:
+        console.print(picture, end="")
+    lines = ESCAPE.sub(b"", capture.get().encode()).decode().split("\n")
+    lines = [line.rstrip() for line in lines if line.strip()]
+    assert len(lines) == min(height - 1, 12 + 2 + 1)
+    if height >= 8:
+        assert lines[-3:] == ["word word word word", "word word word word", "canvas 1"]
+        assert lines[-4] == "line 11"
