@@ -27,7 +27,7 @@ from .job import Job, Task, run_jobs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# For the contexts of a chat: at the shapes of the 26B model, three snapshots of a chat of 32K.
+# For the contexts of a chat: at the shapes of the 26B model, 32K tokens and six snapshots of them.
 _STORE_BYTES = 2_000_000_000
 _STORE_SHARE = 8  # at most this part of the memory that the device recommends
 _SEEDS = 2**63

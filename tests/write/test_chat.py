@@ -11,6 +11,7 @@ import pytest
 
 from mlx_diffgemma import (
     Chat,
+    DiffGemmaError,
     Engine,
     GenerationSettings,
     Store,
@@ -20,7 +21,7 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
-from mlx_diffgemma.errors import ChatError, ConfigError, DiffGemmaError, SourceError
+from mlx_diffgemma.errors import ChatError, ConfigError, SourceError
 from mlx_diffgemma.events import (
     BrokenToolCall,
     CanvasCommitted,
