@@ -101,6 +101,7 @@ def _keys() -> Any:
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
+    @keys.add("escape", "c-j")  # as a terminal gives it when it was pressed before the prompt
     def _(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 

@@ -260,15 +260,19 @@ class Chat:
         self._messages, self._unsent = [*self._messages, message], None
 
     def undo(self) -> str:
-        """Remove the last message and its answer; return the message.
+        """Remove the last message and its answer, or the last one that could not be answered;
+        return the message.
 
         Raises:
           ChatError: if there is none.
         """
         self._check_idle()
+        if (unsent := self.unsent) is not None:
+            self._unsent = None
+            return unsent
         start = self._start_of(len(self.turns))
         text: str = self._messages[start]["content"]
-        self._messages, self._unsent = self._messages[:start], None
+        self._messages = self._messages[:start]
         return text
 
     def retry(self) -> Generator[Event, None, None]:

@@ -212,10 +212,14 @@ class Typist:
     def seen(self) -> str:
         return ESCAPE.sub(b"", self.raw).replace(b"\r", b"").decode("utf-8", "replace")
 
-    def wait_for(self, words: str, *, seconds: float = 30) -> str:
+    def prompted(self, words: str) -> str:
+        """Wait for the words and the prompt behind them; return what was shown."""
+        return self.wait_for(words, "\n>")
+
+    def wait_for(self, words: str, behind: str = "", *, seconds: float = 60) -> str:
         """Read until the words are there; return what came with them, and begin anew."""
         until = time.monotonic() + seconds
-        while words not in self.seen:
+        while words not in self.seen or behind not in self.seen.partition(words)[2]:
             ready, _, _ = select.select([self.master], [], [], max(0, until - time.monotonic()))
             assert ready, f"no {words!r} in {self.seen!r}"
             self.raw += os.read(self.master, 65536)
@@ -238,42 +242,42 @@ class Typist:
 def test_a_person_at_a_terminal(tmp_path):
     file = tmp_path / "chat.json"
     typist = Typist(0.15, "--seed", "7", "--canvas-length", "24", "--max-tokens", "72")
-    assert "Ctrl-D leaves" in typist.wait_for("leaves\n>")
+    assert "Ctrl-D leaves" in typist.prompted("leaves")
     typist.type("Count from 12 to x.", LEFT, "\x7f15", ENTER)  # the line is edited
-    shown = typist.wait_for("tokens/s")
+    shown = typist.prompted("tokens/s")
     assert "canvas 1, step 1" in shown and "12 13 14 15" in shown
     # A stopped answer without any text: the conversation is what it was.
     typist.type("Sort: 3 1", NEW_LINE, "2", ENTER)
     typist.wait_for("canvas 1, step 2")
     typist.type(CTRL_C)
-    assert "stopped before there was any text; /retry" in typist.wait_for("again")
+    assert "stopped before there was any text; /retry" in typist.prompted("again")
     typist.type("/retry", ENTER)
     typist.wait_for("canvas 1, step 2")
     typist.type(CTRL_C)
-    typist.wait_for("again")
+    typist.prompted("again")
     typist.type(f"/save {file}", ENTER)
-    typist.wait_for("wrote")
+    typist.prompted("wrote")
     typist.type("/unod", ENTER)
-    assert "did you mean /undo?" in typist.wait_for("/undo?")
+    assert "did you mean /undo?" in typist.prompted("/undo?")
     typist.type("half a line", CTRL_C)
-    assert "leaves" in typist.wait_for("leaves)")
+    assert "leaves" in typist.prompted("leaves)")
     typist.type("/edit 1", ENTER)
     typist.wait_for("1> Count from 12 to 15.")
     typist.type("\x7f\x7f8.", ENTER)
-    assert "12 13 14 15 16 17 18" in typist.wait_for("tokens/s")
+    assert "12 13 14 15 16 17 18" in typist.prompted("tokens/s")
     typist.type("/undo", ENTER)
-    assert "took back: Count from 12 to 18." in typist.wait_for("18.\n")
+    assert "took back: Count from 12 to 18." in typist.prompted("18.")
     typist.type(f"/load {file}", ENTER)
-    assert "1> Count from 12 to 15." in typist.wait_for("15.\n")
+    assert "1> Count from 12 to 15." in typist.prompted("15.")
     saved = json.loads(file.read_text())["messages"]
     assert [message["content"] for message in saved] == [COUNT, "12 13 14 15"]
     # A stopped answer with text: the text stays.
     typist.type("/reset", ENTER, "/set canvas_length 8", ENTER, "Count from 12 to 90.", ENTER)
     typist.wait_for("canvas 3, step 1")
     typist.type(CTRL_C)
-    typist.wait_for("stopped; what is written so far stays")
+    typist.prompted("stopped; what is written so far stays")
     typist.type(f"/save {file}", ENTER)
-    typist.wait_for("wrote")
+    typist.prompted("wrote")
     asked, said = json.loads(file.read_text())["messages"]
     assert asked["content"] == "Count from 12 to 90." and said["content"].startswith("12 13 14")
     typist.type(CTRL_D)
