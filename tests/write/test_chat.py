@@ -207,7 +207,7 @@ def test_edit_replaces_a_message_and_drops_the_rest(talked):
 def test_reset_and_reseed_begin_the_seeds_again():
     chat = chat_with(settings=replace(SETTINGS, seed=2**63 - 1))
     first = text_of(chat.send(SORT))
-    text_of(chat.retry())  # the seed after the greatest one is 0
+    text_of(chat.retry())
     chat.reset()
     assert text_of(chat.send(SORT)) == first
     chat.reset()
@@ -304,6 +304,21 @@ def test_a_tool_call_waits_for_its_result_and_the_model_goes_on():
     assert not any("reasoning" in message for message in chat.messages)
     list(chat.edit(1, "e"))
     assert chat.messages == [user("e"), assistant("Warm.")]
+
+
+def test_every_answer_is_drawn_under_the_next_seed():
+    chat, engine = scripted(Text("b", "answer"))
+    for events in (chat.send("a"), chat.retry(), chat.edit(1, "c")):
+        list(events)
+    next(chat.send("d"))  # dropped before its end, but with text
+    chat.reseed(2**63 - 1)
+    list(chat.send("e"))
+    list(chat.send("f"))  # the seed after the greatest one is 0
+    seeds = [task.request.settings.seed for task in engine.tasks]
+    assert seeds == [7, 8, 9, 10, 2**63 - 1, 0]
+    chat.reseed(None)
+    list(chat.send("g"))
+    assert engine.tasks[-1].request.settings.seed is None
 
 
 def test_a_failed_resume_keeps_the_results():
