@@ -1179,10 +1179,10 @@ FAULTS = (
         (CHAT_CLI,),
     ),
     Fault(
-        "chat command: Ctrl-C ends it",
+        "chat command: Ctrl-C does not stop an answer",
         "cli/session.py",
-        'stopping(self._ask_stop, b"") if self._lines.is_terminal else nullcontext()',
-        "nullcontext()",
+        "    def _ask_stop(self) -> None:\n        self._is_stopping = True",
+        "    def _ask_stop(self) -> None:\n        self._is_stopping = False",
         (CHAT_CLI,),
     ),
     Fault(
