@@ -76,10 +76,10 @@ def settings_page() -> str:
         GENERATED,
         "## A run",
         "The fields of `GenerationSettings`, and the options of `mlx_diffgemma.generate`, "
-        "`mlx_diffgemma.fill` and `mlx_diffgemma.edit`. A value that you give always wins. Where "
-        "you give none, the policy decides, then the checkpoint's `generation_config.json`, then "
-        "the default in this table. A setting that has no effect together with another one is an "
-        "error.",
+        "`mlx_diffgemma.chat`, `mlx_diffgemma.fill` and `mlx_diffgemma.edit`. A value that you "
+        "give always wins. Where you give none, the policy decides, then the checkpoint's "
+        "`generation_config.json`, then the default in this table. A setting that has no effect "
+        "together with another one is an error.",
         settings_table(GenerationSettings),
         "A policy sets several of them:",
         "\n".join(policies),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .language.prompt import encode_prompt as encode_prompt
     from .language.template import Template as Template
     from .language.tokenizer import load_tokenizer as load_tokenizer
+    from .write.chat import Chat as Chat
     from .write.edit import Selection as Selection
     from .write.edit import edit as edit
     from .write.fill import fill as fill
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 # Public name -> the file that defines it.
 _HOME = {
+    "Chat": "write.chat",
     "DiffGemmaError": "errors",
     "Engine": "engine.engine",
     "GenerationSettings": "config.generation",

@@ -2,6 +2,7 @@
 
 import typer
 
+from .cli.chat import chat
 from .cli.convert import convert
 from .cli.doctor import doctor
 from .cli.edit import edit
@@ -22,6 +23,7 @@ def main() -> None:
         help="DiffusionGemma on MLX: text that settles out of noise, 256 tokens at a time.",
     )
     app.command()(generate)
+    app.command()(chat)
     app.command()(fill)
     app.command()(edit)
     app.command()(info)

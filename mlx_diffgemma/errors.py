@@ -50,6 +50,10 @@ class EngineError(DiffGemmaError):
     """An engine that cannot take a request, or has ended it."""
 
 
+class ChatError(DiffGemmaError):
+    """A chat that cannot do what is asked, or a file that is no saved chat."""
+
+
 class LossError(DiffGemmaError):
     """A loss that is not finite."""
 

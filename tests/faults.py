@@ -44,6 +44,7 @@ CHECKS, OUTCOME = "tests/doctor/test_checks.py", "tests/doctor/test_outcome.py"
 DEVICE = "tests/doctor/test_device.py"
 FLOORS, MACHINE = "tests/doctor/test_floors.py", "tests/doctor/test_machine.py"
 SPEED, ANSWERS = "tests/doctor/test_speed.py", "tests/doctor/test_answers.py"
+CHAT, CHAT_CLI = "tests/write/test_chat.py", "tests/cli/test_chat.py"
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
 
 
@@ -1274,6 +1275,102 @@ FAULTS = (
         "with reference():\n        return _to_host(build())",
         "with under_test():\n        return _to_host(build())",
         (DEVICE,),
+    ),
+    Fault(
+        "chat: thoughts before a call stay in the history",
+        "write/chat.py",
+        'for k, v in m.items() if k != "reasoning"}',
+        "for k, v in m.items()}",
+        (CHAT,),
+    ),
+    Fault(
+        "chat: text before a call goes into the calling message",
+        "write/chat.py",
+        """        if self.answer.strip():
+            before =""",
+        """        calling["content"] = self.answer
+        if not self.answer.strip():
+            before =""",
+        (CHAT,),
+    ),
+    Fault(
+        "chat: an answer cut off without text counts",
+        "write/chat.py",
+        "return self.is_finished or bool(self.answer.strip() or self.calls)",
+        "return True",
+        (CHAT,),
+    ),
+    Fault(
+        "chat: an interrupted answer is dropped",
+        "write/chat.py",
+        "return self.is_finished or bool(self.answer.strip() or self.calls)",
+        "return self.is_finished",
+        (CHAT,),
+    ),
+    Fault(
+        "chat: every answer has the same seed",
+        "write/chat.py",
+        "seed=(settings.seed + self._answers) % _SEEDS",
+        "seed=settings.seed",
+        (CHAT,),
+    ),
+    Fault(
+        "chat: the store is not used",
+        "write/chat.py",
+        "run_jobs(self._model, [job], self.store)",
+        "run_jobs(self._model, [job])",
+        (CHAT,),
+    ),
+    Fault(
+        "chat: an engine's run is not cancelled",
+        "write/chat.py",
+        "            run.cancel()",
+        "            pass",
+        (CHAT,),
+    ),
+    Fault(
+        "chat: saving replaces any file",
+        "write/chat_file.py",
+        "    if file.exists():\n        try:",
+        "    if False:\n        try:",
+        (CHAT,),
+    ),
+    Fault(
+        "chat: a message before the results of calls is read from a file",
+        "write/chat_file.py",
+        "        elif open_calls:",
+        "        elif False:",
+        (CHAT,),
+    ),
+    Fault(
+        "chat command: an error ends it",
+        "cli/session.py",
+        """            self.has_failed = True
+        except""",
+        """            return False
+        except""",
+        (CHAT_CLI,),
+    ),
+    Fault(
+        "chat command: Ctrl-C does not stop an answer",
+        "cli/session.py",
+        "    def _ask_stop(self) -> None:\n        self._is_stopping = True",
+        "    def _ask_stop(self) -> None:\n        self._is_stopping = False",
+        (CHAT_CLI,),
+    ),
+    Fault(
+        "chat command: Markdown joins lines",
+        "cli/render_chat.py",
+        'child.type = "hardbreak"',
+        "pass",
+        (CHAT_CLI,),
+    ),
+    Fault(
+        "chat command: Markdown drops HTML",
+        "cli/render_chat.py",
+        '{"html": False}',
+        '{"html": True}',
+        (CHAT_CLI,),
     ),
 )
 

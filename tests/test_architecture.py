@@ -32,7 +32,7 @@ WINGS = {
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load info",
     "denoise": "schedule sampler pinned noise stopping canvas store row step loop",
-    "write": "job writer verbose generate fill edit",
+    "write": "job writer verbose generate fill edit chat_file chat",
     "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
@@ -40,7 +40,8 @@ WINGS = {
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt program options render render_convert render_train render_watch "
-    "render_doctor output convert generate fill edit info doctor models train fuse",
+    "render_doctor render_chat output lines session convert generate chat fill edit info doctor "
+    "models train fuse",
     "__main__": "",
     "demo": "",
 }

@@ -29,6 +29,7 @@ sys.meta_path.insert(0, Finder)
 WITHOUT_TORCH = "import sys\nsys.modules['torch'] = None\n"
 COMMANDS = {
     "generate": ["--prompt", "hi"],
+    "chat": ["--prompt", "hi"],
     "fill": ["a {{gap}}"],
     "edit": ["notes.txt", "--select", "1:1-1:2", "--prompt", "hi"],
     "train": ["--train", "--model", "model", "--data", "data"],

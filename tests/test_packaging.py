@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OWN = {"mlx_diffgemma", "tests", "bench", "recipes", "make", "tasks"}
 # Modules whose distribution has another name, apart from case and hyphens.
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml"}
 # Declared and imported nowhere, because another program or package uses them.
 READ_BY_TRANSFORMERS = {"sentencepiece"}
 TOOLS = {"pytest-xdist", "ruff", "mypy", "build", "types-pyyaml"}

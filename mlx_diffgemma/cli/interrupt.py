@@ -25,13 +25,16 @@ if (
 
 
 @contextmanager
-def stopping(stop: Callable[[], None]) -> Iterator[None]:
+def stopping(
+    stop: Callable[[], None],
+    said: bytes = b"stopping after this batch; press Ctrl-C again to stop at once\n",
+) -> Iterator[None]:
     """Let the first Ctrl-C request a stop, which waits for a good moment; the second does not
     wait."""
 
     def ask(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"stopping after this batch; press Ctrl-C again to stop at once\n")
+        os.write(2, said)
         stop()
 
     before = signal.signal(signal.SIGINT, ask)

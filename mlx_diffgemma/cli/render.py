@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text as Styled
 
@@ -59,10 +59,10 @@ class View:
         if not self.is_live:
             return
         canvas = Styled()
-        canvas.append(_printable(self._open_thought), style="dim")
+        canvas.append(printable(self._open_thought), style="dim")
         canvas.append(self._open_line)
         for piece, accepted in pieces:
-            canvas.append(_printable(piece), style="" if accepted else "dim cyan")
+            canvas.append(printable(piece), style="" if accepted else "dim cyan")
         self._draw(caption, canvas)
 
     def answer(self, piece: str) -> None:
@@ -94,7 +94,7 @@ class View:
             self._erase()
             self._write(self._open_line + "\n")
             self._open_line, self._ends_with_break = "", True
-        self.note(_printable(line))
+        self.note(printable(line))
 
     def object(self, value: dict[str, Any]) -> None:
         """Print one line of JSON on stdout."""
@@ -169,18 +169,20 @@ class View:
     def _print_thought(self, lines: str) -> None:
         self._erase()
         if self.is_live:
-            self._console.print(_printable(lines), style="dim", markup=False, soft_wrap=True)
+            self._console.print(printable(lines), style="dim", markup=False, soft_wrap=True)
         else:  # a file or a pipe: no line break that the model did not write
-            print(_printable(lines), file=sys.stderr, flush=True)
+            print(printable(lines), file=sys.stderr, flush=True)
 
     def _draw(self, caption: str, canvas: Styled | None = None) -> None:
+        self._show(Fitted(canvas or Styled(), Styled(caption, style="dim italic")))
+
+    def _show(self, picture: RenderableType) -> None:
         if not self.is_live:
             return
         with self._drawing():
             if self._live is None:
                 self._live = Live(console=self._console, transient=True, auto_refresh=False)
                 self._live.start()
-            picture = Fitted(canvas or Styled(), Styled(caption, style="dim italic"))
             self._live.update(picture, refresh=True)
 
     def _erase(self) -> None:
@@ -253,7 +255,7 @@ def cut(lines: list[Styled], room: int) -> list[Styled]:
     return [*lines[:kept], Styled(f"({len(lines) - kept} more lines)", "dim")][:room]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Remove control characters, which a canvas may hold, before they reach the terminal."""
     return "".join(c if c == "\n" or c.isprintable() else "·" for c in text)
 

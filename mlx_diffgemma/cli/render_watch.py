@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text as Styled
 
-from .render import View, _printable, cut, wrapped
+from .render import View, cut, printable, wrapped
 
 if TYPE_CHECKING:
     from ..language.text import CanvasToken
@@ -133,7 +133,7 @@ class Frame:
     def _head(self, console: Console, width: int, room: int) -> list[Styled]:
         """Return the lines that fit: the canvas from its start, and the end of the text before
         it."""
-        before = Styled(_printable(self.so_far), style="dim")
+        before = Styled(printable(self.so_far), style="dim")
         lines = wrapped(console, Styled.assemble(before, canvas_text(self.tokens)), width)
         first = max(0, len(wrapped(console, before, width)) - 1)  # of the canvas
         first = max(0, min(first, len(lines) - room))
@@ -186,4 +186,4 @@ def _visible(token: CanvasToken, *, line_break: str = LINE_BREAK + "\n") -> str:
         return END
     if token.kind == "pad":
         return PAD
-    return line_break.join(_printable(line) for line in token.text.split("\n"))
+    return line_break.join(printable(line) for line in token.text.split("\n"))

@@ -30,8 +30,8 @@ POLICIES: dict[Policy, dict[str, Any]] = {
 }
 
 _COLDEST = 1e-4  # below it, logits / temperature overflow float32
-_ALL = ("generate", "fill", "edit")  # every command that runs the model
-_GENERATE = ("generate",)
+_ALL = ("generate", "fill", "edit", "chat")  # every command that runs the model
+_GENERATE = ("generate", "chat")
 _BY_ENTROPY, _BY_CONFIDENCE = ("acceptance", "entropy"), ("acceptance", "confidence")
 _SPARSE = ("self_conditioning", "sparse")
 

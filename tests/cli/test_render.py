@@ -71,9 +71,9 @@ def test_a_pipe_gets_the_bytes_of_the_answer_while_the_terminal_shows_the_canvas
 
 
 def test_control_characters_of_a_draft_do_not_reach_the_terminal():
-    from mlx_diffgemma.cli.render import _printable
+    from mlx_diffgemma.cli.render import printable
 
-    assert _printable("a\x1b[2Jb\tc\nd\x9b") == "a·[2Jb·c\nd·"
+    assert printable("a\x1b[2Jb\tc\nd\x9b") == "a·[2Jb·c\nd·"
 
 
 def test_accepted_tokens_are_plain_and_the_others_dim(monkeypatch):
