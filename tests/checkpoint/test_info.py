@@ -91,6 +91,7 @@ def test_context_memory_is_that_of_the_published_model(published):
     assert context_bytes(text, 100_000) == 5 * 4096 * 100_000 + 25 * 8192 * 1023
 
 
+@pytest.mark.long  # it writes 1.5 GB
 def test_a_packed_checkpoint_has_the_parameters_it_unpacks_to(tmp_path):
     from bench.make_checkpoint import write_checkpoint
 

@@ -12,7 +12,7 @@ from mlx_diffgemma.model import Context, OpenContext
 from tests.denoise import mixtures
 from tests.denoise.mixtures import Tally, compare, logits_apart, summary
 
-MIXTURES = 21  # three of each model
+MIXTURES = 14  # two of each model; tests/denoise/mixtures.py runs 300
 
 
 def test_a_row_of_any_mixture_writes_what_it_writes_alone(capsys):
@@ -23,7 +23,7 @@ def test_a_row_of_any_mixture_writes_what_it_writes_alone(capsys):
         print("", summary(tally), *tally.ties, *tally.drifts, sep="\n")
     assert tally.findings == []
     assert len(tally.ties) + len(tally.drifts) < tally.rows / 20, "near ties are rare"
-    assert min(tally.shared, tally.pinned, tally.left, tally.canvases - tally.rows) >= 10
+    assert min(tally.shared, tally.pinned, tally.left, tally.canvases - tally.rows) >= 7
 
 
 def test_a_steps_logits_are_those_of_the_row_alone():

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -71,7 +72,7 @@ def trainer_of(model_folder, tokenizer, folder: Path, data: Path, **changes) -> 
 )
 def test_it_learns(model_folder, tokenizer, tmp_path, changes):
     data = write_lines(tmp_path / "data")
-    trainer = trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=40, **changes)
+    trainer = trainer_of(model_folder, tokenizer, tmp_path / "run", data, iters=24, **changes)
     validated = [e.loss for e in trainer.run() if isinstance(e, Validated)]
     assert len(validated) == 2 and validated[1] < 0.9 * validated[0]
 
@@ -148,37 +149,39 @@ def state_of(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in mx.load(str(folder / STATE)).items()}
 
 
+KILLED: dict[str, dict[str, Any]] = {
+    "dropout": {
+        "lora_parameters": {"rank": 2, "scale": 4.0, "dropout": 0.1},
+        "grad_checkpoint": True,
+    },
+    "one layer, in the middle of an update": {
+        "lora_parameters": {"rank": 2},
+        "num_layers": 1,
+        "grad_accumulation_steps": 2,
+    },
+    "all, in the middle of an update": {
+        "fine_tune_type": "full",
+        "optimizer": "adamw",
+        "grad_accumulation_steps": 2,
+    },
+    "muon": {"fine_tune_type": "full", "optimizer": "muon", "num_layers": 1},
+}
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"lora_parameters": {"rank": 2, "scale": 4.0, "dropout": 0.1}, "grad_checkpoint": True},
-        pytest.param(
-            {"lora_parameters": {"rank": 2}, "num_layers": 1, "grad_accumulation_steps": 2},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            {"fine_tune_type": "full", "optimizer": "adamw", "grad_accumulation_steps": 2},
-            marks=pytest.mark.long,
-        ),
-        {"fine_tune_type": "full", "optimizer": "muon", "num_layers": 1},
-    ],
-    ids=[
-        "dropout",
-        "one layer, in the middle of an update",
-        "all, in the middle of an update",
-        "muon",
-    ],
+    ("name", "half"),
+    [("dropout", 5), *(pytest.param(name, 25, marks=pytest.mark.long) for name in KILLED)],
 )
-def test_fifty_batches_equal_twenty_five_a_kill_and_twenty_five(model_folder, tmp_path, changes):
+def test_a_run_equals_half_of_it_a_kill_and_the_other_half(model_folder, tmp_path, name, half):
     data = write_lines(tmp_path / "data")
     write_lines(data, "valid", LINES[:8])
     recipe = tmp_path / "recipe.yaml"
-    schedule = {"name": "cosine_decay", "arguments": [1e-2, 50, 1e-4], "warmup": 5}
-    settings = {"batch_size": 4, "lr_schedule": schedule, "steps_per_report": 10} | changes
+    schedule = {"name": "cosine_decay", "arguments": [1e-2, 2 * half, 1e-4], "warmup": 5}
+    settings = {"batch_size": 4, "lr_schedule": schedule, "steps_per_report": half} | KILLED[name]
     recipe.write_text(json.dumps(settings))
     command = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(recipe)]
-    command += ["--model", str(model_folder), "--data", str(data), "--save-every", "25"]
-    command += ["--iters", "50", "--adapter-path"]
+    command += ["--model", str(model_folder), "--data", str(data), "--save-every", str(half)]
+    command += ["--iters", str(2 * half), "--adapter-path"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, cwd=ROOT, capture_output=True)
     killed = tmp_path / "killed"
     process = subprocess.Popen([*command, str(killed)], cwd=ROOT, stderr=subprocess.PIPE)
@@ -195,9 +198,7 @@ def test_fifty_batches_equal_twenty_five_a_kill_and_twenty_five(model_folder, tm
         np.testing.assert_array_equal(array, resumed[name], err_msg=name)
     both = [read(folder / METRICS) for folder in (tmp_path / "whole", killed)]
     kept = [[(r["kind"], r["iteration"], r["loss"]) for r in rows] for rows in both]
-    assert [r for r in kept[0] if r[1] in (0, 10, 20, 50)] == [
-        r for r in kept[1] if r[1] in (0, 10, 20, 50)
-    ]
+    assert kept[0] == kept[1] and len(kept[0]) >= 4
 
 
 def test_a_run_goes_on_with_its_own_settings_only(model_folder, tokenizer, tmp_path):

@@ -231,19 +231,26 @@ PROPERTY = settings(
 )
 
 
-@settings(PROPERTY, max_examples=1700)
-@given(templates(), st.sampled_from(["reference", "fast"]), st.integers(0, 9), st.booleans())
-def test_whatever_the_model_says_literals_stand_and_constraints_hold(
-    template, policy, seed, built_ahead
-):
+DRAWN = (templates(), st.sampled_from(["reference", "fast"]), st.integers(0, 9))
+
+
+def check_dice(template, policy, seed, built_ahead):
     with as_on_gpu() if built_ahead else nullcontext():
         check(Dice(), template, policy, seed)
 
 
-@settings(PROPERTY, max_examples=300)
-@given(templates(), st.sampled_from(["reference", "fast"]), st.integers(0, 9))
-def test_a_random_network_is_held_to_it_too(template, policy, seed):
+@pytest.mark.parametrize("count", [120, pytest.param(1700, marks=pytest.mark.long)])
+def test_whatever_the_model_says_literals_stand_and_constraints_hold(count):
+    settings(PROPERTY, max_examples=count)(given(*DRAWN, st.booleans())(check_dice))()
+
+
+def check_random_network(template, policy, seed):
     check(small_model(), template, policy, seed)
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.long)])
+def test_a_random_network_is_held_to_it_too(count):
+    settings(PROPERTY, max_examples=count)(given(*DRAWN)(check_random_network))()
 
 
 def fill_bundled(text, prompt, **more):
