@@ -58,7 +58,11 @@ settings = mlx_diffgemma.GenerationSettings(seed=1)
 settings = mlx_diffgemma.GenerationSettings(seed="one")
 """
 # Tests that are run from the source distribution: they import the helpers beside them.
-FROM_SOURCE = ("tests/test_packaging.py", "tests/config", "tests/checkpoint/test_names.py")
+FROM_SOURCE = (
+    "tests/test_packaging.py",
+    "tests/config/test_model.py",
+    "tests/checkpoint/test_names.py",
+)
 
 
 def main() -> None:
@@ -79,6 +83,7 @@ def main() -> None:
             "pip",
             "install",
             "--quiet",
+            "--no-compile",
             f"{wheel}{backend}",
             cwd=scratch,
         )
@@ -134,19 +139,22 @@ def check_contents(wheel: Path) -> None:
 
 
 def check_types(folder: Path, python: Path) -> None:
-    """A consumer's type checker sees the package's types: those of the wheel, and those of this
-    checkout where it is installed to be edited."""
+    """A consumer's type checker sees the types of the wheel. Those of the libraries that it uses
+    are left out here: they take a minute."""
     (folder / "consumer.py").write_text(CONSUMER)
-    for interpreter in (str(python), sys.executable):
-        done = subprocess.run(
-            [sys.executable, "-m", "mypy", "--python-executable", interpreter, "consumer.py"],
-            cwd=folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
-        (error,) = (line for line in done.stdout.splitlines() if ": error:" in line)
-        assert error.startswith("consumer.py:4:") and '"str"' in error, done.stdout
+    (folder / "mypy.ini").write_text(
+        "[mypy]\n[mypy-transformers.*,mlx_lm.*,mlx.*,numpy.*,huggingface_hub.*,matplotlib.*]\n"
+        "follow_imports = skip\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--python-executable", str(python), "consumer.py"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    (error,) = (line for line in done.stdout.splitlines() if ": error:" in line)
+    assert error.startswith("consumer.py:4:") and '"str"' in error, done.stdout
 
 
 def relative_links(markdown: str) -> list[str]:
