@@ -189,15 +189,19 @@ def _other_maps(
 def _distances(maps: np.ndarray) -> np.ndarray:
     """Return the fewest tokens from each state to the last one, int32 [S]."""
     S = maps.shape[1]
-    leads = np.zeros((S, S + 1), bool)
-    leads[np.arange(S), maps] = True
+    targets = np.sort(maps.T, axis=1)
+    is_way = targets != NOWHERE
+    is_way[:, 1:] &= targets[:, 1:] != targets[:, :-1]
+    sources, _ = np.nonzero(is_way)
+    targets = targets[is_way]
     distance = np.full(S, FAR, np.int32)
-    distance[-1] = 0
-    here = np.array([S - 1])
-    while here.size:
-        found = leads[:, here].any(axis=1) & (distance == FAR)
-        distance[found] = distance[here[0]] + 1
-        here = np.flatnonzero(found)
+    distance[-1] = steps = 0
+    is_here = distance == steps
+    while is_here.any():
+        steps += 1
+        found = sources[is_here[targets]]
+        distance[found] = np.minimum(distance[found], steps)
+        is_here = distance == steps
     return distance
 
 

@@ -69,6 +69,7 @@ class _Inside:
     first: int  # the number of the first of them
     states: list[tuple[int, ...]] = field(default_factory=list)
     known: dict[tuple[int, ...], int] = field(default_factory=dict)
+    ways: dict[tuple[int, int], int] = field(default_factory=dict)  # see `_to`
 
     def leads(self, starts: list[int], targets: list[int]) -> np.ndarray:
         """Return the states behind the lead bytes, where characters from `starts` on lead to
@@ -86,19 +87,21 @@ class _Inside:
         starts, targets = pieces
         first = bisect_right(starts, base) - 1
         last = bisect_right(starts, base + 64**count - 1) - 1
-        if all(target == targets[first] for target in targets[first : last + 1]):
+        if first == last or len(set(targets[first : last + 1])) == 1:
             return self._to(targets[first], count)
         size = 64 ** (count - 1)
         return self._made(tuple(self._state(pieces, count - 1, base + size * i) for i in range(64)))
 
     def _to(self, target: int, count: int) -> int:
         """Return the state from which any `count` bytes lead to `target`."""
-        for _ in range(count if target != NOWHERE else 0):
-            target = self._made((target,) * 64)
-        return target
+        if target == NOWHERE or count == 0:
+            return target
+        if (target, count) not in self.ways:
+            self.ways[target, count] = self._made((self._to(target, count - 1),) * 64)
+        return self.ways[target, count]
 
     def _made(self, state: tuple[int, ...]) -> int:
-        if all(target == NOWHERE for target in state):
+        if set(state) == {NOWHERE}:
             return NOWHERE
         if state not in self.known:
             self.known[state] = self.first + len(self.states)
