@@ -18,7 +18,7 @@ import numpy as np
 from .decode import LEAST, check_shapes
 from .tokens import TokenAutomaton
 
-_NEGLIGIBLE = 1e-32  # a state that is less likely is left out
+_NEGLIGIBLE = 1e-20  # a state that is less likely is left out; all of them weigh below rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,7 @@ from .vocabulary import Vocabulary
 
 DEAD = 0  # the class of tokens that lead nowhere, from any state
 FAR = np.iinfo(np.int32).max  # a distance: there is no way
+_PIECE = 1 << 20  # numbers that are composed at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,37 +98,49 @@ def _text_maps(dfa: DFA, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray
     the number of each token's, int64 [V]; number 0 leads nowhere."""
     S = len(dfa)
     columns, column_of = _columns(dfa, vocabulary.alphabet)
-    kept = np.empty((256, S + 1), columns.dtype)
-    kept[0] = S
-    known = {kept[0].tobytes(): 0}
-    count = 1
+    maps = _Maps(np.full((256, S + 1), S, columns.dtype))
+    maps.number(maps.rows[:1])
     numbers = np.zeros(vocabulary.size, np.int64)
     before = np.zeros(0, np.int64)  # numbers of the maps of all prefixes, one character shorter
     for level in vocabulary.levels:
         symbols = column_of[level.characters]
         if not before.size:
-            made, here = columns, symbols
+            here, found = symbols, maps.number(columns)
         else:
             pairs = before[level.parents] * len(columns) + symbols
-            distinct, here = _distinct(pairs, count * len(columns))
-            first, second = np.divmod(distinct, len(columns))
-            made = columns[second[:, None], kept[first]]
-        found = np.empty(len(made), np.int64)
-        rows = made.view(np.dtype((np.void, made.itemsize * (S + 1)))).ravel().tolist()
-        for i, row in enumerate(rows):
-            number = known.setdefault(row, count)
-            if number == count:
-                if count == len(kept):
-                    kept = np.concatenate([kept, np.empty_like(kept)])
-                kept[count] = made[i]
-                count += 1
-            found[i] = number
+            distinct, here = _distinct(pairs, maps.count * len(columns))
+            found = np.empty(len(distinct), np.int64)
+            step = max(1, _PIECE // S)
+            for at in range(0, len(distinct), step):
+                first, second = np.divmod(distinct[at : at + step], len(columns))
+                made = columns[second[:, None], maps.rows[first]]
+                found[at : at + step] = maps.number(made)
         before = found[here]
         numbers[level.tokens] = before[level.nodes]
-    used, numbers = _distinct(numbers, count)
+    used, numbers = _distinct(numbers, maps.count)
     if used[0] != 0:
         used, numbers = np.append(0, used), numbers + 1
-    return kept[used, :S].astype(np.int32), numbers
+    return maps.rows[used, :S].astype(np.int32), numbers
+
+
+class _Maps:
+    """Distinct rows, numbered in the order in which they are met."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows, self.count = rows, 0  # room for some; those from `count` on are not used yet
+        self._known: dict[bytes, int] = {}
+
+    def number(self, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers of rows, int64, and add those that are new."""
+        found = np.empty(len(rows), np.int64)
+        for i, row in enumerate(rows):
+            found[i] = number = self._known.setdefault(row.tobytes(), self.count)
+            if number == self.count:
+                if number == len(self.rows):
+                    self.rows = np.concatenate([self.rows, np.empty_like(self.rows)])
+                self.rows[number] = row
+                self.count += 1
+        return found
 
 
 def _columns(dfa: DFA, alphabet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
