@@ -26,12 +26,12 @@ WINGS = {
     "events": "",
     "config": "entry reading formats generation quantization model training",
     "language": "tokenizer controls tools given prompt pattern template stops text",
-    "constraint": "dfa automaton",
+    "constraint": "dfa groups vocabulary utf8 tokens decode marginals automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load info",
-    "denoise": "schedule sampler pinned noise stopping canvas store row step loop",
+    "denoise": "schedule sampler classes pinned noise stopping canvas store row step loop",
     "write": "job writer verbose generate fill edit chat_file chat",
     "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
