@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..config.generation import ResolvedSettings
 from ..events import StepDone
+from .constrained import CanvasConstraint
 from .noise import Noise
 from .pinned import PinnedCanvas
 
@@ -47,6 +48,13 @@ class Canvas:
     drafts: tuple[mx.array, ...] = ()  # [1, W] each, of the last `stability_threshold` steps
     belief: Belief | None = None
     held: mx.array | None = None  # [1, W] int32, see `sampler.hold`
+    constraint: CanvasConstraint | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host decides within a step, so that none can be built ahead."""
+        has_spans = self.pinned is not None and bool(self.pinned.spans)
+        return has_spans or self.constraint is not None
 
     @property
     def has_steps_left(self) -> bool:

@@ -21,6 +21,7 @@ from ..model.backend import compiled_per_shape
 from .sampler import Statistics, scaled_logits
 
 _SIZES = 512, 32, 4, 1
+LARGEST_BLOCK = _SIZES[0]  # tokens
 # Numbers that are gathered at once: 64 MiB in float32.
 _PIECE = 1 << 24
 

@@ -141,8 +141,7 @@ class Rows:
         """Build the next step of the rows that have one before the host reads this one, so that the
         device need not wait for Python. It is dropped if a row settles, joins or changes its plan.
         """
-        # The host chooses an automaton's strings, so it waits for every step anyway.
-        waits = any((pinned := _canvas(row).pinned) and pinned.spans for row in rows)
+        waits = any(_canvas(row).waits for row in rows)
         rows = [row for row in rows if _canvas(row).has_steps_left]
         if is_cpu() or waits or not rows:
             return

@@ -11,7 +11,7 @@ import numpy as np
 from .sampler import chunk_size, draw, statistics
 
 # The purpose of a draw: part of its key, so that no two draws of a run share one.
-_START, _SAMPLE, _RENOISE = range(3)
+_START, _SAMPLE, _RENOISE, _CONSTRAINED, _INSIDE = range(5)
 _FIRST = 0  # the step in the key of a draw without one
 
 
@@ -60,6 +60,15 @@ class SeededNoise:
         chunks, inside = mx.split(noise, [vocab_size // size], axis=-1)
         return chunks, inside
 
+    def under_constraint(
+        self, canvas_index: int, step: int, length: int, most: int
+    ) -> tuple[np.ndarray, mx.array]:
+        """Return the noise of a proposal under a constraint: uniform numbers in [0, 1), float64
+        [length, 3], and Gumbel noise, float32 [1, length, most]."""
+        uniforms = np.random.default_rng(self._words((canvas_index, step, _CONSTRAINED)))
+        key = self._key((canvas_index, step, _INSIDE))
+        return uniforms.random((length, 3)), mx.random.gumbel((1, length, most), key=key)
+
     def renoise(
         self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int
     ) -> mx.array:
@@ -72,8 +81,10 @@ class SeededNoise:
 
     def _key(self, draw: tuple[int, int, int]) -> mx.array:
         """Return a key hashed from the seed and the draw's purpose: no key is used twice."""
-        words = np.random.SeedSequence([self.seed, self.attempt, *draw])
-        return mx.random.key(int(words.generate_state(1, np.uint64)[0]))
+        return mx.random.key(int(self._words(draw).generate_state(1, np.uint64)[0]))
+
+    def _words(self, draw: tuple[int, int, int]) -> np.random.SeedSequence:
+        return np.random.SeedSequence([self.seed, self.attempt, *draw])
 
 
 def _one_row(shape: tuple[int, int]) -> tuple[int, int]:

@@ -18,8 +18,9 @@ from ..errors import ConfigError, NumbersError, PromptError
 from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
 from ..model import Context, DiffusionGemma, OpenContext
 from .canvas import Canvas, Plan, Taken
+from .constrained import CanvasConstraint, TokenConstraint
 from .noise import Noise, SeededNoise
-from .pinned import Pinned, PinnedCanvas
+from .pinned import FREE, Pinned, PinnedCanvas
 from .stopping import width_for
 from .store import Store, snapshots
 
@@ -40,6 +41,7 @@ class Row:
         only_reads: bool = False,
         noise: Noise | None = None,
         pinned: Pinned | None = None,
+        constraint: TokenConstraint | None = None,
         stop: Callable[[np.ndarray], bool] | None = None,
         begin: Callable[[], Sequence[int]] | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -56,6 +58,7 @@ class Row:
           only_reads: whether the row ends once it has read its text, and leaves its context.
           noise: where draws come from; by default the settings' seed.
           pinned: the given parts of the answer.
+          constraint: what the whole answer must fit; not together with `pinned`.
           stop: called with each committed canvas, int32 [up to L]; the row ends with it if the
             result is True.
           begin: called before each canvas; returns the tokens that the canvas begins with, if any.
@@ -65,12 +68,14 @@ class Row:
         Raises:
           PromptError: if the text leaves no room for a canvas.
           ConfigError: if the noise does not suit the settings.
+          TemplateError: if the budget is too small for any answer that fits the constraint.
         """
         before = context.length if context is not None else 0
         count = 0 if tokens is None else len(tokens)
         room = check_room(model.config, settings, before + count)
         self.model, self.settings, self.number = model, settings, number
-        self.noise, self.pinned = _checked(noise, settings), pinned
+        self.noise, self.pinned = _checked(noise, settings, constraint), pinned
+        self._constraint, self._state = constraint, 0  # the state behind what is written
         self.context, self.is_shared = context, is_shared
         self.unread, self.prompt_tokens = tokens, count
         self.opened: list[OpenContext] = []  # the open context, while there is a canvas
@@ -84,6 +89,9 @@ class Row:
         self.stop, self.begin = stop, begin
         self._progress, self._started = progress, time.perf_counter()
         self._left = min(settings.max_new_tokens, room * settings.canvas_length)
+        if constraint is not None:
+            assert pinned is None
+            constraint.check_budget(self._left)
         # Free positions: a shortened canvas moves the later ones.
         self._places = model.config.text.max_position_embeddings - before - count
         self._index = self._attempt = self._steps_here = 0  # of the current canvas
@@ -174,8 +182,21 @@ class Row:
         start = noise.start(self._index, shape, vocab_size)
         if given is not None:
             start = given.kept_to(start)
-        plan = self._first_plan()
-        self.canvas = Canvas(self.number, settings, noise, given, self._index, plan, start)
+        plan, constraint = self._first_plan(), self._canvas_constraint(given)
+        self.canvas = Canvas(
+            self.number, settings, noise, given, self._index, plan, start, constraint=constraint
+        )
+
+    def _canvas_constraint(self, given: PinnedCanvas | None) -> CanvasConstraint | None:
+        """Return what the next canvas must fit, behind the tokens that it begins with."""
+        if self._constraint is None:
+            return None
+        first = np.zeros(0, np.int32)
+        if given is not None:
+            first = given.host_tokens[0][given.host_tokens[0] != FREE]
+        state = self._constraint.after(first, self._state)
+        pad = self.settings.pad_token_id
+        return CanvasConstraint(self._constraint, state, self._left, len(first), pad)
 
     def take(self, taken: Taken, opened: OpenContext) -> None:
         """Take the results of a step, so that nothing refers to those of the step before."""
@@ -225,6 +246,8 @@ class Row:
         self._places -= len(tokens)
         self._written += len(tokens)
         self._new_tokens += int(keep.sum())
+        if self._constraint is not None:
+            self._state = self._constraint.after(tokens, self._state)
         self._steps += self._steps_here
         has_ended = bool(is_end.any())
         if self.stop is not None:
@@ -292,10 +315,14 @@ def checked_tokens(tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> n
     return wide.astype(np.int32)
 
 
-def _checked(noise: Noise | None, settings: ResolvedSettings) -> Noise:
+def _checked(
+    noise: Noise | None, settings: ResolvedSettings, constraint: TokenConstraint | None
+) -> Noise:
     noise = SeededNoise(settings.seed) if noise is None else noise
     if settings.empty_rerolls and not isinstance(noise, SeededNoise):
         raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws")
+    if constraint is not None and not isinstance(noise, SeededNoise):
+        raise ConfigError("a constraint needs seeded noise: a replay has no draws for it")
     if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
         raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
     return noise

@@ -10,7 +10,9 @@ import mlx.core as mx
 
 from ..events import StepDone
 from ..model import DiffusionGemma, OpenContext
+from . import constrained
 from .canvas import Belief, Canvas, Taken
+from .classes import LARGEST_BLOCK
 from .noise import SeededNoise
 from .pinned import PinnedCanvas
 from .sampler import (
@@ -82,9 +84,11 @@ def take_step(
         [_columns(c.tokens, 0, c.plan.width) for c in canvases], opened, self_conditioning=soft
     )
     vocab_size = model.config.text.vocab_size
+    looks = list(_looks(model, canvases, states))
+    choices = _choices(canvases, looks)
     taken = [
-        _take(canvas, look, vocab_size)
-        for canvas, look in zip(canvases, _looks(model, canvases, states), strict=True)
+        _take(canvas, look, choice, vocab_size)
+        for canvas, look, choice in zip(canvases, looks, choices, strict=True)
     ]
     return taken, written
 
@@ -106,20 +110,44 @@ def look_once(
         stop += at
 
 
-def _take(canvas: Canvas, look: _Look, vocab_size: int) -> Taken:
+def _choices(canvases: Sequence[Canvas], looks: Sequence[_Look]) -> list[constrained.Choice | None]:
+    """Return what is chosen for the canvases under a constraint; None for the others."""
+    found: list[constrained.Choice | None] = [None] * len(canvases)
+    bound = {}
+    for row, (canvas, look) in enumerate(zip(canvases, looks, strict=True)):
+        if canvas.constraint is None:
+            continue
+        noise = None
+        if canvas.settings.temperature != 0:
+            assert isinstance(canvas.noise, SeededNoise)
+            length = canvas.settings.canvas_length
+            noise = canvas.noise.under_constraint(canvas.index, canvas.step, length, LARGEST_BLOCK)
+        bound[row] = constrained.Look(
+            canvas.constraint, look.outputs, look.thought, look.heat, look.cap, noise
+        )
+    if bound:
+        for row, choice in zip(bound, constrained.choose(list(bound.values())), strict=True):
+            found[row] = choice
+    return found
+
+
+def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_size: int) -> Taken:
     """Return what the step gives for one row, after its forward pass."""
     settings, pinned, W = canvas.settings, canvas.pinned, canvas.plan.width
     shape = (1, settings.canvas_length)
-    seen = look.thought
-    proposal = _propose(canvas, look, vocab_size)
+    if choice is None:
+        seen, proposal = look.thought, _propose(canvas, look, vocab_size)
+    else:
+        seen, proposal = choice.seen, choice.proposal
     # Always for the whole canvas, so that a position's draw does not depend on the width.
     fresh = canvas.noise.renoise(canvas.index, canvas.step, shape, vocab_size)
     if pinned is not None:
         fresh = pinned.kept_to(fresh)
-        seen, proposal = _with_given(look.thought, proposal, pinned)
+        seen, proposal = _with_given(seen, proposal, pinned)
     draft = seen.draft
     length = answer_length(draft, settings.eos_token_ids) if settings.looks_for_end else None
-    judged = _judge(canvas, look, seen, proposal, _columns(fresh, 0, W), _matters(canvas, length))
+    fresh_columns, matters = _columns(fresh, 0, W), _matters(canvas, length)
+    judged = _judge(canvas, look, choice, seen, proposal, fresh_columns, matters)
     settled, check = judged.settled, []
     if settings.canvas_width == "answer":
         assert length is not None
@@ -231,6 +259,7 @@ def _matters(canvas: Canvas, length: mx.array | None) -> mx.array | None:
 def _judge(
     canvas: Canvas,
     look: _Look,
+    choice: constrained.Choice | None,
     seen: Statistics,
     proposal: mx.array,
     fresh: mx.array,
@@ -241,10 +270,9 @@ def _judge(
     settings, pinned, draft, (B, W) = canvas.settings, canvas.pinned, seen.draft, seen.draft.shape
     held = None
     if settings.acceptance == "confidence":
-        thought = look.thought
         tokens, accepted, held = hold(
             proposal,
-            thought.confidence if proposal is thought.draft else probability_of(proposal, thought),
+            _probability(proposal, look, choice),
             draft,
             mx.full((B, W), -1) if canvas.held is None else _fitted(canvas.held, W, -1),
             mx.ones_like(draft, dtype=mx.bool_) if matters is None else matters,
@@ -269,6 +297,15 @@ def _judge(
         accepted = accepted | ~pinned.free[:, :W]
         tokens = pinned.over(tokens)
     return _Judgement(tokens, accepted, settled, held)
+
+
+def _probability(proposal: mx.array, look: _Look, choice: constrained.Choice | None) -> mx.array:
+    """Return the probability of a proposal, float32 [1, W]."""
+    if choice is not None:
+        return choice.probability
+    if proposal is look.thought.draft:
+        return look.thought.confidence
+    return probability_of(proposal, look.thought)
 
 
 def _with_given(
