@@ -26,7 +26,7 @@ WINGS = {
     "events": "",
     "config": "entry reading formats generation quantization model training",
     "language": "tokenizer controls tools given prompt pattern template stops text",
-    "constraint": "dfa automaton",
+    "constraint": "dfa ranges minimise net build characters regex automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
