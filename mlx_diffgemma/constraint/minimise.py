@@ -16,7 +16,7 @@ from .dfa import DFA, NOWHERE
 def finished(
     table: np.ndarray, accepting: np.ndarray, bounds: np.ndarray, classes: np.ndarray
 ) -> DFA:
-    """Return the minimal automaton of a table whose states are all reached from state 0.
+    """Return the minimal automaton of a table whose initial state is 0.
 
     `table` is [S, C]; `bounds` and `classes` are [R]: the first symbol of each range, and its
     column of the table.
@@ -27,7 +27,7 @@ def finished(
     table = _mapped(table[first], group)
     accepting = accepting[first]
     order = _reached(table, int(group[0]))
-    place = np.empty(len(order), np.int32)
+    place = np.full(len(table), NOWHERE, np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
     table, accepting = _mapped(table[order], place), accepting[order]
     same = np.zeros(len(classes), bool)
