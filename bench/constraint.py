@@ -1,5 +1,4 @@
-"""What does a JSON Schema cost as an automaton, how many schemas can be held, and is what is accepted
-valid?
+"""What does a JSON Schema cost as an automaton, how many can be held, and is it sound?
 
 Cases are schemas with instances that are valid and instances that are not, one JSON object a line:
 {"name", "schema", "tests": [{"valid", "data"}]}. Each valid instance is written in four ways:
@@ -39,6 +38,7 @@ from mlx_diffgemma.constraint.net import DEFAULT_STATES
 from mlx_diffgemma.constraint.schema import json_schema
 from mlx_diffgemma.errors import ConstraintError
 
+READING_ORDER = ("$ref", "allOf", "anyOf", "oneOf", "if", "dependencies", "dependentSchemas")
 BOUNDS = {"median_seconds": 0.1, "p95_seconds": 2.0, "more_bytes": 300e6}
 
 
@@ -106,7 +106,7 @@ def measure(cases: list[dict[str, Any]], build: Compile, options: Any) -> dict[s
             seconds.append(time.process_time() - started)
             refused[str(getattr(error, "keyword", None) or type(error).__name__)] += 1
             if options.each:
-                print(f"refused {case['name']} {seconds[-1]:.2f} s: {str(error)[:300]}")
+                print(f"refused {case['name']} {seconds[-1]:.2f} s: {str(error)[:300]}", flush=True)
             continue
         seconds.append(time.process_time() - started)
         states.append(size)
@@ -118,7 +118,7 @@ def measure(cases: list[dict[str, Any]], build: Compile, options: Any) -> dict[s
             counts[f"{kind}_accepted"] += accepted
             is_clean &= accepted == valid
             if options.each and accepted != valid:
-                print(f"{kind} {case['name']} {size}: {text[:300]}")
+                print(f"{kind} {case['name']} {size}: {text[:300]!r}", flush=True)
         counts["clean"] += is_clean
         if options.draws and dfa is not None:
             counts += draw_and_validate(case, dfa, options)
@@ -211,7 +211,8 @@ def ordered(data: Any, schema: Any) -> Any:
         if not isinstance(part, dict) or depth > 20:
             return
         yield part
-        for keyword, inner in part.items():
+        for keyword in (keyword for keyword in READING_ORDER if keyword in part):
+            inner = part[keyword]
             if keyword == "$ref" and isinstance(inner, str) and "#" in inner:
                 yield from flat(value, resolved(inner, schema), depth + 1)
             elif keyword == "allOf":
@@ -233,14 +234,21 @@ def ordered(data: Any, schema: Any) -> Any:
         parts = [one for part in parts for one in flat(value, part)]
         if isinstance(value, dict):
             order = [key for part in parts for key in (part.get("properties") or {})]
-            order += [key for part in parts if isinstance(part.get("required"), list)
-                      for key in part["required"]]
+            order += [
+                key
+                for part in parts
+                if isinstance(part.get("required"), list)
+                for key in part["required"]
+            ]
             keys = dict.fromkeys([key for key in order if key in value] + list(value))
-            return {key: sort(value[key], [s for p in parts for s in of_key(p, key)])
-                    for key in keys}
+            return {
+                key: sort(value[key], [s for p in parts for s in of_key(p, key)]) for key in keys
+            }
         if isinstance(value, list):
-            return [sort(item, [s for p in parts for s in of_item(p, i)])
-                    for i, item in enumerate(value)]
+            return [
+                sort(item, [s for p in parts for s in of_item(p, i)])
+                for i, item in enumerate(value)
+            ]
         return value
 
     return sort(data, [schema])

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConstraintError
 from . import formats
 from .dialect import Document, Place
-from .facts import NUMBERS, Facts, Items, Keys, require
+from .facts import NUMBERS, Facts, Items, Keys, require, types_of
 from .json_text import is_countable_multiple
 from .negation import negated
 from .net import Limits
@@ -29,6 +29,8 @@ _REFUSED = {
     "extends": "it is not supported; use allOf",
     "disallow": "it is not supported; use not",
 }
+# A schema of these keywords alone is held by the enumeration and the types.
+_SAY_NO_MORE = {"type", "enum", "const", "title", "description", "default", "examples", "$comment"}
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies")
 
 
@@ -39,7 +41,7 @@ class Alternatives:
         self.document, self._limits = document, limits
         self._recursion = recursion
         self.cuts: set[str] = set()  # targets of references that were not followed again
-        self.ignored: dict[str, str] = {}  # format that is no standard's -> where
+        self.ignored: dict[str, str] = {}  # what is not checked -> where
         self._known: dict[Any, list[Facts]] = {}
 
     def of(self, places: Sequence[Place]) -> list[Facts]:
@@ -78,22 +80,26 @@ class Alternatives:
         found = [replace(facts, sources=(*facts.sources, place))]
         if "$ref" in schema and self.document.draft <= 7:
             return self._each(found, place, self._reference)
-        done: set[Any] = set()
         for keyword in schema:
             if keyword in _REFUSED:
                 raise place.refuse(keyword, _REFUSED[keyword])
-            if (handler := _HANDLERS.get(keyword)) is None or handler in done:
+            if keyword in _HANDLERS and self.document.ignores(keyword):
+                name = f"{keyword}, which draft {self.document.draft} does not have,"
+                self.ignored[name] = place.pointer
+        done: set[Any] = set()
+        # What a combinator chooses from is smaller where everything else is known.
+        for keyword in (keyword for keyword in _HANDLERS if keyword in schema):
+            handler = _HANDLERS[keyword]
+            if handler in done or self.document.ignores(keyword):
                 continue
             if handler in _GROUPED:
                 done.add(handler)
-            found = self._each(found, place, lambda f, p, h=handler, k=keyword: h(self, f, p, k))
-        for keyword, handler in (
-            ("unevaluatedProperties", Alternatives._unevaluated_keys),
-            ("unevaluatedItems", Alternatives._unevaluated_items),
-        ):
-            if keyword in schema:
-                before = len(facts.keys), len(facts.items)
-                found = [f for each in found for f in handler(self, each, place, before)]
+            found = self._each(found, place, _with(handler, self, keyword))
+        before = len(facts.keys), len(facts.items)
+        if "unevaluatedProperties" in schema:
+            found = [self._unevaluated_keys(each, place, before) for each in found]
+        if "unevaluatedItems" in schema:
+            found = [self._unevaluated_items(each, place, before) for each in found]
         return found
 
     # Keywords for any type
@@ -189,10 +195,12 @@ class Alternatives:
 
     def values(self, facts: Facts) -> list[Any]:
         """Return the values of an enumeration that every schema allows."""
+        sources = [place for place in facts.sources if not set(place.schema) <= _SAY_NO_MORE]
         return [
             value
             for value in facts.enum or ()
-            if all(self.document.is_valid(value, source) for source in facts.sources)
+            if facts.types.intersection(types_of(value))
+            and all(self.document.is_valid(value, source) for source in sources)
         ]
 
     def _not(self, facts: Facts, place: Place, keyword: str) -> list[Facts]:
@@ -284,31 +292,27 @@ class Alternatives:
     def _unique(self, facts: Facts, place: Place, keyword: str) -> list[Facts]:
         return [replace(facts, is_unique=facts.is_unique or place.schema[keyword] is True)]
 
-    def _unevaluated_keys(
-        self, facts: Facts, place: Place, before: tuple[int, int]
-    ) -> list[Facts]:
+    def _unevaluated_keys(self, facts: Facts, place: Place, before: tuple[int, int]) -> Facts:
         """Read unevaluatedProperties: what the chosen alternatives do not speak of."""
         seen = [layer for layer in facts.keys[before[0] :] if layer.evaluates]
         if any(layer.rest is not None for layer in seen):
-            return [facts]
+            return facts
         free = Place(True, place.pointer)
         layer = Keys(
             {key: free for layer in seen for key in layer.properties},
             {pattern: free for layer in seen for pattern in layer.patterns},
             place.at("unevaluatedProperties"),
         )
-        return [replace(facts, keys=(*facts.keys, layer))]
+        return replace(facts, keys=(*facts.keys, layer))
 
-    def _unevaluated_items(
-        self, facts: Facts, place: Place, before: tuple[int, int]
-    ) -> list[Facts]:
+    def _unevaluated_items(self, facts: Facts, place: Place, before: tuple[int, int]) -> Facts:
         seen = [layer for layer in facts.items[before[1] :] if layer.evaluates]
         if any(layer.rest is not None for layer in seen):
-            return [facts]
+            return facts
         first = max((len(layer.first) for layer in seen), default=0)
         free = Place(True, place.pointer)
         layer = Items((free,) * first, place.at("unevaluatedItems"))
-        return [replace(facts, items=(*facts.items, layer))]
+        return replace(facts, items=(*facts.items, layer))
 
     # Numbers, strings, counts
 
@@ -377,13 +381,21 @@ class Alternatives:
         if name in formats.UNSUPPORTED:
             raise place.refuse("format", f"{name!r} is not supported")
         if formats.format_texts(name) is None:
-            self.ignored.setdefault(name, place.pointer)
+            self.ignored.setdefault(f"format {name!r}", place.pointer)
             return [facts]
         return [replace(facts, formats=(*facts.formats, name))]
 
     def _negated(self, facts: Facts, place: Place) -> list[Facts]:
         facts = replace(facts, sources=(*facts.sources, place))
         return negated(self, facts, replace(place, is_negated=False))
+
+
+def _with(
+    handler: Callable[[Alternatives, Facts, Place, str], list[Facts]],
+    reader: Alternatives,
+    keyword: str,
+) -> Callable[[Facts, Place], list[Facts]]:
+    return lambda facts, place: handler(reader, facts, place, keyword)
 
 
 def _combinator(place: Place) -> str:
@@ -393,10 +405,28 @@ def _combinator(place: Place) -> str:
 
 _GROUPED = (Alternatives._keys, Alternatives._items)
 _COUNTED = {"Length": "length", "Items": "items", "Properties": "keys"}
+# In the order in which they are read, which is that of the keys they name.
 _HANDLERS: dict[str, Callable[[Alternatives, Facts, Place, str], list[Facts]]] = {
     "type": Alternatives._type,
-    "enum": Alternatives._enum,
     "const": Alternatives._enum,
+    "enum": Alternatives._enum,
+    **dict.fromkeys(
+        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), Alternatives.bounded
+    ),
+    "multipleOf": Alternatives._multiple,
+    **{f"{end}{name}": Alternatives._counts for end in ("min", "max") for name in _COUNTED},
+    "pattern": Alternatives._pattern,
+    "format": Alternatives._format,
+    "uniqueItems": Alternatives._unique,
+    "contains": Alternatives._contains,
+    "prefixItems": Alternatives._items,
+    "items": Alternatives._items,
+    "additionalItems": Alternatives._items,
+    "required": Alternatives._required,
+    "propertyNames": Alternatives._property_names,
+    "properties": Alternatives._keys,
+    "patternProperties": Alternatives._keys,
+    "additionalProperties": Alternatives._keys,
     "$ref": Alternatives._reference,
     "allOf": Alternatives._all,
     "anyOf": Alternatives._any,
@@ -406,21 +436,4 @@ _HANDLERS: dict[str, Callable[[Alternatives, Facts, Place, str], list[Facts]]] =
     "dependencies": Alternatives._dependencies,
     "dependentRequired": Alternatives._dependencies,
     "dependentSchemas": Alternatives._dependencies,
-    "properties": Alternatives._keys,
-    "patternProperties": Alternatives._keys,
-    "additionalProperties": Alternatives._keys,
-    "required": Alternatives._required,
-    "propertyNames": Alternatives._property_names,
-    "items": Alternatives._items,
-    "prefixItems": Alternatives._items,
-    "additionalItems": Alternatives._items,
-    "contains": Alternatives._contains,
-    "uniqueItems": Alternatives._unique,
-    **dict.fromkeys(
-        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), Alternatives.bounded
-    ),
-    "multipleOf": Alternatives._multiple,
-    **{f"{end}{name}": Alternatives._counts for end in ("min", "max") for name in _COUNTED},
-    "pattern": Alternatives._pattern,
-    "format": Alternatives._format,
 }

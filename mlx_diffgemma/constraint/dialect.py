@@ -15,7 +15,9 @@ from typing import Any
 
 from ..errors import ConstraintError
 
-_DRAFT = re.compile(r"^https?://json-schema\.org/(?:draft-0?([3467])|draft/(20\d\d)-\d\d)/schema#?$")
+_DRAFT = re.compile(
+    r"^https?://json-schema\.org/(?:draft-0?([3467])|draft/(20\d\d)-\d\d)/schema#?$"
+)
 _LATEST = 2020
 # Keyword -> first and last draft that has it, for those that not every draft has.
 _SPAN = {
@@ -88,20 +90,21 @@ class Document:
             )
         self.schema = schema
         self.root = Place(schema, "")
-        self.draft = self._draft()
-
-    def _draft(self) -> int:
-        named = self.schema.get("$schema") if isinstance(self.schema, Mapping) else None
+        named = schema.get("$schema") if isinstance(schema, Mapping) else None
         found = _DRAFT.match(named) if isinstance(named, str) else None
-        draft = int(found[1] or found[2]) if found else _LATEST
+        self.names_draft = found is not None
+        self.draft = draft = int(found[1] or found[2]) if found else _LATEST
         if draft == 3:
             raise self.root.refuse("$schema", "draft 3 is not supported; use draft 7 or 2020-12")
-        return draft
 
     def has(self, keyword: str) -> bool:
-        """Return whether the document's dialect has a keyword."""
+        """Return whether the document's draft has a keyword."""
         first, last = _SPAN.get(keyword, (0, _LATEST))
         return first <= self.draft <= last
+
+    def ignores(self, keyword: str) -> bool:
+        """Return whether a keyword is none of the draft that the document names."""
+        return self.names_draft and not self.has(keyword)
 
     def target(self, place: Place, keyword: str) -> Place:
         """Return what a reference refers to.
@@ -131,7 +134,8 @@ class Document:
     def _resource(self, place: Place, url: str) -> Place | None:
         if not url:
             return self._at(place.base)
-        identifier = self.schema.get("$id", self.schema.get("id"))
+        root = self.schema if isinstance(self.schema, Mapping) else {}
+        identifier = root.get("$id", root.get("id"))
         if isinstance(identifier, str) and url == identifier.rstrip("#"):
             return self.root
         return None
@@ -171,14 +175,11 @@ def _has_old_lists(schema: Any) -> bool:
 
 
 def _unquoted(fragment: str) -> str:
-    from urllib.parse import unquote
-
-    return unquote(fragment)
-
-
-def are_equal(one: Any, other: Any) -> bool:
-    """Return whether two JSON values are equal; 1 and 1.0 are, 1 and true are not."""
-    return canonical(one) == canonical(other)
+    """Return a fragment of a URL without its %-escapes."""
+    if "%" not in fragment:
+        return fragment
+    spelled = re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), fragment.encode())
+    return spelled.decode("utf-8", "replace")
 
 
 def canonical(value: Any) -> str:

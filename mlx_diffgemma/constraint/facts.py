@@ -24,9 +24,10 @@ class Keys:
     rest: Place | None  # of every other key
     evaluates: bool = True  # for unevaluatedProperties
 
-    def of(self, key: str, matching: Iterable[str]) -> list[Place]:
-        """Return what is said about one key, given the patterns that match it."""
-        found = [self.properties[key]] if key in self.properties else []
+    def of(self, key: str | None, matching: Iterable[str]) -> list[Place]:
+        """Return what is said about one key, given the patterns that match it; None is a key that
+        is not named."""
+        found = [self.properties[key]] if key is not None and key in self.properties else []
         found += [self.patterns[pattern] for pattern in matching if pattern in self.patterns]
         return found or ([] if self.rest is None else [self.rest])
 
@@ -102,10 +103,8 @@ class Facts:
     def pruned(self) -> Facts | None:
         """Return these facts without types that evidently have no value; None if none is left."""
         gone = set[str]()
-        b = self.bounds
-        if b.low is not None and b.high is not None:
-            if b.low > b.high or (b.low == b.high and (b.low_open or b.high_open)):
-                gone.update(NUMBERS)
+        if self.bounds.is_empty:
+            gone.update(NUMBERS)
         if self.max_length is not None and self.min_length > self.max_length:
             gone.add("string")
         if self.max_items is not None and self.min_items > self.max_items:
@@ -131,6 +130,14 @@ def _is_tighter(
 def require(facts: Facts, *keys: str) -> Facts:
     """Return facts with more required keys."""
     return replace(facts, required=tuple(dict.fromkeys((*facts.required, *keys))))
+
+
+def place_with(facts: Facts, keyword: str) -> Place:
+    """Return the schema that has a keyword."""
+    for place in facts.sources:
+        if isinstance(place.schema, Mapping) and keyword in place.schema:
+            return place
+    return facts.sources[0] if facts.sources else Place({}, "")
 
 
 def types_of(value: Any) -> tuple[str, ...]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
 
-from .build import anything, difference, intersection, union
+from .build import anything, intersection, union
 from .dfa import DFA, NOWHERE
 from .minimise import finished
 from .net import Limits, Net, determinise
-from .ranges import Ranges, of_characters, single
+from .ranges import LAST, Ranges, of_characters, single
 from .regex import regex
 
 SHORT_ESCAPES = {
@@ -93,17 +93,15 @@ def spell_string(net: Net, at: int, text: str) -> int:
 
 @lru_cache(16)
 def any_string() -> DFA:
-    """Return the automaton of every string in quotes."""
-    return quoted(encoded(anything()))
+    """Return the automaton of the body of every string."""
+    return encoded(anything())
 
 
-def quoted(body: DFA, limits: Limits | None = None) -> DFA:
-    net = Net(limits)
-    start, end = net.state(), net.state()
+def put_quoted(net: Net, at: int, body: DFA) -> int:
+    """Return the state behind a body in quotes."""
     behind = net.state()
-    net.put(net.spell(start, '"'), body, behind)
-    net.skip(net.spell(behind, '"'), end)
-    return determinise(net, start, end)
+    net.put(net.spell(at, '"'), body, behind)
+    return net.spell(behind, '"')
 
 
 def encoded(texts: DFA, limits: Limits | None = None, *, with_unicode: bool = True) -> DFA:
@@ -228,6 +226,14 @@ class Bounds:
     integers: bool = True
     fractions: bool = True  # numbers with a point or an exponent
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no number is within them."""
+        if self.low is None or self.high is None:
+            return False
+        is_open = self.low_open or self.high_open
+        return self.low > self.high or (self.low == self.high and is_open)
+
 
 @lru_cache(256)
 def numbers(bounds: Bounds) -> DFA:
@@ -245,9 +251,7 @@ def numbers(bounds: Bounds) -> DFA:
     zero = Decimal(0)
     if bounds.high is None or bounds.high >= zero:
         low = None if bounds.low is None or bounds.low < zero else bounds.low
-        parts.append(
-            _magnitudes(low, bounds.low_open, bounds.high, bounds.high_open, fractions)
-        )
+        parts.append(_magnitudes(low, bounds.low_open, bounds.high, bounds.high_open, fractions))
     if bounds.low is None or bounds.low < zero:
         least, is_open = (zero, True)
         if bounds.high is not None and bounds.high < zero:
@@ -353,16 +357,35 @@ def _multiples_of(multiple: int) -> DFA:
     return finished(table, accepting, bounds, np.arange(len(bounds)))
 
 
-def texts_except(words: tuple[str, ...], limits: Limits | None = None) -> DFA:
-    """Return the automaton of every text but some."""
-    net = Net(limits)
-    start, end = net.state(), net.state()
+def texts_except(words: Iterable[str]) -> DFA:
+    """Return the automaton of every text but some: a trie, and a state for what has left it."""
+    nodes: list[dict[str, int]] = [{}]
+    ends = set()
     for word in words:
-        net.skip(net.spell(start, word), end)
-    return difference(anything(), determinise(net, start, end), limits)
+        at = 0
+        for character in word:
+            at = nodes[at].setdefault(character, len(nodes))
+            if at == len(nodes):
+                nodes.append({})
+        ends.add(at)
+    letters = sorted({ord(letter) for node in nodes for letter in node})
+    bounds = np.unique([0, 0xD800, 0xE000, LAST + 1, *letters, *(code + 1 for code in letters)])
+    table = np.full((len(nodes) + 1, len(bounds)), len(nodes), np.int32)
+    for state, node in enumerate(nodes):
+        for letter, target in node.items():
+            table[state, np.searchsorted(bounds, ord(letter))] = target
+    table[:, (bounds == 0xD800) | (bounds > LAST)] = NOWHERE
+    accepting = np.array([state not in ends for state in range(len(nodes) + 1)])
+    return finished(table, accepting, bounds, np.arange(len(bounds)))
 
 
 @lru_cache(64)
 def of_length(low: int, high: int | None) -> DFA:
     """Return the automaton of texts of `low` to `high` characters."""
-    return regex(rf"(?s).{{{low},{'' if high is None else high}}}", Limits(states=20_000))
+    last = low if high is None else high
+    table = np.full((last + 1, 4), NOWHERE, np.int32)
+    table[:-1, [0, 2]] = np.arange(1, last + 1)[:, None]
+    if high is None:
+        table[-1, [0, 2]] = last
+    bounds = np.array([0, 0xD800, 0xE000, LAST + 1], np.int32)
+    return DFA(bounds, table, np.arange(last + 1) >= low)

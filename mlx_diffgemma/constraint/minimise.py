@@ -12,6 +12,8 @@ import numpy as np
 
 from .dfa import DFA, NOWHERE
 
+_SMALL = 20_000  # cells of a table up to which plain loops are faster
+
 
 def finished(
     table: np.ndarray, accepting: np.ndarray, bounds: np.ndarray, classes: np.ndarray
@@ -31,14 +33,26 @@ def finished(
     place[order] = np.arange(len(order), dtype=np.int32)
     table, accepting = _mapped(table[order], place), accepting[order]
     same = np.zeros(len(classes), bool)
-    if len(classes) > 1:
-        distinct = np.unique(table, axis=1, return_inverse=True)[1].ravel()[classes]
-        same[1:] = distinct[1:] == distinct[:-1]
+    distinct = equal_columns(table)[0][classes]
+    same[1:] = distinct[1:] == distinct[:-1]
     return DFA(
         bounds[~same].astype(np.int32),
         np.ascontiguousarray(table[:, classes[~same]]).astype(np.int32),
         accepting,
     )
+
+
+def equal_columns(table: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Return the class of each column of a table, and the first column of each class."""
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    classes = np.empty(table.shape[1], np.int64)
+    for i, column in enumerate(np.ascontiguousarray(table.T)):
+        number = known.setdefault(column.tobytes(), len(known))
+        if number == len(first):
+            first.append(i)
+        classes[i] = number
+    return classes, first
 
 
 def _mapped(table: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -106,14 +120,23 @@ def _refined(
             mixed ^= mixed >> half
             mark = mixed * factor
             mark ^= mark >> half
-        distinct, group = np.unique(mark, return_inverse=True)
-        if len(distinct) == known:
-            return group.ravel()
-        known, step = len(distinct), min(2 * step, 32)
+        ascending = np.sort(mark)
+        distinct = 1 + int(np.count_nonzero(ascending[1:] != ascending[:-1]))
+        if distinct == known:
+            return np.unique(mark, return_inverse=True)[1].ravel()
+        known, step = distinct, min(2 * step, 32)
 
 
 def _reached(table: np.ndarray, start: int) -> np.ndarray:
-    """Return the states in the order in which they are reached, level by level."""
+    """Return the states in the order in which they are reached: level by level, and within one by
+    state and symbol."""
+    if table.size < _SMALL:
+        rows, known, waiting = table.tolist(), {NOWHERE, start}, [start]
+        for here in waiting:
+            more = [target for target in dict.fromkeys(rows[here]) if target not in known]
+            waiting += more
+            known.update(more)
+        return np.array(waiting)
     seen = np.zeros(len(table), bool)
     seen[start] = True
     levels = [np.array([start])]

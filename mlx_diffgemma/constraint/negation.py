@@ -1,7 +1,8 @@
-"""What a JSON Schema does not allow, as alternatives: for each keyword, the values that break it."""
+"""What a JSON Schema does not allow, as alternatives: per keyword, the values that break it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -42,6 +43,8 @@ def negated(reader: Reader, facts: Facts, place: Place) -> list[Facts]:
         if breaks is None:
             if keyword in _UNSUPPORTED and not _says_nothing(schema, keyword):
                 raise place.refuse(keyword, "its opposite, which not needs, is not supported")
+            continue
+        if reader.document.ignores(keyword):
             continue
         if not reader.document.has(keyword):
             raise place.refuse(keyword, "it is not of this dialect, so not has two readings")
@@ -136,6 +139,34 @@ def _properties(reader: Reader, facts: Facts, place: Place, keyword: str) -> lis
     return found
 
 
+def _additional(reader: Reader, facts: Facts, place: Place, keyword: str) -> list[Facts]:
+    """Return objects with a key that is not named. Which it may be must be known."""
+    if _says_nothing(place.schema, keyword) or "object" not in facts.types:
+        return []
+    named = set(place.schema.get("properties", {}))
+    patterns = list(place.schema.get("patternProperties", {}))
+    wrong = place.at(keyword).negated()
+
+    def is_named(key: str) -> bool:
+        return key in named or any(re.search(pattern, key) for pattern in patterns)
+
+    if wrong.schema is False and not all(map(is_named, facts.required)):
+        return [facts.only("object")]
+    closed = [
+        layer.properties
+        for layer in facts.keys
+        if layer.rest is not None and layer.rest.schema is False and not layer.patterns
+    ]
+    if not closed:
+        raise place.refuse(keyword, "its opposite, which not needs, is not supported")
+    found = []
+    for key in closed[0]:
+        if not is_named(key) and all(key in layer for layer in closed):
+            layer = Keys({key: wrong}, {}, None, evaluates=False)
+            found.append(require(replace(facts.only("object"), keys=(*facts.keys, layer)), key))
+    return found
+
+
 def _required(reader: Reader, facts: Facts, place: Place, keyword: str) -> list[Facts]:
     present = facts.only("object")
     return [replace(present, absent=present.absent | {key}) for key in place.schema[keyword]]
@@ -187,7 +218,6 @@ def _pattern(reader: Reader, facts: Facts, place: Place, keyword: str) -> list[F
 
 _UNSUPPORTED = (
     "patternProperties",
-    "additionalProperties",
     "propertyNames",
     "unevaluatedProperties",
     "unevaluatedItems",
@@ -213,6 +243,7 @@ _BREAKS: dict[str, Callable[[Reader, Facts, Place, str], list[Facts]]] = {
     "if": _if,
     **dict.fromkeys(("dependencies", "dependentRequired", "dependentSchemas"), _dependencies),
     "properties": _properties,
+    "additionalProperties": _additional,
     "required": _required,
     "items": _items,
     "contains": _contains,

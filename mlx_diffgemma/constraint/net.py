@@ -8,19 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 
 import numpy as np
 
 from ..errors import LimitError
 from .dfa import DFA, NOWHERE
-from .minimise import finished
-from .ranges import Ranges, single
+from .minimise import equal_columns, finished
+from .ranges import Ranges, single, union
 
 DEFAULT_STATES, MOST_STATES = 2_000, 10_000
 DEFAULT_SECONDS = 10.0
 # Before it is made minimal, an automaton may have this many times as many states as after.
-SLACK = 4
+SLACK = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,20 @@ class Limits:
     states: int = DEFAULT_STATES
     seconds: float = DEFAULT_SECONDS
     started: float = field(default_factory=time.thread_time)
+    begun: float = field(default_factory=time.monotonic)
 
     def check_time(self) -> None:
         """Raise LimitError if the time is over."""
+        if time.monotonic() - self.begun <= self.seconds:
+            return  # the other clock is slow to read in some containers
         if time.thread_time() - self.started > self.seconds:
             raise LimitError(
                 f"the constraint takes longer to compile than {self.seconds:g} s; simplify it"
             )
+
+    def used(self) -> float:
+        """Return the part of the time that is over."""
+        return (time.thread_time() - self.started) / max(self.seconds, 1e-9)
 
     def check_states(self, states: int, *, slack: int = 1) -> None:
         """Raise LimitError if there are too many states."""
@@ -57,7 +65,7 @@ class Net:
         # Per state: skips at the beginning of the text only (False), at its end only (True).
         self.anchors: dict[int, list[tuple[bool, int]]] = {}
         self.labels: dict[Ranges, int] = {}
-        # Moves of automata that were put in before. The automaton is kept: its id must stay its.
+        # Per automaton that was put in: its moves. It is kept, so that its id stays its own.
         self._parts: dict[int, tuple[DFA, list[list[tuple[int, int]]], list[int]]] = {}
 
     def state(self) -> int:
@@ -65,9 +73,7 @@ class Net:
         self.moves.append([])
         self.skips.append([])
         if len(self.moves) % 1024 == 0:
-            self.limits.check_time()
-            # Most states of a net are still there when it is minimal.
-            self.limits.check_states(len(self.moves), slack=4 * SLACK)
+            self._check()
         return len(self.moves) - 1
 
     def move(self, source: int, symbols: Ranges, target: int) -> None:
@@ -96,49 +102,50 @@ class Net:
     def put(self, source: int, part: DFA, target: int) -> None:
         """Put an automaton between two states."""
         if id(part) not in self._parts:
-            self._parts[id(part)] = part, *self._moves_of(part)
-        _, moves, finals = self._parts[id(part)]
+            moves, finals = _moves_of(part)
+            numbered = [
+                [(self.labels.setdefault(symbols, len(self.labels)), to) for symbols, to in ways]
+                for ways in moves
+            ]
+            self._parts[id(part)] = part, numbered, finals
+        _, ways_of_all, finals = self._parts[id(part)]
         base = len(self.moves)
-        for _ in moves:
-            self.state()
-        for state, ways in enumerate(moves, base):
-            self.moves[state] = [(label, base + to) for label, to in ways]
+        self.moves += [[(label, base + to) for label, to in ways] for ways in ways_of_all]
+        self.skips += [[] for _ in ways_of_all]
+        self._check()
         self.skip(source, base)
         for state in finals:
             self.skip(base + state, target)
 
-    def _moves_of(self, part: DFA) -> tuple[list[list[tuple[int, int]]], list[int]]:
-        columns, classes = np.unique(part.table, axis=1, return_inverse=True)
-        borders = [*part.bounds.tolist(), 1 << 30]
-        ranges: list[list[tuple[int, int]]] = [[] for _ in range(columns.shape[1])]
-        for i, number in enumerate(classes.ravel().tolist()):
-            ranges[number].append((borders[i], borders[i + 1] - 1))
-        known: dict[tuple[int, ...], int] = {}
-        moves = []
-        for row in columns.tolist():
-            by_target: dict[int, list[int]] = {}
-            for number, target in enumerate(row):
-                if target != NOWHERE:
-                    by_target.setdefault(target, []).append(number)
-            ways = []
-            for target, numbers in by_target.items():
-                key = tuple(numbers)
-                if key not in known:
-                    joined = _joined(pair for number in numbers for pair in ranges[number])
-                    known[key] = self.labels.setdefault(joined, len(self.labels))
-                ways.append((known[key], target))
-            moves.append(ways)
-        return moves, np.flatnonzero(part.accepting).tolist()
+    def _check(self) -> None:
+        self.limits.check_time()
+        # Most states of a net are still there when it is minimal.
+        self.limits.check_states(len(self.moves), slack=2 * SLACK)
 
 
-def _joined(pairs: Iterable[tuple[int, int]]) -> Ranges:
-    joined: list[tuple[int, int]] = []
-    for low, high in sorted(pairs):
-        if joined and joined[-1][1] + 1 == low:
-            joined[-1] = joined[-1][0], high
-        else:
-            joined.append((low, high))
-    return tuple(joined)
+@lru_cache(128)
+def _moves_of(part: DFA) -> tuple[list[list[tuple[Ranges, int]]], list[int]]:
+    """Return each state's moves, and the accepting states."""
+    classes, first = equal_columns(part.table)
+    borders = [*part.bounds.tolist(), 1 << 30]
+    ranges: list[list[tuple[int, int]]] = [[] for _ in first]
+    for i, number in enumerate(classes.tolist()):
+        ranges[number].append((borders[i], borders[i + 1] - 1))
+    known: dict[tuple[int, ...], Ranges] = {}
+    moves = []
+    for row in part.table[:, first].tolist():
+        by_target: dict[int, list[int]] = {}
+        for number, target in enumerate(row):
+            if target != NOWHERE:
+                by_target.setdefault(target, []).append(number)
+        ways = []
+        for target, numbers in by_target.items():
+            key = tuple(numbers)
+            if key not in known:
+                known[key] = union(pair for number in numbers for pair in ranges[number])
+            ways.append((known[key], target))
+        moves.append(ways)
+    return moves, np.flatnonzero(part.accepting).tolist()
 
 
 def determinise(net: Net, start: int, final: int) -> DFA:
@@ -199,12 +206,11 @@ class _Atoms:
                 np.add.at(member[row], np.searchsorted(self.bounds, pairs[:, 0]), 1)
                 np.add.at(member[row], np.searchsorted(self.bounds, pairs[:, 1] + 1), -1)
         inside = np.cumsum(member, axis=1, dtype=np.int8)[:, :-1].astype(bool)
-        distinct, classes = np.unique(inside, axis=1, return_inverse=True)
-        self.classes = classes.ravel()  # of each range of symbols
-        self._size = distinct.shape[1]
+        self.classes, first = equal_columns(inside)  # of each range of symbols
+        self._size = len(first)
         self._masks = [
             int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little")
-            for row in distinct
+            for row in inside[:, first]
         ]
         self._blocks: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
         self._numbers: dict[int, int] = {}  # of the masks in use

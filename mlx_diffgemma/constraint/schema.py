@@ -21,7 +21,7 @@ from .values import Cuts, Writer
 
 # What is tried, one behind another, until it needs few enough states.
 _LADDER = (
-    Cuts(depth=2, recursion=2),
+    Cuts(depth=3, recursion=2),
     Cuts(depth=2, recursion=1),
     Cuts(depth=1, recursion=1),
     Cuts(depth=0, recursion=1),
@@ -69,28 +69,30 @@ def json_schema(
     document = Document(schema)
     limits = Limits(min(states, MOST_STATES), seconds)
     layout = Layout(indent, is_any=not compact and indent is None)
-    for cuts in _LADDER:
+    strings: dict[Any, DFA] = {}
+    ladder = list(_LADDER if limits.states > DEFAULT_STATES else _LADDER[1:])
+    while ladder:
+        # The last one needs a part of the time for itself.
+        cuts = ladder.pop(0 if limits.used() < 0.4 else -1)
         try:
-            found = _compiled(document, layout, cuts, closed, limits)
+            reader = Alternatives(document, cuts.recursion, limits)
+            writer = Writer(reader, layout, cuts, closed, limits, strings)
+            found = _compiled(reader, writer, cuts, limits)
             break
         except LimitError as error:
-            refusal = LimitError(str(error), keyword="", pointer="")
-            limits.check_time()
-    else:
-        raise refusal
+            if not ladder or limits.used() > 1:
+                raise LimitError(str(error), keyword="", pointer="") from None
+            if limits.used() > 0.4:
+                ladder = ladder[-1:]
     if is_empty(found.dfa):
         raise document.root.refuse("", "no value is valid, or none that is not nested too deep")
     return found
 
 
-def _compiled(
-    document: Document, layout: Layout, cuts: Cuts, closed: bool, limits: Limits
-) -> Compiled:
-    reader = Alternatives(document, cuts.recursion, limits)
-    writer = Writer(reader, layout, cuts, closed, limits)
+def _compiled(reader: Alternatives, writer: Writer, cuts: Cuts, limits: Limits) -> Compiled:
     net = Net(limits)
     start = net.state()
-    end = writer.value(net, start, [document.root])
+    end = writer.value(net, start, [reader.document.root])
     dfa = determinise(net, start, end)
     return Compiled(dfa, tuple(_notes(reader, writer, cuts)))
 
@@ -103,5 +105,5 @@ def _notes(reader: Alternatives, writer: Writer, cuts: Cuts) -> list[str]:
         named = ", ".join(sorted(pointer or "#" for pointer in reader.cuts))
         notes.append(f"{named} is followed {cuts.recursion} times within itself at most")
     for name, pointer in reader.ignored.items():
-        notes.append(f"format {name!r} at {pointer or 'the root'} is not checked")
+        notes.append(f"{name} at {pointer or 'the root'} is not checked")
     return notes + list(writer.notes)

@@ -19,6 +19,7 @@ def texts_of(facts: Facts, limits: Limits) -> DFA | None:
     parts = [part for part in found if part is not None]
     parts += [search(p, "narrow", limits) for p, is_wanted in facts.patterns if is_wanted]
     if facts.min_length or facts.max_length is not None:
+        limits.check_states(max(facts.min_length, facts.max_length or 0))
         parts.append(of_length(facts.min_length, facts.max_length))
     unwanted = [search(p, "wide", limits) for p, is_wanted in facts.patterns if not is_wanted]
     words = tuple(value for value in facts.excluded if isinstance(value, str))

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from .alternatives import Alternatives
-from .build import difference, intersection, is_empty
 from .dfa import DFA
 from .dialect import Place
-from .facts import NUMBERS, Facts
-from .json_text import (
-    Layout,
-    any_string,
-    encoded,
-    numbers,
-    of_length,
-    quoted,
-    spell_string,
-    texts_except,
-)
+from .facts import NUMBERS, Facts, place_with
+from .json_text import Layout, any_string, encoded, numbers, put_quoted, spell_string
+from .keys import KeyTexts, any_key
 from .net import Limits, Net, determinise
-from .regex import search
 from .strings import is_counted, texts_of
 
 _MOST_LEVELS = 60
-_MOST_PATTERNS = 4  # of keys in one object: each set of them has keys of its own
 _MOST_UNIQUE = 6  # values of a list without repeats: each set of them has a state
+_MOST_CONTAINED = 2
 _LITERALS = {"null": ("null",), "boolean": ("true", "false")}
 
 
@@ -48,13 +37,20 @@ class Writer:
     """Puts values into nets, and notes what it cuts."""
 
     def __init__(
-        self, reader: Alternatives, layout: Layout, cuts: Cuts, closed: bool, limits: Limits
+        self,
+        reader: Alternatives,
+        layout: Layout,
+        cuts: Cuts,
+        closed: bool,
+        limits: Limits,
+        strings: dict[Any, DFA],
     ) -> None:
         self._reader, self._layout, self._cuts = reader, layout, cuts
-        self._closed, self._limits = closed, limits
+        self._keys = KeyTexts(reader, closed, limits, strings)
+        self._limits = limits
         self.notes: dict[str, None] = {}
         self._untyped: dict[tuple[int, int], DFA] = {}
-        self._strings: dict[Any, DFA] = {}
+        self._strings = strings  # bodies of strings and keys that are made already
 
     def value(self, net: Net, at: int, places: Sequence[Place], level: int = 0) -> int:
         """Return the state behind a value that some schemas allow together."""
@@ -73,14 +69,13 @@ class Writer:
             net = Net(self._limits)
             start, end = net.state(), net.state()
             self._put_scalars(net, start, end, Facts(), ())
-            for opening, closing in ("[]", "{}"):
+            for opening, closing in (("[", "]"), ("{", "}")):
                 at = net.spell(start, opening)
                 if depth:
                     first = self._layout.gap(net, at, level + 1)
                     ahead = first
                     if opening == "{":
-                        net.put(first, any_key(), behind := net.state())
-                        ahead = self._layout.colon(net, behind)
+                        ahead = self._layout.colon(net, put_quoted(net, first, any_key()))
                     net.put(ahead, self.untyped(level + 1, depth - 1), item := net.state())
                     after = self._layout.blank(net, item)
                     comma = self._layout.gap(net, net.spell(after, ","), level + 1)
@@ -101,7 +96,7 @@ class Writer:
                 net.skip(self._literal(net, at, value, level), end)
             return
         if not places:
-            net.put(at, self.untyped(level, self._depth(level)), end)
+            net.put(at, self.untyped(level, self._cuts.depth), end)
             if self._cuts.depth < 10:
                 self.notes["values of any type"] = None
             return
@@ -111,16 +106,13 @@ class Writer:
         if "object" in facts.types:
             self._object(net, at, end, facts, places, level)
 
-    def _depth(self, level: int) -> int:
-        return self._cuts.depth if level == 0 else max(0, self._cuts.depth - 1)
-
     def _literal(self, net: Net, at: int, value: Any, level: int) -> int:
         """Return the state behind a given value."""
         if isinstance(value, str):
             return spell_string(net, at, value)
         if not isinstance(value, Mapping | list) or not value:
             if isinstance(value, Mapping | list):
-                opening, closing = json.dumps(value)
+                opening, closing = ("{", "}") if isinstance(value, Mapping) else ("[", "]")
                 return net.spell(self._layout.blank(net, net.spell(at, opening)), closing)
             return net.spell(at, json.dumps(value))
         is_object = isinstance(value, Mapping)
@@ -160,16 +152,16 @@ class Writer:
         if "string" not in facts.types:
             return
         facts = self._shortened(facts)
-        key = (facts.min_length, facts.max_length, facts.patterns, facts.formats)
-        key = (*key, tuple(v for v in facts.excluded if isinstance(v, str)))
+        words = tuple(value for value in facts.excluded if isinstance(value, str))
+        key = (facts.min_length, facts.max_length, facts.patterns, facts.formats, words)
         if key not in self._strings:
             texts = texts_of(facts, self._limits)
             if texts is None:
                 self._strings[key] = any_string()
             else:
                 body = encoded(texts, self._limits, with_unicode=not is_counted(facts))
-                self._strings[key] = quoted(body, self._limits)
-        net.put(at, self._strings[key], end)
+                self._strings[key] = body
+        net.skip(put_quoted(net, at, self._strings[key]), end)
 
     def _shortened(self, facts: Facts) -> Facts:
         most, cut = facts.max_length, self._cuts.length
@@ -186,8 +178,6 @@ class Writer:
     ) -> None:
         if facts.is_unique and (facts.max_items is None or facts.max_items > 1):
             return self._unique(net, at, end, facts, places, level)
-        if facts.contains:
-            return self._containing(net, at, end, facts, places, level)
         prefix = max((len(layer.first) for layer in facts.items), default=0)
         low, high = facts.min_items, facts.max_items
         if high is not None and self._cuts.items is not None:
@@ -197,20 +187,32 @@ class Writer:
                 high = held
         count = max(prefix + 1, low, 1) if high is None else high
         opened = net.spell(at, "[")
-        if low == 0:
+        wanted = facts.contains
+        if len(wanted) > _MOST_CONTAINED:
+            raise place_with(facts, "contains").refuse(
+                "contains", f"more than {_MOST_CONTAINED} in one list are not supported"
+            )
+        if low == 0 and not wanted:
             net.skip(net.spell(self._layout.blank(net, opened), "]"), end)
-        ahead = [net.state() for _ in range(count)]
+        subsets = [s for n in range(len(wanted) + 1) for s in combinations(range(len(wanted)), n)]
+        ahead = {(i, frozenset(s)): net.state() for i in range(count) for s in subsets}
         if ahead:
-            net.skip(opened, ahead[0])
-        for i in range(count):
+            net.skip(opened, ahead[0, frozenset()])
+        for (i, found), state in ahead.items():
             self._limits.check_time()
-            begin = self._layout.gap(net, ahead[i], level + 1)
-            behind = self._item(net, begin, item_places(facts, i), level + 1)
+            begin = self._layout.gap(net, state, level + 1)
             onward = i + 1 if i + 1 < count else i if high is None else None
-            self._close(net, behind, end, "]", level, is_possible=i + 1 >= low)
-            if onward is not None:
-                comma = net.spell(self._layout.blank(net, behind), ",")
-                net.skip(comma, ahead[onward])
+            for more in subsets:
+                if found.intersection(more):
+                    continue
+                places_here = item_places(facts, i) + [wanted[number] for number in more]
+                behind = self._item(net, begin, places_here, level + 1)
+                now = found.union(more)
+                is_end = i + 1 >= low and len(now) == len(wanted)
+                self._close(net, behind, end, "]", level, is_possible=is_end)
+                if onward is not None:
+                    comma = net.spell(self._layout.blank(net, behind), ",")
+                    net.skip(comma, ahead[onward, now])
         return None
 
     def _item(self, net: Net, at: int, places: Sequence[Place], level: int) -> int:
@@ -223,34 +225,11 @@ class Writer:
         if is_possible:
             net.skip(net.spell(self._layout.gap(net, at, level), bracket), end)
 
-    def _containing(
-        self, net: Net, at: int, end: int, facts: Facts, places: Sequence[Place], level: int
-    ) -> None:
-        """Put a list with one item somewhere in it that must be there."""
-        is_simple = facts.min_items <= 1 and facts.max_items is None and len(facts.contains) == 1
-        if not is_simple or any(layer.first for layer in facts.items):
-            raise _place_with(facts, "contains").refuse(
-                "contains", "beside other limits of a list it is not supported"
-            )
-        anything = item_places(facts, 0)
-        before, wanted, after = net.state(), net.state(), net.state()
-        net.skip(net.spell(at, "["), before)
-        begin = self._layout.gap(net, before, level + 1)
-        item = self._item(net, begin, anything, level + 1)
-        net.skip(net.spell(self._layout.blank(net, item), ","), before)
-        net.skip(self._item(net, begin, [*anything, *facts.contains], level + 1), wanted)
-        begin = self._layout.gap(
-            net, net.spell(self._layout.blank(net, wanted), ","), level + 1
-        )
-        net.skip(self._item(net, begin, anything, level + 1), after)
-        net.skip(after, wanted)
-        self._close(net, wanted, end, "]", level)
-
     def _unique(
         self, net: Net, at: int, end: int, facts: Facts, places: Sequence[Place], level: int
     ) -> None:
         """Put a list without repeats: of known values, each set of them has a state."""
-        place = _place_with(facts, "uniqueItems")
+        place = place_with(facts, "uniqueItems")
         if facts.contains or any(layer.first for layer in facts.items):
             raise place.refuse("uniqueItems", "beside prefixItems or contains it is not supported")
         values = self._finite(self._reader.of(item_places(facts, 0)))
@@ -304,10 +283,10 @@ class Writer:
     def _object(
         self, net: Net, at: int, end: int, facts: Facts, places: Sequence[Place], level: int
     ) -> None:
-        from_keys = self._declared(facts)
+        from_keys = self._keys.declared(facts)
         if not set(facts.required) <= {key for key, _ in from_keys}:
             return  # a required key may not be there
-        others = list(self._undeclared(facts, [key for key, _ in from_keys]))
+        others = list(self._keys.undeclared(facts, [key for key, _ in from_keys]))
         needed = [key in facts.required for key, _ in from_keys]
         low, high = facts.min_keys, facts.max_keys
         if low <= sum(needed):
@@ -315,93 +294,10 @@ class Writer:
         if high is not None and not others and high >= len(from_keys):
             high = None
         if low and others and low > len(from_keys) + 1:
-            raise _place_with(facts, "minProperties").refuse(
+            raise place_with(facts, "minProperties").refuse(
                 "minProperties", "it asks for more keys than the schema names"
             )
         _Object(self, net, end, level, from_keys, others, needed, low, high).put(at)
-
-    def _declared(self, facts: Facts) -> list[tuple[str, list[Place]]]:
-        """Return the keys that a schema names, in its order, with what their values are."""
-        names = dict.fromkeys(key for layer in facts.keys for key in layer.properties)
-        names |= dict.fromkeys(facts.required)
-        found = []
-        for key in names:
-            if key in facts.absent or not self._is_name(facts, key):
-                continue
-            found.append((key, self.key_places(facts, key)))
-        return found
-
-    def key_places(self, facts: Facts, key: str) -> list[Place]:
-        matching = [
-            pattern for layer in facts.keys for pattern in layer.patterns if re.search(pattern, key)
-        ]
-        return [place for layer in facts.keys for place in layer.of(key, matching)]
-
-    def _is_name(self, facts: Facts, key: str) -> bool:
-        return all(self._reader.document.is_valid(key, place) for place in facts.names)
-
-    def _undeclared(
-        self, facts: Facts, declared: list[str]
-    ) -> Iterator[tuple[DFA, list[Place]]]:
-        """Return the keys that a schema does not name, as written in an object, in groups whose
-        values are the same."""
-        patterns = list(dict.fromkeys(p for layer in facts.keys for p in layer.patterns))
-        if len(patterns) > _MOST_PATTERNS:
-            raise _place_with(facts, "patternProperties").refuse(
-                "patternProperties", f"more than {_MOST_PATTERNS} patterns are not supported"
-            )
-        open_rest = all(layer.rest is None for layer in facts.keys)
-        names = {*declared, *facts.absent, *(k for layer in facts.keys for k in layer.properties)}
-        for size in range(len(patterns) + 1):
-            for chosen in combinations(patterns, size):
-                if not chosen and self._closed and open_rest and declared:
-                    continue
-                places = [
-                    place
-                    for layer in facts.keys
-                    for place in layer.of("", chosen)
-                    if not place.is_trivial
-                ] if facts.keys else []
-                if any(p.schema is False and not p.is_negated for p in places):
-                    continue
-                keys = self._key_texts(facts, names, patterns, chosen)
-                if not is_empty(keys):
-                    yield quoted(keys, self._limits), places
-
-    def _key_texts(
-        self, facts: Facts, names: set[str], patterns: list[str], chosen: tuple[str, ...]
-    ) -> DFA:
-        """Return the texts of undeclared keys that some patterns match and no other does."""
-        key = (frozenset(names), tuple(patterns), chosen, facts.names)
-        if key not in self._strings:
-            texts = texts_except(tuple(sorted(names)), self._limits)
-            for pattern in patterns:
-                if pattern in chosen:
-                    texts = intersection(
-                        texts, search(pattern, "narrow", self._limits), self._limits
-                    )
-                else:
-                    texts = difference(texts, search(pattern, "wide", self._limits), self._limits)
-            for place in facts.names:
-                texts = intersection(texts, self._names(place), self._limits)
-            self._strings[key] = encoded(texts, self._limits, with_unicode=False)
-        return self._strings[key]
-
-    def _names(self, place: Place) -> DFA:
-        """Return the texts that a schema of keys allows."""
-        net = Net(self._limits)
-        start, end = net.state(), net.state()
-        for facts in self._reader.of([place]):
-            if "string" not in facts.types:
-                continue
-            if facts.enum is not None:
-                for value in self._reader.values(facts):
-                    if isinstance(value, str):
-                        net.skip(net.spell(start, value), end)
-                continue
-            texts = texts_of(self._shortened(facts), self._limits)
-            net.put(start, of_length(0, None) if texts is None else texts, end)
-        return determinise(net, start, end)
 
 
 class _Object:
@@ -467,8 +363,8 @@ class _Object:
             return  # undeclared keys may repeat, so only the first of them counts for sure
         for keys, places in self._others:
             begin = layout.gap(net, at, self._level + 1)
-            net.put(begin, keys, name := net.state())
-            behind = writer._item(net, layout.colon(net, name), places, self._level + 1)
+            ahead = layout.colon(net, put_quoted(net, begin, keys))
+            behind = writer._item(net, ahead, places, self._level + 1)
             self._behind(behind, passed, self._counted(count))
 
     def _behind(self, at: int, passed: int, count: int) -> None:
@@ -480,10 +376,6 @@ class _Object:
         net.skip(comma, self._state(passed, count))
 
 
-def any_key() -> DFA:
-    return quoted(encoded(of_length(0, None), with_unicode=False))
-
-
 def item_places(facts: Facts, index: int) -> list[Place]:
     """Return what the schemas say about one item of a list."""
     found = []
@@ -493,14 +385,6 @@ def item_places(facts: Facts, index: int) -> list[Place]:
         elif layer.rest is not None:
             found.append(layer.rest)
     return found
-
-
-def _place_with(facts: Facts, keyword: str) -> Place:
-    """Return the schema that has a keyword."""
-    for place in facts.sources:
-        if isinstance(place.schema, Mapping) and keyword in place.schema:
-            return place
-    return facts.sources[0] if facts.sources else Place({}, "")
 
 
 def _is_number(value: Any) -> bool:

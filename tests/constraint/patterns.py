@@ -13,8 +13,8 @@ from random import Random
 from mlx_diffgemma.constraint.dfa import DFA, NOWHERE
 from mlx_diffgemma.constraint.regex import regex, search
 
-ALPHABET, LENGTH = "aB1\n", 6
-ATOMS = ("a", "B", "1", ".", r"\n", r"\d", r"\W", r"\s", r"\w", r"\D", "[aB]", "[^a1]", "[a-c\\d]")
+ALPHABET, LENGTH = "a1\n", 6
+ATOMS = ("a", "A", "1", ".", r"\n", r"\d", r"\W", r"\s", r"\w", r"\D", "[Ab]", "[^a1]", "[a-c\\d]")
 ENDS = ("", "*", "+", "?", "{2}", "{1,2}", "{0,1}", "{2,}", "*?", "+?", "??", "{1,3}?", "{,2}")
 FLAGS = ("", "", "", "(?i)", "(?s)", "(?is)", "(?a)")
 
