@@ -27,7 +27,7 @@ WINGS = {
     "config": "entry reading formats generation quantization model training",
     "language": "tokenizer controls tools given prompt pattern template stops text",
     "constraint": "dfa ranges minimise net build characters regex json_text formats dialect facts "
-    "strings negation alternatives keys values schema automaton",
+    "strings negation alternatives keys values schema parts tool_calls python_types automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "

@@ -36,36 +36,6 @@ _DIGITS = 15
 _MOST_MULTIPLE = 1_000
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The white space between the parts of a JSON text: any, none, or lines indented by some
-    spaces."""
-
-    indent: int | None = None
-    is_any: bool = True
-
-    def gap(self, net: Net, at: int, level: int) -> int:
-        """Return the state behind the space at the border of an object or list, or behind a comma
-        in it; `level` counts what its lines lie in."""
-        if self.indent is not None:
-            return net.spell(at, "\n" + " " * (self.indent * level))
-        return self.blank(net, at)
-
-    def blank(self, net: Net, at: int) -> int:
-        """Return the state behind space where lines do not break."""
-        if not self.is_any:
-            return at
-        loop = net.state()
-        net.skip(at, loop)
-        net.move(loop, _BLANK, loop)
-        return loop
-
-    def colon(self, net: Net, at: int) -> int:
-        """Return the state behind the colon after a key."""
-        at = net.spell(self.blank(net, at), ":" if self.indent is None else ": ")
-        return self.blank(net, at)
-
-
 def spell_string(net: Net, at: int, text: str) -> int:
     r"""Return the state behind a string, in each of its spellings. Only what JSON's short spellings
     in ASCII cannot hold may be \uXXXX."""
@@ -389,3 +359,65 @@ def of_length(low: int, high: int | None) -> DFA:
         table[-1, [0, 2]] = last
     bounds = np.array([0, 0xD800, 0xE000, LAST + 1], np.int32)
     return DFA(bounds, table, np.arange(last + 1) >= low)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How JSON is written: its strings and keys, and the white space between its parts: any, none,
+    or lines indented by some spaces."""
+
+    indent: int | None = None
+    is_any: bool = True
+
+    def gap(self, net: Net, at: int, level: int) -> int:
+        """Return the state behind the space at the border of an object or list, or behind a comma
+        in it; `level` counts what its lines lie in."""
+        if self.indent is not None:
+            return net.spell(at, "\n" + " " * (self.indent * level))
+        return self.blank(net, at)
+
+    def blank(self, net: Net, at: int) -> int:
+        """Return the state behind space where lines do not break."""
+        if not self.is_any:
+            return at
+        loop = net.state()
+        net.skip(at, loop)
+        net.move(loop, _BLANK, loop)
+        return loop
+
+    def colon(self, net: Net, at: int) -> int:
+        """Return the state behind the colon after a key."""
+        at = net.spell(self.blank(net, at), ":" if self.indent is None else ": ")
+        return self.blank(net, at)
+
+    def in_order(self, keys: Iterable[str]) -> list[str]:
+        """Return the keys that a schema names, as they are written."""
+        return list(keys)
+
+    def key(self, net: Net, at: int, text: str) -> int:
+        """Return the state behind a given key."""
+        return spell_string(net, at, text)
+
+    def string(self, net: Net, at: int, text: str) -> int:
+        """Return the state behind a given string."""
+        return spell_string(net, at, text)
+
+    def put_key(self, net: Net, at: int, body: DFA) -> int:
+        """Return the state behind a key of which `keys` has made the body."""
+        return put_quoted(net, at, body)
+
+    def put_string(self, net: Net, at: int, body: DFA) -> int:
+        """Return the state behind a string of which `strings` has made the body."""
+        return put_quoted(net, at, body)
+
+    def keys(self, texts: DFA, limits: Limits) -> DFA:
+        r"""Return the automaton of keys between their quotes. They have no \uXXXX, in which a key
+        that is named could come again."""
+        return encoded(texts, limits, with_unicode=False)
+
+    def strings(self, texts: DFA | None, limits: Limits, *, counted: bool) -> DFA:
+        """Return the automaton of strings between their quotes; of any string for None."""
+        return any_string() if texts is None else encoded(texts, limits, with_unicode=not counted)
+
+    def numbers(self, bounds: Bounds) -> DFA:
+        return numbers(bounds)

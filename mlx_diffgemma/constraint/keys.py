@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -13,7 +12,7 @@ from .build import difference, intersection, is_empty
 from .dfa import DFA
 from .dialect import Place
 from .facts import Facts, place_with
-from .json_text import encoded, of_length, texts_except
+from .json_text import Layout, of_length, texts_except
 from .net import Limits, Net, determinise
 from .regex import search
 from .strings import texts_of
@@ -25,17 +24,29 @@ class KeyTexts:
     """Reads the keys of objects."""
 
     def __init__(
-        self, reader: Alternatives, closed: bool, limits: Limits, known: dict[Any, DFA]
+        self,
+        reader: Alternatives,
+        layout: Layout,
+        closed: bool,
+        limits: Limits,
+        known: dict[Any, DFA],
     ) -> None:
-        self._reader, self._closed, self._limits = reader, closed, limits
+        self._reader, self._layout = reader, layout
+        self._closed, self._limits = closed, limits
         self._strings = known  # bodies of strings and keys that are made already
+
+    def any_key(self) -> DFA:
+        """Return the automaton of every key, without its quotes."""
+        if "any key" not in self._strings:
+            self._strings["any key"] = self._layout.keys(of_length(0, None), self._limits)
+        return self._strings["any key"]
 
     def declared(self, facts: Facts) -> list[tuple[str, list[Place]]]:
         """Return the keys that a schema names, in its order, with what their values are."""
         names = dict.fromkeys(key for layer in facts.keys for key in layer.properties)
         names |= dict.fromkeys(facts.required)
         found = []
-        for key in names:
+        for key in self._layout.in_order(names):
             if key in facts.absent or not self._is_name(facts, key):
                 continue
             found.append((key, self._places(facts, key)))
@@ -88,7 +99,7 @@ class KeyTexts:
                     texts = difference(texts, search(pattern, "wide", self._limits), self._limits)
             for place in facts.names:
                 texts = intersection(texts, self._names(place), self._limits)
-            self._strings[key] = encoded(texts, self._limits, with_unicode=False)
+            self._strings[key] = self._layout.keys(texts, self._limits)
         return self._strings[key]
 
     def _names(self, place: Place) -> DFA:
@@ -106,9 +117,3 @@ class KeyTexts:
             texts = texts_of(facts, self._limits)
             net.put(start, of_length(0, None) if texts is None else texts, end)
         return determinise(net, start, end)
-
-
-@cache
-def any_key() -> DFA:
-    """Return the automaton of every key, without its quotes."""
-    return encoded(of_length(0, None), with_unicode=False)

@@ -19,6 +19,7 @@ from .json_text import Layout
 from .net import DEFAULT_SECONDS, DEFAULT_STATES, MOST_STATES, Limits, Net, determinise
 from .values import Cuts, Writer
 
+_LAST_RUNG = 0.4  # part of the time after which only the last of the cuts is tried
 # What is tried, one behind another, until it needs few enough states.
 _LADDER = (
     Cuts(depth=3, recursion=2),
@@ -66,14 +67,22 @@ def json_schema(
     """
     if compact and indent is not None:
         raise ConstraintError("compact and indent exclude each other; leave one out")
-    document = Document(schema)
     limits = Limits(min(states, MOST_STATES), seconds)
     layout = Layout(indent, is_any=not compact and indent is None)
+    return compiled(schema, layout, limits, closed=closed)
+
+
+def compiled(schema: Any, layout: Layout, limits: Limits, *, closed: bool) -> Compiled:
+    """Return the automaton of the values that a schema allows, in some notation.
+
+    Raises:
+      ConstraintError, LimitError: as `json_schema`.
+    """
+    document = Document(schema)
     strings: dict[Any, DFA] = {}
     ladder = list(_LADDER if limits.states > DEFAULT_STATES else _LADDER[1:])
-    while ladder:
-        # The last one needs a part of the time for itself.
-        cuts = ladder.pop(0 if limits.used() < 0.4 else -1)
+    while True:
+        cuts = ladder.pop(0)
         try:
             reader = Alternatives(document, cuts.recursion, limits)
             writer = Writer(reader, layout, cuts, closed, limits, strings)
@@ -82,7 +91,7 @@ def json_schema(
         except LimitError as error:
             if not ladder or limits.used() > 1:
                 raise LimitError(str(error), keyword="", pointer="") from None
-            if limits.used() > 0.4:
+            if limits.used() > _LAST_RUNG:
                 ladder = ladder[-1:]
     if is_empty(found.dfa):
         raise document.root.refuse("", "no value is valid, or none that is not nested too deep")

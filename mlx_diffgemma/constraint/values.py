@@ -12,14 +12,16 @@ from .alternatives import Alternatives
 from .dfa import DFA
 from .dialect import Place
 from .facts import NUMBERS, Facts, place_with
-from .json_text import Layout, any_string, encoded, numbers, put_quoted, spell_string
-from .keys import KeyTexts, any_key
+from .json_text import Layout
+from .keys import KeyTexts
 from .net import Limits, Net, determinise
 from .strings import is_counted, texts_of
 
 _MOST_LEVELS = 60
 _MOST_UNIQUE = 6  # values of a list without repeats: each set of them has a state
 _MOST_CONTAINED = 2
+# Values of any type are the same in all schemas: (notation, level, depth) -> automaton.
+_UNTYPED: dict[tuple[Layout, int, int], DFA] = {}
 _LITERALS = {"null": ("null",), "boolean": ("true", "false")}
 
 
@@ -46,10 +48,9 @@ class Writer:
         strings: dict[Any, DFA],
     ) -> None:
         self._reader, self._layout, self._cuts = reader, layout, cuts
-        self._keys = KeyTexts(reader, closed, limits, strings)
+        self._keys = KeyTexts(reader, layout, closed, limits, strings)
         self._limits = limits
         self.notes: dict[str, None] = {}
-        self._untyped: dict[tuple[int, int], DFA] = {}
         self._strings = strings  # bodies of strings and keys that are made already
 
     def value(self, net: Net, at: int, places: Sequence[Place], level: int = 0) -> int:
@@ -64,8 +65,8 @@ class Writer:
 
     def untyped(self, level: int, depth: int) -> DFA:
         """Return the automaton of any value, objects and lists within each other to a depth."""
-        key = (level if self._layout.indent is not None else 0, depth)
-        if key not in self._untyped:
+        key = (self._layout, level if self._layout.indent is not None else 0, depth)
+        if key not in _UNTYPED:
             net = Net(self._limits)
             start, end = net.state(), net.state()
             self._put_scalars(net, start, end, Facts(), ())
@@ -75,7 +76,7 @@ class Writer:
                     first = self._layout.gap(net, at, level + 1)
                     ahead = first
                     if opening == "{":
-                        ahead = self._layout.colon(net, put_quoted(net, first, any_key()))
+                        ahead = self._layout.colon(net, self._any_key(net, first))
                     net.put(ahead, self.untyped(level + 1, depth - 1), item := net.state())
                     after = self._layout.blank(net, item)
                     comma = self._layout.gap(net, net.spell(after, ","), level + 1)
@@ -85,8 +86,8 @@ class Writer:
                         close = self._layout.gap(net, item, level)
                     net.skip(net.spell(close, closing), end)
                 net.skip(net.spell(self._layout.blank(net, at), closing), end)
-            self._untyped[key] = determinise(net, start, end)
-        return self._untyped[key]
+            _UNTYPED[key] = determinise(net, start, end)
+        return _UNTYPED[key]
 
     def _put(
         self, net: Net, at: int, end: int, facts: Facts, places: Sequence[Place], level: int
@@ -106,10 +107,13 @@ class Writer:
         if "object" in facts.types:
             self._object(net, at, end, facts, places, level)
 
+    def _any_key(self, net: Net, at: int) -> int:
+        return self._layout.put_key(net, at, self._keys.any_key())
+
     def _literal(self, net: Net, at: int, value: Any, level: int) -> int:
         """Return the state behind a given value."""
         if isinstance(value, str):
-            return spell_string(net, at, value)
+            return self._layout.string(net, at, value)
         if not isinstance(value, Mapping | list) or not value:
             if isinstance(value, Mapping | list):
                 opening, closing = ("{", "}") if isinstance(value, Mapping) else ("[", "]")
@@ -117,12 +121,13 @@ class Writer:
             return net.spell(at, json.dumps(value))
         is_object = isinstance(value, Mapping)
         at = net.spell(at, "{" if is_object else "[")
-        for i, part in enumerate(value):
+        parts = self._layout.in_order(value) if is_object else value
+        for i, part in enumerate(parts):
             if i:
                 at = net.spell(self._layout.blank(net, at), ",")
             at = self._layout.gap(net, at, level + 1)
             if is_object:
-                at = self._layout.colon(net, spell_string(net, at, part))
+                at = self._layout.colon(net, self._layout.key(net, at, part))
             at = self._literal(net, at, value[part] if is_object else part, level + 1)
         return net.spell(self._layout.gap(net, at, level), "}" if is_object else "]")
 
@@ -144,7 +149,7 @@ class Writer:
             )
             if bounds.multiples and not bounds.integers:
                 return self._string(net, at, end, facts)
-            net.put(at, numbers(bounds), end)
+            net.put(at, self._layout.numbers(bounds), end)
         self._string(net, at, end, facts)
         return None
 
@@ -156,12 +161,10 @@ class Writer:
         key = (facts.min_length, facts.max_length, facts.patterns, facts.formats, words)
         if key not in self._strings:
             texts = texts_of(facts, self._limits)
-            if texts is None:
-                self._strings[key] = any_string()
-            else:
-                body = encoded(texts, self._limits, with_unicode=not is_counted(facts))
-                self._strings[key] = body
-        net.skip(put_quoted(net, at, self._strings[key]), end)
+            self._strings[key] = self._layout.strings(
+                texts, self._limits, counted=is_counted(facts)
+            )
+        net.skip(self._layout.put_string(net, at, self._strings[key]), end)
 
     def _shortened(self, facts: Facts) -> Facts:
         most, cut = facts.max_length, self._cuts.length
@@ -353,7 +356,7 @@ class _Object:
         if passed < len(self._keys):
             key, places = self._keys[passed]
             begin = layout.gap(net, at, self._level + 1)
-            ahead = layout.colon(net, spell_string(net, begin, key))
+            ahead = layout.colon(net, layout.key(net, begin, key))
             behind = writer._item(net, ahead, places, self._level + 1)
             self._behind(behind, passed + 1, self._counted(count))
             if not self._needed[passed]:
@@ -363,7 +366,7 @@ class _Object:
             return  # undeclared keys may repeat, so only the first of them counts for sure
         for keys, places in self._others:
             begin = layout.gap(net, at, self._level + 1)
-            ahead = layout.colon(net, put_quoted(net, begin, keys))
+            ahead = layout.colon(net, layout.put_key(net, begin, keys))
             behind = writer._item(net, ahead, places, self._level + 1)
             self._behind(behind, passed, self._counted(count))
 
