@@ -34,6 +34,31 @@ class TemplateError(DiffGemmaError):
     """A template, selection or constraint that cannot be read or cannot be met."""
 
 
+class ConstraintError(DiffGemmaError):
+    """A constraint that cannot be held, and where in it the reason lies.
+
+    Attributes:
+      keyword: the keyword of a JSON Schema that is the reason.
+      pointer: the JSON pointer to the schema that holds the keyword.
+      position: the index of the character of an expression.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        keyword: str | None = None,
+        pointer: str | None = None,
+        position: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.keyword, self.pointer, self.position = keyword, pointer, position
+
+
+class LimitError(ConstraintError):
+    """A constraint whose automaton has too many states or takes too long to make."""
+
+
 class DataError(DiffGemmaError):
     """A data file that cannot be read, or a line in it that is not a valid example."""
 
