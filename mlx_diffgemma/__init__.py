@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoint.load import load as load
     from .checkpoint.load import load_model as load_model
     from .config.generation import GenerationSettings as GenerationSettings
+    from .constraint.constraint import Constraint as Constraint
     from .denoise.loop import denoise_tokens as denoise_tokens
     from .denoise.noise import SeededNoise as SeededNoise
     from .denoise.store import Store as Store
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 # Public name -> the file that defines it.
 _HOME = {
     "Chat": "write.chat",
+    "Constraint": "constraint.constraint",
     "DiffGemmaError": "errors",
     "Engine": "engine.engine",
     "GenerationSettings": "config.generation",

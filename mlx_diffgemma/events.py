@@ -63,6 +63,7 @@ class Finished:
     canvases: int
     positions: int  # canvas columns computed, summed over steps: the work done
     row: int = 0
+    constraint: Literal["kept"] | None = None  # the answer fits, and was checked; None without one
 
     @property
     def tokens_per_forward(self) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config.generation import GenerationSettings
+from ..constraint.constraint import Constraint
 from ..denoise.noise import Noise
 from ..denoise.row import Row, checked_tokens
 from ..errors import ConfigError, PromptError
@@ -20,6 +21,7 @@ from ..language.stops import stop_strings
 from ..language.text import TextStream
 from ..language.tools import CallEvent
 from ..model import DiffusionGemma
+from .constrained import check_answer, over_tokens
 from .job import Ask, Job, run_jobs
 from .verbose import Printed, PrintedBatch
 
@@ -46,6 +48,7 @@ class Request:
     settings: GenerationSettings = GenerationSettings()
     prompt_options: PromptOptions = PromptOptions()
     stop: str | Sequence[str] = ()
+    constraint: Constraint | None = None
 
     def job(
         self,
@@ -58,22 +61,41 @@ class Request:
         """Return the job that answers.
 
         Raises:
-          DiffGemmaError: if the prompt, the stop strings or the settings cannot be used.
+          DiffGemmaError: if the prompt, the stop strings, the settings or the constraint cannot be
+            used.
         """
         resolved = self.settings.resolve(model.config)
         strings = stop_strings(self.stop)
+        bound = None
+        if self.constraint is not None:
+            self._check_constrained(strings)
+            thinking = self.prompt_options.thinking
+            bound = over_tokens(self.constraint, model, tokenizer, resolved, thinking=thinking)
         ids = encode_prompt(tokenizer, self.prompt, self.prompt_options)
         tokens = checked_tokens(ids, model.config)
         stream = TextStream(tokenizer, resolved.eos_token_ids, ids, strings)
         end = special_tokens(tokenizer).get(THOUGHT_END)
-        row = Row(model, resolved, tokens, noise=noise, progress=progress)
-        return _answer(stream, row, end)
+        row = Row(model, resolved, tokens, noise=noise, constraint=bound, progress=progress)
+        return _answer(stream, row, end, self.constraint)
+
+    def _check_constrained(self, strings: Sequence[str]) -> None:
+        """Refuse what would cut the text that a constraint holds."""
+        if strings:
+            raise ConfigError("stop strings and a constraint exclude each other; leave one out")
+        if self.prompt_options.response_prefix:
+            raise ConfigError(
+                "a constraint holds the whole answer, so that response_prefix is not possible"
+            )
 
 
-def _answer(stream: TextStream, row: Row, end_of_thought: int | None) -> Job[Event]:
+def _answer(
+    stream: TextStream, row: Row, end_of_thought: int | None, constraint: Constraint | None
+) -> Job[Event]:
     """Yield a row's events, `Text` and calls after each `CanvasCommitted`; a stop string ends the
-    row. A canvas begins with the end of a thought that has used up its tokens."""
+    row. A canvas begins with the end of a thought that has used up its tokens. What a constraint
+    promises is checked before `Finished`."""
     pieces: list[CallEvent] = []
+    told: list[CallEvent] = []
     most_thinking = row.settings.max_thinking_tokens
 
     def stop(tokens: np.ndarray) -> bool:
@@ -92,11 +114,18 @@ def _answer(stream: TextStream, row: Row, end_of_thought: int | None) -> Job[Eve
         event = yield None
         assert event is not None
         if isinstance(event, Finished):
-            yield from stream.finish()
+            told += (rest := list(stream.finish()))
+            yield from rest
+            if constraint is not None:
+                texts = (e.piece for e in told if isinstance(e, Text) and e.channel == "answer")
+                calls = [(e.name, e.arguments) for e in told if isinstance(e, ToolCall)]
+                check_answer(constraint, "".join(texts), calls)
+                event = replace(event, constraint="kept")
             yield event
             return
         yield event
         if isinstance(event, CanvasCommitted):
+            told += pieces
             yield from pieces
 
 
@@ -108,6 +137,7 @@ def generate(
     max_tokens: int | None = None,
     verbose: bool = False,
     stop: str | Sequence[str] = (),
+    constraint: Constraint | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
@@ -122,12 +152,14 @@ def generate(
       max_tokens: most new tokens, as in mlx-lm; the same as the settings' `max_new_tokens`.
       verbose: print the answer while it is written, and then the speed, on stdout.
       stop: strings that end the answer; it ends before the one that is complete first.
+      constraint: what the answer must be; `constraint.parse` makes the value of it.
       settings: how to denoise; the checkpoint fills in open settings.
       prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
 
     Raises:
-      DiffGemmaError: if the prompt, the stop strings or the settings cannot be used.
+      DiffGemmaError: if the prompt, the stop strings, the settings or the constraint cannot be
+        used.
     """
     printed = Printed() if verbose else None
     answer = ""
@@ -137,6 +169,7 @@ def generate(
         prompt,
         max_tokens=max_tokens,
         stop=stop,
+        constraint=constraint,
         settings=settings,
         prompt_options=prompt_options,
         noise=noise,
@@ -155,6 +188,7 @@ def stream_generate(
     *,
     max_tokens: int | None = None,
     stop: str | Sequence[str] = (),
+    constraint: Constraint | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
@@ -172,15 +206,18 @@ def stream_generate(
       prompt: as in `generate`.
       max_tokens: as in `generate`.
       stop: as in `generate`.
+      constraint: as in `generate`.
       settings: how to denoise; the checkpoint fills in open settings.
       prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
       prompt_progress_callback: called with (places read, places in all) during prefill.
 
     Raises:
-      DiffGemmaError: if the prompt, the stop strings or the settings cannot be used.
+      DiffGemmaError: if the prompt, the stop strings, the settings or the constraint cannot be
+        used.
     """
-    request = Request(prompt, _limited(settings, max_tokens), prompt_options, stop)
+    limited = _limited(settings, max_tokens)
+    request = Request(prompt, limited, prompt_options, stop, constraint)
     job = request.job(model, tokenizer, noise=noise, progress=prompt_progress_callback)
     for _, event in run_jobs(model, [job]):
         yield event
@@ -194,6 +231,7 @@ def batch_generate(
     max_tokens: int | None = None,
     verbose: bool = False,
     stop: str | Sequence[str] = (),
+    constraints: Sequence[Constraint | None] | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
 ) -> BatchResponse:
@@ -208,6 +246,8 @@ def batch_generate(
       max_tokens: most new tokens of each answer, as in `generate`.
       verbose: print how many prompts are done, and then the speed, on stdout.
       stop: as in `generate`, the same for all.
+      constraints: what each answer must be, one for each prompt, None for any; None for no
+        constraint at all.
       settings: how to denoise, the same for all.
       prompt_options: how prompts become tokens, the same for all.
 
@@ -216,9 +256,16 @@ def batch_generate(
     """
     settings = _limited(settings, max_tokens)
     seed = settings.resolve(model.config).seed
-    jobs = []
-    for number, prompt in enumerate(_listed(prompts)):
-        request = Request(prompt, replace(settings, seed=seed + number), prompt_options, stop)
+    jobs, listed = [], _listed(prompts)
+    if constraints is None:
+        constraints = [None] * len(listed)
+    if len(constraints) != len(listed):
+        raise ConfigError(
+            f"{len(constraints)} constraints for {len(listed)} prompts; give each one"
+        )
+    for number, (prompt, constraint) in enumerate(zip(listed, constraints, strict=True)):
+        own = replace(settings, seed=seed + number)
+        request = Request(prompt, own, prompt_options, stop, constraint)
         try:
             jobs.append(request.job(model, tokenizer))
         except PromptError as error:

@@ -1,0 +1,242 @@
+"""What an answer must be: a JSON text, a match of an expression, one of some texts, a filled
+template, or tool calls. Compiled once, when it is made; a checkpoint's tokens come in later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NoReturn
+
+from ..errors import ConstraintError, TemplateError
+from ..language.template import Slot, Template
+from . import parts, regex
+from .dfa import DFA
+from .dialect import validator_of
+from .net import DEFAULT_STATES
+from .python_types import schema_of
+from .schema import Compiled, json_schema
+from .tool_calls import CallTokens, tool_calls
+
+Kind = Literal["json_schema", "regex", "choices", "template", "tool_call"]
+_KEPT = 64  # compiled schemas
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constraint:
+    """What an answer must be, as a whole. Make one with the functions of the class.
+
+    Attributes:
+      kind: of these functions.
+      notes: what of the language is left out, for example deeper nesting.
+    """
+
+    kind: Kind
+    notes: tuple[str, ...] = ()
+    _dfa: DFA | None = None  # None for tool calls, which are made of a checkpoint's tokens
+    _schema: Any = None
+    _type: Any = None
+    _tools: tuple[Any, ...] = ()
+    _most: int | None = 1
+    is_required: bool = True  # False: tool calls may be left out
+
+    @classmethod
+    def json_schema(
+        cls,
+        schema: Any,
+        *,
+        closed: bool = False,
+        compact: bool = False,
+        indent: int | None = None,
+        states: int = DEFAULT_STATES,
+    ) -> Constraint:
+        """Return the constraint to JSON texts that a schema allows.
+
+        Keys come in the order of the schema, and undeclared ones behind them.
+
+        Args:
+          schema: a JSON Schema as an object or as JSON text, of draft 4 to 2020-12; or a pydantic
+            model, a dataclass or another type, of which `parse` then makes the value.
+          closed: leave out keys that the schema does not name, as if it had said so.
+          compact: no white space between the parts of a text.
+          indent: spaces by which each level is indented; by default any white space is accepted.
+          states: most states of the automaton, at most 10,000.
+
+        Raises:
+          ConstraintError: if the schema cannot be held; `keyword` and `pointer` say what and where.
+        """
+        kind = None
+        if isinstance(schema, str | bytes):
+            try:
+                schema = json.loads(schema)
+            except ValueError as error:
+                raise ConstraintError(f"the JSON Schema is not JSON: {error}") from None
+        elif not isinstance(schema, Mapping | bool):
+            schema, kind = schema_of(schema), schema
+        if not isinstance(schema, Mapping | bool):
+            raise ConstraintError(
+                f"a JSON Schema is an object, true or false, got {json.dumps(schema)[:40]}"
+            )
+        found = _compiled(json.dumps(schema), closed, compact, indent, states)
+        return cls("json_schema", found.notes, found.dfa, schema, kind)
+
+    @classmethod
+    def json_object(cls) -> Constraint:
+        """Return the constraint to any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def regex(cls, pattern: str) -> Constraint:
+        """Return the constraint to texts that a regular expression matches as a whole.
+
+        The syntax is what Rust's and Python's expressions have in common; see
+        `mlx_diffgemma.constraint.regex`.
+
+        Raises:
+          ConstraintError: with `position`, if the expression cannot be held.
+        """
+        return cls("regex", (), _some(regex.regex(pattern), "expression"))
+
+    @classmethod
+    def choices(cls, texts: Sequence[str]) -> Constraint:
+        """Return the constraint to one of some texts."""
+        return cls("choices", (), parts.choices(texts))
+
+    @classmethod
+    def template(cls, template: str | Template) -> Constraint:
+        """Return the constraint to a template whose slots are filled. A `gap` is any text, of any
+        length.
+
+        Raises:
+          TemplateError: if it cannot be read, or a gap has a number of tokens.
+          ConstraintError: if a slot's expression cannot be held.
+        """
+        if isinstance(template, str):
+            template = Template.parse(template)
+        pieces = [part if isinstance(part, str) else _slot(part) for part in template.parts]
+        return cls("template", (), parts.in_a_row(pieces))
+
+    @classmethod
+    def tool_call(
+        cls, tools: Sequence[Any], *, required: bool = True, most: int | None = 1
+    ) -> Constraint:
+        """Return the constraint to calls of some tools, whose arguments fit their declarations.
+
+        Args:
+          tools: declarations in OpenAI's form, as `PromptOptions.tools`.
+          required: there must be a call and nothing else; otherwise text, and perhaps calls
+            behind it.
+          most: calls at most; None for any number.
+
+        Raises:
+          ConstraintError: if a tool's parameters cannot be held.
+        """
+        # The ids do not matter for what can be held.
+        found = tool_calls(tools, CallTokens(0, 1, 2), required=required, most=most)
+        return cls("tool_call", found.notes, _tools=tuple(tools), _most=most, is_required=required)
+
+    def dfa(self, tokens: CallTokens | None = None) -> DFA:
+        """Return the automaton.
+
+        Args:
+          tokens: the control tokens of a call; None where a checkpoint has none.
+
+        Raises:
+          ConstraintError: if they are needed and there are none.
+        """
+        if self._dfa is not None:
+            return self._dfa
+        if tokens is None:
+            raise ConstraintError("this checkpoint's tokens have no form for tool calls")
+        required = self.is_required
+        return tool_calls(self._tools, tokens, required=required, most=self._most).dfa
+
+    def accepts(self, text: str) -> bool:
+        """Return whether a whole text fits. A tool call is no text, so that only what stands beside
+        one can fit."""
+        if self._dfa is None:
+            return not self.is_required
+        return self._dfa.accepts(text)
+
+    def parse(self, text: str) -> Any:
+        """Return an answer's value: of JSON, an instance of the schema's type if it was made of
+        one; else the text.
+
+        Raises:
+          ConstraintError: if the text does not fit, or an independent validator refuses it.
+        """
+        if not self.accepts(text):
+            _refuse(text, "it is not in the language of the constraint")
+        if self.kind != "json_schema":
+            return text
+        value = json.loads(text)
+        error = next(iter(validator_of(self._schema).iter_errors(value)), None)
+        if error is not None:
+            _refuse(text, f"{error.json_path}: {error.message}")
+        return value if self._type is None else _instance(self._type, value)
+
+    def check_calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """Check names and arguments of the calls of an answer with an independent validator.
+
+        Raises:
+          ConstraintError: if they do not fit.
+        """
+        if self.kind != "tool_call":
+            return
+        if self.is_required and not calls:
+            _refuse("", "there is no tool call")
+        schemas = {}
+        for tool in self._tools:
+            function = tool.get("function", tool)
+            schemas[function["name"]] = {"type": "object", **(function.get("parameters") or {})}
+        for name, arguments in calls:
+            if name not in schemas:
+                _refuse(name, "there is no such tool")
+            error = next(iter(validator_of(schemas[name]).iter_errors(dict(arguments))), None)
+            if error is not None:
+                _refuse(json.dumps(arguments), f"{name}: {error.json_path}: {error.message}")
+
+
+@lru_cache(maxsize=_KEPT)
+def _compiled(
+    schema: str, closed: bool, compact: bool, indent: int | None, states: int
+) -> Compiled:
+    loaded = json.loads(schema)
+    return json_schema(loaded, closed=closed, compact=compact, indent=indent, states=states)
+
+
+def _slot(slot: Slot) -> DFA:
+    if slot.kind == "one of":
+        return parts.choices(slot.options)
+    if slot.kind == "match":
+        try:
+            return regex.regex(slot.pattern)
+        except ConstraintError as error:
+            raise ConstraintError(f"{slot.label}: {error}", position=error.position) from None
+    if slot.low is not None:
+        raise TemplateError(
+            f"{slot.label}: a constraint counts no tokens; write {{{{gap}}}}, or "
+            "{{match: .{1,40}}} for a number of characters"
+        )
+    return parts.free_text()
+
+
+def _some(dfa: DFA, what: str) -> DFA:
+    if not dfa.accepting.any():
+        raise ConstraintError(f"no text fits this {what}")
+    return dfa
+
+
+def _instance(kind: Any, value: Any) -> Any:
+    """Return an instance of a type that a schema was made of."""
+    try:
+        from pydantic import TypeAdapter
+    except ImportError:
+        return kind(**value) if isinstance(value, dict) and callable(kind) else value
+    return TypeAdapter(kind).validate_python(value)
+
+
+def _refuse(text: str, reason: str) -> NoReturn:
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    raise ConstraintError(f"the answer {shown!r} does not fit its constraint: {reason}")

@@ -1,0 +1,112 @@
+"""Constraints of answers: lifted to a checkpoint's tokens before, and checked after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from ..config.generation import ResolvedSettings
+from ..constraint.build import concatenate, union
+from ..constraint.constraint import Constraint
+from ..constraint.dfa import DFA, SPECIAL
+from ..constraint.net import Net, determinise
+from ..constraint.parts import free_text
+from ..constraint.ranges import single
+from ..constraint.tokens import lift
+from ..constraint.tool_calls import CallTokens
+from ..constraint.vocabulary import Vocabulary
+from ..denoise.constrained import TokenConstraint
+from ..language.controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
+from ..language.tools import CALL_BEGIN, CALL_END, QUOTE
+from ..model import DiffusionGemma
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_KEPT = 32  # lifted constraints of a tokenizer
+
+
+class _Lifted:
+    """What was made for one tokenizer."""
+
+    def __init__(self) -> None:
+        self.vocabularies: dict[Any, Vocabulary] = {}
+        self.constraints: dict[Any, TokenConstraint] = {}
+
+
+_LIFTED: WeakKeyDictionary[Any, _Lifted] = WeakKeyDictionary()
+
+
+def over_tokens(
+    constraint: Constraint,
+    model: DiffusionGemma,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ResolvedSettings,
+    *,
+    thinking: bool,
+) -> TokenConstraint:
+    """Return a constraint over a checkpoint's tokens, from a cache if it was made before.
+
+    Args:
+      constraint: of the answer.
+      model: whose vocabulary counts.
+      tokenizer: of the model.
+      settings: whose end tokens end the answer.
+      thinking: whether a thought may stand before the answer.
+
+    Raises:
+      ConstraintError: if the checkpoint has no tokens for it.
+      TemplateError: if no string of its tokens fits.
+    """
+    kept = _LIFTED.setdefault(tokenizer, _Lifted())
+    size, pad = model.config.text.vocab_size, settings.pad_token_id
+    of_tokens = (size, tuple(settings.eos_token_ids), pad)
+    key = (constraint, thinking, of_tokens)
+    if key not in kept.constraints:
+        if of_tokens not in kept.vocabularies:
+            kept.vocabularies[of_tokens] = Vocabulary.of_tokenizer(tokenizer, *of_tokens)
+        specials = special_tokens(tokenizer)
+        dfa = constraint.dfa(_call_tokens(specials))
+        if thinking:
+            dfa = _behind_a_thought(dfa, specials)
+        lifted = TokenConstraint.of(lift(dfa, kept.vocabularies[of_tokens]))
+        while len(kept.constraints) >= _KEPT:
+            kept.constraints.pop(next(iter(kept.constraints)))
+        kept.constraints[key] = lifted
+    return kept.constraints[key]
+
+
+def _call_tokens(specials: Mapping[str, int]) -> CallTokens | None:
+    ids = [specials.get(token) for token in (CALL_BEGIN, CALL_END, QUOTE)]
+    begin, end, quote = ids
+    if begin is None or end is None or quote is None:
+        return None
+    return CallTokens(begin, end, quote)
+
+
+def _behind_a_thought(dfa: DFA, specials: Mapping[str, int]) -> DFA:
+    """Return the automaton with a thought before it, or without one."""
+    if THOUGHT_BEGIN not in specials or THOUGHT_END not in specials:
+        return dfa
+    net = Net()
+    start, end = net.state(), net.state()
+    opened = net.spell(start, [SPECIAL + specials[THOUGHT_BEGIN]])
+    net.put(opened, free_text(), closing := net.state())
+    net.move(closing, single(SPECIAL + specials[THOUGHT_END]), end)
+    return union([dfa, concatenate([determinise(net, start, end), dfa])])
+
+
+def check_answer(
+    constraint: Constraint, text: str, calls: Sequence[tuple[str, Mapping[str, Any]]]
+) -> None:
+    """Check an answer that is handed out.
+
+    Raises:
+      ConstraintError: if it does not fit: an error of this program, since every string of tokens
+        that a row may write fits.
+    """
+    if constraint.kind == "tool_call":
+        constraint.check_calls(calls)
+    else:
+        constraint.parse(text)
