@@ -651,8 +651,8 @@ FAULTS = (
     Fault(
         "lift: placeholders are text",
         "constraint/vocabulary.py",
-        " or _PLACEHOLDER.fullmatch(spelling)",
-        "",
+        "elif not _PLACEHOLDER.fullmatch(spelling):",
+        "else:",
         (LIFT,),
     ),
     Fault(
