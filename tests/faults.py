@@ -25,6 +25,8 @@ SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopp
 ROWS = "tests/denoise/test_rows.py"
 STORE = "tests/denoise/test_store.py"
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
+LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
+CLASSES = "tests/denoise/test_classes.py"
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
 TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"
 OBJECTIVE = "tests/parity/test_objective.py"
@@ -624,6 +626,132 @@ FAULTS = (
         "ratios, products = _only(allowed, ratios), _only(allowed, products)",
         "ratios, products = ratios, products",
         (FILL,),
+    ),
+    Fault(
+        "lift: pad ends an answer",
+        "constraint/tokens.py",
+        "    maps[-1, end] = end\n",
+        "    maps[-1, end] = end\n    maps[-1, :S][dfa.accepting] = end\n",
+        (LIFT,),
+    ),
+    Fault(
+        "lift: states without a way to the end stay",
+        "constraint/tokens.py",
+        "hopeless = np.append(distance == FAR, False)",
+        "hopeless = np.zeros(len(distance) + 1, bool)",
+        (LIFT,),
+    ),
+    Fault(
+        "lift: distance without the last token",
+        "constraint/tokens.py",
+        "is_here = distance == steps\n    while",
+        "is_here = distance == steps\n    steps = -1\n    while",
+        (LIFT,),
+    ),
+    Fault(
+        "lift: placeholders are text",
+        "constraint/vocabulary.py",
+        "elif not _PLACEHOLDER.fullmatch(spelling):",
+        "else:",
+        (LIFT,),
+    ),
+    Fault(
+        "lift: two texts with the same last character are one prefix",
+        "constraint/vocabulary.py",
+        "is_new = np.append(True, nodes[1:] != nodes[:-1])[: len(here)]",
+        "is_new = np.zeros(len(here), bool)",
+        (LIFT,),
+    ),
+    Fault(
+        "bytes: surrogates",
+        "constraint/utf8.py",
+        "_SURROGATES = 0xD800, 0xE000",
+        "_SURROGATES = 0xD800, 0xD800",
+        (LIFT,),
+    ),
+    Fault(
+        "bytes: overlong",
+        "constraint/utf8.py",
+        "_LEAST = 0x80, 0x800, 0x10000",
+        "_LEAST = 0x80, 0x80, 0x10000",
+        (LIFT,),
+    ),
+    Fault(
+        "bytes: exceptions in free text lead where most characters lead",
+        "constraint/utf8.py",
+        "if first == last or len(set(targets[first : last + 1])) == 1:",
+        "if len(set(targets[first : last + 1])) <= 2:",
+        (LIFT,),
+    ),
+    Fault(
+        "draft: a canvas may end one token too far from the end",
+        "constraint/decode.py",
+        "automaton.distance <= remaining",
+        "automaton.distance <= remaining + 1",
+        (DECODE,),
+    ),
+    Fault(
+        "draft: impossible tokens forbid paths",
+        "constraint/decode.py",
+        "np.maximum(maxima, np.float32(LEAST))",
+        "np.maximum(maxima, np.float32(-np.inf))",
+        (DECODE,),
+    ),
+    Fault(
+        "draft: the first class of a set, not the likeliest",
+        "constraint/decode.py",
+        "members[maxima[i].take(members).argmax()]",
+        "members[0]",
+        (DECODE,),
+    ),
+    Fault(
+        "marginals: entropy without the factors",
+        "constraint/marginals.py",
+        "(factors * products + masses * logs)",
+        "(factors * products)",
+        (DECODE,),
+    ),
+    Fault(
+        "marginals: classes without any probability are lost",
+        "constraint/marginals.py",
+        "is_lost = masses < least",
+        "is_lost = masses < 0",
+        (DECODE,),
+    ),
+    Fault(
+        "marginals: a draw may fall on what is impossible",
+        "constraint/marginals.py",
+        'uniform * sums[-1], side="right"',
+        'uniform * sums[-1], side="left"',
+        (DECODE,),
+    ),
+    Fault(
+        "strings: drawn edges without what follows",
+        "constraint/marginals.py",
+        "ways = np.exp(ways - self.later[i, states[-1]])",
+        "ways = np.exp(0 * ways)",
+        (DECODE,),
+    ),
+    Fault(
+        "classes: the first block of a class",
+        "denoise/classes.py",
+        "blocks[maxima[i, blocks].argmax()]",
+        "blocks[0]",
+        (CLASSES,),
+    ),
+    Fault(
+        "classes: p log p without the scale's logarithm",
+        "denoise/classes.py",
+        " + masses * np.log(scale)",
+        "",
+        (CLASSES,),
+    ),
+    Fault(
+        "classes: blocks drawn by their number",
+        "denoise/classes.py",
+        "masses = np.cumsum(sums[i, blocks], dtype=np.float64)",
+        "masses = np.cumsum(np.ones(len(blocks)))",
+        (CLASSES,),
     ),
     Fault(
         "automaton: the best token of each place, whatever the string",

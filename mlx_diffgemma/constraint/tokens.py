@@ -77,8 +77,8 @@ def lift(dfa: DFA, vocabulary: Vocabulary) -> TokenAutomaton:
       dfa: any; if it names end or pad tokens as special symbols, they do not count.
       vocabulary: the checkpoint's tokens.
 
-    Source: CONSTRAINTS.md of the project's notes: the transition monoid of the DFA is enumerated
-    along the trie of all texts, each map of states to states only once.
+    Source: the transition monoid of the DFA, enumerated along the trie of all texts, each map of
+      states to states only once.
     """
     parts = continuations(dfa)
     maps, numbers = _text_maps(dfa, vocabulary)

@@ -43,7 +43,8 @@ def continuations(dfa: DFA) -> Continuations:
     loops = ((table == np.arange(S)[:, None]) * sizes).sum(axis=1)
     is_free = np.append(2 * loops > sizes.sum(), False)  # the last one is that of NOWHERE
     several = [at for at, size in enumerate(sizes.tolist()) if size]
-    leads = np.full((S, _LEADS), NOWHERE, np.int32)
+    nowhere = np.full(_LEADS, NOWHERE, np.int32)
+    leads = np.tile(nowhere, (S, 1))
     made = _Inside(S)
     known: dict[bytes, np.ndarray] = {}
     for state in np.flatnonzero((is_free[table[:, several]]).any(axis=1)).tolist():
@@ -54,7 +55,7 @@ def continuations(dfa: DFA) -> Continuations:
             most = int(reached.argmax())
             is_text = most > 0 and is_free[most - 1] and 2 * reached[most] > sizes.sum()
             ranges = np.count_nonzero(np.diff(targets[several])) + 1
-            known[key] = leads[state]
+            known[key] = nowhere
             if is_text and ranges <= _MOST_RANGES:
                 known[key] = made.leads(starts, targets.tolist())
         leads[state] = known[key]

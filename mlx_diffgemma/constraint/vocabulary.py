@@ -95,18 +95,22 @@ class Vocabulary:
                 f"end tokens {ends} and pad token {pad_token_id} must be tokens below {size}"
             )
         outside = {*ends, pad_token_id}
-        texts: dict[int, str] = {}
+        texts: list[tuple[str, int]] = []
         beyond: dict[int, int] = {}
         for token, spelling in spellings.items():
-            if token in outside or _PLACEHOLDER.fullmatch(spelling):
+            if not spelling or token in outside:
                 continue
-            if (byte := _BYTE.fullmatch(spelling)) is None:
-                texts[token] = spelling.replace("▁", " ")
-            elif (value := int(byte[1], 16)) < 0x80:
-                texts[token] = chr(value)
-            else:
-                beyond[token] = value
-        alphabet, levels = _trie({token: text for token, text in texts.items() if text})
+            if spelling[0] not in "<[":
+                texts.append((spelling.replace("▁", " "), token))
+            elif byte := _BYTE.fullmatch(spelling):
+                value = int(byte[1], 16)
+                if value < 0x80:
+                    texts.append((chr(value), token))
+                else:
+                    beyond[token] = value
+            elif not _PLACEHOLDER.fullmatch(spelling):
+                texts.append((spelling.replace("▁", " "), token))
+        alphabet, levels = _trie(texts)
         return cls(
             size,
             alphabet,
@@ -118,20 +122,20 @@ class Vocabulary:
         )
 
 
-def _trie(texts: Mapping[int, str]) -> tuple[np.ndarray, tuple[Level, ...]]:
-    """Return the alphabet of texts and their prefixes, level by level."""
-    order = sorted(texts, key=texts.__getitem__)
-    tokens = np.array(order, np.int64)
-    lengths = np.array([len(texts[token]) for token in order], np.int64)
-    joined = "".join(texts[token] for token in order)
+def _trie(texts: list[tuple[str, int]]) -> tuple[np.ndarray, tuple[Level, ...]]:
+    """Return the alphabet of tokens' texts and their prefixes, level by level."""
+    texts.sort()
+    tokens = np.array([token for _, token in texts], np.int64)
+    lengths = np.array([len(text) for text, _ in texts], np.int64)
+    joined = "".join([text for text, _ in texts])
     codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int32)
-    alphabet = np.unique(codes)
-    places = np.searchsorted(alphabet, codes)
+    alphabet, place = _alphabet(codes)
+    places = place[codes]
     starts = np.cumsum(lengths) - lengths
     levels: list[Level] = []
-    here = np.arange(len(order))  # the texts that are long enough
-    nodes = np.zeros(len(order), np.int64)  # of their prefixes so far
-    is_new = np.zeros(len(order), bool)  # whether a prefix is not that of the text before
+    here = np.arange(len(texts))  # the texts that are long enough
+    nodes = np.zeros(len(texts), np.int64)  # of their prefixes so far
+    is_new = np.zeros(len(texts), bool)  # whether a prefix is not that of the text before
     depth = 0
     while len(here):
         last = places[starts[here] + depth]
@@ -144,3 +148,12 @@ def _trie(texts: Mapping[int, str]) -> tuple[np.ndarray, tuple[Level, ...]]:
         here, nodes = here[~is_end], nodes[~is_end]
         is_new = np.append(True, nodes[1:] != nodes[:-1])[: len(here)]
     return alphabet, tuple(levels)
+
+
+def _alphabet(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct code points, ascending, and the place of each one among them."""
+    occurs = np.zeros(0x110000, bool)
+    occurs[codes] = True
+    alphabet = np.flatnonzero(occurs)
+    place = np.cumsum(occurs) - 1
+    return alphabet.astype(np.int32), place

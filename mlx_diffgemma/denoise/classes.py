@@ -201,18 +201,35 @@ def draw_of(
     return _picked(tokens, mx.argmax(logits, axis=-1, keepdims=True))
 
 
-def under_constraint(ratios: mx.array, factors: mx.array, blocks: Blocks) -> mx.array:
-    """Return ratios times the factors of their tokens' classes, which are proportional to the
-    marginals under the constraint: [1, W, V], of the ratios' type.
+def ratio_factors(factors: np.ndarray, confidence: np.ndarray) -> mx.array:
+    """Return factors of ratios in place of probabilities, for `under_constraint`: float32
+    [1, L, K].
 
     Args:
-      ratios: [1, W, V].
-      factors: float32 [1, W, K]; only their proportions in a position matter, so scale them such
-        that none overflows.
+      factors: float64 [L, K], see `Marginals`.
+      confidence: [L], the probability of the likeliest token.
+    """
+    scaled = factors * confidence.astype(np.float64)[:, None]
+    return mx.array(np.minimum(scaled, np.finfo(np.float32).max).astype(np.float32))[None]
+
+
+def under_constraint(
+    ratios: mx.array, factors: mx.array, draft: mx.array, blocks: Blocks
+) -> mx.array:
+    """Return the probabilities of tokens under the constraint, [1, W, V], of the ratios' type.
+
+    Args:
+      ratios: [1, W, V], see `Statistics`.
+      factors: float32 [1, W, K], from `ratio_factors`.
+      draft: int32 [1, W]: tokens that get all of the probability where every possible token has
+        less than a float32 can say.
       blocks: of the constraint.
     """
     columns = mx.broadcast_to(blocks.classes[None, None], ratios.shape)
-    return ratios * mx.take_along_axis(factors, columns, axis=-1).astype(ratios.dtype)
+    found = ratios.astype(mx.float32) * mx.take_along_axis(factors, columns, axis=-1)
+    is_lost = found.max(axis=-1, keepdims=True) == 0
+    only = mx.arange(ratios.shape[-1]) == draft[..., None]
+    return mx.where(is_lost, only.astype(mx.float32), found).astype(ratios.dtype)
 
 
 def _reduced(x: mx.array, blocks: Blocks, reduce: Callable[[mx.array], mx.array]) -> mx.array:

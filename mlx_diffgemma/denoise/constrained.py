@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..constraint.decode import best, check_budget, endings
+from ..constraint.decode import LEAST, best, check_budget, endings
 from ..constraint.marginals import Marginals, Strings
 from ..constraint.tokens import TokenAutomaton
 from .classes import (
@@ -26,6 +26,7 @@ from .classes import (
     class_sums,
     draw_of,
     likeliest_of,
+    ratio_factors,
     under_constraint,
 )
 from .sampler import Statistics, probability_of
@@ -128,13 +129,18 @@ def _choose(look: Look, numbers: np.ndarray) -> Choice:
     W, blocks = thought.draft.shape[1], row.blocks
     maxima, sums, products = np.split(numbers[:, :-1], 3, axis=1)
     ends, start = look.constraint.endings(W), look.constraint.start
-    path = best(row.automaton, blocks.joined(np.maximum, maxima, -np.inf), ends, start)
+    by_class = blocks.joined(np.maximum, maxima, -np.inf)
+    path = best(row.automaton, by_class, ends, start)
     masses, products = class_sums(sums, products, numbers[:, -1], blocks)
     strings = Strings.of(row.automaton, masses, ends, start)
     found = strings.marginals(products)
     outputs, cut = _columns(look, look.outputs), _cut(look)
     draft = likeliest_of(outputs, _row(blocks.largest(maxima, path.classes)), blocks)
-    certainty = _certainty(draft, path.classes, found, cut)
+    at = np.arange(len(path.classes)), path.classes
+    largest = np.maximum(by_class[at], LEAST)  # as `best` and `Strings` have it
+    certainty = mx.array(
+        np.minimum(np.exp(largest) * found.factors[at], 1)[None].astype(np.float32)
+    )
     proposal, probability = draft, certainty
     if look.noise is not None:
         classes, proposal = _drawn(look, strings, found, sums, outputs)
@@ -146,7 +152,7 @@ def _choose(look: Look, numbers: np.ndarray) -> Choice:
         confidence=_wide(look, certainty, 1),
     )
     if row.belief == "constrained":
-        seen = _with_belief(look, seen, found)
+        seen = _with_belief(look, seen, found, numbers[:, -1])
     return Choice(seen, _wide(look, proposal, pad), _wide(look, probability, 1))
 
 
@@ -170,17 +176,26 @@ def _certainty(
 ) -> mx.array:
     """Return the probability of tokens under the constraint, float32 [1, n]."""
     factors = found.factors[np.arange(len(classes)), classes]
-    return mx.minimum(probability_of(tokens, cut) * mx.array(factors[None].astype(np.float32)), 1)
+    factors = np.minimum(factors, np.finfo(np.float32).max).astype(np.float32)
+    return mx.minimum(probability_of(tokens, cut) * mx.array(factors[None]), 1)
 
 
-def _with_belief(look: Look, seen: Statistics, found: Marginals) -> Statistics:
-    """Return statistics whose weights are those under the constraint, where columns are chosen."""
-    factors = found.factors / found.factors.max(axis=1, keepdims=True)
-    blocks, weights = look.constraint.row.blocks, seen.weights
+def _with_belief(
+    look: Look, seen: Statistics, found: Marginals, confidence: np.ndarray
+) -> Statistics:
+    """Return statistics whose weights are probabilities under the constraint, in the columns that
+    are chosen."""
+    ratios, weights = _columns(look, seen.ratios), seen.weights
+    factors, draft = ratio_factors(found.factors, confidence), _columns(look, seen.draft)
+    own = under_constraint(ratios, factors, draft, look.constraint.row.blocks)
     columns = look.constraint.columns(weights.shape[1])
-    own = under_constraint(weights[:, columns], mx.array(factors[None].astype(np.float32)), blocks)
-    weights = mx.concatenate([weights[:, : columns.start], own, weights[:, columns.stop :]], axis=1)
-    return seen._replace(weights=weights, total=weights.astype(mx.float32).sum(axis=-1))
+    before, behind = slice(0, columns.start), slice(columns.stop, None)
+    own = mx.concatenate(
+        [weights[:, before], own.astype(weights.dtype), weights[:, behind]], axis=1
+    )
+    ones = mx.ones((1, columns.stop - columns.start))
+    total = mx.concatenate([seen.total[:, before], ones, seen.total[:, behind]], axis=1)
+    return seen._replace(weights=own, total=total)
 
 
 def _columns(look: Look, x: mx.array) -> mx.array:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma.constraint.decode import best, endings
+from mlx_diffgemma.constraint.marginals import Strings
 from mlx_diffgemma.constraint.tokens import DEAD, TokenAutomaton, lift
 from mlx_diffgemma.denoise.classes import (
     Blocks,
@@ -18,6 +19,7 @@ from mlx_diffgemma.denoise.classes import (
     class_sums,
     draw_of,
     likeliest_of,
+    ratio_factors,
     under_constraint,
 )
 from mlx_diffgemma.denoise.sampler import statistics
@@ -146,11 +148,44 @@ def test_a_class_without_probability_is_drawn_by_its_tokens():
 
 
 @pytest.mark.parametrize("kind", [mx.float32, mx.bfloat16])
-def test_factors_reach_the_tokens_of_their_classes(kind):
-    ratios = mx.exp(outputs(mx.float32, 1)).astype(kind)
-    factors = np.random.default_rng(1).random((1, W, len(AUTOMATON.sizes))).astype(np.float32)
-    found = under_constraint(ratios, mx.array(factors), BLOCKS)
-    expected = np.array(ratios.astype(mx.float32)) * factors[..., AUTOMATON.classes]
-    assert found.dtype == kind
-    tolerance = 1e-6 if kind == mx.float32 else 0.02
-    np.testing.assert_allclose(np.array(found.astype(mx.float32)), expected, rtol=tolerance)
+def test_probabilities_under_the_constraint_are_the_marginals(kind):
+    x = outputs(mx.float32, 5)
+    seen = statistics(x, HEAT, CAP)
+    confidence = np.array(seen.confidence)[0]
+    r, products = (np.array(one)[0] for one in block_sums(seen.ratios, BLOCKS))
+    P, N = class_sums(r, products, confidence, BLOCKS)
+    found = Strings.of(AUTOMATON, P, endings(AUTOMATON, 0)).marginals(N)
+    factors = ratio_factors(found.factors, confidence)
+    q = under_constraint(seen.ratios.astype(kind), factors, seen.draft, BLOCKS)
+    assert q.dtype == kind
+    q = np.array(q.astype(mx.float32), np.float64)[0]
+    tolerance = 1e-5 if kind == mx.float32 else 5e-3
+    np.testing.assert_allclose(q.sum(axis=1), 1, atol=tolerance)
+    expected = np.exp(log_p(x)) * found.factors[:, AUTOMATON.classes]
+    np.testing.assert_allclose(q, expected, rtol=tolerance * 2, atol=1e-9)
+    entropy = -np.where(expected > 0, expected * np.log(np.maximum(expected, 1e-300)), 0).sum(
+        axis=1
+    )
+    np.testing.assert_allclose(found.entropy, entropy, atol=1e-4)
+
+
+def test_where_every_possible_token_is_out_of_range_the_draft_has_all_of_the_probability():
+    outside = int(np.flatnonzero(AUTOMATON.classes == DEAD)[0])
+    x = mx.where(mx.arange(V) == outside, 1e4, mx.zeros((1, W, V)))
+    seen = statistics(x)
+    assert seen.draft.tolist() == [[outside] * W]
+    maxima = block_log_p(block_maxima(x, BLOCKS), seen, x, 1.0, math.inf)
+    found = np.array(maxima)[0]
+    path = best(AUTOMATON, BLOCKS.joined(np.maximum, found, -np.inf), endings(AUTOMATON, 0))
+    chosen = mx.array(BLOCKS.largest(found, path.classes))[None]
+    draft = likeliest_of(x, chosen, BLOCKS)
+    assert AUTOMATON.after(np.array(draft)[0]) == AUTOMATON.end
+    confidence = np.array(seen.confidence)[0]
+    r, products = (np.array(one)[0] for one in block_sums(seen.ratios, BLOCKS))
+    P, N = class_sums(r, products, confidence, BLOCKS)
+    marginals = Strings.of(AUTOMATON, P, endings(AUTOMATON, 0)).marginals(N)
+    np.testing.assert_allclose(marginals.masses.sum(axis=1), 1, atol=1e-9)
+    factors = ratio_factors(marginals.factors, confidence)
+    q = np.array(under_constraint(seen.ratios, factors, draft, BLOCKS))[0]
+    np.testing.assert_array_equal(q.argmax(axis=1), np.array(draft)[0])
+    np.testing.assert_array_equal(q.sum(axis=1), 1)
