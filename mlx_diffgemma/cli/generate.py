@@ -9,6 +9,7 @@ import typer
 
 from ..config.generation import GenerationSettings
 from ..errors import ConfigError, PromptError
+from .constraints import ConstraintOptions
 from .options import (
     ModelOptions,
     SystemPromptOption,
@@ -112,13 +113,19 @@ def generate(
     *,
     model: ModelOptions,
     chat: ChatOptions,
+    bound: ConstraintOptions,
     settings: GenerationSettings,
     output: OutputOptions,
 ) -> None:
     """Answer one prompt: the answer on stdout, everything else on stderr."""
     view = output.view()
     try:
-        page, message = output.page(), prompt_text(text, prompt)
+        page = output.page()
+        if bound.reads_stdin and "-" in (text or prompt or "-", text, prompt):
+            raise PromptError(
+                "stdin is the schema of --json-schema -, so give the prompt in quotes"
+            )
+        message, constraint = prompt_text(text, prompt), bound.constraint()
         stop = chat.stop_strings()
         chat.variables()  # quick checks come before the model is loaded
         notes = model.notes()
@@ -147,6 +154,7 @@ def generate(
                 settings,
                 stop,
                 chat.prompt_options(),
+                constraint,
                 follows,
                 notes,
                 start if output.is_json else None,
@@ -161,6 +169,7 @@ def _answer(
     settings: GenerationSettings,
     stop: tuple[str, ...],
     options: Any,
+    constraint: Any,
     run: Follower,
     notes: list[str],
     start: dict[str, Any] | None,
@@ -171,11 +180,14 @@ def _answer(
     from ..write.generate import stream_generate
 
     stopwatch, view, is_empty = Stopwatch(), run.view, True
+    if constraint is not None:
+        notes = [*notes, *(f"the constraint is cut: {note}" for note in constraint.notes)]
     events = stream_generate(
         model,
         run.tokenizer,
         prompt,
         stop=stop,
+        constraint=constraint,
         settings=settings,
         prompt_options=options,
         prompt_progress_callback=view.reading,
