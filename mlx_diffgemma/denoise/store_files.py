@@ -47,7 +47,7 @@ VERSION = 1  # of the files and of what keys and values mean
 _MOST_WAITING = 1 << 30  # bytes that may wait to be written; what comes then is not written
 _HASHED_WHOLE = 1 << 16  # values of a weight; of larger ones a sample is hashed
 _SAMPLE = 1 << 10
-_LEFT_SECONDS = 3600  # age of a temporary file whose writer must be gone
+_LEFT_SECONDS = 10, 3600  # age of a temporary file that nobody writes, with and without locks
 _NAME = re.compile(
     # model, start, length, text, content
     r"(part|end)-([0-9a-f]{16})-(\d{1,9})-(\d{1,9})-([0-9a-f]{32})-([0-9a-f]{32})\.safetensors"
@@ -137,8 +137,8 @@ class ContextFiles:
             keys.insert(0, _Key("part", known, len(tokens), end.text))
         used, nbytes = [*there, *chains[known]], sum(map(self._nbytes, keys))
         self._touch(used)
-        is_too_large = sum(file.size for file in used) + nbytes > self._max_bytes
-        if not keys or is_too_large or sum(waiting.values()) + nbytes > _MOST_WAITING:
+        is_busy = sum(waiting.values()) + nbytes > _MOST_WAITING
+        if not keys or is_busy or nbytes > self._max_bytes:
             return
         copies = {key: self._copies(key, tokens, context) for key in keys}
         with self._lock:
@@ -262,8 +262,12 @@ class ContextFiles:
         """Write a text's files, in the writer's thread."""
         written = list(used)
         try:
+            sizes = [file.size for file in used]
+            sizes += [_size(self._metadata, arrays) for arrays in copies.values()]
+            if sum(sizes) > self._max_bytes or not all(map(are_finite, copies.values())):
+                return
             for key, arrays in copies.items():
-                if not are_finite(arrays) or (file := self._write(key, arrays, written)) is None:
+                if (file := self._write(key, arrays, written)) is None:
                     return
                 written.append(file)
             self._touch(written)
@@ -280,8 +284,7 @@ class ContextFiles:
 
     def _write(self, key: _Key, arrays: Arrays, used: Sequence[_File]) -> _File | None:
         """Write a file; return None if there is no room for it."""
-        header = header_of(self._metadata, arrays)
-        size = len(header) + sum(bits.nbytes for _, bits in arrays.values())
+        header, size = header_of(self._metadata, arrays), _size(self._metadata, arrays)
         temporary = self._folder / f".context-{size}-{secrets.token_hex(8)}.tmp"
         with temporary.open("xb") as stream:
             try:
@@ -301,6 +304,8 @@ class ContextFiles:
                     ".safetensors"
                 )
                 os.replace(temporary, self._folder / name)
+            except FileNotFoundError:  # somebody has tidied up
+                return None
             finally:
                 temporary.unlink(missing_ok=True)
         self._refused.discard(name)  # it may have been damaged, and is whole again
@@ -332,10 +337,10 @@ class ContextFiles:
             with suppress(FileNotFoundError), path.open("rb") as stream:
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    is_left = True
+                    least_seconds = _LEFT_SECONDS[0]  # a writer locks it just after making it
                 except OSError:  # its writer has it, or the folder knows no locks
-                    is_left = time.time() - path.stat().st_mtime > _LEFT_SECONDS
-                if is_left:
+                    least_seconds = _LEFT_SECONDS[1]
+                if time.time() - path.stat().st_mtime > least_seconds:
                     path.unlink()
                 else:
                     total += int(found[1])
@@ -349,9 +354,9 @@ def checked_folder(folder: str | os.PathLike[str]) -> Path:
       ConfigError: if it is a file or cannot be written to.
     """
     path = Path(folder).expanduser()
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file; contexts are kept in a folder")
     try:
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; contexts are kept in a folder")
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -373,6 +378,10 @@ def fingerprint(model: DiffusionGemma) -> str:
             array = array[tuple(mx.array(each.astype(np.int32)) for each in where)]
         digest.update(bits_of(array).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _size(metadata: Mapping[str, str], arrays: Arrays) -> int:
+    return len(header_of(metadata, arrays)) + sum(bits.nbytes for _, bits in arrays.values())
 
 
 def _beginnings(tokens: np.ndarray, files: Iterable[_File], *more: int) -> dict[int, str]:
