@@ -2,8 +2,8 @@
 folder: `python -m tests.denoise.store_kills`. Not a test.
 
 Each killed process writes texts to a folder that all share. Behind each kill, these texts are
-looked for in the folder: what is found must be, bit for bit, what was to be written. The moments are
-uniform over the duration of an uninterrupted run.
+looked for in the folder: what is found must be, bit for bit, what was to be written. The moments
+are uniform over the duration of an uninterrupted run.
 """
 
 from __future__ import annotations
