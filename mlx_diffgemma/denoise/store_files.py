@@ -315,8 +315,9 @@ class ContextFiles:
         """Remove files that were not used for longest, until what is there and what is about to be
         written fits. Temporary files count with the size that they will have, so that processes
         that write at the same time stay within the budget together."""
+        total = self._temporary_bytes()  # first: those that become files meanwhile count as both
         files = self._listed()
-        total = sum(file.size for file in files) + self._temporary_bytes()
+        total += sum(file.size for file in files)
         # Of a text, the end goes first, then parts from the last one on, which need the others.
         files.sort(key=lambda f: (f.used, f.key.kind == "part", -f.key.length))
         for file in files:

@@ -142,6 +142,10 @@ def bytes_in(folder: Path) -> int:
         before = files
 
 
+def names_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()} if folder.exists() else set()
+
+
 def kills(count: int, seed: int, folder: Path, *, log: bool = False) -> Tally:
     """Kill writers of one folder, and check it behind each kill."""
     rng, tally, budget = random.Random(seed), Tally(), 4_000_000
@@ -153,17 +157,17 @@ def kills(count: int, seed: int, folder: Path, *, log: bool = False) -> Tally:
         # New texts, and those of the last process, which may have been cut off.
         numbers = [tally.kills * TEXTS + i for i in range(TEXTS)]
         again = [number - TEXTS for number in numbers]
+        before = names_in(shared)
         write(shared, [*again, *numbers], budget, rng.uniform(0, 2 * duration))
-        names = [file.name for file in shared.iterdir()]
-        halves = sum(name.startswith(".context-") for name in names)
-        last = sum(f"-{len(text_of(0))}-" in name for name in names)
-        state = "nothing" if not names else "half a file" if halves else "whole files"
+        new = names_in(shared) - before
+        halves = sum(name.startswith(".context-") for name in new)
+        state = "nothing new" if not new else "half a file" if halves else "whole files"
         tally.left[state] += 1
         check(shared, [*again, *numbers], budget, tally)
         if (total := bytes_in(shared)) > budget:
             tally.wrong.append(f"kill {tally.kills}: {total:,} bytes in the folder")
         if log:
-            print(f"kill {tally.kills}: {state}, {last} whole texts", flush=True)
+            print(f"kill {tally.kills}: {state}, {len(new) - halves} whole ones", flush=True)
     return tally
 
 
