@@ -8,8 +8,8 @@
 
 Time is from the row's joining to the draft of its first step. The model is small and random, one
 sliding layer with the real window and one full layer, so that 32K tokens can be read on a CPU:
-times show how the work falls, not what a real model takes. What a store holds is measured by MLX's active
-memory with and without it.
+times show how the work falls, not what a real model takes. What a store holds is measured by MLX's
+active memory with and without it.
 
 What the 26B model's contexts take is computed from its config.
 

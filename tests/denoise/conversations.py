@@ -268,7 +268,8 @@ def main() -> None:
     for max_bytes, first in ((1 << 30, 0), (budget, options.cases)):
         told, held = run(options.cases, max_bytes, first=first)
         print(f"store of {max_bytes:,} bytes: {told.summary()}")
-        print(*told.ties, *told.drifts, *told.findings, sep="\n", end="\n", flush=True)
+        for line in (*told.ties, *told.drifts, *told.findings):
+            print(line)
         print(f"bytes said and held, by model: {held}", flush=True)
         passed &= not told.findings and max(most for _, most in held) <= max_bytes
     told, (said, most) = many_turns(options.turns, budget)

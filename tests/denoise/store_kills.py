@@ -35,7 +35,7 @@ MODEL, EVERY = -1, 64  # the bundled model
 TEXTS, PARTS = 3, 3  # texts that a killed process writes, each in so many parts
 # A process begins with all imports done, so that kills fall into its work.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.denoise.store_kills"])
+_PROCESSES.set_forkserver_preload(["tests.denoise.conversations"])
 
 
 @dataclass
@@ -227,7 +227,8 @@ def main() -> None:
         f"2 processes, {options.turns} turns each: {shared.found} tokens found, "
         f"{len(shared.wrong)} wrong"
     )
-    print(*killed.wrong, *shared.wrong, sep="\n")
+    for line in (*killed.wrong, *shared.wrong):
+        print(line)
     raise SystemExit(bool(killed.wrong or shared.wrong))
 
 
