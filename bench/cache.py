@@ -135,6 +135,12 @@ class Bench:
         store.serve(self.model)
         return store
 
+    def text(self, count: int, seed: int) -> np.ndarray:
+        """Random tokens without ends of turns, where there would be further snapshots."""
+        tokens = np.array(text_tokens(self.folder, count, seed), np.int32)
+        ends = GenerationSettings().resolve(self.model.config).eos_token_ids
+        return np.where(np.isin(tokens, ends), 20, tokens).astype(np.int32)
+
     def first_step(
         self, text: np.ndarray, store: Store | None
     ) -> tuple[float, PrefillDone, list[np.ndarray]]:
@@ -176,11 +182,11 @@ class Bench:
 
     def chat(self, turns: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Turns of a long chat, and their bounds."""
-        history = np.array(text_tokens(self.folder, FIRST, 1), np.int32)
+        history = self.text(FIRST, 1)
         said = np.concatenate(self.first_step(history, self.store)[2])
         rows = []
         for turn in range(2, turns + 1):
-            new = np.array(text_tokens(self.folder, NEW, turn), np.int32)
+            new = self.text(NEW, turn)
             history = np.concatenate([history, said, new])
             row, said = self.all_three(history, from_disk=turn == turns)
             rows.append({"turn": turn, **row})
@@ -195,7 +201,7 @@ class Bench:
         """Prompts that are changed near their ends, and their bounds."""
         rows, bounds = [], []
         for tokens in sizes:
-            text = np.array(text_tokens(self.folder, tokens, 100 + tokens), np.int32)
+            text = self.text(tokens, 100 + tokens)
             self.first_step(text, self.store)
             text[-CHANGED] = 20 + (text[-CHANGED] - 19) % 1000
             row, _ = self.all_three(text, from_disk=True)

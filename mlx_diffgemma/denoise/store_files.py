@@ -184,8 +184,9 @@ class ContextFiles:
             sources = [end] if layer.is_sliding else parts
             both = []
             for name in (f"{number}.keys", f"{number}.values"):
-                bits = np.concatenate([arrays[name][1] for arrays in sources], axis=2)
-                both.append(mx.array(bits).view(self._dtype))
+                bits = [arrays[name][1] for arrays in sources]
+                joined = bits[0] if len(bits) == 1 else np.concatenate(bits, axis=2)
+                both.append(mx.array(joined).view(self._dtype))
             layers.append(LayerContext(*both))
         context = Context(tuple(layers), length, 1)
         mx.eval(context.arrays)
@@ -198,7 +199,8 @@ class ContextFiles:
         files = []
         with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
             for entry in entries:
-                if not (found := _NAME.fullmatch(entry.name)):
+                found = _NAME.fullmatch(entry.name)
+                if not found or not entry.is_file(follow_symlinks=False):
                     continue
                 with suppress(FileNotFoundError):  # removed by another process
                     status = entry.stat(follow_symlinks=False)
@@ -288,7 +290,8 @@ class ContextFiles:
         temporary = self._folder / f".context-{size}-{secrets.token_hex(8)}.tmp"
         with temporary.open("xb") as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX)  # it is free once this process is gone
+                with suppress(OSError):  # not every file system has locks
+                    fcntl.flock(stream, fcntl.LOCK_EX)  # it is free once this process is gone
                 if not self._make_room({file.name for file in used}):
                     return None
                 digest = hashlib.sha256(header)
@@ -358,7 +361,7 @@ def checked_folder(folder: str | os.PathLike[str]) -> Path:
     try:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file; contexts are kept in a folder")
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)  # contexts tell what was read
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:

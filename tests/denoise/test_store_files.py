@@ -475,11 +475,33 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, folder, why):
 
 def test_a_folder_is_made_and_its_limit_is_checked(tmp_path):
     Store(1, folder=tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir() and list((tmp_path / "a" / "b").iterdir()) == []
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+    assert list((tmp_path / "a" / "b").iterdir()) == []
     with pytest.raises(ConfigError, match=r"^folder_bytes of a store must be at least 1, got 0$"):
         Store(1, folder=tmp_path, folder_bytes=0)
     with pytest.raises(ConfigError, match="has no effect without a folder"):
         Store(1, folder_bytes=1)
+
+
+def test_a_file_system_without_locks_works_too(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(store_files.fcntl, "flock", flock)
+    left = tmp_path / f".context-100-{'0' * 16}.tmp"
+    left.touch()
+    keep(tmp_path, TEXT[:50])
+    assert left.exists() and found(tmp_path, TEXT[:50]) == 50
+    os.utime(left, (1, 1))
+    keep(tmp_path, TEXT[:60])
+    assert not left.exists() and found(tmp_path, TEXT[:60]) == 60
+
+
+def test_what_is_no_file_is_passed_by(kept):
+    file = files_of(kept, "end")[-1]
+    file.unlink()
+    file.mkdir()
+    assert refused(kept, 100) == []
 
 
 # --- kills, and several processes
