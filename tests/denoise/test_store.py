@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import gc
 import inspect
-import re
 import sys
 import threading
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_diffgemma import Store
-from mlx_diffgemma.checkpoint.memory import context_bytes
 from mlx_diffgemma.denoise.store import snapshots
-from mlx_diffgemma.doctor.published import published_model
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.model import Context
 from mlx_diffgemma.model.context import LayerContext
@@ -275,24 +271,3 @@ def test_a_long_chat_reads_at_most_a_piece_and_what_is_new():
     edited[-22] = 6 + (edited[-22] + 1) % 64
     asked, cached = answer(model, edited, turn, store)[0]
     assert asked - cached <= every + 22
-
-
-def test_the_page_has_the_bytes_of_the_published_model():
-    """As its config gives them."""
-    text, tokens = published_model().text, 32_768
-    whole = context_bytes(text, tokens)
-    token = context_bytes(text, tokens + 1) - whole
-    end = whole - tokens * token
-    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
-    shown = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+) \|$", page, re.MULTILINE))
-    assert shown == {
-        "full layers, a token": f"{token:,}",
-        "full layers, a chat of 32,768 tokens": f"{token * tokens:,}",
-        "sliding layers, a snapshot": f"{end:,}",
-        "such a chat with a snapshot every 2,048 tokens": (
-            f"{token * tokens + end * (tokens // 2048):,}"
-        ),
-    }
-    count = (2_000_000_000 - token * tokens) // end
-    assert f"a store of 2 GB holds such a chat with {count} snapshots" in page
-    assert f"With `every={-(-tokens // count)}`, {count} snapshots cover the whole" in page
