@@ -84,33 +84,6 @@ def kept(tmp_path) -> Path:
 # --- what is written is found
 
 
-def test_a_new_process_finds_contexts_and_writes_the_same(tmp_path):
-    program = (
-        "import json, sys, numpy as np\n"
-        "from mlx_diffgemma import Store\n"
-        "from tests.denoise.conversations import answer\n"
-        "from tests.denoise.mixtures import model_of\n"
-        "text = np.array(json.loads(sys.argv[2]), np.int32)\n"
-        "store = Store(1 << 30, every=64, folder=sys.argv[1])\n"
-        "print(answer(model_of(-1), text, 7, store)[0])\n"  # and ends, without a flush
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path, json.dumps(TEXT.tolist())],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "[400, 0]\n"
-    counts, canvases = answer(model_of(-1), TEXT, 7, disk(tmp_path, model_of(-1)))
-    assert counts == [400, 399]
-    plain = answer(model_of(-1), TEXT, 7, None)[1]
-    assert [c.tolist() for c in canvases] == [c.tolist() for c in plain]
-    edited = TEXT.copy()
-    edited[-22] += 1
-    assert answer(model_of(-1), edited, 7, disk(tmp_path, model_of(-1)))[0] == [400, 320]
-
-
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_every_bit_comes_back(tmp_path, dtype):
     model = load_drawn(MODEL, sliding_window=16)
@@ -504,7 +477,34 @@ def test_what_is_no_file_is_passed_by(kept):
     assert refused(kept, 100) == []
 
 
-# --- kills, and several processes
+# --- restarts, kills, and several processes
+
+
+def test_a_new_process_finds_contexts_and_writes_the_same(tmp_path):
+    program = (
+        "import json, sys, numpy as np\n"
+        "from mlx_diffgemma import Store\n"
+        "from tests.denoise.conversations import answer\n"
+        "from tests.denoise.mixtures import model_of\n"
+        "text = np.array(json.loads(sys.argv[2]), np.int32)\n"
+        "store = Store(1 << 30, every=64, folder=sys.argv[1])\n"
+        "print(answer(model_of(-1), text, 7, store)[0])\n"  # and ends, without a flush
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, json.dumps(TEXT.tolist())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[400, 0]\n"
+    counts, canvases = answer(model_of(-1), TEXT, 7, disk(tmp_path, model_of(-1)))
+    assert counts == [400, 399]
+    plain = answer(model_of(-1), TEXT, 7, None)[1]
+    assert [c.tolist() for c in canvases] == [c.tolist() for c in plain]
+    edited = TEXT.copy()
+    edited[-22] += 1
+    assert answer(model_of(-1), edited, 7, disk(tmp_path, model_of(-1)))[0] == [400, 320]
 
 
 def test_no_damaged_context_is_used_after_kills(tmp_path):
