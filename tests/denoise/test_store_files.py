@@ -324,6 +324,16 @@ def test_a_conversation_loses_earlier_ends_before_parts(tmp_path):
     assert found(tmp_path / "b", TEXT[:210]) == 200
 
 
+def test_parts_that_a_new_file_needs_stay(tmp_path):
+    keep(tmp_path, TEXT[:100])
+    mine = files_of(tmp_path)
+    keep(tmp_path, TEXT[200:300])
+    for file in set(files_of(tmp_path)) - set(mine):
+        os.utime(file, (2e9, 2e9))  # used by another process later than the parts
+    keep(tmp_path, TEXT[:110], budget=size(tmp_path) - 1)
+    assert found(tmp_path, TEXT[:110]) == 110 and found(tmp_path, TEXT[200:300]) == 0
+
+
 def test_a_text_that_does_not_fit_is_not_written_and_removes_nothing(tmp_path):
     keep(tmp_path, TEXT[:60])
     budget = size(tmp_path)
