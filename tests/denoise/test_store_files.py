@@ -434,8 +434,11 @@ def test_texts_that_wait_to_be_written_are_written_once(tmp_path, monkeypatch):
     store, go = disk(tmp_path), threading.Event()
     real = ContextFiles._write
 
+    writes = []
+
     def late(*arguments):
         assert go.wait(30)
+        writes.append(arguments)
         return real(*arguments)
 
     monkeypatch.setattr(ContextFiles, "_write", late)
@@ -443,7 +446,8 @@ def test_texts_that_wait_to_be_written_are_written_once(tmp_path, monkeypatch):
         store.keep(text, read(text), model_of(MODEL).config.text)
     go.set()
     store.flush()
-    assert len(files_of(tmp_path)) == 4 and found(tmp_path, TEXT[:100]) == 100
+    assert len(files_of(tmp_path)) == len(writes) == 4
+    assert found(tmp_path, TEXT[:100]) == 100
 
 
 @pytest.mark.parametrize(
