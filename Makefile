@@ -29,7 +29,7 @@ test: lint types unit wheel
 # Measures speed against mlx-vlm and transformers, about two hours on two cores.
 bench: $(VENV)/.bench
 	$(WITH_OPENBLAS) $(BIN)/python bench/answer.py --save
-	for name in counts sparse step growth twin floors infill match; do \
+	for name in counts sparse step growth twin floors infill match cache; do \
 		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
 	done
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
@@ -37,8 +37,8 @@ bench: $(VENV)/.bench
 
 # What is too long for every change: each deliberate fault is noticed, conversions survive damage and
 # kills in full counts, rows of 300 mixtures write what they write alone, a store changes no answer of
-# 200 conversations, no request of 2,000 is lost, 3,000 small constraints are decoded exactly, and the
-# package installs with pip, uv and pipx on every Python here.
+# 200 conversations and survives 100 kills, no request of 2,000 is lost, 3,000 small constraints are
+# decoded exactly, and the package installs with pip, uv and pipx on every Python here.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
@@ -46,6 +46,7 @@ long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.convert.kills
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.mixtures
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.conversations
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.store_kills
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.constraint.cases --count 3000
 	$(BIN)/python tests/check_installs.py

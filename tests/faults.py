@@ -23,7 +23,7 @@ LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.p
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 ROWS = "tests/denoise/test_rows.py"
-STORE = "tests/denoise/test_store.py"
+STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_files.py"
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
 LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
 CLASSES = "tests/denoise/test_classes.py"
@@ -444,6 +444,125 @@ FAULTS = (
         "{*range(every, len(text), every), len(text), *turns[:1], *turns[-1:]}",
         "{len(text), *turns[:1], *turns[-1:]}",
         (STORE,),
+    ),
+    Fault(
+        "store: a damaged file is used",
+        "denoise/store_files.py",
+        "if content_hash(raw) != file.content:",
+        "if False:",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: a file of another model or version is used",
+        "denoise/store_files.py",
+        "if metadata != self._metadata:",
+        "if False:",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: a file of another text is used",
+        "denoise/store_files.py",
+        "if not np.array_equal(text, tokens[: file.key.length]):",
+        "if False:",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: a file of another type or shape is used",
+        "denoise/store_files.py",
+        "bits) in arrays.items()} != expected:",
+        "bits) in arrays.items()} is None:",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: a file with NaN is used",
+        "denoise/store_files.py",
+        "        if not are_finite(arrays):",
+        "        if False:",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: NaN is written",
+        "denoise/store_files.py",
+        " or not all(map(are_finite, copies.values())):",
+        ":",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: the fingerprint has no values",
+        "denoise/store_files.py",
+        "        digest.update(bits_of(array).tobytes())",
+        "        pass",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: parts are joined the other way round",
+        "denoise/store_files.py",
+        "[*chains[key.start], file]",
+        "[file, *chains[key.start]]",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: a folder has no budget",
+        "denoise/store_files.py",
+        "            if total <= self._max_bytes:\n                break\n",
+        "            if True:\n                return True\n",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: the newest file goes first",
+        "denoise/store_files.py",
+        "key=lambda f: (f.used,",
+        "key=lambda f: (-f.used,",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: a file that is read does not count as used",
+        "denoise/store_files.py",
+        "os.utime(self._folder / file.name, ns=(now, now))",
+        "pass",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: parts that a new file needs are removed for it",
+        "denoise/store_files.py",
+        "            if file.name not in kept:",
+        "            if True:",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: files that others are writing do not count",
+        "denoise/store_files.py",
+        "                    total += int(found[1])",
+        "                    pass",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: what a killed writer left stays",
+        "denoise/store_files.py",
+        "                    path.unlink()",
+        "                    pass",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: a full disk ends the run",
+        "denoise/store_files.py",
+        "        except OSError as error:\n            if not self._has_warned:",
+        "        except ValueError as error:\n            if not self._has_warned:",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: a text that waits is written again",
+        "denoise/store_files.py",
+        "            waiting = dict(self._waiting)",
+        "            waiting = {}",
+        (STORE_FILES,),
+    ),
+    Fault(
+        "store: the chat's folder is not used",
+        "cli/chat.py",
+        "        store=store,\n",
+        "",
+        (CHAT_CLI,),
     ),
     Fault(
         "rows: the first one's position for all",

@@ -33,8 +33,8 @@ WINGS = {
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load info",
-    "denoise": "schedule sampler classes constrained pinned noise stopping canvas store row step "
-    "loop",
+    "denoise": "schedule sampler classes constrained pinned noise stopping canvas store_format "
+    "store_files store row step loop",
     "write": "job writer verbose constrained generate fill edit chat_file chat",
     "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",

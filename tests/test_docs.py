@@ -34,8 +34,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma.checkpoint.memory import context_bytes
 from mlx_diffgemma.cli.options import _every_program, app_of
 from mlx_diffgemma.convert import convert
+from mlx_diffgemma.doctor.published import published_model
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -398,3 +400,24 @@ def test_a_new_setting_appears_in_the_reference(monkeypatch):
     table: Any = REFERENCE.settings_table(More)
     assert "| `made_up` |  | whole number, at least 1 | 3 | Of no use. |" in table
     assert table.count("\n") == len(fields(More)) + 1
+
+
+def test_the_bytes_of_kept_contexts_are_those_of_the_published_model():
+    """As its config gives them."""
+    text, tokens = published_model().text, 32_768
+    whole = context_bytes(text, tokens)
+    token = context_bytes(text, tokens + 1) - whole
+    end = whole - tokens * token
+    page = (DOCS / "python.md").read_text()
+    shown = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+) \|$", page, re.MULTILINE))
+    assert shown == {
+        "full layers, a token": f"{token:,}",
+        "full layers, a chat of 32,768 tokens": f"{token * tokens:,}",
+        "sliding layers, a snapshot": f"{end:,}",
+        "such a chat with a snapshot every 2,048 tokens": (
+            f"{token * tokens + end * (tokens // 2048):,}"
+        ),
+    }
+    count = (2_000_000_000 - token * tokens) // end
+    assert f"a store of 2 GB holds such a chat with {count} snapshots" in page
+    assert f"With `every={-(-tokens // count)}`, {count} snapshots cover the whole" in page

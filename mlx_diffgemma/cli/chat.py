@@ -5,7 +5,15 @@ from typing import Annotated
 import typer
 
 from ..config.generation import GenerationSettings
-from .options import ModelOptions, SystemPromptOption, command, run, seeded, unescape
+from .options import (
+    ContextOptions,
+    ModelOptions,
+    SystemPromptOption,
+    command,
+    run,
+    seeded,
+    unescape,
+)
 
 _PUZZLES = "it knows single questions, no conversations; /reset makes the next one its first"
 
@@ -29,6 +37,7 @@ def chat(
     ] = True,
     *,
     model: ModelOptions,
+    contexts: ContextOptions,
     settings: GenerationSettings,
 ) -> None:
     """Talk with a model, with commands such as /undo, /retry and /save; /help lists them. Without a
@@ -38,7 +47,7 @@ def chat(
     from .session import COMMANDS, Session
 
     view, is_drawn = ChatView(markdown=markdown), settings.seed is None
-    settings = seeded(settings)
+    settings, store = seeded(settings), contexts.store()
     lines = lines_of(list(COMMANDS))
     loaded, tokenizer = model.load()
     from ..write.chat import Chat
@@ -52,6 +61,7 @@ def chat(
         system_prompt=system_prompt,
         thinking=thinking,
         settings=settings,
+        store=store,
         prompt_progress_callback=reading,
     )
     session = Session(talk, view, lines, loaded, tokenizer)

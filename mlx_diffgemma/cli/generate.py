@@ -121,10 +121,8 @@ def generate(
     view = output.view()
     try:
         page = output.page()
-        if bound.reads_stdin and "-" in (text or prompt or "-", text, prompt):
-            raise PromptError(
-                "stdin is the schema of --json-schema -, so give the prompt in quotes"
-            )
+        if bound.reads_stdin and (text or prompt or "-") == "-":
+            raise PromptError("stdin is the schema of --json-schema; give the prompt in quotes")
         message, constraint = prompt_text(text, prompt), bound.constraint()
         stop = chat.stop_strings()
         chat.variables()  # quick checks come before the model is loaded

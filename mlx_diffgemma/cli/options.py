@@ -3,6 +3,7 @@ handling of errors."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -24,7 +25,7 @@ from typer.main import get_command
 from ..checkpoint.choice import MODEL_VARIABLE
 from ..config.entry import Entry, kinds
 from ..config.generation import GenerationSettings, decider_of
-from ..errors import DiffGemmaError, PromptError, TemplateError, backend_error
+from ..errors import ConfigError, DiffGemmaError, PromptError, TemplateError, backend_error
 from .interrupt import ended_in_order, leave
 from .program import Shell, among, install, model_names, scripts, variable, version
 
@@ -142,6 +143,46 @@ class ModelOptions:
         from ..checkpoint.load import load
 
         return load(self.source, revision=self.revision, adapter_path=self.adapter_path)
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """The options for contexts that are kept on disk."""
+
+    context_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep what the model has read in this folder too, for later runs; several "
+            "programs may share it.",
+        ),
+    ] = None
+    context_cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="GB that the files in that folder may take; what was not used for longest goes "
+            "first.",
+            show_default="10",
+        ),
+    ] = None
+
+    def store(self) -> Any:
+        """Return a store that keeps contexts in the folder; None if no folder was chosen.
+
+        Raises:
+          ConfigError: if the folder or the number cannot be used.
+        """
+        gb = self.context_cache_gb
+        if gb is not None and not 0 < gb < math.inf:
+            raise ConfigError(f"--context-cache-gb must be a number above 0, got {gb:g}")
+        if self.context_cache is None:
+            if gb is not None:
+                raise ConfigError("--context-cache-gb has no effect without --context-cache FOLDER")
+            return None
+        from ..write.chat import chat_store
+
+        return chat_store(self.context_cache, None if gb is None else math.ceil(gb * 1e9))
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -3,11 +3,13 @@
 Sliding layers keep their last places only, so a context cannot be cut back to any place. The store
 holds snapshots: a tree whose nodes are texts, each behind its parent's. A node has the keys and
 values of full layers for its own part of the text alone, so that the texts of one conversation
-share them, and those of sliding layers as they are at its end.
+share them, and those of sliding layers as they are at its end. `store_files.py` keeps them in a
+folder too, where asked.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,9 @@ from ..config.model import TextConfig
 from ..errors import ConfigError
 from ..model import Context, DiffusionGemma
 from ..model.context import LayerContext
+from .store_files import ContextFiles, checked_folder
+
+FOLDER_BYTES = 10_000_000_000  # by default
 
 
 class Node:
@@ -51,24 +56,43 @@ class Node:
 class Store:
     """Keeps contexts of one model, up to a number of bytes; those not used for longest go first.
 
+    With a folder, it writes them there too, and finds those of an earlier process or of one beside.
     It may be used by several threads, its arrays by the thread that runs the model.
     """
 
-    def __init__(self, max_bytes: int, *, every: int = 2048) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        every: int = 2048,
+        folder: str | os.PathLike[str] | None = None,
+        folder_bytes: int | None = None,
+    ) -> None:
         """Make a store.
 
         Args:
           max_bytes: of keys and values together.
           every: tokens of a long text between two snapshots: at most so many are read again before
             the place where a text differs from one before.
+          folder: where contexts are kept on disk as well. Several processes and models may share
+            it.
+          folder_bytes: what all context files in the folder may take together; by default 10 GB.
 
         Raises:
-          ConfigError: if a number is below 1.
+          ConfigError: if a number is below 1, or the folder cannot be written to.
         """
-        for name, value in (("max_bytes", max_bytes), ("every", every)):
+        limits = {"max_bytes": max_bytes, "every": every}
+        if folder is not None:
+            limits["folder_bytes"] = FOLDER_BYTES if folder_bytes is None else folder_bytes
+        elif folder_bytes is not None:
+            raise ConfigError("folder_bytes of a store has no effect without a folder")
+        for name, value in limits.items():
             if value < 1:
                 raise ConfigError(f"{name} of a store must be at least 1, got {value}")
         self.max_bytes, self.every = max_bytes, every
+        self._folder = None if folder is None else checked_folder(folder)
+        self._folder_bytes = limits.get("folder_bytes", 0)
+        self._files: ContextFiles | None = None  # once it is known for which model
         self._model: weakref.ref[DiffusionGemma] | None = None
         self._root = Node(None, np.zeros(0, np.int32))
         self._clock = 0
@@ -94,12 +118,26 @@ class Store:
                     "a store keeps the contexts of one model, and this one has served another; "
                     "make a store for each model"
                 )
+            if self._folder is not None and self._files is None:
+                self._files = ContextFiles(self._folder, self._folder_bytes, model)
+
+    def flush(self) -> None:
+        """Wait until everything kept so far is on disk."""
+        with self._lock:
+            if self._files is not None:
+                self._files.flush()
 
     def find(self, tokens: np.ndarray, config: TextConfig) -> Context | None:
         """Return the context of the longest text that is kept and that `tokens`, int32 [S], begin
         with; at least one token is left to read. None if there is none."""
         with self._lock:
             nodes = [n for n in self._beginnings(tokens[:-1]) if n.sliding is not None]
+            known = max((node.length for node in nodes), default=0)
+            if self._files is not None:
+                context = self._files.find(tokens[:-1], known)
+                if context is not None:
+                    self._remember(tokens[: context.length], context, config)
+                    return context
             if not nodes:
                 return None
             node = max(nodes, key=lambda n: n.length)
@@ -110,20 +148,26 @@ class Store:
         """Keep the context of `tokens`, int32 [S]. One that does not fit into the store alone is
         not kept, and nothing is dropped for it."""
         with self._lock:
-            if context.nbytes > self.max_bytes:
-                return
-            node = max(self._beginnings(tokens), key=lambda n: n.length)
-            if node.length < len(tokens):
-                before, node = node, Node(node, tokens[node.length :].copy())
-                node.full = _own_part(context, before.length, config)
-                before.children.append(node)
-                self._bytes += node.nbytes
-            if node.sliding is None:
-                self._bytes -= node.nbytes
-                node.sliding = _sliding(context, config)
-                self._bytes += node.nbytes
-            self._use(node)
-            self._make_room(node)
+            self._remember(tokens, context, config)
+            if self._files is not None:
+                self._files.save(tokens, context)
+
+    def _remember(self, tokens: np.ndarray, context: Context, config: TextConfig) -> None:
+        """Keep a context in memory."""
+        if context.nbytes > self.max_bytes:
+            return
+        node = max(self._beginnings(tokens), key=lambda n: n.length)
+        if node.length < len(tokens):
+            before, node = node, Node(node, tokens[node.length :].copy())
+            node.full = _own_part(context, before.length, config)
+            before.children.append(node)
+            self._bytes += node.nbytes
+        if node.sliding is None:
+            self._bytes -= node.nbytes
+            node.sliding = _sliding(context, config)
+            self._bytes += node.nbytes
+        self._use(node)
+        self._make_room(node)
 
     def _beginnings(self, tokens: np.ndarray) -> Iterator[Node]:
         """Yield the kept texts that the tokens begin with, and the root."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -110,6 +111,18 @@ class _Said:
         return [*before, calling]
 
 
+def chat_store(
+    folder: str | os.PathLike[str] | None = None, folder_bytes: int | None = None
+) -> Store:
+    """Return a store as large as chats need, that keeps contexts in a folder too if one is given.
+
+    Raises:
+      ConfigError: if the folder cannot be used.
+    """
+    max_bytes = max(1, min(_STORE_BYTES, recommended_bytes() // _STORE_SHARE))
+    return Store(max_bytes, folder=folder, folder_bytes=folder_bytes)
+
+
 class Chat:
     """A conversation with a model.
 
@@ -158,7 +171,7 @@ class Chat:
         elif tokenizer is None:
             raise ChatError("a chat needs model and tokenizer, both from load, or an engine")
         elif store is None:
-            store = Store(max(1, min(_STORE_BYTES, recommended_bytes() // _STORE_SHARE)))
+            store = chat_store()
         self.store = store
         self.system_prompt, self.thinking = system_prompt, thinking
         self.tools = tuple(declared(declaration_of(tool)) for tool in tools)

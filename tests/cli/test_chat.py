@@ -11,14 +11,18 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.text import Text as Styled
+from typer.main import get_command
 
 from mlx_diffgemma.cli.chat import chat
+from mlx_diffgemma.cli.options import app_of
 from mlx_diffgemma.cli.render_chat import ChatView, Settling, markdown, split_blocks
 from mlx_diffgemma.cli.session import setting_named, value_of
+from mlx_diffgemma.denoise.store import FOLDER_BYTES
 from mlx_diffgemma.errors import ChatError
 from tests.cli.test_cli import ROOT, invoke
 from tests.cli.test_render import ESCAPE
@@ -134,6 +138,60 @@ def test_settings_are_shown_changed_and_opened_again():
         "max_new_tokens 24", "seed 7", "max_denoising_steps 6", "canvas_length 24",
         "policy fast", "seed 3", "seed 3", "seed fresh (default)",
     ]  # fmt: skip
+
+
+def test_contexts_in_a_folder_are_known_after_a_restart(tmp_path):
+    options = (*QUICK, "--context-cache", str(tmp_path / "new" / "folder"))
+    known = [r"36 prompt tokens read, 0 known", r"8 prompt tokens read, 28 known"]
+    for expected in known:
+        result = talk(COUNT, "/stats", options=(*options, "--context-cache-gb", "0.5"))
+        eventually_written(tmp_path / "new" / "folder")
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == "12 13 14 15\n"
+        assert expected in result.stderr
+
+
+def eventually_written(folder: Path) -> None:
+    """Wait until a chat's contexts are written; the end of a program waits by itself."""
+    for _ in range(300):
+        if len(list(folder.glob("*.safetensors"))) == 4 and not list(folder.glob(".*")):
+            return
+        time.sleep(0.1)
+    raise AssertionError(sorted(folder.iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--context-cache", "{}/file"), "/file is a file; contexts are kept in a folder"),
+        (("--context-cache", "{}/file/x"), "/file/x cannot be written to: Not a directory"),
+        (("--context-cache", "/proc/x"), "error: /proc/x cannot be written to: "),
+        *(
+            (
+                ("--context-cache", "{}", f"--context-cache-gb={number}"),
+                f"error: --context-cache-gb must be a number above 0, got {number}",
+            )
+            for number in ("0", "-1", "nan", "inf")
+        ),
+        (
+            ("--context-cache-gb", "2"),
+            "error: --context-cache-gb has no effect without --context-cache FOLDER",
+        ),
+    ],
+)
+def test_a_context_cache_that_cannot_be_used_is_one_line_before_the_model_loads(
+    tmp_path, options, said
+):
+    (tmp_path / "file").touch()
+    options = [option.format(tmp_path) for option in options]
+    result = invoke(chat, *options, "--model", "nowhere", stdin="")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and said in result.stderr
+
+
+def test_the_help_names_the_default_size_of_the_context_cache():
+    option = next(p for p in get_command(app_of(chat)).params if p.name == "context_cache_gb")
+    assert option.show_default == f"{FOLDER_BYTES / 1e9:g}"
 
 
 def test_help_names_every_command_and_stats_the_numbers():
