@@ -26,7 +26,7 @@ class TokenAutomaton:
     """A deterministic automaton over tokens, each of which belongs to one class.
 
     Its states are those of the `DFA`, then those inside of a character, then `end`, which an answer
-    reaches with its end token and stays in, filled with pad tokens. From every state that an edge
+    reaches with its end token and stays in, filled with pad and end tokens. From every state that an edge
     leads to, the end is in reach.
     """
 
@@ -70,7 +70,7 @@ def lift(dfa: DFA, vocabulary: Vocabulary) -> TokenAutomaton:
     """Return the automaton over tokens of an automaton over code points.
 
     A string of tokens leads to the end if its text, with the special tokens in it, is one that the
-    DFA accepts, and an end token and any number of pad tokens follow. Characters may be spelled by
+    DFA accepts, and an end token and any number of pad and end tokens follow. Characters may be spelled by
     byte tokens where `continuations` says so.
 
     Args:
@@ -193,7 +193,7 @@ def _other_maps(
     ranges = np.searchsorted(dfa.bounds, symbols, side="right") - 1
     maps[at : at + len(symbols), :S] = dfa.table[:, ranges].T
     maps[at + len(symbols) : -1, :S][:, dfa.accepting] = end
-    maps[-1, end] = end
+    maps[at + len(symbols) :, end] = end  # models write end tokens there, which become pad
     if vocabulary.pad in vocabulary.ends:
         maps[-1, :S][dfa.accepting] = end
     return maps, np.array(tokens, np.int64)

@@ -187,7 +187,8 @@ def as_object(
         case BrokenToolCall():
             return {"event": "broken_tool_call", **asdict(event)}
         case Finished():
-            return {"event": "finished", **(asdict(summary) if summary else {})}
+            kept = {"constraint": event.constraint} if event.constraint else {}
+            return {"event": "finished", **(asdict(summary) if summary else {}), **kept}
 
 
 def _numbers(event: StepDone, drafts: Drafts | None) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Case:
         ]
 
         def after(state: int, token: int) -> int:
-            if token == PAD:
+            if token == PAD or (state == end and token in (END, OTHER_END)):
                 return end if state == end else NOWHERE
             if state == end or token in (MASK, V - 1):
                 return NOWHERE

@@ -68,7 +68,7 @@ def test_a_token_leads_where_its_characters_lead(seed):
             assert lifted.after([FIRST + token], state) == expected
 
 
-def test_only_an_end_token_leads_to_the_end_and_only_pad_goes_on_there():
+def test_only_an_end_token_leads_to_the_end_and_only_pad_and_end_tokens_go_on_there():
     lifted = lift(dfa("ab"), vocabulary(["a", "b", "ab"]))
     a, b, ab = range(FIRST, FIRST + 3)
     for end in (END, OTHER_END):
@@ -79,7 +79,7 @@ def test_only_an_end_token_leads_to_the_end_and_only_pad_goes_on_there():
     assert lifted.after([ab]) != lifted.end
     for token in range(len(lifted.classes)):
         behind = lifted.after([ab, END, token])
-        assert behind == (lifted.end if token == PAD else NOWHERE)
+        assert behind == (lifted.end if token in (PAD, END, OTHER_END) else NOWHERE)
     assert lifted.distance[[0, lifted.end]].tolist() == [2, 0]
 
 
