@@ -52,7 +52,7 @@ def accepts(automaton, text):
 
 
 def read(drawn):
-    """The events of calls, of which the texts between control tokens are tokenized by themselves."""
+    """The events of calls; the texts between control tokens are tokenized by themselves."""
     reader, events = CallReader(TOKENIZER, ()), []
     for is_special, run in groupby(drawn, lambda symbol: symbol >= SPECIAL):
         if is_special:
