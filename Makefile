@@ -37,7 +37,7 @@ bench: $(VENV)/.bench
 
 # What is too long for every change: each deliberate fault is noticed, conversions survive damage and
 # kills in full counts, rows of 300 mixtures write what they write alone, a store changes no answer of
-# 200 conversations, no request of 2,000 is lost, and the package installs with pip, uv and pipx on
+# 200 conversations, no request of 2,000 is lost, 500 drawn expressions match what re matches, and the package installs with pip, uv and pipx on
 # every Python here.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
@@ -47,6 +47,7 @@ long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.mixtures
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.conversations
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak
+	$(BIN)/python -m tests.constraint.patterns
 	$(BIN)/python tests/check_installs.py
 
 # Writes the pages and the picture that are made from the code.

@@ -92,6 +92,13 @@ def test_keys_come_in_the_order_of_the_schema_and_once():
     assert not automaton.accepts('{"b": 1, "c": 1, "a": 1}')
 
 
+def test_undeclared_keys_that_may_be_one_key_count_once():
+    schema = {"type": "object", "properties": {"a": {}}, "minProperties": 2}
+    automaton = json_schema(schema).dfa
+    assert automaton.accepts('{"a": 1, "z": 1}') and automaton.accepts('{"a": 1, "z": 1, "y": 2}')
+    assert not automaton.accepts('{"z": 1, "z": 1}') and not automaton.accepts('{"a": 1}')
+
+
 @pytest.mark.parametrize(
     ("name", "texts", "others"),
     [
