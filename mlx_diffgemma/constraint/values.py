@@ -10,7 +10,7 @@ from typing import Any
 
 from .alternatives import Alternatives
 from .dfa import DFA
-from .dialect import Place
+from .dialect import Place, canonical
 from .facts import NUMBERS, Facts, place_with
 from .json_text import Layout
 from .keys import KeyTexts
@@ -279,7 +279,7 @@ class Writer:
                 values = [json.loads(w) for t in sorted(facts.types) for w in _LITERALS[t]]
             else:
                 return None
-            found |= {json.dumps(value, sort_keys=True): value for value in values}
+            found |= {canonical(value): value for value in values}
         return list(found.values())
 
     # Objects

@@ -5,6 +5,7 @@ import tracemalloc
 from random import Random
 
 import pytest
+import rfc3339_validator  # where it is installed, the library checks date-time
 
 from mlx_diffgemma.constraint.dialect import validator_of
 from mlx_diffgemma.constraint.schema import json_schema
@@ -185,6 +186,12 @@ def test_numbers_near_an_open_bound_stay_on_their_side_as_floats():
     assert automaton.accepts("9.9999999999999")
     assert not automaton.accepts("9." + "9" * 30)  # the float of which is 10
     assert not automaton.accepts("10") and not automaton.accepts("1e5")
+
+
+def test_the_library_checks_the_formats_that_are_drawn():
+    assert rfc3339_validator.validate_rfc3339("2024-02-29T10:00:00Z")
+    for name in ("date", "date-time", "time", "email", "ipv4", "ipv6", "uuid"):
+        assert not validator_of({"type": "string", "format": name}).is_valid("no format")
 
 
 def test_memory_stays_small():
