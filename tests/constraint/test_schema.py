@@ -12,7 +12,7 @@ from mlx_diffgemma.constraint.schema import json_schema
 from mlx_diffgemma.errors import ConstraintError, LimitError
 from tests.constraint.schemas import INSTANCES, PARTLY_HELD, REFUSED, SCHEMAS, Draws
 
-SPELLINGS = ({"separators": (",", ":")}, {}, {"indent": 2})
+SPELLINGS = ({"separators": (",", ":")}, {"indent": 2})
 
 
 def shown(schema):
@@ -53,7 +53,7 @@ def test_accepted_is_valid_where_not_all_is_held(schema):
 def test_drawn_strings_are_valid(schema):
     draws, validator = Draws(json_schema(schema).dfa), validator_of(schema)
     rng = Random(shown(schema))
-    for _ in range(40):
+    for _ in range(20):
         text = draws.text(rng)
         assert validator.is_valid(json.loads(text)), text
 
