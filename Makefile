@@ -37,8 +37,9 @@ bench: $(VENV)/.bench
 
 # What is too long for every change: each deliberate fault is noticed, conversions survive damage and
 # kills in full counts, rows of 300 mixtures write what they write alone, a store changes no answer of
-# 200 conversations and survives 100 kills, no request of 2,000 is lost, 3,000 small constraints are
-# decoded exactly, and the package installs with pip, uv and pipx on every Python here.
+# 200 conversations and survives 100 kills, no request of 2,000 is lost, 500 drawn expressions match
+# what re matches, 3,000 small constraints are decoded exactly, every answer of 3,000 runs under
+# constraints fits, and the package installs with pip, uv and pipx on every Python here.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
@@ -49,6 +50,8 @@ long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.denoise.store_kills
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.constraint.cases --count 3000
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.write.constrained_runs
+	$(BIN)/python -m tests.constraint.patterns
 	$(BIN)/python tests/check_installs.py
 
 # Writes the pages and the picture that are made from the code.

@@ -121,7 +121,7 @@ def measure(cases: list[dict[str, Any]], build: Compile, options: Any) -> dict[s
                 print(f"{kind} {case['name']} {size}: {text[:300]!r}", flush=True)
         counts["clean"] += is_clean
         if options.draws and dfa is not None:
-            counts += draw_and_validate(case, dfa, options)
+            counts.update(draw_and_validate(case, dfa, options))
     last = quantiles(seconds, n=100) if len(seconds) > 1 else seconds * 99
     return {
         "compiled": len(states),
@@ -138,7 +138,7 @@ def measure(cases: list[dict[str, Any]], build: Compile, options: Any) -> dict[s
 
 def draw_and_validate(case: dict[str, Any], dfa: DFA, options: Any) -> Counter[str]:
     validator, rng = validator_of(case["schema"]), Random(case["name"])
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(draws_invalid=0)
     walk = Walk(dfa)
     for _ in range(options.draws):
         text = walk.draw(rng)

@@ -47,6 +47,8 @@ DEVICE = "tests/doctor/test_device.py"
 FLOORS, MACHINE = "tests/doctor/test_floors.py", "tests/doctor/test_machine.py"
 SPEED, ANSWERS = "tests/doctor/test_speed.py", "tests/doctor/test_answers.py"
 CHAT, CHAT_CLI = "tests/write/test_chat.py", "tests/cli/test_chat.py"
+REGEX, BUILD = "tests/constraint/test_regex.py", "tests/constraint/test_build.py"
+SCHEMA, CALLS = "tests/constraint/test_schema.py", "tests/constraint/test_tool_calls.py"
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
 
 
@@ -1618,6 +1620,76 @@ FAULTS = (
         '{"html": False}',
         '{"html": True}',
         (CHAT_CLI,),
+    ),
+    Fault(
+        "constraint: repeats up to a count must all be there",
+        "constraint/regex.py",
+        "    for _ in range(high - low):\n        net.skip(at, end)",
+        "    for _ in range(high - low):\n        pass",
+        (REGEX,),
+    ),
+    Fault(
+        "constraint: a negated class is read as widely as others",
+        "constraint/regex.py",
+        "if is_negated and self._is_schema:",
+        "if False:",
+        (REGEX,),
+    ),
+    Fault(
+        "constraint: a pattern may end before a line feed",
+        "constraint/regex.py",
+        'if self._reading != "wide":',
+        'if self._reading == "unicode":',
+        (REGEX,),
+    ),
+    Fault(
+        "constraint: dead states stay",
+        "constraint/minimise.py",
+        "    table, accepting = _without_dead(table, accepting)\n",
+        "",
+        (BUILD,),
+    ),
+    Fault(
+        "constraint: escapes let a key come twice",
+        "constraint/json_text.py",
+        "return encoded(texts, limits, with_unicode=False)",
+        "return encoded(texts, limits)",
+        (SCHEMA,),
+    ),
+    Fault(
+        "constraint: numbers round across an open bound",
+        "constraint/json_text.py",
+        "_DIGITS = 15",
+        "_DIGITS = 40",
+        (SCHEMA,),
+    ),
+    Fault(
+        "constraint: oneOf as anyOf",
+        "constraint/alternatives.py",
+        "if self._exclude_each_other(facts, other):",
+        "if True:",
+        (SCHEMA,),
+    ),
+    Fault(
+        "constraint: an enum is not held against what stands beside it",
+        "constraint/alternatives.py",
+        "if not set(place.schema) <= _SAY_NO_MORE",
+        "if not place",
+        (SCHEMA,),
+    ),
+    Fault(
+        "constraint: undeclared keys all count",
+        "constraint/values.py",
+        "if self._low and count + 1 < self._low:",
+        "if False:",
+        (SCHEMA,),
+    ),
+    Fault(
+        "constraint: a call has keys that its tool does not declare",
+        "constraint/tool_calls.py",
+        "compiled(schema, layout, limits, closed=True)",
+        "compiled(schema, layout, limits, closed=False)",
+        (CALLS,),
     ),
 )
 

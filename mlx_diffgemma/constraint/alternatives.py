@@ -180,8 +180,9 @@ class Alternatives:
         if facts.enum is not None:
             return not self.values(facts)
         types = set(facts.types)
-        if facts.excluded and types <= {"boolean"}:
-            return {True, False} <= set(facts.excluded)
+        out = [value for value in facts.excluded if isinstance(value, bool)]
+        if True in out and False in out:
+            types.discard("boolean")
         if "string" in types and has_no_string(facts, self._limits):
             types.discard("string")
         if depth and "object" in types:

@@ -4,6 +4,7 @@ template, or tool calls. Compiled once, when it is made; a checkpoint's tokens c
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -230,11 +231,9 @@ def _some(dfa: DFA, what: str) -> DFA:
 
 def _instance(kind: Any, value: Any) -> Any:
     """Return an instance of a type that a schema was made of."""
-    try:
-        from pydantic import TypeAdapter
-    except ImportError:
+    if (pydantic := sys.modules.get("pydantic")) is None:  # see `schema_of`
         return kind(**value) if isinstance(value, dict) and callable(kind) else value
-    return TypeAdapter(kind).validate_python(value)
+    return pydantic.TypeAdapter(kind).validate_python(value)
 
 
 def _refuse(text: str, reason: str) -> NoReturn:

@@ -61,7 +61,8 @@ class Place:
     def refuse(self, keyword: str, reason: str) -> ConstraintError:
         """Return the error of a keyword of this schema."""
         where = self.pointer or "the root"
-        message = f"JSON Schema, {keyword} at {where}: {reason}"
+        what = f"JSON Schema, {keyword}" if keyword else "JSON Schema,"
+        message = f"{what} at {where}: {reason}"
         return ConstraintError(message, keyword=keyword, pointer=self.pointer)
 
     @property

@@ -35,6 +35,10 @@ class KeyTexts:
         self._closed, self._limits = closed, limits
         self._strings = known  # bodies of strings and keys that are made already
 
+    def are_left_out(self, facts: Facts) -> bool:
+        """Return whether keys that no schema speaks of are left out."""
+        return self._closed and bool(facts.keys) and all(x.rest is None for x in facts.keys)
+
     def any_key(self) -> DFA:
         """Return the automaton of every key, without its quotes."""
         if "any key" not in self._strings:
@@ -69,11 +73,10 @@ class KeyTexts:
             raise place_with(facts, "patternProperties").refuse(
                 "patternProperties", f"more than {_MOST_PATTERNS} patterns are not supported"
             )
-        open_rest = all(layer.rest is None for layer in facts.keys)
         names = {*declared, *facts.absent, *(k for layer in facts.keys for k in layer.properties)}
         for size in range(len(patterns) + 1):
             for chosen in combinations(patterns, size):
-                if not chosen and self._closed and open_rest and declared:
+                if not chosen and declared and self.are_left_out(facts):
                     continue
                 places = [place for layer in facts.keys for place in layer.of(None, chosen)]
                 if any(p.schema is False and not p.is_negated for p in places):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import sys
 import types
 import typing
 import uuid
@@ -27,20 +28,19 @@ _PLAIN: dict[Any, dict[str, Any]] = {
 
 
 def schema_of(kind: Any) -> dict[str, Any]:
-    """Return the JSON Schema of a Python type. Where pydantic is installed it reads the type, else
+    """Return the JSON Schema of a Python type. Where the program uses pydantic, that reads it, else
     dataclasses and the plain types of the standard library are read here.
 
     Raises:
       ConstraintError: if a type in it has no JSON Schema.
     """
-    try:
-        from pydantic import PydanticUserError, TypeAdapter
-        from pydantic.errors import PydanticInvalidForJsonSchema
-    except ImportError:
+    pydantic: Any = sys.modules.get("pydantic")  # who has a model has imported it
+    if pydantic is None:
         return plain_schema_of(kind)
+    wrong = (pydantic.PydanticUserError, pydantic.errors.PydanticInvalidForJsonSchema)
     try:
-        return TypeAdapter(kind).json_schema()
-    except (PydanticUserError, PydanticInvalidForJsonSchema) as error:
+        return pydantic.TypeAdapter(kind).json_schema()
+    except wrong as error:
         raise ConstraintError(f"{_name(kind)} has no JSON Schema: {error}") from error
 
 

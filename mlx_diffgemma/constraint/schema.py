@@ -26,9 +26,10 @@ _LADDER = (
     Cuts(depth=2, recursion=1),
     Cuts(depth=1, recursion=1),
     Cuts(depth=0, recursion=1),
+    Cuts(depth=0, recursion=1, closed=True),
     Cuts(depth=1, recursion=1, length=200, items=20),
-    Cuts(depth=0, recursion=1, length=100, items=10),
-    Cuts(depth=0, recursion=0, length=30, items=4),
+    Cuts(depth=0, recursion=1, length=100, items=10, closed=True),
+    Cuts(depth=0, recursion=0, length=30, items=4, closed=True),
 )
 
 
@@ -90,7 +91,8 @@ def compiled(schema: Any, layout: Layout, limits: Limits, *, closed: bool) -> Co
             break
         except LimitError as error:
             if not ladder or limits.used() > 1:
-                raise LimitError(str(error), keyword="", pointer="") from None
+                reason = f"JSON Schema, at the root: {error}"
+                raise LimitError(reason, keyword="", pointer="") from None
             if limits.used() > _LAST_RUNG:
                 ladder = ladder[-1:]
     if is_empty(found.dfa):

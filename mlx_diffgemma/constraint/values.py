@@ -10,7 +10,7 @@ from typing import Any
 
 from .alternatives import Alternatives
 from .dfa import DFA
-from .dialect import Place
+from .dialect import Place, canonical
 from .facts import NUMBERS, Facts, place_with
 from .json_text import Layout
 from .keys import KeyTexts
@@ -33,6 +33,7 @@ class Cuts:
     recursion: int  # times that a reference is followed within itself
     length: int | None = None  # characters that are counted
     items: int | None = None  # items that are counted
+    closed: bool = False  # objects have no keys that the schema does not name
 
 
 class Writer:
@@ -48,7 +49,7 @@ class Writer:
         strings: dict[Any, DFA],
     ) -> None:
         self._reader, self._layout, self._cuts = reader, layout, cuts
-        self._keys = KeyTexts(reader, layout, closed, limits, strings)
+        self._keys = KeyTexts(reader, layout, closed or cuts.closed, limits, strings)
         self._limits = limits
         self.notes: dict[str, None] = {}
         self._strings = strings  # bodies of strings and keys that are made already
@@ -278,7 +279,7 @@ class Writer:
                 values = [json.loads(w) for t in sorted(facts.types) for w in _LITERALS[t]]
             else:
                 return None
-            found |= {json.dumps(value, sort_keys=True): value for value in values}
+            found |= {canonical(value): value for value in values}
         return list(found.values())
 
     # Objects
@@ -290,6 +291,8 @@ class Writer:
         if not set(facts.required) <= {key for key, _ in from_keys}:
             return  # a required key may not be there
         others = list(self._keys.undeclared(facts, [key for key, _ in from_keys]))
+        if self._cuts.closed and self._keys.are_left_out(facts):
+            self.notes["objects have only the keys that the schema names"] = None
         needed = [key in facts.required for key, _ in from_keys]
         low, high = facts.min_keys, facts.max_keys
         if low <= sum(needed):

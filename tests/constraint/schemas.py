@@ -104,6 +104,15 @@ SCHEMAS = (
     {"not": {"allOf": [{"type": "string"}, {"minLength": 2}]}, "type": ["string", "null"]},
     {"not": {"oneOf": [{"minimum": 2}, {"maximum": 5}]}, "type": "integer"},
     {"not": {"not": {"type": "string"}}},
+    {"oneOf": [{"type": "boolean"}, {"not": {"enum": [1, 0, [1]]}, "type": "boolean"}, {}]},
+    {
+        "type": "object",
+        "properties": {"": {"type": "integer"}},
+        "additionalProperties": {"type": "string"},
+    },
+    {"type": "object", "propertyNames": {"enum": ["a", "b"]}},
+    {"oneOf": [{"const": 1}, {"enum": [1, 2]}]},
+    {"anyOf": [{"required": ["a"]}, {"properties": {"a": False}}], "type": "object"},
     {"if": {"type": "integer"}, "then": {"minimum": 5}, "else": {"type": "string"}},
     {
         "type": "object",
@@ -137,6 +146,13 @@ SCHEMAS = (
 # Some valid instances are not accepted: keys or items in another order, undeclared keys that may be
 # one key twice, and what only two branches together allow.
 PARTLY_HELD = (
+    {"type": "array", "items": {"enum": [1, 1.0, True]}, "uniqueItems": True},
+    {
+        "type": "array",
+        "prefixItems": [{}],
+        "contains": {"type": "string"},
+        "unevaluatedItems": False,
+    },
     {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "minProperties": 2},
     {"type": "array", "items": {"enum": list("abcdefgh")}, "uniqueItems": True, "maxItems": 2},
     {"type": "object", "dependentSchemas": {"a": {"properties": {"b": {"type": "string"}}}}},

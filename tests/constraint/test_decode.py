@@ -181,7 +181,8 @@ def test_a_token_without_any_probability_is_written_where_nothing_else_fits():
     numbers = np.full((4, len(automaton.sizes)), -np.inf, np.float32)
     numbers[:, automaton.classes[MASK + 3]] = 0  # the model is sure of c
     path = best(automaton, numbers, endings(automaton, 0))
-    assert path.classes.tolist() == automaton.classes[[MASK + 1, MASK + 2, END, PAD]].tolist()
+    assert automaton.after([MASK + 1, MASK + 2, END, PAD]) == path.states[-1] == automaton.end
+    assert path.classes[:3].tolist() == automaton.classes[[MASK + 1, MASK + 2, END]].tolist()
     assert path.score == 4 * LEAST
     p = np.exp(numbers.astype(np.float64))
     strings = Strings.of(automaton, p, endings(automaton, 0))

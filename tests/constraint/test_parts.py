@@ -97,6 +97,14 @@ PERSON = {
 }
 
 
+def test_a_pydantic_model_is_a_schema():
+    pydantic = pytest.importorskip("pydantic")
+    model = pydantic.create_model("Model", name=(str, ...), age=(int, pydantic.Field(ge=0)))
+    automaton = json_schema(schema_of(model)).dfa
+    assert automaton.accepts('{"name": "x", "age": 3}')
+    assert not automaton.accepts('{"name": "x", "age": -3}')
+
+
 @pytest.mark.parametrize("read", [schema_of, plain_schema_of])
 def test_a_dataclass_is_a_schema(read):
     if read is schema_of:
