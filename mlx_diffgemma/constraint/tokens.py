@@ -26,8 +26,8 @@ class TokenAutomaton:
     """A deterministic automaton over tokens, each of which belongs to one class.
 
     Its states are those of the `DFA`, then those inside of a character, then `end`, which an answer
-    reaches with its end token and stays in, filled with pad and end tokens. From every state that an edge
-    leads to, the end is in reach.
+    reaches with its end token and stays in, filled with pad and end tokens. From every state that
+    an edge leads to, the end is in reach.
     """
 
     classes: np.ndarray  # uint16, or uint32 if there are many: [V]
@@ -70,8 +70,8 @@ def lift(dfa: DFA, vocabulary: Vocabulary) -> TokenAutomaton:
     """Return the automaton over tokens of an automaton over code points.
 
     A string of tokens leads to the end if its text, with the special tokens in it, is one that the
-    DFA accepts, and an end token and any number of pad and end tokens follow. Characters may be spelled by
-    byte tokens where `continuations` says so.
+    DFA accepts, and an end token and any number of pad and end tokens follow. Characters may be
+    spelled by byte tokens where `continuations` says so.
 
     Args:
       dfa: any; if it names end or pad tokens as special symbols, they do not count.
