@@ -146,7 +146,7 @@ class Shell:
             return "".join(map(self.run_line, lines(block)))
         if block.kind == "python":
             with redirect_stdout(io.StringIO()) as printed:
-                exec(compile(self.placed(block.text), "page", "exec"), {"__name__": "page"})
+                exec(compile(self.placed(block.text), "page", "exec"), {"__name__": "__main__"})
             return printed.getvalue()
         if block.kind in ("json", "toml", "yaml"):
             (self.folder / block.file).write_text(block.text)
