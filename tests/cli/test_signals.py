@@ -93,7 +93,7 @@ def test_a_terminal_that_is_gone_is_no_other_error():
     assert terminal.process.wait() == 128 + signal.SIGHUP
 
 
-@pytest.mark.parametrize("view", [(), ("--watch",)])
+@pytest.mark.parametrize("view", [("--watch",), pytest.param((), marks=pytest.mark.long)])
 def test_ctrl_z_gives_the_terminal_back_until_the_run_goes_on(view):
     terminal = Terminal("3", *view)
     terminal.read_until(b"step 1")

@@ -26,6 +26,7 @@ from mlx_diffgemma.train.data import fill_token
 from mlx_diffgemma.train.optimizer import make_optimizer
 from mlx_diffgemma.train.session import Session
 from mlx_diffgemma.train.trainer import Saved, Trained, Trainer, Validated, prepare
+from tests.sampled import first
 from tests.train.train_cases import LINES, small_model, split_of, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -252,7 +253,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
     assert kept and all(np.isfinite(array).all() for array in kept.values())
 
 
-@pytest.mark.parametrize("at", [3, 4], ids=["complete update", "in the middle of one"])
+@pytest.mark.parametrize("at", first(1, [4, 3]))
 def test_an_interrupt_inside_a_batch_is_heeded_behind_it_and_loses_nothing(
     model_folder, tokenizer, tmp_path, at
 ):
@@ -383,6 +384,7 @@ def test_validation_is_the_same_every_time_and_moves_nothing(model_folder, token
     assert [e.loss for e in without.run() if isinstance(e, Trained)] == with_looks
 
 
+@pytest.mark.long  # three processes
 def test_processes_share_a_batch_and_learn_the_same(model_folder, tokenizer, tmp_path):
     data = write_lines(tmp_path / "data")
     write_lines(data, "valid", LINES[:8])

@@ -1,15 +1,14 @@
 """Answers under constraints, from the prompt to the text."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
 
 from mlx_diffgemma import (
     Constraint,
@@ -24,12 +23,12 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
+from mlx_diffgemma.cli.generate import generate as generate_command
 from mlx_diffgemma.denoise import constrained, step
 from mlx_diffgemma.errors import ConfigError, ConstraintError, NumbersError, TemplateError
 from mlx_diffgemma.events import CanvasCommitted, Finished, Text
 from tests.write.constrained_runs import Told, compare
 
-ROOT = Path(__file__).parent.parent.parent
 SHORT = GenerationSettings(seed=3, max_new_tokens=70, max_denoising_steps=4)
 PERSON = {
     "type": "object",
@@ -275,11 +274,10 @@ def test_the_host_waits_for_the_choices_of_all_rows_together(loaded, monkeypatch
 # --- the command ---
 
 
-def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_diffgemma", "generate", *arguments],
-        capture_output=True, text=True, cwd=ROOT, input=stdin, env=os.environ | {"COLUMNS": "200"},
-    )  # fmt: skip
+def command(*arguments: str, stdin: str = "") -> Result:
+    app = typer.Typer()
+    app.command()(generate_command)
+    return CliRunner().invoke(app, [*arguments], input=stdin)
 
 
 def test_the_command_reads_schemas_from_a_file_and_from_stdin(tmp_path):
@@ -288,7 +286,7 @@ def test_the_command_reads_schemas_from_a_file_and_from_stdin(tmp_path):
     more = ("--seed", "1", "--max-denoising-steps", "2", "--max-tokens", "60", "--json-compact")
     for given, stdin in ((str(file), ""), ("-", json.dumps(PERSON))):
         done = command("Sort: 2 1", "--json-schema", given, *more, stdin=stdin)
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         assert set(json.loads(done.stdout)) == {"n", "ok"}
     done = command("Sort: 2 1", "--choices", "a\\,b,c", "--seed", "1", "--json")
     last = json.loads(done.stdout.splitlines()[-1])
@@ -313,5 +311,5 @@ def test_the_command_reads_schemas_from_a_file_and_from_stdin(tmp_path):
 def test_bad_input_is_one_line(arguments, message):
     done = command(*arguments, stdin="{}")
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.exit_code == 2 and done.stdout == ""
     assert last.startswith("error: ") and message in last

@@ -251,7 +251,7 @@ def shown(text: str, *, verbose: bool = True, as_json: bool = False) -> None:
     chosen = GenerationSettings(seed=1, max_new_tokens=32)
     follows = Follower(view, TOKENIZER, chosen.resolve(model.config))
     start = {"event": "start"} if as_json else None
-    _answer(model, "x", chosen, (), PromptOptions(), follows, [], start)
+    _answer(model, "x", chosen, (), PromptOptions(), None, follows, [], start)
     view.close()
 
 
