@@ -7,7 +7,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import typer
-from click.testing import Result
 from typer.testing import CliRunner
 
 from mlx_diffgemma import (
@@ -274,7 +273,7 @@ def test_the_host_waits_for_the_choices_of_all_rows_together(loaded, monkeypatch
 # --- the command ---
 
 
-def command(*arguments: str, stdin: str = "") -> Result:
+def command(*arguments, stdin=""):
     app = typer.Typer()
     app.command()(generate_command)
     return CliRunner().invoke(app, [*arguments], input=stdin)
