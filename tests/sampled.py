@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 
-def one_of(every: int, cases: Iterable[Any]) -> list[Any]:
+def one_in(every: int, cases: Iterable[Any]) -> list[Any]:
     """The cases as parameters; of so many only the first runs for every change."""
     return [_long(case) if i % every else case for i, case in enumerate(cases)]
 

@@ -69,6 +69,7 @@ def test_answers_are_right():
         assert function(7, 3) == {"add": 10, "subtract": 4, "multiply": 21}[name]
 
 
+@pytest.mark.long  # several trainings
 def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """A first phase of two batches, then of three, and a second one of two."""
     first, second = few = [

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_diffgemma import DiffGemmaError
 from mlx_diffgemma.errors import BackendError, backend_error
-from tests.sampled import one_of
+from tests.sampled import one_in
 
 ROOT = Path(__file__).parent.parent
 # As without any wheel of MLX, and as with the one of Linux without a backend.
@@ -113,7 +113,7 @@ def test_transformers_says_that_torch_is_missing_where_nobody_stops_it():
     assert "PyTorch" in python(WITHOUT_TORCH + "import transformers").stderr
 
 
-@pytest.mark.parametrize("name", one_of(3, QUIET))
+@pytest.mark.parametrize("name", one_in(3, QUIET))
 def test_nothing_says_that_torch_is_missing(name):
     done = python(WITHOUT_TORCH + QUIET[name])
     assert (done.returncode, done.stderr) == (0, "")

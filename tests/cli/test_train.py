@@ -14,6 +14,7 @@ from mlx_diffgemma.cli.render_train import TrainView
 from mlx_diffgemma.config.training import TrainSettings
 from mlx_diffgemma.train.checkpoint import STATE
 from mlx_diffgemma.train.session import Session
+from tests.sampled import one_in
 from tests.train.train_cases import LINES, small_model, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def test_train_test_generate_and_fuse(folders, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [
+    one_in(2, [
         ([], "nothing to do: give --train, --test, or both"),
         (["--train"], "--model is missing"),
         (["--train", "--model", "MODEL"], "--data is missing"),
@@ -87,7 +88,7 @@ def test_train_test_generate_and_fuse(folders, tmp_path):
             ["--train", "--model", "MODEL", "--data", "DATA", "--adapter-path", "/proc/run"],
             "/proc/run cannot be written to",
         ),
-    ],
+    ]),
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(folders, tmp_path, arguments, says):
     names = {"MODEL": str(folders[0]), "DATA": str(folders[1])}

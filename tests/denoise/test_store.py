@@ -209,7 +209,7 @@ def test_snapshots_are_at_turns_and_every_so_many_tokens():
 
 
 def test_answers_are_the_same_and_no_more_is_read_than_is_new():
-    told, held = run(20)
+    told, held = run(8)
     assert told.findings == []
     assert len(told.ties) + len(told.drifts) <= 1
     assert told.found > told.read > 0
@@ -217,7 +217,7 @@ def test_answers_are_the_same_and_no_more_is_read_than_is_new():
 
 
 def test_a_small_store_changes_no_answer_and_holds_no_more_than_its_budget():
-    told, held = run(9, max_bytes=120_000, first=50)
+    told, held = run(4, max_bytes=120_000, first=50)
     assert told.findings == []
     assert told.found > 0
     for said, held_by_it in held:

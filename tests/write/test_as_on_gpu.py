@@ -40,7 +40,7 @@ from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone, Text
 from mlx_diffgemma.model import backend
 from mlx_diffgemma.model.backend import as_on_gpu
-from tests.sampled import first, one_of
+from tests.sampled import first, one_in
 
 PACKINGS: dict[str, dict[str, Any]] = {
     "mixed 4-bit": {},
@@ -94,7 +94,7 @@ def test_the_types_are_those_in_the_files(tmp_path):
     assert ours == {"mlx.core.bfloat16", "mlx.core.uint32"} and stored == {"BF16", "U32"}
 
 
-@pytest.mark.parametrize("packing", one_of(2, [n for n in PACKINGS if n != "mixed 4-bit"]))
+@pytest.mark.parametrize("packing", one_in(2, [n for n in PACKINGS if n != "mixed 4-bit"]))
 def test_answers_are_right_in_every_packing_and_policy(packing):
     """Mixed 4-bit is in the tests below."""
     loaded, at = packed(packing), list(PACKINGS).index(packing)

@@ -239,7 +239,7 @@ def check_dice(template, policy, seed, built_ahead):
         check(Dice(), template, policy, seed)
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(1700, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(1700, marks=pytest.mark.long)])
 def test_whatever_the_model_says_literals_stand_and_constraints_hold(count):
     settings(PROPERTY, max_examples=count)(given(*DRAWN, st.booleans())(check_dice))()
 
@@ -248,7 +248,7 @@ def check_random_network(template, policy, seed):
     check(small_model(), template, policy, seed)
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.long)])
 def test_a_random_network_is_held_to_it_too(count):
     settings(PROPERTY, max_examples=count)(given(*DRAWN)(check_random_network))()
 
