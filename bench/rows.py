@@ -241,9 +241,11 @@ def _bundled_prompts(count: int) -> list[str]:
 
 
 def _scaled_prompts(folder: Path, count: int) -> list[list[int]]:
-    from runtimes import text_tokens
+    import numpy as np
 
-    return [text_tokens(folder, LENGTHS[i], seed=i) for i in range(count)]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    size = config["text_config"]["vocab_size"]
+    return [np.random.default_rng(i).integers(20, size, LENGTHS[i]).tolist() for i in range(count)]
 
 
 class _Ours:
