@@ -213,13 +213,13 @@ def test_info_prints_the_parameters_and_as_json_the_same():
 @pytest.mark.perf
 def test_help_answers_in_about_a_second():
     def seconds() -> float:
-        """Of processor time: 0.75 here, and more beside other work on the machine."""
+        """Of processor time: 0.75 here, and up to twice that beside other work."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         program("generate", "--help").communicate()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 1.5
+    assert min(seconds() for _ in range(5)) < 2
 
 
 def test_help_shows_every_flag_with_its_help_and_default_from_the_settings():
