@@ -178,13 +178,12 @@ class Constraint:
         return value if self._type is None else _instance(self._type, value)
 
     def check_calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Check names and arguments of the calls of an answer with an independent validator.
+        """Check names and arguments of the calls of an answer under a constraint to calls with an
+        independent validator.
 
         Raises:
           ConstraintError: if they do not fit.
         """
-        if self.kind != "tool_call":
-            return
         if self.is_required and not calls:
             _refuse("", "there is no tool call")
         schemas = {}

@@ -62,7 +62,9 @@ def over_tokens(
     kept = _LIFTED.setdefault(tokenizer, _Lifted())
     size, pad = model.config.text.vocab_size, settings.pad_token_id
     of_tokens = (size, tuple(settings.eos_token_ids), pad)
-    key = (constraint, thinking, of_tokens)
+    # Schemas are compiled once, so that equal ones share an automaton.
+    identity = constraint if constraint.kind == "tool_call" else constraint.dfa()
+    key = (identity, thinking, of_tokens)
     if key not in kept.constraints:
         if of_tokens not in kept.vocabularies:
             kept.vocabularies[of_tokens] = Vocabulary.of_tokenizer(tokenizer, *of_tokens)
