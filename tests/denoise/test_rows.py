@@ -26,6 +26,16 @@ def test_a_row_of_any_mixture_writes_what_it_writes_alone(capsys):
     assert min(tally.shared, tally.pinned, tally.left, tally.canvases - tally.rows) >= 7
 
 
+def test_no_row_differs_at_all_where_rounding_is_a_billion_times_smaller():
+    tally = Tally()
+    with mixtures.doubles():
+        for seed in range(MIXTURES // 2):
+            compare(seed, tally)
+        assert max(logits_apart(seed) for seed in range(MIXTURES // 2)) < 1e-12
+    assert tally.ties == tally.drifts == tally.findings == []
+    assert tally.rows > 30
+
+
 def test_a_steps_logits_are_those_of_the_row_alone():
     assert max(logits_apart(seed) for seed in range(MIXTURES)) < 1e-4
 
