@@ -289,7 +289,12 @@ class Session:
         )
         if store is not None:
             kept, most = store.nbytes / 1e6, store.max_bytes / 1e6
-            self._view.note(f"contexts: {kept:,.1f} of at most {most:,.0f} MB")
+            self._view.note(f"contexts: {kept:,.1f} of at most {most:,.0f} MB in memory")
+            if on_disk := store.on_disk():
+                folder, kept, most = on_disk
+                self._view.note(
+                    f"contexts: {kept / 1e6:,.1f} of at most {most / 1e6:,.0f} MB in {folder}"
+                )
 
 
 def setting_named(given: str) -> str:

@@ -13,6 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -103,6 +104,13 @@ class Store:
     def nbytes(self) -> int:
         """The bytes that are kept."""
         return self._bytes
+
+    def on_disk(self) -> tuple[Path, int, int] | None:
+        """Return the folder, the bytes of its context files, and how many they may be; None without
+        a folder."""
+        if self._folder is None:
+            return None
+        return self._folder, self._files.nbytes if self._files else 0, self._folder_bytes
 
     def serve(self, model: DiffusionGemma) -> None:
         """Keep contexts of this model from now on.

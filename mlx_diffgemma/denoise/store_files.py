@@ -145,6 +145,11 @@ class ContextFiles:
             self._waiting |= {key: self._nbytes(key) for key in keys}
         self._writes.append(self._writer.submit(self._write_all, copies, used))
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the folder's context files, of all models."""
+        return sum(file.size for file in self._listed())
+
     def flush(self) -> None:
         """Wait until everything is written."""
         while self._writes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import select
 import struct
 import subprocess
@@ -149,6 +150,9 @@ def test_contexts_in_a_folder_are_known_after_a_restart(tmp_path):
         assert result.exit_code == 0, result.stderr
         assert result.stdout == "12 13 14 15\n"
         assert expected in result.stderr
+        numbers = re.search(r"contexts: ([\d.]+) of at most 500 MB in (.+)", result.stderr)
+        assert numbers is not None and numbers[2] == str(tmp_path / "new" / "folder")
+    assert float(numbers[1]) > 0
 
 
 def eventually_written(folder: Path) -> None:
