@@ -3,10 +3,12 @@
 1, 2, 4 and 8 requests of mixed lengths, together as rows of the same steps, against the same ones
 alone, one after the other; mlx-vlm, which has no rows, one after the other beside it. The bundled
 model answers real prompts until it is done (policy reference: its full canvas; fast: narrow ones).
-The scaled shape, with made-up weights that settle nowhere, takes a fixed number of steps over
-canvases of 64 and 256. Each runtime is a process of its own; they take turns, round by round, and a
-ratio is the median of the rounds' ratios. Processor time of all threads, so that other work on the
-machine counts less; one BLAS thread.
+The scaled shapes, with made-up weights that settle nowhere, take a fixed number of steps over
+canvases of 64 and 256: "scaled" with 6 layers, where head and soft embedding, which cost the same
+per row whatever runs beside, have most of the work, and "deep" with 24, where the layers have the
+published model's share. Each runtime is a process of its own; they take turns, round by round, and
+a ratio is the median of the rounds' ratios. Processor time of all threads, so that other work on
+the machine counts less; one BLAS thread.
 
 Bounds: 4 rows of canvas 64 of the scaled shape at most 0.7 of one after the other, 8 rows of the
 bundled model at most 0.65. With --before FOLDER, a checkout of an earlier commit (before rows were
@@ -43,11 +45,11 @@ LENGTHS = (20, 200, 60, 400, 30, 120, 250, 90)  # tokens of the scaled shape's p
 class Case:
     """Requests that run in one of two ways."""
 
-    shape: str  # "bundled" or "scaled"
+    shape: str  # "bundled", "scaled" or "deep"
     rows: int
     policy: str = "reference"  # of the bundled model
-    canvas: int = 64  # of the scaled shape
-    steps: int = 6  # of the scaled shape
+    canvas: int = 64  # of the scaled shapes
+    steps: int = 6  # of the scaled shapes
 
     @property
     def name(self) -> str:
@@ -60,7 +62,9 @@ CASES = [
     Case("bundled", 16),
     *(Case("scaled", rows) for rows in (1, 2, 4, 8)),
     *(Case("scaled", rows, canvas=256, steps=3) for rows in (1, 2, 4)),
+    *(Case("deep", rows) for rows in (1, 4)),
 ]
+MADE_UP = ("scaled", "deep")
 TOGETHER_BOUNDS = {"scaled, canvas 64, 4 rows": 0.7, "bundled, reference, 8 rows": 0.65}
 ALONE_BOUND, BATCH_BOUND = 1.03, 0.8  # of the time before
 
@@ -80,7 +84,10 @@ def main() -> None:
         return work(options.worker, options.folder)
     cases = [case for case in CASES if options.only is None or options.only in case.name]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_scaled(Path(scratch))
+        folder = Path(scratch)
+        for shape in MADE_UP:
+            if any(case.shape == shape for case in cases):
+                write_made_up(folder / shape, shape)
         workers = {
             "ours": Worker("ours", folder, HERE.parent),
             "mlx-vlm": Worker("mlx-vlm", folder),
@@ -103,6 +110,7 @@ def main() -> None:
         units={
             "seconds": "processor time of all threads, median of rounds, prefill included",
             "of_in_turn": "together / in turn, median of the rounds' ratios",
+            "steps_of_in_turn": "the same without prefill",
             "of_before": "ours now / the earlier commit",
             "positions": "rows x steps denoised",
         },
@@ -115,21 +123,18 @@ def main() -> None:
     sys.exit(0 if passed else 1)
 
 
-def write_scaled(scratch: Path) -> Path:
-    """Where the checkpoint of made-up weights lies; another process writes it, since this one needs
-    no model."""
+def write_made_up(folder: Path, shape: str) -> None:
+    """Write a checkpoint of made-up weights, in another process, since this one needs no model."""
     code = (
         "import sys; from pathlib import Path; from runtimes import checkpoint; "
-        "print(checkpoint(Path(sys.argv[1]) / 'scaled', 'scaled', 'dense'))"
+        "checkpoint(Path(sys.argv[1]), sys.argv[2], 'dense')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(scratch)],
+    subprocess.run(
+        [sys.executable, "-c", code, str(folder), shape],
         env=os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"},
         capture_output=True,
-        text=True,
         check=True,
     )
-    return Path(done.stdout.splitlines()[-1])
 
 
 class Worker:
@@ -163,15 +168,17 @@ def measure(case: Case, workers: dict[str, Worker], rounds: int) -> dict[str, An
     if "before" in workers:
         ways += [("before", "together"), ("before", "in turn")]
     seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    stepping: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     positions = {}
     for number in range(rounds + 1):
         for way in reversed(ways) if number % 2 else ways:
             found = workers[way[0]].ask(case, way[1])
             seconds[way].append(found["seconds"])
+            stepping[way].append(found["stepping"])
             positions[way] = found["positions"]
 
-    def ratio(over: tuple[str, str], under: tuple[str, str]) -> float:
-        pairs = zip(seconds[over][1:], seconds[under][1:], strict=True)
+    def ratio(over: tuple[str, str], under: tuple[str, str], of: Any = seconds) -> float:
+        pairs = zip(of[over][1:], of[under][1:], strict=True)
         return round(median(a / b for a, b in pairs), 4)
 
     together, in_turn = ways[:2]
@@ -181,6 +188,10 @@ def measure(case: Case, workers: dict[str, Worker], rounds: int) -> dict[str, An
         "of_in_turn": ratio(together, in_turn),
         "of_mlx_vlm_in_turn": ratio(together, ("mlx-vlm", "in turn")),
     }
+    if case.shape in MADE_UP:
+        row["steps_of_in_turn"] = ratio(together, in_turn, stepping)
+        if "before" in workers:
+            row["before_steps_of_in_turn"] = ratio(*ways[3:], stepping)
     if "before" in workers:
         row["of_before"] = {
             "together": ratio(together, ("before", "together")),
@@ -220,13 +231,14 @@ def work(name: str, folder: Path) -> None:
     for line in sys.stdin:
         values, way = json.loads(line)
         case = Case(**values)
-        run = runtime.bundled if case.shape == "bundled" else runtime.scaled
+        run = runtime.bundled if case.shape == "bundled" else runtime.made_up
         repeats = max(1, 8 // case.rows)  # so that a few rows are no shorter to measure
-        started = time.process_time()
+        stepping, started = 0.0, time.process_time()
         for _ in range(repeats):
-            positions = run(case, way)
+            positions, spent = run(case, way)
+            stepping += spent
         seconds = (time.process_time() - started) / repeats
-        found = {"seconds": seconds, "positions": positions}
+        found = {"seconds": seconds, "stepping": stepping / repeats, "positions": positions}
         print(json.dumps(found), file=answers, flush=True)
 
 
@@ -240,7 +252,7 @@ def _bundled_prompts(count: int) -> list[str]:
     return mixed[:count]
 
 
-def _scaled_prompts(folder: Path, count: int) -> list[list[int]]:
+def _made_up_prompts(folder: Path, count: int) -> list[list[int]]:
     import numpy as np
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -258,12 +270,14 @@ class _Ours:
 
         self.folder = folder
         self.small, self.tokenizer = load(bundled_model())
-        self.model = load_model(folder)
-        for model in (self.small, self.model):
+        self.models = {
+            shape: load_model(folder / shape) for shape in MADE_UP if (folder / shape).exists()
+        }
+        for model in (self.small, *self.models.values()):
             model.set_dtype(mx.float32)
             mx.eval(model.parameters())
 
-    def bundled(self, case: Case, way: str) -> int | None:
+    def bundled(self, case: Case, way: str) -> tuple[int | None, float]:
         from mlx_diffgemma import GenerationSettings, batch_generate, stream_generate
         from mlx_diffgemma.events import StepDone
 
@@ -271,24 +285,24 @@ class _Ours:
         settings = GenerationSettings(seed=7, policy=case.policy)
         if way == "together":
             batch_generate(self.small, self.tokenizer, prompts, settings=settings)
-            return None
+            return None, 0.0
         positions = 0
         for i, prompt in enumerate(prompts):
             own = GenerationSettings(seed=7 + i, policy=case.policy)
             for event in stream_generate(self.small, self.tokenizer, prompt, settings=own):
                 if isinstance(event, StepDone):
                     positions += event.draft.shape[-1]
-        return positions
+        return positions, 0.0
 
-    def scaled(self, case: Case, way: str) -> int:
+    def made_up(self, case: Case, way: str) -> tuple[int, float]:
         import mlx.core as mx
 
         from mlx_diffgemma import GenerationSettings, denoise_tokens
-        from mlx_diffgemma.events import CanvasCommitted
+        from mlx_diffgemma.events import CanvasCommitted, PrefillDone
 
-        prompts = _scaled_prompts(self.folder, case.rows)
+        prompts = _made_up_prompts(self.folder / case.shape, case.rows)
         runs = [prompts] if way == "together" else [[prompt] for prompt in prompts]
-        positions = 0
+        positions, stepping = 0, 0.0
         for number, run in enumerate(runs):
             longest = max(map(len, run))
             tokens = mx.array([[0] * (longest - len(ids)) + ids for ids in run], dtype=mx.int32)
@@ -300,10 +314,14 @@ class _Ours:
                 seed=number,
             )
             lengths = mx.array([len(ids) for ids in run], dtype=mx.int32)
-            for event in denoise_tokens(self.model, tokens, settings, lengths=lengths):
-                if isinstance(event, CanvasCommitted):
+            model, read = self.models[case.shape], 0.0
+            for event in denoise_tokens(model, tokens, settings, lengths=lengths):
+                if isinstance(event, PrefillDone):  # all rows are read before the first step
+                    read = time.process_time()
+                elif isinstance(event, CanvasCommitted):
                     positions += case.canvas * case.steps
-        return positions
+            stepping += time.process_time() - read
+        return positions, stepping
 
 
 class _MlxVlm:
@@ -325,23 +343,29 @@ class _MlxVlm:
             policy: answer.mlx_vlm(self.tokenizer, model.config.eos_token_ids, how)
             for policy, how in self.ways.items()
         }
-        self.model = MlxVlm.load(folder, read_arrays(folder, Ours.load(folder).model))
+        self.models = {
+            shape: MlxVlm.load(path, read_arrays(path, Ours.load(path).model))
+            for shape in MADE_UP
+            if (path := folder / shape).exists()
+        }
 
-    def bundled(self, case: Case, way: str) -> int:
+    def bundled(self, case: Case, way: str) -> tuple[int, float]:
         from mlx_diffgemma import encode_prompt
 
         assert way == "in turn"
         prompts = _bundled_prompts(case.rows)
-        return sum(
+        positions = sum(
             self.runs[case.policy](encode_prompt(self.tokenizer, prompt), 7 + i).positions
             for i, prompt in enumerate(prompts)
         )
+        return positions, 0.0
 
-    def scaled(self, case: Case, way: str) -> int:
+    def made_up(self, case: Case, way: str) -> tuple[int, float]:
         assert way == "in turn"
-        prompts = _scaled_prompts(self.folder, case.rows)
-        runs = [self.model.run(ids, case.steps, case.canvas) for ids in prompts]
-        return case.canvas * sum(run.steps for run in runs)
+        prompts = _made_up_prompts(self.folder / case.shape, case.rows)
+        model = self.models[case.shape]
+        runs = [model.run(ids, case.steps, case.canvas) for ids in prompts]
+        return case.canvas * sum(run.steps for run in runs), 0.0
 
 
 if __name__ == "__main__":
