@@ -32,7 +32,7 @@ WINGS = {
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
-    "weights load info",
+    "weights load variants info",
     "denoise": "schedule sampler classes constrained pinned noise stopping canvas store_format "
     "store_files store row step loop",
     "write": "job writer verbose constrained generate fill edit chat_file chat",

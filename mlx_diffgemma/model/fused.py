@@ -4,7 +4,7 @@ adapters are not fused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,11 +14,19 @@ from .experts import Router
 from .layers import MLP, RMSNorm
 
 
-def fuse(model: nn.Module) -> None:
-    """Fuse products with equal packing and no adapter, in place, module by module."""
+def fuse(model: nn.Module, *, but: Collection[str] = ()) -> None:
+    """Fuse products with equal packing and no adapter, in place, module by module.
+
+    Args:
+      model: any module.
+      but: paths of modules whose products stay apart.
+    """
     # Only the owners are listed: a list of all modules would keep the replaced ones in memory.
-    owners = [m for m in model.modules() if isinstance(m, (Attention, MLP, RMSNorm, Router))]
-    for module in owners:
+    kinds = (Attention, MLP, RMSNorm, Router)
+    owners = [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
+    for path, module in owners:
+        if path in but and isinstance(module, (Attention, MLP)):
+            continue
         if isinstance(module, Attention):
             names = [name for name in ("q_proj", "k_proj", "v_proj") if name in module]
             if _fuse(module, names, "qkv_proj"):
