@@ -59,6 +59,10 @@ class LimitError(ConstraintError):
     """A constraint whose automaton has too many states or takes too long to make."""
 
 
+class QuestionError(DiffGemmaError):
+    """A question that cannot be decided in one step."""
+
+
 class DataError(DiffGemmaError):
     """A data file that cannot be read, or a line in it that is not a valid example."""
 

@@ -576,8 +576,8 @@ FAULTS = (
     Fault(
         "rows: the first one's mask for all texts",
         "model/diffusion_gemma.py",
-        "_joined, masks[row, is_sliding], context.position",
-        "_joined, masks[0, is_sliding], context.position",
+        "place, masks[row, is_sliding], context.position",
+        "place, masks[0, is_sliding], context.position",
         (MODEL,),
     ),
     Fault(

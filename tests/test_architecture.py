@@ -35,7 +35,7 @@ WINGS = {
     "weights load info",
     "denoise": "schedule sampler classes constrained pinned noise stopping canvas store_format "
     "store_files store row step loop",
-    "write": "job writer verbose constrained generate fill edit chat_file chat",
+    "write": "job writer verbose constrained generate fill edit questions decide chat_file chat",
     "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
