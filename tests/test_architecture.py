@@ -37,13 +37,15 @@ WINGS = {
     "store_files store row step loop",
     "write": "job writer verbose constrained generate fill edit questions decide chat_file chat",
     "engine": "run engine",
+    "batch": "lines answers run decisions",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
     "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt program options constraints render render_convert render_train render_watch "
-    "render_doctor render_chat output lines session convert generate chat fill edit info doctor "
+    "render_doctor render_chat render_batch output lines session lines_of_file convert generate chat "
+    "fill edit decide info doctor "
     "models train fuse",
     "__main__": "",
     "demo": "",

@@ -158,7 +158,7 @@ class Question:
         if not isinstance(items, list) or not all(isinstance(i, Mapping) for i in items):
             raise QuestionError(f"{field} must be a list of objects, got {_short(items)!r}")
         cls._checked(kind, instructions, ["a", "b"], name)  # the question itself comes first
-        options = [Option(item.get(key), item.get("description")) for item in items]  # type: ignore[arg-type]
+        options = [Option(item.get(key), item.get("description")) for item in items]
         return cls.of(kind, instructions, options, name)
 
     def shown(self, labels: Sequence[str], ask: str) -> str:
