@@ -44,9 +44,8 @@ WINGS = {
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt program options constraints render render_convert render_train render_watch "
-    "render_doctor render_chat render_batch output lines session lines_of_file convert generate chat "
-    "fill edit decide info doctor "
-    "models train fuse",
+    "render_doctor render_chat render_batch output lines session lines_of_file convert generate "
+    "chat fill edit decide info doctor models train fuse",
     "__main__": "",
     "demo": "",
 }

@@ -1,4 +1,4 @@
-"""The run of a command over the lines of a file: what is answered already, progress, and the end."""
+"""The run of a command over the lines of a file: what is answered already, progress, the end."""
 
 from __future__ import annotations
 
