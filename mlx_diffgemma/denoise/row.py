@@ -112,6 +112,8 @@ class Row:
             return
         self._store = store
         self._snapshots = snapshots(self._text, store.every, self.settings.eos_token_ids)
+        if self._only_reads and len(self._text) > 1:  # the same text is found with a token to read
+            self._snapshots = sorted({*self._snapshots, len(self._text) - 1})
         self.context = store.find(self._text, self.model.config.text)
         if self.context is not None:
             self._cached = self.context.length
