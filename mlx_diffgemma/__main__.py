@@ -2,6 +2,7 @@
 
 import typer
 
+from .cli.batch import batch
 from .cli.chat import chat
 from .cli.convert import convert
 from .cli.decide import decide
@@ -28,6 +29,7 @@ def main() -> None:
     app.command()(fill)
     app.command()(edit)
     app.command()(decide)
+    app.command()(batch)
     app.command()(info)
     app.command()(doctor)
     app.add_typer(models, name="models")

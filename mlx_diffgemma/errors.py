@@ -79,6 +79,18 @@ class EngineError(DiffGemmaError):
     """An engine that cannot take a request, or has ended it."""
 
 
+class QueueFullError(EngineError):
+    """An engine whose queue has no room now."""
+
+
+class EngineClosedError(EngineError):
+    """An engine that takes no more requests."""
+
+
+class EngineFailedError(EngineError):
+    """A failure of the model that ended all requests under way."""
+
+
 class ChatError(DiffGemmaError):
     """A chat that cannot do what is asked, or a file that is no saved chat."""
 

@@ -205,7 +205,7 @@ def _batch(
         "canvas_length": canvas_length,
     }
 
-    def begin() -> Any:
+    def begin(_: Any) -> tuple[Any, Any]:
         loaded, tokenizer = model.load()
         engine = Engine(loaded, tokenizer, max_rows=max_rows, max_queue=4 * max_rows)
         return engine, DecisionLines(engine, questions, options, canvas_length).answer

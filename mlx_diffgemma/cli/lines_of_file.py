@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import DataError
 
+if TYPE_CHECKING:
+    from ..batch.lines import Line
+
 
 def answer_file(
     source: Path,
     output: Path | None,
-    begin: Callable[[], tuple[Any, Any]],
+    begin: Callable[[Iterator[Line]], tuple[Any, Any]],
     *,
     made_with: Mapping[str, Any],
     at_once: int,
@@ -28,7 +31,8 @@ def answer_file(
     Args:
       source: a file of lines.
       output: where the answers go; None for stdout.
-      begin: returns an engine, which is closed at the end, and the function that answers a line.
+      begin: takes the lines that are answered already; returns an engine, which is closed at the
+        end, and the function that answers a line.
       made_with: what answers depend on besides the lines.
       at_once: lines that are under way at a time.
       verbose: whether progress is shown.
@@ -57,9 +61,12 @@ def answer_file(
 
     try:
         if done < extent.lines:
-            engine, work = begin()
+            lines = lines_of(source)
+            engine, work = begin(passed := islice(lines, done))
+            for _ in passed:
+                pass
             with engine, progress:
-                run_lines(islice(lines_of(source), done, None), work, write, at_once=at_once)
+                run_lines(lines, work, write, at_once=at_once)
         if file is not None:
             file.finish()
     except (KeyboardInterrupt, SystemExit):
