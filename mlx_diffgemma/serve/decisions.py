@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..errors import QuestionError
+from ..errors import DiffGemmaError, QuestionError
 from ..events import PrefillDone
 from ..language.given import Message
 from ..write.decide import Decisions, DecisionTask
-from ..write.questions import Question, text_of
+from ..write.questions import MOST_QUESTIONS, Question, text_of
 from .body import Fields, read
 from .errors import ApiError, busy, from_error
 from .limits import check_length
@@ -63,8 +63,8 @@ async def decided(state: State, request: Request, body: DecisionRequest) -> dict
                 usage.prefill_seconds += event.seconds
             elif isinstance(event, Decisions):
                 found = event
-    except Exception as error:
-        raise from_error(error, "questions") from error
+    except DiffGemmaError as error:
+        raise from_error(error) from error
     finally:
         stay()
         run.cancel()
@@ -100,6 +100,10 @@ async def decided(state: State, request: Request, body: DecisionRequest) -> dict
 
 
 def _questions(body: DecisionRequest) -> tuple[Question, ...]:
+    if not 1 <= (count := len(body.questions)) <= MOST_QUESTIONS:
+        raise ApiError(
+            400, f"there must be 1 to {MOST_QUESTIONS} questions, got {count}", param="questions"
+        )
     questions = []
     for number, raw in enumerate(body.questions):
         param = f"questions[{number}]"

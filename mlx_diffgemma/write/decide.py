@@ -15,7 +15,7 @@ import numpy as np
 from ..config.generation import GenerationSettings, ResolvedSettings
 from ..denoise.canvas import Readout
 from ..denoise.noise import SeededNoise
-from ..denoise.row import Row, checked_tokens
+from ..denoise.row import Row, check_room, checked_tokens
 from ..denoise.store import Store
 from ..errors import PromptError, QuestionError
 from ..events import Event, Finished, PrefillDone, StepDone
@@ -147,6 +147,7 @@ class DecisionTask:
                     f"positions, and the canvas has {width}"
                 )
             ids = self._ids(tokenizer, question.shown(labels.texts, labels.ask))
+            check_room(model.config, settings, len(ids))
             asked.append(_Asked(question, labels, checked_tokens(ids, model.config)))
         return _decided(model, settings, asked, turn_ends(tokenizer, settings))
 

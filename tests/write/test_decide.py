@@ -22,12 +22,13 @@ from mlx_diffgemma import (
     Store,
     bundled_model,
     decide,
+    encode_prompt,
     load,
 )
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.errors import PromptError, QuestionError
 from mlx_diffgemma.events import PrefillDone
-from mlx_diffgemma.language.prompt import encode_prompt, encode_text
+from mlx_diffgemma.language.prompt import encode_text
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.write import decide as decided
 from mlx_diffgemma.write.decide import Decisions, empty_thought, labels_of
