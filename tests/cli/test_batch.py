@@ -12,7 +12,7 @@ from mlx_diffgemma import GenerationSettings, bundled_model, generate, load
 from mlx_diffgemma.cli.batch import batch
 from tests.cli.test_cli import assert_one_line, invoke, program
 
-PROMPTS = [f"Count from {n} to {n + 30}." for n in range(12, 36)]
+PROMPTS = [f"Count from {n} to {n + 30}." for n in range(12, 28)]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def answers(source) -> list[dict]:
 
 
 def test_interrupted_and_killed_it_goes_on_to_what_generate_gives_alone(source):
-    ways = [(signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, 143)]
+    ways = [(signal.SIGINT, 130), (signal.SIGKILL, -9)]
     counts = []
     for number, code in ways:
         run = program("batch", *arguments(source, "--max-rows", "3"))
@@ -51,10 +51,10 @@ def test_interrupted_and_killed_it_goes_on_to_what_generate_gives_alone(source):
         if number != signal.SIGKILL:
             told = f"interrupted: {counts[-1]} of {len(PROMPTS)} answers are in {output}; the same"
             assert told in said and "Traceback" not in said, said
-    assert 0 < counts[0] < counts[1] < counts[2] < len(PROMPTS), counts
+    assert 0 < counts[0] < counts[1] < len(PROMPTS), counts
     whole = invoke(batch, *arguments(source, "--max-rows", "3"))
     assert whole.exit_code == 0, whole.output
-    assert f"{len(PROMPTS)} answers ({counts[2]} by an earlier run)" in whole.stderr
+    assert f"{len(PROMPTS)} answers ({counts[1]} by an earlier run)" in whole.stderr
     found = answers(source)
     assert [each["id"] for each in found] == [*range(1, len(PROMPTS) + 1)]
     model, tokenizer = load(bundled_model())
@@ -65,23 +65,23 @@ def test_interrupted_and_killed_it_goes_on_to_what_generate_gives_alone(source):
 
 
 def test_a_bad_line_fails_alone_and_the_exit_code_says_so(source):
-    source.write_text('{"prompt": "Sort: 3 1"}\noops\n{"prompt": "Sort: 2 1", "id": "x"}\n')
+    source.write_text('{"prompt": "Sort: 6 3 1 7"}\noops\n{"prompt": "Reverse: kaa", "id": "x"}\n')
     result = invoke(batch, *arguments(source))
     assert (result.exit_code, result.stdout) == (1, "")
     assert "3 answers, 1 of them failed" in result.stderr
     first, second, third = answers(source)
-    assert first["text"] == "1 3" and third["text"] == "1 2" and third["id"] == "x"
+    assert first["text"] == "1 3 6 7" and third["text"] == "aak" and third["id"] == "x"
     assert "line 2 is not JSON" in second["error"]
 
 
 def test_a_line_of_openais_form_is_answered_in_it(source):
-    body = {"model": "bundled", "messages": [{"role": "user", "content": "Sort: 3 1"}]}
+    body = {"model": "bundled", "messages": [{"role": "user", "content": "Sort: 6 3 1 7"}]}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     source.write_text(json.dumps(line) + "\n")
     result = invoke(batch, *arguments(source, "--verbose", "False"))
     assert (result.exit_code, result.output) == (0, "")
     (found,) = answers(source)
-    assert found["response"]["body"]["choices"][0]["message"]["content"] == "1 3"
+    assert found["response"]["body"]["choices"][0]["message"]["content"] == "1 3 6 7"
 
 
 def test_mistakes_are_one_line(source, tmp_path):

@@ -466,6 +466,7 @@ def test_questions_of_openais_form_are_read_and_answers_written_in_it():
     assert score["score"] == pytest.approx(score["probabilities"][1]["probability"])
 
 
+@pytest.mark.long
 def test_four_hundred_questions_are_answered_in_order():
     model, tokenizer = drawn()
     questions = [Question.choice(f"q{n}", ["x", "y"], name=str(n)) for n in range(400)]
