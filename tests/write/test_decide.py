@@ -148,6 +148,15 @@ def test_the_canvas_is_noise_then_the_end_of_the_turn_then_fill(question, slot, 
     assert first != other
 
 
+def test_no_label_is_drawn_as_noise():
+    _, tokenizer = bundled()
+    labels = labels_of(tokenizer, QUESTIONS[4])  # all letters
+    for n in range(100):
+        asked = decided._Asked(QUESTIONS[4], labels, np.array([n], np.int32))
+        drawn = asked.canvas(16, (2, 1), 384)[0, :2].tolist()
+        assert not {*drawn} & {*labels.readout.tokens, 1, 2}
+
+
 def test_a_repeated_question_has_a_repeated_answer_whatever_else_is_asked():
     model, tokenizer = bundled()
     asked = decide(model, tokenizer, TEXT, QUESTIONS[1])
