@@ -585,8 +585,8 @@ FAULTS = (
     Fault(
         "rows: one writes its keys at another's place",
         "model/diffusion_gemma.py",
-        "else partial(_behind, places)",
-        "else partial(_behind, kept[0][depth])",
+        "else partial(_behind, places, before)",
+        "else partial(_behind, kept[0][depth], before)",
         (MODEL,),
     ),
     Fault(
@@ -620,8 +620,8 @@ FAULTS = (
     Fault(
         "rows: a shared context is written in place",
         "model/diffusion_gemma.py",
-        "place = _beside if shared[row] else partial(_behind, places)",
-        "place = partial(_behind, places)",
+        "place = _beside if shared[row] else partial(_behind, places, before)",
+        "place = partial(_behind, places, before)",
         (MODEL,),
     ),
     Fault(
@@ -683,8 +683,8 @@ FAULTS = (
     Fault(
         "canvas keys: behind what the last step wrote",
         "model/diffusion_gemma.py",
-        "return (written.first(kept + keys.shape[2]),), written",
-        "return (written,), written",
+        "own = written.first(kept + keys.shape[2])",
+        "own = written",
         (MODEL,),
     ),
     Fault(

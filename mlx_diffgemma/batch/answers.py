@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Self
@@ -25,8 +25,8 @@ _PIECE = 1 << 20
 class AnswerFile:
     """A file of answers that is being written. Another process that opens it is refused."""
 
-    def __init__(self, path: Path, opened: IO[bytes], done: int) -> None:
-        self.path, self.done = path, done  # answers that it holds
+    def __init__(self, path: Path, opened: IO[bytes], done: int, failed: int) -> None:
+        self.path, self.done, self.failed = path, done, failed  # answers that it holds
         self._file = opened
 
     @classmethod
@@ -59,12 +59,13 @@ class AnswerFile:
                     _check_note(note, source, made_with)
                 _write_note(note, extent, made_with)
                 done = _cut(opened)
+                failed = sum(_is_error(line) for line in _lines(opened))
                 if done > extent.lines:
                     raise DataError(f"{path} has {done} answers to {extent.lines} lines")
             except BaseException:
                 opened.close()
                 raise
-            return cls(path, opened, done)
+            return cls(path, opened, done, failed)
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -117,6 +118,22 @@ def _cut(opened: IO[bytes]) -> int:
     opened.truncate(end)
     opened.seek(0, os.SEEK_END)
     return lines
+
+
+def _lines(opened: IO[bytes]) -> Iterator[bytes]:
+    opened.seek(0)
+    yield from opened
+    opened.seek(0, os.SEEK_END)
+
+
+def _is_error(line: bytes) -> bool:
+    """Return whether an answer, in any form, tells of an error."""
+    try:
+        answer = json.loads(line)
+        response = answer.get("response") or {}
+        return answer.get("error") is not None or response.get("status_code", 200) >= 400
+    except (ValueError, AttributeError, TypeError):
+        return False
 
 
 def _check_note(note: Path, source: Path, made_with: Mapping[str, Any]) -> None:

@@ -49,8 +49,8 @@ def answer_file(
     if not extent.lines:
         raise DataError(f"{source} has no lines")
     file = None if output is None else AnswerFile.open(output, source, extent, made_with)
-    done = file.done if file is not None else 0
-    progress = BatchProgress(extent.lines, done, verbose=verbose)
+    done, failed = (file.done, file.failed) if file is not None else (0, 0)
+    progress = BatchProgress(extent.lines, done, failed, verbose=verbose)
 
     def write(answered: Answered) -> None:
         if file is not None:

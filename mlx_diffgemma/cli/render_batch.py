@@ -27,7 +27,7 @@ _MOST_SHOWN = 5
 class BatchProgress:
     """The progress of lines on stderr."""
 
-    def __init__(self, total: int, done: int, *, verbose: bool) -> None:
+    def __init__(self, total: int, done: int, failed: int, *, verbose: bool) -> None:
         """Begin with `done` of `total` lines, which an earlier run has answered."""
         console = Console(stderr=True)
         self._verbose = verbose
@@ -45,7 +45,7 @@ class BatchProgress:
             disable=not self._is_live,
         )
         self._task = self._bar.add_task("", total=total, completed=done)
-        self._total, self._from, self.done, self.failed = total, done, done, 0
+        self._total, self._from, self.done, self.failed = total, done, done, failed
         self._started = self._said = time.monotonic()
 
     def __enter__(self) -> Self:

@@ -111,6 +111,23 @@ def test_other_settings_are_refused_by_name(path, source):
     assert opened(path, source, {"seed": 0, "model": "bundled"}).done == 2
 
 
+def test_errors_of_an_earlier_run_count(path, source):
+    file = opened(path, source)
+    for answer in (
+        {"error": "x"},
+        {"error": None, "response": {"status_code": 400}},
+        {"error": {"code": 1}, "response": None},
+        {"error": None, "response": {"status_code": 200}},
+        {"text": "x"},
+    ):
+        file.write(answer)
+    file.close()
+    again = opened(path, source)
+    assert (again.done, again.failed) == (5, 3)
+    again.write({"text": "last"})
+    assert path.read_bytes().endswith(b'{"text": "last"}\n')
+
+
 def test_two_runs_do_not_write_one_file(path, source):
     first = opened(path, source)
     assert "another run is writing" in refused(path, source)
