@@ -12,7 +12,7 @@ from mlx_diffgemma import GenerationSettings, bundled_model, generate, load
 from mlx_diffgemma.cli.batch import batch
 from tests.cli.test_cli import assert_one_line, invoke, program
 
-PROMPTS = [f"Count from {n} to {n + 30}." for n in range(12, 28)]
+PROMPTS = [f"Count from {n} to {n + 30}." for n in range(12, 40)]
 
 
 @pytest.fixture
