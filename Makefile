@@ -31,7 +31,7 @@ test: lint types
 # Measures speed against mlx-vlm and transformers, about two hours on two cores.
 bench: $(VENV)/.bench
 	$(WITH_OPENBLAS) $(BIN)/python bench/answer.py --save
-	for name in counts sparse step growth twin floors infill match cache; do \
+	for name in counts sparse step growth twin floors infill match cache decide; do \
 		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
 	done
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
@@ -41,7 +41,8 @@ bench: $(VENV)/.bench
 # kills in full counts, rows of 300 mixtures write what they write alone, a store changes no answer of
 # 200 conversations and survives 100 kills, no request of 2,000 is lost, 500 drawn expressions match
 # what re matches, 3,000 small constraints are decoded exactly, every answer of 3,000 runs under
-# constraints fits, and the package installs with pip, uv and pipx on every Python here.
+# constraints fits, 30 killed batches end as a whole one, and the package installs with pip, uv and
+# pipx on every Python here.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
@@ -54,6 +55,7 @@ long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.constraint.cases --count 3000
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.write.constrained_runs
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.batch.kills
 	$(BIN)/python -m tests.constraint.patterns
 	$(BIN)/python tests/check_installs.py
 

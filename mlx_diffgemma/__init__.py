@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .language.template import Template as Template
     from .language.tokenizer import load_tokenizer as load_tokenizer
     from .write.chat import Chat as Chat
+    from .write.decide import DecisionTask as DecisionTask
+    from .write.decide import decide as decide
     from .write.edit import Selection as Selection
     from .write.edit import edit as edit
     from .write.fill import fill as fill
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .write.generate import batch_generate as batch_generate
     from .write.generate import generate as generate
     from .write.generate import stream_generate as stream_generate
+    from .write.questions import Question as Question
 
     __version__: str
 
@@ -41,17 +44,20 @@ if TYPE_CHECKING:
 _HOME = {
     "Chat": "write.chat",
     "Constraint": "constraint.constraint",
+    "DecisionTask": "write.decide",
     "DiffGemmaError": "errors",
     "Engine": "engine.engine",
     "GenerationSettings": "config.generation",
     "PromptOptions": "language.prompt",
     "SeededNoise": "denoise.noise",
+    "Question": "write.questions",
     "Request": "write.generate",
     "Selection": "write.edit",
     "Store": "denoise.store",
     "Template": "language.template",
     "batch_generate": "write.generate",
     "bundled_model": "checkpoint.files",
+    "decide": "write.decide",
     "denoise_tokens": "denoise.loop",
     "edit": "write.edit",
     "encode_prompt": "language.prompt",

@@ -2,8 +2,10 @@
 
 import typer
 
+from .cli.batch import batch
 from .cli.chat import chat
 from .cli.convert import convert
+from .cli.decide import decide
 from .cli.doctor import doctor
 from .cli.edit import edit
 from .cli.fill import fill
@@ -26,6 +28,8 @@ def main() -> None:
     app.command()(chat)
     app.command()(fill)
     app.command()(edit)
+    app.command()(decide)
+    app.command()(batch)
     app.command()(info)
     app.command()(doctor)
     app.add_typer(models, name="models")

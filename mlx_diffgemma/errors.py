@@ -59,6 +59,10 @@ class LimitError(ConstraintError):
     """A constraint whose automaton has too many states or takes too long to make."""
 
 
+class QuestionError(DiffGemmaError):
+    """A question that cannot be decided in one step."""
+
+
 class DataError(DiffGemmaError):
     """A data file that cannot be read, or a line in it that is not a valid example."""
 
@@ -73,6 +77,18 @@ class ThreadError(DiffGemmaError):
 
 class EngineError(DiffGemmaError):
     """An engine that cannot take a request, or has ended it."""
+
+
+class QueueFullError(EngineError):
+    """An engine whose queue has no room now."""
+
+
+class EngineClosedError(EngineError):
+    """An engine that takes no more requests."""
+
+
+class EngineFailedError(EngineError):
+    """A failure of the model that ended all requests under way."""
 
 
 class ChatError(DiffGemmaError):

@@ -39,6 +39,9 @@ class StepDone:
         None  # ids int32 and probabilities, [1, L, k], best first
     )
     row: int = 0
+    # float32 [P, N], natural logarithms of the probabilities at temperature 1 of the row's
+    # `Readout`: N tokens at the first P positions.
+    readout: mx.array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -49,6 +49,8 @@ SPEED, ANSWERS = "tests/doctor/test_speed.py", "tests/doctor/test_answers.py"
 CHAT, CHAT_CLI = "tests/write/test_chat.py", "tests/cli/test_chat.py"
 REGEX, BUILD = "tests/constraint/test_regex.py", "tests/constraint/test_build.py"
 SCHEMA, CALLS = "tests/constraint/test_schema.py", "tests/constraint/test_tool_calls.py"
+DECIDE, LINES = "tests/write/test_decide.py", "tests/batch/test_requests.py"
+ANSWER_FILE, BATCH_CLI = "tests/batch/test_answers.py", "tests/cli/test_batch.py"
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
 
 
@@ -576,15 +578,15 @@ FAULTS = (
     Fault(
         "rows: the first one's mask for all texts",
         "model/diffusion_gemma.py",
-        "_joined, masks[row, is_sliding], context.position",
-        "_joined, masks[0, is_sliding], context.position",
+        "place, masks[row, is_sliding], context.position",
+        "place, masks[0, is_sliding], context.position",
         (MODEL,),
     ),
     Fault(
         "rows: one writes its keys at another's place",
         "model/diffusion_gemma.py",
-        "else partial(_behind, places)",
-        "else partial(_behind, kept[0][depth])",
+        "else partial(_behind, places, before)",
+        "else partial(_behind, kept[0][depth], before)",
         (MODEL,),
     ),
     Fault(
@@ -618,8 +620,8 @@ FAULTS = (
     Fault(
         "rows: a shared context is written in place",
         "model/diffusion_gemma.py",
-        "place = _beside if shared[row] else partial(_behind, places)",
-        "place = partial(_behind, places)",
+        "place = _beside if shared[row] else partial(_behind, places, before)",
+        "place = partial(_behind, places, before)",
         (MODEL,),
     ),
     Fault(
@@ -681,8 +683,8 @@ FAULTS = (
     Fault(
         "canvas keys: behind what the last step wrote",
         "model/diffusion_gemma.py",
-        "return (written.first(kept + keys.shape[2]),), written",
-        "return (written,), written",
+        "own = written.first(kept + keys.shape[2])",
+        "own = written",
         (MODEL,),
     ),
     Fault(
@@ -1690,6 +1692,118 @@ FAULTS = (
         "compiled(schema, layout, limits, closed=True)",
         "compiled(schema, layout, limits, closed=False)",
         (CALLS,),
+    ),
+    Fault(
+        "decision: sliding layers see more of the shared text than their window",
+        "model/context.py",
+        "drop = 0 if most is None else max(0, layer.keys.shape[2] - most)",
+        "drop = 0",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: the mask forgets the shared text",
+        "model/diffusion_gemma.py",
+        "kept += before.keys.shape[2] if before is not None else 0",
+        "kept += 0",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: the canvas does not see the shared text",
+        "model/diffusion_gemma.py",
+        "return (own,) if before is None else (before, own), written",
+        "return (own,), written",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: each question copies the shared text",
+        "denoise/row.py",
+        "return Context.behind(context)",
+        "return context",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: probabilities at the step's temperature",
+        "denoise/step.py",
+        "logits = scaled_logits(outputs, cap=look.cap)",
+        "logits = scaled_logits(outputs, 0.8, look.cap)",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: a label may be drawn as noise",
+        "write/decide.py",
+        "np.setdiff1d(np.arange(vocab_size), (*self.labels.readout.tokens, *ends))",
+        "np.arange(vocab_size)",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: the noise has a fresh seed",
+        "write/decide.py",
+        'np.random.default_rng(int.from_bytes(digest, "little"))',
+        "np.random.default_rng()",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: no end of the turn behind the slot",
+        "write/decide.py",
+        "canvas[0, slot : slot + 1] = ends[0]",
+        "canvas[0, slot : slot + 1] = ends[1]",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: confidence without the labels' share",
+        "write/questions.py",
+        "return self.probabilities[self._best] * self.share",
+        "return self.probabilities[self._best]",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: the empty thought stands twice",
+        "write/decide.py",
+        "return ids if ids[len(ids) - len(thought) :] == thought else ids + thought",
+        "return ids + thought",
+        (DECIDE,),
+    ),
+    Fault(
+        "decision: labels without a leading space alone",
+        "write/decide.py",
+        'texts = [label] if without else [label, f" {label}"]',
+        "texts = [label]",
+        (DECIDE,),
+    ),
+    Fault(
+        "batch: a half line stays",
+        "batch/answers.py",
+        "opened.truncate(end)",
+        "opened.truncate(read)",
+        (ANSWER_FILE,),
+    ),
+    Fault(
+        "batch: two runs write one file",
+        "batch/answers.py",
+        "fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        (ANSWER_FILE,),
+    ),
+    Fault(
+        "batch: another input goes on",
+        "batch/answers.py",
+        "if not before.begins(source):",
+        "if False:",
+        (ANSWER_FILE,),
+    ),
+    Fault(
+        "batch: seeds begin one line too late",
+        "batch/requests.py",
+        'body = {**body, "seed": self.state.settings.seed + line.number - 1}',
+        'body = {**body, "seed": self.state.settings.seed + line.number}',
+        (LINES,),
+    ),
+    Fault(
+        "batch: failed lines leave exit code 0",
+        "cli/lines_of_file.py",
+        "if progress.failed:",
+        "if False:",
+        (BATCH_CLI,),
     ),
 )
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..config.generation import default_of
 from ..config.model import TextConfig
@@ -52,6 +53,14 @@ def row_bytes(
     tokens, once more while it grows, and its arrays of the logits' size."""
     logits = _LOGITS_COPIES * 4 * canvas_length * config.vocab_size
     return 2 * context_bytes(config, tokens + canvas_length, element_bytes) + logits
+
+
+def array_bytes(model: Any) -> int:
+    """Return the bytes of a model's arrays."""
+    from mlx.utils import tree_flatten
+
+    leaves: Any = tree_flatten(model.parameters())
+    return sum(array.nbytes for _, array in leaves)
 
 
 def recommended_bytes() -> int:

@@ -85,7 +85,7 @@ class ConstraintOptions:
             if self.regex is not None:
                 return Constraint.regex(self.regex)
             if self.choices is not None:
-                return Constraint.choices(_listed(self.choices))
+                return Constraint.choices(listed(self.choices))
             schema = {"type": "object"} if self.json_schema is None else _schema(self.json_schema)
             return Constraint.json_schema(
                 schema, compact=self.json_compact, indent=self.json_indent
@@ -106,7 +106,7 @@ def _schema(given: str) -> str:
     return decoded(file, read_file(file)).removeprefix("\ufeff")
 
 
-def _listed(given: str) -> list[str]:
+def listed(given: str) -> list[str]:
     """Return texts that commas separate."""
     pieces = re.findall(r"((?:\\.|[^,\\])*)(?:,|\Z)", given + ",")[:-1]
     return [re.sub(r"\\([,\\])", r"\1", piece).strip() for piece in pieces]

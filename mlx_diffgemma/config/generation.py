@@ -30,8 +30,8 @@ POLICIES: dict[Policy, dict[str, Any]] = {
 }
 
 _COLDEST = 1e-4  # below it, logits / temperature overflow float32
-_ALL = ("generate", "fill", "edit", "chat")  # every command that runs the model
-_GENERATE = ("generate", "chat")
+_ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
+_GENERATE = ("generate", "chat", "serve", "batch")
 _BY_ENTROPY, _BY_CONFIDENCE = ("acceptance", "entropy"), ("acceptance", "confidence")
 _SPARSE = ("self_conditioning", "sparse")
 
@@ -80,7 +80,7 @@ class _Settings(Generic[Open]):
             default=256,
             at_least=1,
             checkpoint="max_new_tokens",
-            commands=_GENERATE,
+            commands=("generate", "chat", "batch"),  # requests to a server have their own limit
             flags=("--max-tokens", "-m"),
             command_default=1024,  # the checkpoint's 256 are too few for most answers
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NoReturn
 
@@ -15,7 +15,7 @@ from ..language.template import Slot, Template
 from . import parts, regex
 from .dfa import DFA
 from .dialect import validator_of
-from .net import DEFAULT_STATES
+from .net import DEFAULT_SECONDS, DEFAULT_STATES, Limits
 from .python_types import schema_of
 from .schema import Compiled, json_schema
 from .tool_calls import CallTokens, tool_calls
@@ -39,8 +39,7 @@ class Constraint:
     _schema: Any = None
     _type: Any = None
     _tools: tuple[Any, ...] = ()
-    _most: int | None = 1
-    is_required: bool = True  # False: tool calls may be left out
+    _bounds: Mapping[str, Any] = field(default_factory=dict)  # of tool calls
 
     @classmethod
     def json_schema(
@@ -51,6 +50,7 @@ class Constraint:
         compact: bool = False,
         indent: int | None = None,
         states: int = DEFAULT_STATES,
+        seconds: float = DEFAULT_SECONDS,
     ) -> Constraint:
         """Return the constraint to JSON texts that a schema allows.
 
@@ -63,6 +63,7 @@ class Constraint:
           compact: no white space between the parts of a text.
           indent: spaces by which each level is indented; by default any white space is accepted.
           states: most states of the automaton, at most 10,000.
+          seconds: most processor time to make it.
 
         Raises:
           ConstraintError: if the schema cannot be held; `keyword` and `pointer` say what and where.
@@ -79,7 +80,7 @@ class Constraint:
             raise ConstraintError(
                 f"a JSON Schema is an object, true or false, got {json.dumps(schema)[:40]}"
             )
-        found = _compiled(json.dumps(schema), closed, compact, indent, states)
+        found = _compiled(json.dumps(schema), closed, compact, indent, states, seconds)
         return cls("json_schema", found.notes, found.dfa, schema, kind)
 
     @classmethod
@@ -88,21 +89,30 @@ class Constraint:
         return cls.json_schema({"type": "object"})
 
     @classmethod
-    def regex(cls, pattern: str) -> Constraint:
+    def regex(
+        cls, pattern: str, *, states: int = DEFAULT_STATES, seconds: float = DEFAULT_SECONDS
+    ) -> Constraint:
         """Return the constraint to texts that a regular expression matches as a whole.
 
         The syntax is what Rust's and Python's expressions have in common; see
-        `mlx_diffgemma.constraint.regex`.
+        `mlx_diffgemma.constraint.regex`. `states` and `seconds` are as in `json_schema`.
 
         Raises:
           ConstraintError: with `position`, if the expression cannot be held.
         """
-        return cls("regex", (), _some(regex.regex(pattern), "expression"))
+        return cls("regex", (), _some(regex.regex(pattern, Limits(states, seconds)), "expression"))
 
     @classmethod
-    def choices(cls, texts: Sequence[str]) -> Constraint:
-        """Return the constraint to one of some texts."""
-        return cls("choices", (), parts.choices(texts))
+    def choices(
+        cls,
+        texts: Sequence[str],
+        *,
+        states: int = DEFAULT_STATES,
+        seconds: float = DEFAULT_SECONDS,
+    ) -> Constraint:
+        """Return the constraint to one of some texts; `states` and `seconds` are as in
+        `json_schema`."""
+        return cls("choices", (), parts.choices(texts, Limits(states, seconds)))
 
     @classmethod
     def template(cls, template: str | Template) -> Constraint:
@@ -120,7 +130,13 @@ class Constraint:
 
     @classmethod
     def tool_call(
-        cls, tools: Sequence[Any], *, required: bool = True, most: int | None = 1
+        cls,
+        tools: Sequence[Any],
+        *,
+        required: bool = True,
+        most: int | None = 1,
+        states: int = DEFAULT_STATES,
+        seconds: float = DEFAULT_SECONDS,
     ) -> Constraint:
         """Return the constraint to calls of some tools, whose arguments fit their declarations.
 
@@ -129,13 +145,26 @@ class Constraint:
           required: there must be a call and nothing else; otherwise text, and perhaps calls
             behind it.
           most: calls at most; None for any number.
+          states: as in `json_schema`.
+          seconds: as in `json_schema`.
 
         Raises:
           ConstraintError: if a tool's parameters cannot be held.
         """
         # The ids do not matter for what can be held.
-        found = tool_calls(tools, CallTokens(0, 1, 2), required=required, most=most)
-        return cls("tool_call", found.notes, _tools=tuple(tools), _most=most, is_required=required)
+        bounds: dict[str, Any] = {
+            "required": required,
+            "most": most,
+            "states": states,
+            "seconds": seconds,
+        }
+        found = tool_calls(tools, CallTokens(0, 1, 2), **bounds)
+        return cls("tool_call", found.notes, _tools=tuple(tools), _bounds=bounds)
+
+    @property
+    def is_required(self) -> bool:
+        """Whether a constraint to tool calls asks for one; False: they may be left out."""
+        return bool(self._bounds.get("required", True))
 
     def dfa(self, tokens: CallTokens | None = None) -> DFA:
         """Return the automaton.
@@ -150,8 +179,7 @@ class Constraint:
             return self._dfa
         if tokens is None:
             raise ConstraintError("this checkpoint's tokens have no form for tool calls")
-        required = self.is_required
-        return tool_calls(self._tools, tokens, required=required, most=self._most).dfa
+        return tool_calls(self._tools, tokens, **self._bounds).dfa
 
     def accepts(self, text: str) -> bool:
         """Return whether a whole text fits. A tool call is no text, so that only what stands beside
@@ -200,10 +228,12 @@ class Constraint:
 
 @lru_cache(maxsize=_KEPT)
 def _compiled(
-    schema: str, closed: bool, compact: bool, indent: int | None, states: int
+    schema: str, closed: bool, compact: bool, indent: int | None, states: int, seconds: float
 ) -> Compiled:
     loaded = json.loads(schema)
-    return json_schema(loaded, closed=closed, compact=compact, indent=indent, states=states)
+    return json_schema(
+        loaded, closed=closed, compact=compact, indent=indent, states=states, seconds=seconds
+    )
 
 
 def _slot(slot: Slot) -> DFA:

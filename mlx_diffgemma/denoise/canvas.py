@@ -33,6 +33,15 @@ class Belief:
     likeliest: tuple[mx.array, mx.array] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """Probabilities that a step's event is to hold: those of some tokens at the first positions of
+    a canvas."""
+
+    positions: int
+    tokens: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Canvas:
     """A canvas before a step."""
@@ -49,6 +58,7 @@ class Canvas:
     belief: Belief | None = None
     held: mx.array | None = None  # [1, W] int32, see `sampler.hold`
     constraint: CanvasConstraint | None = None
+    readout: Readout | None = None
 
     @property
     def waits(self) -> bool:

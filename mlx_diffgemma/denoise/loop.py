@@ -156,6 +156,8 @@ class Rows:
         yield event.draft
         yield event.entropy
         yield from event.candidates or ()
+        if event.readout is not None:
+            yield event.readout
         if self._are_events_computed:
             yield event.accepted
             yield event.certainty

@@ -17,7 +17,7 @@ from ..config.model import ModelConfig
 from ..errors import ConfigError, NumbersError, PromptError
 from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
 from ..model import Context, DiffusionGemma, OpenContext
-from .canvas import Canvas, Plan, Taken
+from .canvas import Canvas, Plan, Readout, Taken
 from .constrained import CanvasConstraint, TokenConstraint
 from .noise import Noise, SeededNoise
 from .pinned import FREE, Pinned, PinnedCanvas
@@ -44,6 +44,7 @@ class Row:
         constraint: TokenConstraint | None = None,
         stop: Callable[[np.ndarray], bool] | None = None,
         begin: Callable[[], Sequence[int]] | None = None,
+        readout: Readout | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Make a row.
@@ -54,7 +55,8 @@ class Row:
           tokens: int32 [S], the text to read, S >= 1; None if the context holds all of it.
           number: of the row in its events.
           context: the text before `tokens`.
-          is_shared: whether other rows use the context too; it is then not copied.
+          is_shared: whether other rows use the context too; it is then not copied, and what the
+            row reads is kept apart from it.
           only_reads: whether the row ends once it has read its text, and leaves its context.
           noise: where draws come from; by default the settings' seed.
           pinned: the given parts of the answer.
@@ -63,6 +65,7 @@ class Row:
             result is True.
           begin: called before each canvas; returns the tokens that the canvas begins with, if any.
             Without effect where `pinned` is given.
+          readout: whose probabilities each step's event holds.
           progress: called with (tokens read, tokens in all) while the text is read.
 
         Raises:
@@ -86,7 +89,7 @@ class Row:
         self._text = np.zeros(0, np.int32) if tokens is None else tokens  # behind `context`
         self._snapshots: list[int] = []  # its lengths at which it is kept
         self._cached = 0
-        self.stop, self.begin = stop, begin
+        self.stop, self.begin, self._readout = stop, begin, readout
         self._progress, self._started = progress, time.perf_counter()
         self._left = min(settings.max_new_tokens, room * settings.canvas_length)
         if constraint is not None:
@@ -109,6 +112,8 @@ class Row:
             return
         self._store = store
         self._snapshots = snapshots(self._text, store.every, self.settings.eos_token_ids)
+        if self._only_reads and len(self._text) > 1:  # the same text is found with a token to read
+            self._snapshots = sorted({*self._snapshots, len(self._text) - 1})
         self.context = store.find(self._text, self.model.config.text)
         if self.context is not None:
             self._cached = self.context.length
@@ -125,7 +130,12 @@ class Row:
     def take_context(self) -> Context:
         """Return the context to read behind; the row keeps no reference to it."""
         context, self.context = self.context, None
-        return Context((), 0, 1) if context is None else context
+        if context is None:
+            return Context((), 0, 1)
+        if self.is_shared:  # what is read is the row's own
+            self.is_shared = False
+            return Context.behind(context)
+        return context
 
     def has_read(self, context: Context) -> list[LoopEvent]:
         """Take the context with the last piece in it."""
@@ -184,7 +194,15 @@ class Row:
             start = given.kept_to(start)
         plan, constraint = self._first_plan(), self._canvas_constraint(given)
         self.canvas = Canvas(
-            self.number, settings, noise, given, self._index, plan, start, constraint=constraint
+            self.number,
+            settings,
+            noise,
+            given,
+            self._index,
+            plan,
+            start,
+            constraint=constraint,
+            readout=self._readout,
         )
 
     def _canvas_constraint(self, given: PinnedCanvas | None) -> CanvasConstraint | None:

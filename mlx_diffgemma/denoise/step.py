@@ -177,6 +177,7 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
             seen.confidence,
             candidates,
             canvas.row,
+            _read_out(canvas, look),
         ),
         tuple(check),
         replace(
@@ -188,6 +189,16 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
             held=judged.held,
         ),
     )
+
+
+def _read_out(canvas: Canvas, look: _Look) -> mx.array | None:
+    """Return the log-probabilities that a canvas is asked for, float32 [P, N]."""
+    if canvas.readout is None:
+        return None
+    outputs = look.outputs[0, : canvas.readout.positions]
+    logits = scaled_logits(outputs, cap=look.cap)
+    certain = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return mx.take(certain, mx.array(canvas.readout.tokens), axis=-1)
 
 
 def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) -> Iterator[_Look]:

@@ -12,13 +12,18 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from ..checkpoint.memory import WARN_ABOVE, generation_limits, recommended_bytes, row_bytes
+from ..checkpoint.memory import (
+    WARN_ABOVE,
+    array_bytes,
+    generation_limits,
+    recommended_bytes,
+    row_bytes,
+)
 from ..denoise.loop import Rows
 from ..denoise.row import Row
 from ..denoise.store import Store
-from ..errors import EngineError
+from ..errors import EngineClosedError, EngineError, EngineFailedError, QueueFullError
 from ..model import DiffusionGemma
 from ..write.job import Running, Task
 from .run import END, Channel, Failure, Run
@@ -75,10 +80,8 @@ class Engine:
             if value < 1:
                 raise EngineError(f"{name} must be at least 1, got {value}")
         if memory_bytes is None:
-            leaves: Any = tree_flatten(model.parameters())
-            weights = sum(array.nbytes for _, array in leaves)
             kept = store.max_bytes if store is not None else 0
-            memory_bytes = int(recommended_bytes() * WARN_ABOVE) - weights - kept
+            memory_bytes = int(recommended_bytes() * WARN_ABOVE) - array_bytes(model) - kept
         if memory_bytes < 1:
             raise EngineError(
                 f"memory_bytes must be at least 1, got {memory_bytes:,}: the model and the store "
@@ -116,9 +119,9 @@ class Engine:
         channel = Channel()
         with self._changed:
             if self._is_closed:
-                raise EngineError("the engine is closed")
+                raise EngineClosedError("the engine is closed")
             if len(self._queue) + len(self._entries) >= self.max_rows + self.max_queue:
-                raise EngineError(
+                raise QueueFullError(
                     f"the queue is full: {len(self._entries)} requests are under way and "
                     f"{len(self._queue)} wait (max_rows={self.max_rows}, "
                     f"max_queue={self.max_queue}); try again later"
@@ -177,7 +180,7 @@ class Engine:
                 self._is_closed = True
                 self._entries.extend(self._queue)
                 self._queue.clear()
-            self._fail_all(EngineError("its thread has ended"))
+            self._fail_all(EngineClosedError("its thread has ended"))
             mx.clear_streams()  # or the process aborts when it ends
             mx.clear_cache()
 
@@ -293,7 +296,7 @@ class Engine:
         self._rows = Rows(self.model, self._store, are_events_computed=True)
         self._owners.clear()
         for entry in list(self._entries):
-            reason = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+            reason = EngineFailedError(f"the engine failed: {type(error).__name__}: {error}")
             reason.__cause__ = error
             self._end(entry, Failure(reason))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..events import StepDone, Text, ToolCall
+from ..events import CanvasCommitted, StepDone, Text, ToolCall
 from .controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
 from .stops import Stops
 from .tools import CALL_BEGIN, CALL_END, QUOTE, CallEvent, CallReader
@@ -115,6 +116,16 @@ class TextStream:
         """Return the text that was held back, since the run is over; an open call is broken off."""
         return self._before_stop([*self._calls.break_off(), *self._flush(final=True)], final=True)
 
+    def branch(self) -> TextStream:
+        """Return a copy that goes on by itself, such as with a draft."""
+        other = copy(self)
+        other._ids, other._stops, other._calls = (
+            [*self._ids],
+            copy(self._stops),
+            self._calls.branch(),
+        )
+        return other
+
     def _begins_call(self, events: list[CallEvent]) -> bool:
         """Return whether the marker of a call begins one here; then add the text before it."""
         events += self._flush(final=False)  # this decides whether an open channel is a thought
@@ -179,6 +190,31 @@ class TextStream:
         has."""
         spelling = self._tokenizer.convert_ids_to_tokens(token)
         return None if spelling is None else str(spelling)
+
+
+class Drafts:
+    """A row's whole text at each step, as if the step's draft were final."""
+
+    def __init__(self, stream: TextStream) -> None:
+        """Begin with a stream of the row's own."""
+        self._stream = stream
+        self._texts = {"answer": "", "thought": ""}
+
+    def commit(self, event: CanvasCommitted) -> None:
+        """Take the tokens of a canvas."""
+        self._add(self._texts, self._stream.push(np.array(event.tokens[0]).tolist()))
+
+    def of(self, event: StepDone) -> tuple[str, str]:
+        """Return answer and thought with the step's draft."""
+        texts, stream = dict(self._texts), self._stream.branch()
+        self._add(texts, stream.push(np.array(event.draft[0]).tolist()))
+        self._add(texts, stream.finish())
+        return texts["answer"], texts["thought"]
+
+    def _add(self, texts: dict[str, str], events: Iterable[CallEvent]) -> None:
+        for event in events:
+            if isinstance(event, Text):
+                texts[event.channel] += event.piece
 
 
 def draft_pieces(

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Never
 
 from ..errors import PromptError
@@ -68,6 +69,12 @@ class CallReader:
     def open(self) -> None:
         """Begin a call, behind its first marker."""
         self._ids, self._given = [], 0
+
+    def branch(self) -> CallReader:
+        """Return a copy that goes on by itself."""
+        other = copy(self)
+        other._ids = None if self._ids is None else [*self._ids]
+        return other
 
     def forget(self) -> None:
         """Drop the open call."""

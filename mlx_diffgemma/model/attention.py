@@ -18,7 +18,7 @@ from .products import linear
 from .rope import rotate
 
 # Earlier keys and values, own ones [B, K, L, H] -> all that queries may attend to, in one part or
-# two, and what is kept.
+# several, and what is kept.
 Place = Callable[
     [LayerContext | None, mx.array, mx.array], tuple[tuple[LayerContext, ...], LayerContext]
 ]
@@ -104,8 +104,8 @@ class Attention(nn.Module):
 
 
 def attend(queries: mx.array, seen: Sequence[LayerContext], mask: Mask) -> mx.array:
-    """Return softmax(q k) v, [B, N, L, H], over keys in one part, or in two without a mask. The
-    scale is 1: queries and keys are normalised, so there is no 1/sqrt(H)."""
+    """Return softmax(q k) v, [B, N, L, H], over keys in one part, or in several without a mask.
+    The scale is 1: queries and keys are normalised, so there is no 1/sqrt(H)."""
     if len(seen) == 1 and (not is_cpu() or queries.dtype != mx.float32):
         return mx.fast.scaled_dot_product_attention(
             queries, seen[0].keys, seen[0].values, scale=1.0, mask=mask

@@ -66,6 +66,23 @@ class Context:
     # int32 [B], places on the left without a token. For training alone, whose batches have fixed
     # shapes; rows that are written each have their own context.
     padding: mx.array | None = None
+    # The text before that of `layers`, where other contexts go on from it too. It is kept once.
+    shared: Context | None = None
+
+    @classmethod
+    def behind(cls, shared: Context) -> Context:
+        """Return a context that goes on from one that others go on from as well: what is read
+        behind it is kept apart from it, and it is not copied."""
+        assert shared.padding is None and shared.shared is None
+        return cls((), shared.length, shared.batch, shared=shared)
+
+    def before(self, depth: int, most: int | None) -> LayerContext | None:
+        """Return a layer of the shared text, at most so many of its last places; None for none."""
+        if self.shared is None or most == 0:
+            return None
+        layer = self.shared.layers[depth]
+        drop = 0 if most is None else max(0, layer.keys.shape[2] - most)
+        return LayerContext(layer.keys[:, :, drop:], layer.values[:, :, drop:]) if drop else layer
 
     @property
     def position(self) -> int | mx.array:
@@ -79,6 +96,7 @@ class Context:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of its own arrays, without those of the shared text."""
         return sum(array.nbytes for array in self.arrays)
 
 
@@ -102,12 +120,13 @@ class OpenContext:
         return cls(
             tuple(layer.with_room(room) for layer in context.layers),
             tuple(layer.keys.shape[2] for layer in context.layers),
-            Context((), context.length, context.batch, context.padding),
+            Context((), context.length, context.batch, context.padding, context.shared),
         )
 
     @classmethod
     def beside(cls, context: Context) -> OpenContext:
         """Open a context that others use too, without copying it."""
+        assert context.shared is None
         return cls(
             context.layers,
             tuple(layer.keys.shape[2] for layer in context.layers),
@@ -123,4 +142,5 @@ class OpenContext:
             self.text.length,
             self.text.batch,
             self.text.padding,
+            self.text.shared,
         )

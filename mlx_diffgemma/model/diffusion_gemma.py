@@ -236,12 +236,13 @@ class DiffusionGemma(nn.Module):
 
         def segment(row: int, depth: int) -> Segment:
             places, width, text = kept[row][depth], widths[row], texts[row]
+            before = self._shared_layer(text, depth, places)
             if (row, places) not in masks:
                 masks[row, places] = canvas_mask(
                     places + width, first_key=text.length - places, padding=text.padding
                 )
             past, mask = layers[row].pop(), masks[row, places]
-            place = _beside if shared[row] else partial(_behind, places)
+            place = _beside if shared[row] else partial(_behind, places, before)
             return Segment(width, past, place, mask, text.position)
 
         for depth, layer in enumerate(decoder.layers):
@@ -333,6 +334,8 @@ class DiffusionGemma(nn.Module):
             context, count = contexts[row], pieces[row].shape[1]
             past = context.layers[depth] if context.layers else None
             kept = past.keys.shape[2] if past is not None else 0
+            before = self._shared_layer(context, depth, kept)
+            kept += before.keys.shape[2] if before is not None else 0
             if (row, is_sliding) not in masks:
                 masks[row, is_sliding] = causal_mask(
                     context.length,
@@ -341,7 +344,8 @@ class DiffusionGemma(nn.Module):
                     window=text.sliding_window if is_sliding else None,
                     padding=context.padding,
                 )
-            return Segment(count, past, _joined, masks[row, is_sliding], context.position)
+            place = partial(_joined, before)
+            return Segment(count, past, place, masks[row, is_sliding], context.position)
 
         for depth, layer in enumerate(self.model.decoder.layers):
             is_sliding = text.layers[depth].is_sliding
@@ -352,9 +356,15 @@ class DiffusionGemma(nn.Module):
                 keep = text.sliding_window - 1 if is_sliding else None
                 layers[row].append(places.last(keep))
         return x, [
-            Context(tuple(read), old.length + piece.shape[1], old.batch, old.padding)
+            Context(tuple(read), old.length + piece.shape[1], old.batch, old.padding, old.shared)
             for read, old, piece in zip(layers, contexts, pieces, strict=True)
         ]
+
+    def _shared_layer(self, context: Context, depth: int, own: int) -> LayerContext | None:
+        """Return what a layer keeps of the shared text before so many places of its own."""
+        is_sliding = self.config.text.layers[depth].is_sliding
+        most = max(0, self.config.text.sliding_window - 1 - own) if is_sliding else None
+        return context.before(depth, most)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the embeddings of tokens: int32 [B, S] -> [B, S, M] in the model's type."""
@@ -375,21 +385,27 @@ def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, list[LayerContex
 
 
 def _joined(
-    past: LayerContext | None, keys: mx.array, values: mx.array
+    before: LayerContext | None, past: LayerContext | None, keys: mx.array, values: mx.array
 ) -> tuple[tuple[LayerContext], LayerContext]:
     """Place committed tokens after the past: they attend to both, and all keys and values are
-    kept."""
-    seen = LayerContext(keys, values) if past is None else past.join(keys, values)
-    return (seen,), seen
+    kept, but those of a shared text before."""
+    own = LayerContext(keys, values) if past is None else past.join(keys, values)
+    return (own if before is None else before.join(own.keys, own.values),), own
 
 
 def _behind(
-    kept: int, past: LayerContext | None, keys: mx.array, values: mx.array
-) -> tuple[tuple[LayerContext], LayerContext]:
-    """Place a canvas into the room after the text: it attends to both."""
+    kept: int,
+    before: LayerContext | None,
+    past: LayerContext | None,
+    keys: mx.array,
+    values: mx.array,
+) -> tuple[tuple[LayerContext, ...], LayerContext]:
+    """Place a canvas into the room after the text: it attends to both, and to a shared text
+    before."""
     assert past is not None
     written = past.written(kept, keys, values)
-    return (written.first(kept + keys.shape[2]),), written
+    own = written.first(kept + keys.shape[2])
+    return (own,) if before is None else (before, own), written
 
 
 def _beside(

@@ -180,7 +180,7 @@ class FillTask:
                 f"canvas of {L} they do not fit into {limit} positions"
             )
         tokens = checked_tokens(ids, model.config)
-        writer = Writer(model, resolved, _ends(tokenizer, resolved), text_tokens, pieces)
+        writer = Writer(model, resolved, turn_ends(tokenizer, resolved), text_tokens, pieces)
         return _filled(writer, tokens, template, spellings, notes)
 
 
@@ -288,7 +288,7 @@ def _options(
     return Automaton.of_options(options)
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:
+def turn_ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:
     """Return the token that ends a turn, and the one that fills a canvas after it, as in
     training."""
     fallback = settings.eos_token_ids[0]

@@ -1,0 +1,287 @@
+"""OpenAI's chat completions: `POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ..constraint.constraint import Constraint
+from ..events import Finished, Text, ToolCall
+from ..language.prompt import PromptOptions
+from .body import Fields, read, refuse
+from .errors import ApiError, openai_form, refused
+from .limits import check_choices, check_stops
+from .openai_types import (
+    Common,
+    Count,
+    Message,
+    ResponseFormat,
+    ToolChoice,
+    ToolField,
+    messages_of,
+    new_id,
+    tools_of,
+    usage_of,
+)
+from .pieces import Draft, Piece
+from .runs import Answers, Asked, Usage, Written, settings_of, start
+from .sse import Stream, answer, frame
+from .state import State
+from .structured import ToolPlan, extension, json_object, json_schema, tool_plan
+
+
+class TemplateOptions(Fields):
+    """Variables of the chat template that a request may set."""
+
+    enable_thinking: bool | None = None
+
+
+class ChatRequest(Common):
+    """The body of a request."""
+
+    messages: list[Message]
+    max_completion_tokens: Count | None = None
+    tools: list[ToolField] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    # Known fields that cannot be honoured.
+    top_logprobs: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+
+
+def routes(state: State) -> list[Route]:
+    """Return the dialect's routes."""
+
+    async def create(request: Request) -> Response:
+        return await respond(state, request, await read(request, state.limits, ChatRequest))
+
+    paths = ("/v1/chat/completions", "/chat/completions")
+    return [Route(path, create, methods=["POST"]) for path in paths]
+
+
+async def respond(state: State, request: Request, body: ChatRequest) -> Response:
+    """Answer a chat request.
+
+    Raises:
+      ApiError: names what is wrong with it.
+    """
+    asked = await asked_of(state, body)
+    if not body.stream:
+        return await answer(request, start(state, asked), completion)
+    options = body.stream_options
+    with_usage = bool(options and options.include_usage)
+    return Stream(
+        request,
+        start(state, asked),
+        lambda answers: ChatWire(answers, with_usage=with_usage),
+        send_seconds=state.limits.send_seconds,
+    )
+
+
+async def asked_of(state: State, body: ChatRequest) -> Asked:
+    """Return a checked request; its constraint is compiled.
+
+    Raises:
+      ApiError: names what is wrong with it.
+    """
+    state.model(body.model)
+    _refuse_unsupported(body)
+    limits = state.limits
+    check_choices(limits, body.n or 1)
+    stop = check_stops(limits, body.stops)
+    messages = messages_of(body.messages, limits)
+    plan = await _tools(state, body)
+    constraint = await _constraint(state, body, plan)
+    if constraint is not None and stop:
+        raise refused("stop", "not together with response_format, constraint or required tools")
+    return Asked(
+        prompt=messages,
+        model=body.model,
+        options=PromptOptions(thinking=_thinking(state, body), tools=plan.shown),
+        settings=settings_of(
+            state,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            temperature=body.temperature,
+            seed=body.seed,
+        ),
+        stop=stop,
+        constraint=constraint,
+        count=body.n or 1,
+        drafts=bool(body.diffusing),
+        one_call=plan.one_call,
+    )
+
+
+def _refuse_unsupported(body: ChatRequest) -> None:
+    body.refuse_unsupported()
+    refuse(body.top_logprobs, (0,), "top_logprobs", "a canvas has no true log-probabilities")
+    refuse(body.functions, ([],), "functions", "use tools")
+    refuse(body.function_call, ("none", "auto"), "function_call", "use tool_choice")
+    refuse(body.modalities, (["text"],), "modalities", "answers are text")
+    refuse(body.audio, (), "audio", "answers are text")
+    refuse(body.web_search_options, (), "web_search_options", "the server searches nothing")
+
+
+def _thinking(state: State, body: ChatRequest) -> bool:
+    if body.chat_template_kwargs and body.chat_template_kwargs.enable_thinking is not None:
+        return body.chat_template_kwargs.enable_thinking
+    if body.reasoning_effort is not None:
+        return body.reasoning_effort not in ("none", "minimal")
+    return state.thinking
+
+
+async def _tools(state: State, body: ChatRequest) -> ToolPlan:
+    tools, choice = tools_of(body.tools), body.tool_choice or "auto"
+    parallel = body.parallel_tool_calls is not False
+    if isinstance(choice, str):
+        return await tool_plan(state, tools, choice, parallel=parallel)
+    if choice.type != "function" or choice.function is None:
+        raise refused("tool_choice", "it is none, auto, required, or a function")
+    return await tool_plan(state, tools, "required", only=choice.function.name, parallel=parallel)
+
+
+async def _constraint(state: State, body: ChatRequest, plan: ToolPlan) -> Constraint | None:
+    form = body.response_format
+    wants_json = form is not None and form.type != "text"
+    if wants_json and plan.shown:
+        raise refused("response_format", "not together with tools, unless tool_choice is none")
+    if body.constraint is not None and (wants_json or plan.shown):
+        raise refused("constraint", "not together with response_format or tools")
+    if body.constraint is not None:
+        return await extension(state, body.constraint)
+    if form is None or form.type == "text":
+        return plan.constraint
+    if form.type == "json_object":
+        return await json_object(state, "response_format")
+    if form.json_schema is None:
+        raise ApiError(
+            400, "response_format.json_schema is missing", param="response_format.json_schema"
+        )
+    schema = form.json_schema.schema_
+    param = "response_format.json_schema.schema"
+    return await json_schema(state, {"type": "object"} if schema is None else schema, param)
+
+
+def completion(written: list[Written], answers: Answers) -> dict[str, Any]:
+    """Return the object of whole answers."""
+    return {
+        "id": new_id("chatcmpl-"),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": answers.served.name,
+        "choices": [
+            {
+                "index": index,
+                "message": _message(each),
+                "logprobs": None,
+                "finish_reason": each.finish_reason,
+            }
+            for index, each in enumerate(written)
+        ],
+        "usage": usage_of(answers.usage),
+    }
+
+
+def _message(written: Written) -> dict[str, Any]:
+    made: dict[str, Any] = {"role": "assistant", "content": written.text, "refusal": None}
+    if written.thought:
+        made["reasoning_content"] = made["reasoning"] = written.thought
+    if written.calls:
+        made["content"] = written.text if written.text.strip() else None
+        made["tool_calls"] = [
+            {
+                "id": new_id("call_"),
+                "type": "function",
+                "function": {"name": call.name, "arguments": _arguments(call)},
+            }
+            for call in written.calls
+        ]
+    return made
+
+
+def _arguments(call: ToolCall) -> str:
+    return json.dumps(call.arguments, ensure_ascii=False)
+
+
+class ChatWire:
+    """A stream of chunks: a role, then content, thoughts and calls, then why it ended."""
+
+    def __init__(self, answers: Answers, *, with_usage: bool) -> None:
+        self._with_usage, self._drafts = with_usage, answers.asked.drafts
+        self._head = {
+            "id": new_id("chatcmpl-"),
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": answers.served.name,
+        }
+        self._written = [Written() for _ in range(answers.asked.count)]
+        self._shown: list[tuple[str, str]] = [("", "") for _ in self._written]
+
+    def begin(self) -> Iterator[bytes]:
+        for index in range(len(self._written)):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def piece(self, index: int, piece: Piece) -> Iterator[bytes]:
+        written = self._written[index]
+        written.observe(piece)
+        if isinstance(piece, Draft):
+            yield from self._whole(index, piece.answer, piece.thought)
+        elif isinstance(piece, Text) and self._drafts:
+            yield from self._whole(index, written.text, written.thought)
+        elif isinstance(piece, Text):
+            yield self._chunk(index, _delta(piece))
+        elif isinstance(piece, ToolCall):
+            number = len(written.calls) - 1
+            head = {"id": new_id("call_"), "type": "function"}
+            for more, function in (
+                (head, {"name": piece.name, "arguments": ""}),
+                ({}, {"arguments": _arguments(piece)}),
+            ):
+                call = {"index": number, **more, "function": function}
+                yield self._chunk(index, {"tool_calls": [call]})
+        elif isinstance(piece, Finished):
+            if self._drafts:
+                yield from self._whole(index, written.text, written.thought)
+            yield self._chunk(index, {}, written.finish_reason)
+
+    def keep_alive(self) -> Iterator[bytes]:
+        yield self._chunk(0, {})
+
+    def end(self, usage: Usage) -> Iterator[bytes]:
+        if self._with_usage:
+            yield frame({**self._head, "choices": [], "usage": usage_of(usage)})
+        yield frame("[DONE]")
+
+    def error(self, error: ApiError) -> Iterable[bytes]:
+        yield frame(openai_form(error))
+
+    def _whole(self, index: int, answer: str, thought: str) -> Iterator[bytes]:
+        """Tell the whole text so far, where it has changed."""
+        before, self._shown[index] = self._shown[index], (answer, thought)
+        if thought != before[1]:
+            yield self._chunk(index, {"reasoning_content": thought, "reasoning": thought})
+        if answer != before[0]:
+            yield self._chunk(index, {"content": answer})
+
+    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return frame({**self._head, "choices": [choice]})
+
+
+def _delta(piece: Text) -> dict[str, str]:
+    if piece.channel == "answer":
+        return {"content": piece.piece}
+    return {"reasoning_content": piece.piece, "reasoning": piece.piece}

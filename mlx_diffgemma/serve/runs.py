@@ -1,0 +1,299 @@
+"""From a checked request to runs in the engine, and from their events to one answer or a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from anyio import to_thread
+
+from ..config.generation import GenerationSettings
+from ..constraint.constraint import Constraint
+from ..engine.run import Run
+from ..errors import DiffGemmaError
+from ..events import BrokenToolCall, Finished, PrefillDone, Text, ToolCall
+from ..language.given import Prompt
+from ..language.prompt import PromptOptions
+from ..write.generate import Request
+from .errors import ApiError, busy, from_error
+from .pieces import Answer, Failed, Outbox, Piece
+from .state import Served, State
+
+SEEDS = 2**63
+T = TypeVar("T")
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A checked request of any dialect.
+
+    Attributes:
+      model: its name; None for the default one.
+      prompt: messages, text or ids, as `Request.prompt`.
+      options: how they become tokens: tools, thinking.
+      settings: how to denoise; see `settings_of`.
+      stop: strings that end the answer.
+      constraint: what the answer must be.
+      count: answers, as rows; answer i is drawn under the seed + i.
+      drafts: whether the pieces have a Draft for each step.
+      one_call: drop tool calls behind the first one.
+      param: the field that names the prompt, for errors.
+    """
+
+    prompt: Prompt
+    model: str | None = None
+    options: PromptOptions = PromptOptions()
+    settings: GenerationSettings = GenerationSettings()
+    stop: Sequence[str] = ()
+    constraint: Constraint | None = None
+    count: int = 1
+    drafts: bool = False
+    one_call: bool = False
+    param: str = "messages"
+
+
+@dataclass(slots=True)
+class Usage:
+    """What was read and written, over all answers of a request."""
+
+    prompt_tokens: int = 0  # of one answer: all share it
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    canvases: int = 0
+    prefill_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+    def observe(self, piece: Piece) -> None:
+        """Count a piece."""
+        self.seconds = time.perf_counter() - self.started
+        if isinstance(piece, PrefillDone):
+            if not self.prompt_tokens:
+                self.prompt_tokens, self.cached_tokens = piece.prompt_tokens, piece.cached_tokens
+            self.prefill_seconds = max(self.prefill_seconds, piece.seconds)
+        elif isinstance(piece, Finished):
+            self.completion_tokens += piece.new_tokens
+            self.steps += piece.steps
+            self.canvases += piece.canvases
+
+    def diffusion(self) -> dict[str, float]:
+        """Return the numbers of this kind of model, for the extension object `diffusion`."""
+        return {
+            "steps": self.steps,
+            "canvases": self.canvases,
+            "tokens_per_step": round(self.completion_tokens / self.steps, 3) if self.steps else 0.0,
+            "prefill_ms": round(1e3 * self.prefill_seconds, 1),
+            "total_ms": round(1e3 * self.seconds, 1),
+        }
+
+
+@dataclass(slots=True)
+class Written:
+    """A whole answer."""
+
+    text: str = ""
+    thought: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    broken: list[BrokenToolCall] = field(default_factory=list)
+    finished: Finished | None = None
+
+    def observe(self, piece: Piece) -> None:
+        """Add a piece."""
+        if isinstance(piece, Text) and piece.channel == "answer":
+            self.text += piece.piece
+        elif isinstance(piece, Text):
+            self.thought += piece.piece
+        elif isinstance(piece, ToolCall):
+            self.calls.append(piece)
+        elif isinstance(piece, BrokenToolCall):
+            self.broken.append(piece)
+        elif isinstance(piece, Finished):
+            self.finished = piece
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended. A limit counts more than calls, since one may be missing."""
+        assert self.finished is not None
+        if self.finished.reason == "length":
+            return "length"
+        return "tool_calls" if self.calls else "stop"
+
+
+class Answers:
+    """The answers to a request under way. Iterate over `pieces`, or wait for `whole`."""
+
+    def __init__(self, state: State, served: Served, asked: Asked, runs: Sequence[Run]) -> None:
+        self.served, self.asked = served, asked
+        self.usage = Usage()
+        self._state, self._runs = state, list(runs)
+        self._outbox = Outbox()
+        self._open = set(range(len(runs)))
+        self._called: set[int] = set()
+        self._pumps = [asyncio.create_task(self._pump(i, run)) for i, run in enumerate(runs)]
+        self._stay = state.when_ending(self._end)
+
+    async def pieces(
+        self, seconds: float, first: float | None = None
+    ) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """Yield (index of the answer, piece) as they come, until all answers are finished; an empty
+        list where none came.
+
+        Args:
+          seconds: to wait for a piece.
+          first: to wait for the first one.
+
+        Raises:
+          ApiError: if an answer fails; the others are cancelled.
+        """
+        try:
+            wait = seconds if first is None else first
+            while self._open:
+                taken, kept = await self._outbox.take(wait), []
+                wait = seconds
+                try:
+                    for index, piece in taken:
+                        if self._observe(index, piece):
+                            kept.append((index, piece))
+                except ApiError:
+                    if kept:
+                        yield kept
+                    raise
+                if kept or not taken:
+                    yield kept
+        finally:
+            self.cancel()
+
+    async def whole(self) -> list[Written]:
+        """Return the answers once they are finished.
+
+        Raises:
+          ApiError: as `pieces`.
+        """
+        written = [Written() for _ in self._runs]
+        async for some in self.pieces(3600):
+            for index, piece in some:
+                written[index].observe(piece)
+        return written
+
+    def cancel(self) -> None:
+        """End what still runs within a step. May be called at any time."""
+        self._stay()
+        if self._open and not self._state.is_ending:
+            self._state.metrics.add("cancelled_total", len(self._open))
+        self._open.clear()
+        for run, pump in zip(self._runs, self._pumps, strict=True):
+            run.cancel()
+            pump.cancel()
+
+    def _observe(self, index: int, piece: Piece) -> bool:
+        """Count a piece; return whether the client is told of it."""
+        if isinstance(piece, Failed):
+            self._open.discard(index)
+            raise from_error(piece.error, self.asked.param) from piece.error
+        if isinstance(piece, ToolCall) and self.asked.one_call:
+            if index in self._called:
+                return False
+            self._called.add(index)
+        before = self.usage.prompt_tokens
+        self.usage.observe(piece)
+        metrics = self._state.metrics
+        if isinstance(piece, PrefillDone) and not before:
+            metrics.add("prompt_tokens_total", piece.prompt_tokens)
+            metrics.add("cached_tokens_total", piece.cached_tokens)
+        elif isinstance(piece, Finished):
+            self._open.discard(index)
+            metrics.add("completion_tokens_total", piece.new_tokens)
+            metrics.add("canvases_total", piece.canvases)
+        return True
+
+    async def _pump(self, index: int, run: Run) -> None:
+        """Take a run's words as they come, so that they wait in the outbox only."""
+        finished = False
+        try:
+            async for said in run:
+                self._outbox.put(index, said)
+                finished |= isinstance(said, Finished)
+            if not finished:  # it was cancelled by somebody else
+                self._outbox.put(index, Failed(busy("the answer was cancelled")))
+        except Exception as error:  # whatever ends the run is the client's news
+            self._outbox.put(index, Failed(error))
+
+    def _end(self) -> None:
+        """Say that the server ends."""
+        for index in list(self._open):
+            self._outbox.put(index, Failed(busy("the server ends")))
+
+
+async def beside(state: State, work: Callable[[], T], param: str | None = None) -> T:
+    """Return what a function returns in a thread beside the event loop and the engine's; few run at
+    a time. For encoding and compiling.
+
+    Raises:
+      ApiError: for a DiffGemmaError; `param` is the field that it comes from.
+    """
+    try:
+        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=state.threads)
+    except DiffGemmaError as error:
+        raise from_error(error, param) from error
+
+
+async def start(state: State, asked: Asked) -> Answers:
+    """Submit a request's rows to its model's engine.
+
+    Raises:
+      ApiError: with the status for the client; nothing runs then.
+    """
+    served = state.model(asked.model)
+
+    def on_step(seconds: float) -> None:
+        state.metrics.add("steps_total", 1)
+        state.metrics.add("step_seconds_total", seconds)
+
+    def submit() -> list[Run]:
+        runs: list[Run] = []
+        try:
+            for number in range(asked.count):
+                settings = asked.settings
+                if settings.seed is not None:
+                    settings = replace(settings, seed=(settings.seed + number) % SEEDS)
+                request = Request(
+                    asked.prompt, settings, asked.options, tuple(asked.stop), asked.constraint
+                )
+                runs.append(served.engine.submit(Answer(request, asked.drafts, on_step)))
+        except BaseException:
+            for run in runs:
+                run.cancel()
+            raise
+        return runs
+
+    runs = await beside(state, submit, asked.param)
+    return Answers(state, served, asked, runs)
+
+
+def settings_of(
+    state: State,
+    *,
+    max_tokens: int | None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    more: dict[str, Any] | None = None,
+) -> GenerationSettings:
+    """Return the server's settings with a request's own.
+
+    Raises:
+      ApiError: if they cannot be used together.
+    """
+    own: dict[str, Any] = {"max_new_tokens": max_tokens or state.limits.max_answer_tokens}
+    if temperature is not None:
+        own["temperature"] = float(temperature)
+    if seed is not None:
+        own["seed"] = seed % SEEDS
+    try:
+        return replace(state.settings, **own, **(more or {}))
+    except DiffGemmaError as error:
+        raise from_error(error) from error

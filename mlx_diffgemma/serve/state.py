@@ -1,0 +1,104 @@
+"""What the server serves: models by name, each with its engine; loading and ending."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from anyio import CapacityLimiter
+
+from ..config.generation import GenerationSettings
+from ..config.serving import Limits
+from ..engine.engine import Engine
+from .errors import ApiError, busy
+from .metrics import Metrics
+
+_THREADS = 4  # that encode prompts and compile constraints
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that requests may name."""
+
+    name: str
+    engine: Engine
+    created: int = field(default_factory=lambda: int(time.time()))  # unix seconds
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return int(self.engine.model.config.text.max_position_embeddings)
+
+    @cached_property
+    def canvas_length(self) -> int:
+        return int(self.engine.model.config.canvas_length)
+
+
+@dataclass
+class State:
+    """All that handlers share.
+
+    Attributes:
+      limits: bounds on requests.
+      settings: how to denoise where a request says nothing.
+      thinking: whether the model thinks where a request says nothing.
+      models: name -> model, the default one first; empty while they are loaded.
+      aliases: further names of the default model.
+      threads: limits the threads that work beside the event loop.
+      is_ending: whether new requests are refused, and those under way end.
+    """
+
+    limits: Limits = Limits()
+    settings: GenerationSettings = GenerationSettings()
+    thinking: bool = False
+    models: Mapping[str, Served] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    metrics: Metrics = field(default_factory=Metrics)
+    is_ending: bool = False
+    threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
+    _on_end: set[Callable[[], Any]] = field(default_factory=set)
+
+    def check_ready(self) -> None:
+        """Refuse requests while models are loaded and once the server ends.
+
+        Raises:
+          ApiError: with status 503.
+        """
+        if self.is_ending:
+            raise busy("the server ends")
+        if not self.models:
+            raise busy("the model is being loaded; try again in a moment")
+
+    def model(self, name: str | None) -> Served:
+        """Return the model of a name, or the default one for None.
+
+        Raises:
+          ApiError: 404 if there is none, 503 as `check_ready`.
+        """
+        self.check_ready()
+        default = next(iter(self.models.values()))
+        if name is None or name in self.aliases:
+            return default
+        if name not in self.models:
+            known = ", ".join([*self.models, *self.aliases])
+            raise ApiError(
+                404,
+                f"there is no model {name[:200]!r}; this server has {known}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.models[name]
+
+    def when_ending(self, act: Callable[[], Any]) -> Callable[[], None]:
+        """Call something once the server ends; return what takes that back."""
+        self._on_end.add(act)
+        return lambda: self._on_end.discard(act)
+
+    def end(self) -> None:
+        """Refuse new requests, and tell those under way to end."""
+        self.is_ending = True
+        for act in list(self._on_end):
+            act()
