@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import decisions, openai_chat, status
+from . import completions, decisions, edits, infill, openai_chat, status
 from .errors import ApiError
 from .log import Write
 from .security import Access, Guard
@@ -20,6 +20,9 @@ DIALECTS: tuple[Callable[[State], list[Route]], ...] = (
     status.routes,
     openai_chat.routes,
     decisions.routes,
+    completions.routes,
+    infill.routes,
+    edits.routes,
 )
 
 

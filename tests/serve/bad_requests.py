@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma.config.serving import Limits
+from mlx_diffgemma.serve.completions import CompletionRequest
+from mlx_diffgemma.serve.infill import InfillRequest
 from mlx_diffgemma.serve.openai_chat import ChatRequest
 from tests.serve.cases import Answered, Running, ask, chat, connected, get, post, read, serving
 
@@ -42,7 +44,28 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
-FIELDS = tuple(ChatRequest.model_fields)
+EDIT = "x\n<|code_to_edit|>\ny\n<|/code_to_edit|>"
+APPLY = "<|original_code|>\nx\n<|/original_code|><|update_snippet|>\ny\n<|/update_snippet|>"
+# Route -> a good body, and the fields of one. A new dialect gets a line here.
+ROUTES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    CHAT: (chat(), tuple(ChatRequest.model_fields)),
+    "/v1/completions": (
+        {"prompt": "a ", "suffix": " b", "max_tokens": 1},
+        tuple(CompletionRequest.model_fields),
+    ),
+    "/infill": (
+        {"input_prefix": "a ", "input_suffix": " b", "n_predict": 1},
+        tuple(InfillRequest.model_fields),
+    ),
+    "/v1/edit/completions": (
+        chat([{"role": "user", "content": EDIT}]),
+        ("messages", "max_tokens", "temperature", "seed", "stop", "stream"),
+    ),
+    "/v1/apply/completions": (
+        chat([{"role": "user", "content": APPLY}]),
+        ("messages", "max_tokens", "temperature", "seed", "stop", "stream"),
+    ),
+}
 
 
 def said(content: Any) -> dict[str, Any]:
@@ -89,14 +112,18 @@ def encoded(value: Any) -> bytes:
 
 
 # Each makes the bytes of a request.
-fields = st.tuples(st.sampled_from(FIELDS), values).map(
-    lambda drawn: post(CHAT, encoded({**chat(), drawn[0]: drawn[1]}))
-)
+fields = st.sampled_from(
+    [(path, good, name) for path, (good, names) in ROUTES.items() for name in names]
+).flatmap(lambda drawn: values.map(lambda v: post(drawn[0], encoded({**drawn[1], drawn[2]: v}))))
 nested = st.tuples(st.sampled_from(sorted(NESTED)), values).map(
     lambda drawn: post(CHAT, encoded({**chat(), **NESTED[drawn[0]](drawn[1])}))
 )
-whole = values.map(lambda value: post(CHAT, encoded(value)))
-random_bytes = st.binary(max_size=60).map(lambda content: post(CHAT, content))
+whole = st.tuples(st.sampled_from(list(ROUTES)), values).map(
+    lambda drawn: post(drawn[0], encoded(drawn[1]))
+)
+random_bytes = st.tuples(st.sampled_from(list(ROUTES)), st.binary(max_size=60)).map(
+    lambda drawn: post(*drawn)
+)
 cut = st.integers(0, 200).map(lambda at: post(CHAT, encoded(chat())[:at]))
 spoiled = st.tuples(st.integers(0, 60), st.binary(min_size=1, max_size=4)).map(
     lambda drawn: post(CHAT, encoded(chat())[: drawn[0]] + drawn[1] + encoded(chat())[drawn[0] :])
@@ -119,8 +146,8 @@ lying = st.sampled_from(["0", "5", "99999", "-1", "x", "1e3", "0x10", "9" * 400,
 )
 heads = st.binary(min_size=1, max_size=80).map(lambda content: content + b"\r\n\r\n")
 requests = st.one_of(
-    fields, nested, nested, whole, random_bytes, cut, spoiled, deep, long_numbers, methods, paths,
-    lying, heads,
+    fields, fields, nested, nested, whole, random_bytes, cut, spoiled, deep, long_numbers, methods,
+    paths, lying, heads,
 )  # fmt: skip
 
 
