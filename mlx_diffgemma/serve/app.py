@@ -9,14 +9,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import openai_chat, status
+from . import anthropic, openai_chat, status
 from .errors import ApiError
 from .log import Write
 from .security import Access, Guard
 from .state import State
 
 # Each has `routes(state)`.
-DIALECTS: tuple[Callable[[State], list[Route]], ...] = (status.routes, openai_chat.routes)
+DIALECTS: tuple[Callable[[State], list[Route]], ...] = (
+    status.routes,
+    openai_chat.routes,
+    anthropic.routes,
+)
 
 
 def application(
