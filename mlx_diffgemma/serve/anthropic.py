@@ -186,8 +186,9 @@ def stop_of(written: Written) -> dict[str, Any]:
 def whole(written: Written, answers: Answers, hides_thoughts: bool) -> dict[str, Any]:
     """Return the object of a whole message."""
     content = Blocks(hides_thoughts=hides_thoughts)
-    texts = Text(written.thought, "thought"), Text(written.text, "answer")
-    for piece in (*texts, *written.calls):
+    texts = [Text(written.thought, "thought"), Text(written.text, "answer")]
+    pieces: list[Text | ToolCall] = [*texts, *written.calls]
+    for piece in pieces:
         for _ in content.add(piece):
             pass
     for _ in content.end():
