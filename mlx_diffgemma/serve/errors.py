@@ -96,7 +96,8 @@ def from_error(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, EngineFailedError) or not isinstance(error, DiffGemmaError):
         return ApiError(500, _FAILED, code="internal_error")
     code = "constraint" if isinstance(error, ConstraintError) else None
-    return ApiError(400, str(error), param=param, code=code)
+    message = str(error) if param is None else f"{param}: {error}"
+    return ApiError(400, message, param=param, code=code)
 
 
 def openai_form(error: ApiError) -> dict[str, Any]:

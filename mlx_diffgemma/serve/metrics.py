@@ -53,6 +53,11 @@ class Metrics:
         with self._lock:
             self._counts[name] += count
 
+    def count(self, name: Count) -> float:
+        """Return a counter's value."""
+        with self._lock:
+            return self._counts[name]
+
     def text(self, gauges: Mapping[str, float]) -> str:
         """Return all numbers, with those of the moment.
 

@@ -139,16 +139,24 @@ class Answers:
         self._pumps = [asyncio.create_task(self._pump(i, run)) for i, run in enumerate(runs)]
         self._stay = state.when_ending(self._end)
 
-    async def pieces(self, seconds: float) -> AsyncIterator[list[tuple[int, Piece]]]:
+    async def pieces(
+        self, seconds: float, first: float | None = None
+    ) -> AsyncIterator[list[tuple[int, Piece]]]:
         """Yield (index of the answer, piece) as they come, until all answers are finished; an empty
-        list after so many seconds without one.
+        list where none came.
+
+        Args:
+          seconds: to wait for a piece.
+          first: to wait for the first one.
 
         Raises:
           ApiError: if an answer fails; the others are cancelled.
         """
         try:
+            wait = seconds if first is None else first
             while self._open:
-                taken, kept = await self._outbox.take(seconds), []
+                taken, kept = await self._outbox.take(wait), []
+                wait = seconds
                 try:
                     for index, piece in taken:
                         if self._observe(index, piece):

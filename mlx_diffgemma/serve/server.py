@@ -93,10 +93,11 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, state: State, end_now: Callable[[], None]) -> None:
         super().__init__(config)
         self._state, self._end_now = state, end_now
+        self.loop: asyncio.AbstractEventLoop | None = None  # once it runs
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
+        self.loop = loop = asyncio.get_running_loop()
         is_main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
         for number in numbers:

@@ -17,6 +17,7 @@ from .runs import Answers, Usage, Written
 
 T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 10.0
+_FIRST_SECONDS = 1.0  # in which an error has its own status; then the stream begins
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache, no-transform",
@@ -163,9 +164,11 @@ class Stream(Response):
             await write(wire.begin())
 
         try:
-            async for some in answers.pieces(self._keep_alive):
+            async for some in answers.pieces(self._keep_alive, _FIRST_SECONDS):
                 if not self._has_begun:
                     await begin()
+                    if not some:
+                        continue
                 await write(_frames(wire, some) if some else wire.keep_alive())
             await write(wire.end(answers.usage))
         except ApiError as error:
