@@ -143,9 +143,12 @@ def test_a_stream_has_all_events_in_order(server):
 
 
 def test_the_clients_stream_ends_with_the_message_of_a_whole_answer(client):
-    with client.messages.stream(model="bundled", max_tokens=99, messages=SORT, system="x") as told:
+    seed = {"seed": 4}
+    with client.messages.stream(
+        model="bundled", max_tokens=99, messages=SORT, extra_body=seed
+    ) as told:
         streamed = told.get_final_message()
-    whole = create(client, max_tokens=99, system="x")
+    whole = create(client, max_tokens=99, extra_body=seed)
     assert [block.text for block in streamed.content] == [whole.content[0].text]
     assert streamed.stop_reason == whole.stop_reason
     assert streamed.usage.output_tokens == whole.usage.output_tokens
