@@ -102,19 +102,18 @@ def test_drafts_replace_each_other_and_end_with_the_answer(client):
         assert all(one != two for one, two in pairwise(texts))
 
 
+SAY = [{"role": "user", "content": "Write something."}]
+
+
 def test_a_seed_fixes_the_answer(client):
-    messages = [{"role": "user", "content": "Write something."}]
-    one, two = (
-        create(client, messages, seed=5, max_tokens=30).choices[0].message.content for _ in range(2)
-    )
-    other = create(client, messages, seed=6, max_tokens=30).choices[0].message.content
-    assert one == two != other
+    one, two, other = (create(client, SAY, seed=seed, max_tokens=30) for seed in (5, 5, 6))
+    texts = [each.choices[0].message.content for each in (one, two, other)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_n_answers_are_those_of_the_next_seeds(client):
-    messages = [{"role": "user", "content": "Write something."}]
-    both = create(client, messages, seed=5, n=2, max_tokens=30)
-    alone = [create(client, messages, seed=seed, max_tokens=30) for seed in (5, 6)]
+    both = create(client, SAY, seed=5, n=2, max_tokens=30)
+    alone = [create(client, SAY, seed=seed, max_tokens=30) for seed in (5, 6)]
     texts = [each.choices[0].message.content for each in alone]
     assert [choice.message.content for choice in both.choices] == texts
     assert [choice.index for choice in both.choices] == [0, 1]
