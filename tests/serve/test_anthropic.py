@@ -429,6 +429,11 @@ def test_errors_have_the_status_and_the_type_that_clients_know(client):
         assert (busy.value.status_code, busy.value.type) == (503, "overloaded_error")
 
 
+def test_a_prompt_that_is_too_long_is_told_in_words_that_clients_know(client):
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: .* 1984 of the 2048"):
+        create(client, [{"role": "user", "content": "x" * 2000}])
+
+
 def test_an_error_in_a_stream_is_an_event(monkeypatch):
     monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.05)
     monkeypatch.setattr(sse, "_FIRST_SECONDS", 0.05, raising=False)

@@ -451,6 +451,12 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_its_keyword(client, server):
     assert server.state.metrics.count("steps_total") == before
 
 
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(client):
+    with pytest.raises(openai.BadRequestError) as error:
+        create(client, "x" * 2000)
+    assert error.value.code == "context_length_exceeded" and error.value.param == "input"
+
+
 def test_a_stream_that_fails_ends_with_a_failed_response(monkeypatch):
     monkeypatch.setattr(sse, "_FIRST_SECONDS", 0.05)
     with serving(settings=LONG) as running:
