@@ -430,7 +430,7 @@ def test_errors_have_the_status_and_the_type_that_clients_know(client):
 
 
 def test_a_prompt_that_is_too_long_is_told_in_words_that_clients_know(client):
-    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: .* 1984 of the 2048"):
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: .* 1984 of"):
         create(client, [{"role": "user", "content": "x" * 2000}])
 
 
