@@ -468,11 +468,10 @@ def test_a_client_that_closes_its_stream_ends_its_row():
 
 
 CODE = {
-    "model": "claude-sonnet-4-5-20250929",
-    "max_tokens": 32000,
+    "model": "claude-opus-4-8",
+    "max_tokens": 64000,
     "stream": True,
-    "temperature": 1,
-    "metadata": {"user_id": "user_1_account__session_2"},
+    "metadata": {"user_id": '{"device_id": "d", "account_uuid": "", "session_id": "s"}'},
     "system": [
         {"type": "text", "text": BILLING},
         {
@@ -497,7 +496,7 @@ CODE = {
         },
     ],
     "thinking": {"type": "adaptive"},
-    "output_config": {"effort": "medium"},
+    "output_config": {"effort": "high"},
     "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
     "messages": [
         {
@@ -507,6 +506,7 @@ CODE = {
                 {"type": "text", "text": "Read a.", "cache_control": {"type": "ephemeral"}},
             ],
         },
+        {"role": "system", "content": "Available agent types: none."},
     ],
 }
 HEADERS = {
@@ -518,8 +518,8 @@ HEADERS = {
 
 
 def test_a_turn_of_claude_code_is_answered():
-    """The shape that its documentation and public captures show: a call, its result, and the
-    answer; the second request finds the context of the first."""
+    """The shape that Claude Code 2.1.197 sent to `tests.serve.agents`: a call, its result, and the
+    answer."""
     read = '<|tool_call>call:Read{file_path:<|"|>a<|"|>}<tool_call|>'
     with serving(model=scripted(THOUGHT + read, "It says b.")) as running:
         running.state.aliases = ("claude-*",)

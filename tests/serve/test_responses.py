@@ -493,7 +493,6 @@ def test_a_client_that_closes_its_stream_ends_its_row():
 
 CODEX = {
     "model": "bundled",
-    "instructions": "You are Codex.",
     "tools": [
         {
             "type": "function",
@@ -519,19 +518,18 @@ CODEX = {
     ],
     "tool_choice": "auto",
     "parallel_tool_calls": True,
-    "reasoning": {"effort": "medium", "summary": "auto"},
+    "reasoning": {"summary": "auto"},
     "store": False,
     "stream": True,
     "include": ["reasoning.encrypted_content"],
     "prompt_cache_key": "0199-thread",
-    "text": {"verbosity": "low"},
-    "client_metadata": {"x-codex-installation-id": "i"},
+    "client_metadata": {"root_turn_id": "0199-turn", "x-codex-turn-metadata": "{}"},
 }
 
 
 def message(role: str, text: str) -> dict:
-    kind = "output_text" if role == "assistant" else "input_text"
-    return {"type": "message", "role": role, "content": [{"type": kind, "text": text}]}
+    content = [{"type": "input_text", "text": text}]
+    return {"type": "message", "id": "msg_0199", "role": role, "content": content}
 
 
 def codex_reads(events) -> SimpleNamespace:
@@ -546,19 +544,23 @@ def codex_reads(events) -> SimpleNamespace:
 
 
 def test_a_turn_of_codex_is_answered():
-    """The shape of its source (codex-rs): every turn sends all items again, with store false."""
+    """The shape that Codex 0.171.0 sent to `tests.serve.agents`: every request has all items again,
+    and nothing is kept."""
     script = [
         f'{THOUGHT}<|tool_call>call:exec_command{{cmd:<|"|>ls<|"|>}}<tool_call|>',
         '<|tool_call>call:apply_patch{input:<|"|>xx<|"|>}<tool_call|>'
         '<|tool_call>call:mcp__docs__find{q:<|"|>a<|"|>}<tool_call|>',
         "Done.",
     ]
-    items = [message("developer", "Sandbox: none."), message("user", "List the files.")]
+    items = [message("developer", "You are Codex."), message("developer", "Sandbox: none.")]
+    items.append(message("user", "List the files."))
     with serving(model=scripted(*script)) as running:
         turns = []
         for _ in script:
             turns.append(codex_reads(events_of(running, **{**CODEX, "input": items})))
             items = [*items, *turns[-1].items]
+            if items[-2]["type"] == "reasoning":
+                items[-2] = {**items[-2], "encrypted_content": None}
             for item in turns[-1].items:
                 if "call_id" in item:
                     kind = f"{item['type']}_output"
