@@ -30,6 +30,10 @@ class PromptError(DiffGemmaError):
     """A prompt that cannot be turned into tokens the model accepts."""
 
 
+class PromptLengthError(PromptError):
+    """A prompt that has more tokens than the model has positions for."""
+
+
 class TemplateError(DiffGemmaError):
     """A template, selection or constraint that cannot be read or cannot be met."""
 

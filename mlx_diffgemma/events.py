@@ -67,6 +67,8 @@ class Finished:
     positions: int  # canvas columns computed, summed over steps: the work done
     row: int = 0
     constraint: Literal["kept"] | None = None  # the answer fits, and was checked; None without one
+    stop_string: str | None = None  # that ended the answer
+    thought_tokens: int = 0  # of the new tokens, those of thoughts, without their markers
 
     @property
     def tokens_per_forward(self) -> float:

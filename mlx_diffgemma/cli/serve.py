@@ -87,7 +87,10 @@ class ServedOptions:
     ] = None
     alias: Annotated[
         list[str] | None,
-        typer.Option(help="One more name for the model; may be repeated."),
+        typer.Option(
+            help="One more name for the model, such as 'claude-*', where * stands for any "
+            "characters; may be repeated."
+        ),
     ] = None
     max_rows: Annotated[
         int, typer.Option(help="Answers that are written together, per model.", min=1)

@@ -47,6 +47,10 @@ class Limits:
     max_schema_depth: int = _count(32, "Objects and lists within each other in a JSON Schema.")
     max_schema_states: int = _count(2000, "States of a constraint's automaton.", at_most=10_000)
     schema_seconds: float = _amount(5.0, "Processor seconds in which a constraint must compile.")
+    max_kept_responses: int = _count(
+        256, "Responses kept for requests that follow them with previous_response_id."
+    )
+    max_kept_mb: float = _amount(64.0, "MB of all these responses with their conversations.")
 
     def __post_init__(self) -> None:
         check(self)
@@ -54,6 +58,10 @@ class Limits:
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 1e6)
+
+    @property
+    def max_kept_bytes(self) -> int:
+        return int(self.max_kept_mb * 1e6)
 
     @property
     def max_schema_bytes(self) -> int:

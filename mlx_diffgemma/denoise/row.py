@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config.generation import ResolvedSettings
 from ..config.model import ModelConfig
-from ..errors import ConfigError, NumbersError, PromptError
+from ..errors import ConfigError, NumbersError, PromptError, PromptLengthError
 from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
 from ..model import Context, DiffusionGemma, OpenContext
 from .canvas import Canvas, Plan, Readout, Taken
@@ -69,7 +69,7 @@ class Row:
           progress: called with (tokens read, tokens in all) while the text is read.
 
         Raises:
-          PromptError: if the text leaves no room for a canvas.
+          PromptLengthError: if the text leaves no room for a canvas.
           ConfigError: if the noise does not suit the settings.
           TemplateError: if the budget is too small for any answer that fits the constraint.
         """
@@ -310,7 +310,7 @@ def check_room(config: ModelConfig, settings: ResolvedSettings, tokens: int) -> 
     limit, canvas = config.text.max_position_embeddings, settings.canvas_length
     room = (limit - tokens) // canvas
     if room < 1:
-        raise PromptError(
+        raise PromptLengthError(
             f"the prompt has {tokens} tokens; with a canvas of {canvas}, "
             f"at most {limit - canvas} of the {limit} positions are free for it"
         )

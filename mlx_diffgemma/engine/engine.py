@@ -24,6 +24,7 @@ from ..denoise.loop import Rows
 from ..denoise.row import Row
 from ..denoise.store import Store
 from ..errors import EngineClosedError, EngineError, EngineFailedError, QueueFullError
+from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..model import DiffusionGemma
 from ..write.job import Running, Task
 from .run import END, Channel, Failure, Run
@@ -106,6 +107,15 @@ class Engine:
         self._thread.start()
         # MLX aborts the process if a thread is still using it at the end.
         atexit.register(self.close, cancel=True)
+
+    def encode(self, prompt: Prompt, options: PromptOptions = PromptOptions()) -> list[int]:
+        """Return the token ids of a prompt, as a request with it would have them.
+
+        Raises:
+          PromptError: as `encode_prompt`.
+        """
+        with self._encoding:
+            return encode_prompt(self.tokenizer, prompt, options)
 
     def submit(self, task: Task) -> Run:
         """Queue a request and return its run.

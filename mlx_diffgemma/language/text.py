@@ -67,9 +67,14 @@ class TextStream:
             self._calls.forget()
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string before which the answer has ended."""
+        return self._stops.found
+
+    @property
     def is_stopped(self) -> bool:
         """Whether the answer has ended before a stop string."""
-        return self._stops.found is not None
+        return self.stop_string is not None
 
     @property
     def has_ended(self) -> bool:

@@ -9,7 +9,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import completions, decisions, edits, infill, openai_chat, status
+from . import (
+    anthropic,
+    completions,
+    decisions,
+    edits,
+    infill,
+    openai_chat,
+    responses,
+    status,
+)
 from .errors import ApiError
 from .log import Write
 from .security import Access, Guard
@@ -23,6 +32,8 @@ DIALECTS: tuple[Callable[[State], list[Route]], ...] = (
     completions.routes,
     infill.routes,
     edits.routes,
+    responses.routes,
+    anthropic.routes,
 )
 
 

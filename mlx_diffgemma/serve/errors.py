@@ -10,6 +10,7 @@ from ..errors import (
     DiffGemmaError,
     EngineClosedError,
     EngineFailedError,
+    PromptLengthError,
     QueueFullError,
 )
 
@@ -43,6 +44,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 _FAILED = "the server failed; its log says how"
+TOO_LONG = "context_length_exceeded"  # the code of a prompt that is too long; clients know it
 
 
 class ApiError(Exception):
@@ -95,7 +97,8 @@ def from_error(error: Exception, param: str | None = None) -> ApiError:
         return busy("the server ends")
     if isinstance(error, EngineFailedError) or not isinstance(error, DiffGemmaError):
         return ApiError(500, _FAILED, code="internal_error")
-    code = "constraint" if isinstance(error, ConstraintError) else None
+    codes = {ConstraintError: "constraint", PromptLengthError: TOO_LONG}
+    code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
     message = str(error) if param is None else f"{param}: {error}"
     return ApiError(400, message, param=param, code=code)
 
@@ -111,7 +114,10 @@ def openai_form(error: ApiError) -> dict[str, Any]:
 def anthropic_form(error: ApiError) -> dict[str, Any]:
     """Return the object of an error in Anthropic's dialect."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    message = error.message
+    if error.code == TOO_LONG:  # clients know these words, and shorten the conversation
+        message = f"prompt is too long: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 # Beginning of a path -> the form of its errors; all others have OpenAI's.

@@ -104,6 +104,7 @@ class Usage:
     prompt_tokens: int = 0  # of one answer: all share it
     cached_tokens: int = 0
     completion_tokens: int = 0
+    thought_tokens: int = 0  # of them, those of thoughts
     steps: int = 0
     canvases: int = 0
     prefill_seconds: float = 0.0
@@ -119,6 +120,7 @@ class Usage:
             self.prefill_seconds = max(self.prefill_seconds, piece.seconds)
         elif isinstance(piece, Finished):
             self.completion_tokens += piece.new_tokens
+            self.thought_tokens += piece.thought_tokens
             self.steps += piece.steps
             self.canvases += piece.canvases
 

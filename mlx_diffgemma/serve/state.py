@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -53,7 +54,7 @@ class State:
       thinking: whether the model thinks where a request says nothing.
       fill_prompt: what the model is told of code with a gap; see FILL_PROMPT.
       models: name -> model, the default one first; empty while they are loaded.
-      aliases: further names of the default model.
+      aliases: further names of the default model; `*` in one stands for any characters.
       threads: limits the threads that work beside the event loop.
       is_ending: whether new requests are refused, and those under way end.
     """
@@ -91,6 +92,8 @@ class State:
         if name is None or name in self.aliases:
             return default
         if name not in self.models:
+            if any("*" in alias and fnmatchcase(name, alias) for alias in self.aliases):
+                return default
             known = ", ".join([*self.models, *self.aliases])
             raise ApiError(
                 404,

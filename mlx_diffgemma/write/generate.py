@@ -121,7 +121,8 @@ def _answer(
                 calls = [(e.name, e.arguments) for e in told if isinstance(e, ToolCall)]
                 check_answer(constraint, "".join(texts), calls)
                 event = replace(event, constraint="kept")
-            yield event
+            thought = stream.thought_tokens
+            yield replace(event, stop_string=stream.stop_string, thought_tokens=thought)
             return
         yield event
         if isinstance(event, CanvasCommitted):

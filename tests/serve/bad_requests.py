@@ -19,16 +19,18 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma.config.serving import Limits
+from mlx_diffgemma.serve.anthropic_types import MessagesRequest
 from mlx_diffgemma.serve.completions import CompletionRequest
 from mlx_diffgemma.serve.infill import InfillRequest
 from mlx_diffgemma.serve.openai_chat import ChatRequest
+from mlx_diffgemma.serve.responses_types import ResponsesRequest
 from tests.serve.cases import Answered, Running, ask, chat, connected, get, post, read, serving
 
 # Bounds so small that a good request among the bad ones costs little.
 LIMITS = Limits(
     max_body_mb=0.05, body_seconds=2.0, header_seconds=2.0, max_answer_tokens=8, schema_seconds=0.3
 )
-CHAT = "/v1/chat/completions"
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 SLOWEST = 20.0  # seconds
 
 numbers = st.one_of(
@@ -106,6 +108,74 @@ NESTED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def block(value: Any, role: str = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": [value]}]}
+
+
+IN_MESSAGES: dict[str, Callable[[Any], Any]] = {
+    "role": lambda v: {"messages": [{"role": v, "content": "x"}]},
+    "content": said,
+    "block": block,
+    "block type": lambda v: block({"type": v, "text": "x"}),
+    "block text": lambda v: block({"type": "text", "text": v}),
+    "system": lambda v: {"system": [v]},
+    "use": lambda v: block({"type": "tool_use", "id": "a", "name": "f", "input": v}, "assistant"),
+    "use id": lambda v: block({"type": "tool_use", "id": v, "name": "f"}, "assistant"),
+    "result": lambda v: block({"type": "tool_result", "tool_use_id": "a", "content": v}),
+    "result id": lambda v: block({"type": "tool_result", "tool_use_id": v}),
+    "thought": lambda v: block({"type": "thinking", "thinking": v}, "assistant"),
+    "begun": lambda v: block({"type": "text", "text": v}, "assistant"),
+    "tool": lambda v: {"tools": [v], "tool_choice": {"type": "any"}},
+    "input schema": lambda v: {
+        "tools": [{"name": "f", "input_schema": v}], "tool_choice": {"type": "any"}
+    },
+    "choice": lambda v: {"tools": [{"name": "f", "input_schema": {}}], "tool_choice": v},
+    "budget": lambda v: {"thinking": {"type": "enabled", "budget_tokens": v}},
+    "thinking": lambda v: {"thinking": {"type": v}},
+    "format": lambda v: {"output_config": {"format": {"type": "json_schema", "schema": v}}},
+    "stop": lambda v: {"stop_sequences": [v]},
+}  # fmt: skip
+
+
+def declared(value: Any) -> dict[str, Any]:
+    tool = {"type": "function", "name": "f", "parameters": value}
+    return {"tools": [tool], "tool_choice": "required"}
+
+
+IN_RESPONSES: dict[str, Callable[[Any], Any]] = {
+    "item": lambda v: {"input": [v]},
+    "item type": lambda v: {"input": [{"type": v, "role": "user", "content": "x"}]},
+    "content": lambda v: {"input": [{"role": "user", "content": v}]},
+    "part": lambda v: {"input": [{"role": "user", "content": [v]}]},
+    "part text": lambda v: {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": v}]}]
+    },
+    "arguments": lambda v: {
+        "input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": v}]
+    },
+    "call id": lambda v: {"input": [{"type": "function_call_output", "call_id": v, "output": "x"}]},
+    "reasoning": lambda v: {"input": [{"type": "reasoning", "content": v, "summary": v}]},
+    "tool": lambda v: {"tools": [v], "tool_choice": "required"},
+    "tool type": lambda v: {"tools": [{"type": v, "name": "f"}], "tool_choice": "required"},
+    "parameters": declared,
+    "inner tools": lambda v: {"tools": [{"type": "namespace", "name": "n", "tools": v}]},
+    "grammar": lambda v: {"tools": [{"type": "custom", "name": "c", "format": v}]},
+    "choice": lambda v: {"tools": [{"type": "function", "name": "f"}], "tool_choice": v},
+    "allowed": lambda v: {"tool_choice": {"type": "allowed_tools", "tools": v}},
+    "format": lambda v: {"text": {"format": {"type": v}}},
+    "schema": lambda v: {"text": {"format": {"type": "json_schema", "schema": v}}},
+    "effort": lambda v: {"reasoning": {"effort": v}},
+}
+
+
+def message(**more: Any) -> dict[str, Any]:
+    return {**chat(max_tokens=4), **more}
+
+
+def response(**more: Any) -> dict[str, Any]:
+    return {"model": "bundled", "input": "Sort: 6 3 1 7", "max_output_tokens": 4, **more}
+
+
 def encoded(value: Any) -> bytes:
     """JSON as careless programs write it, with NaN and half characters."""
     return json.dumps(value).encode("utf-8", "surrogatepass")
@@ -117,6 +187,32 @@ fields = st.sampled_from(
 ).flatmap(lambda drawn: values.map(lambda v: post(drawn[0], encoded({**drawn[1], drawn[2]: v}))))
 nested = st.tuples(st.sampled_from(sorted(NESTED)), values).map(
     lambda drawn: post(CHAT, encoded({**chat(), **NESTED[drawn[0]](drawn[1])}))
+)
+of_messages = st.one_of(
+    st.tuples(st.sampled_from(tuple(MessagesRequest.model_fields)), values).map(
+        lambda drawn: {drawn[0]: drawn[1]}
+    ),
+    st.tuples(st.sampled_from(sorted(IN_MESSAGES)), values).map(
+        lambda drawn: IN_MESSAGES[drawn[0]](drawn[1])
+    ),
+)
+of_responses = st.one_of(
+    st.tuples(st.sampled_from(tuple(ResponsesRequest.model_fields)), values).map(
+        lambda drawn: {drawn[0]: drawn[1]}
+    ),
+    st.tuples(st.sampled_from(sorted(IN_RESPONSES)), values).map(
+        lambda drawn: IN_RESPONSES[drawn[0]](drawn[1])
+    ),
+)
+dialects = st.one_of(
+    st.tuples(st.sampled_from(["", "/count_tokens"]), of_messages).map(
+        lambda drawn: post(f"{MESSAGES}{drawn[0]}", encoded(message(**drawn[1])))
+    ),
+    st.tuples(st.sampled_from(["", "/input_tokens"]), of_responses).map(
+        lambda drawn: post(f"{RESPONSES}{drawn[0]}", encoded(response(**drawn[1])))
+    ),
+    values.map(lambda value: post(MESSAGES, encoded(value))),
+    values.map(lambda value: post(RESPONSES, encoded(value))),
 )
 whole = st.tuples(st.sampled_from(list(ROUTES)), values).map(
     lambda drawn: post(drawn[0], encoded(drawn[1]))
@@ -147,7 +243,7 @@ lying = st.sampled_from(["0", "5", "99999", "-1", "x", "1e3", "0x10", "9" * 400,
 heads = st.binary(min_size=1, max_size=80).map(lambda content: content + b"\r\n\r\n")
 requests = st.one_of(
     fields, fields, nested, nested, whole, random_bytes, cut, spoiled, deep, long_numbers, methods,
-    paths, lying, heads,
+    paths, lying, heads, dialects, dialects, dialects, dialects,
 )  # fmt: skip
 
 
@@ -173,8 +269,11 @@ def check(running: Running, request: bytes) -> int:
     assert b"Traceback" not in answer.body, (request, answer)
     is_head = request.startswith(b"HEAD")
     if answer.status >= 400 and not is_head:
-        error = answer.json["error"]
-        assert set(error) == {"message", "type", "param", "code"}, (request, answer)
+        error, names = answer.json["error"], {"message", "type", "param", "code"}
+        if b" /v1/messages" in request.partition(b"\r\n")[0]:
+            names = {"message", "type"}
+            assert set(answer.json) == {"type", "error"} and answer.json["type"] == "error"
+        assert set(error) == names, (request, answer)
         assert error["message"] and error["type"], (request, answer)
         assert "\n" not in error["message"], (request, answer)
     return answer.status
