@@ -135,7 +135,7 @@ class PromptLines:
         except (ApiError, DiffGemmaError) as error:
             told = error.message if isinstance(error, ApiError) else str(error)
             return Answered({"id": name, "error": told}, is_error=True)
-        return Answered({"id": name} | _plain(written, answers))
+        return Answered({"id": name} | _plain(written, answers, asked.settings.seed))
 
     def _body(self, raw: Mapping[str, Any], line: Line) -> dict[str, Any]:
         """Return a plain line as the body of a chat request."""
@@ -178,7 +178,7 @@ class PromptLines:
         return replace(settings, **own)
 
 
-def _plain(written: Written, answers: Answers) -> dict[str, Any]:
+def _plain(written: Written, answers: Answers, seed: int | None) -> dict[str, Any]:
     """Return a written answer as a plain object."""
     made: dict[str, Any] = {"text": written.text}
     if written.thought:
@@ -193,7 +193,7 @@ def _plain(written: Written, answers: Answers) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "new_tokens": usage.completion_tokens,
         "steps": usage.steps,
-        "seed": answers.asked.settings.seed,
+        "seed": seed,
     }
 
 

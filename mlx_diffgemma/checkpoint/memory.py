@@ -55,12 +55,12 @@ def row_bytes(
     return 2 * context_bytes(config, tokens + canvas_length, element_bytes) + logits
 
 
-def array_bytes(model: Any) -> int:
-    """Return the bytes of a model's arrays."""
+def array_bytes(*models: Any) -> int:
+    """Return the bytes of models' arrays; those that they share count once."""
     from mlx.utils import tree_flatten
 
-    leaves: Any = tree_flatten(model.parameters())
-    return sum(array.nbytes for _, array in leaves)
+    leaves: Any = tree_flatten([model.parameters() for model in models])
+    return sum({id(array): array.nbytes for _, array in leaves}.values())
 
 
 def recommended_bytes() -> int:

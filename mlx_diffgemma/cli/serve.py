@@ -81,8 +81,7 @@ class ServedOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME=FOLDER",
-            help="Adapters as one more model; may be repeated. Each takes the memory of the "
-            "model once more.",
+            help="Adapters as one more model, which shares the weights; may be repeated.",
         ),
     ] = None
     alias: Annotated[
@@ -210,31 +209,33 @@ def _load(
     Raises:
       DiffGemmaError: if one cannot be loaded.
     """
-    from ..checkpoint.load import load
     from ..checkpoint.memory import WARN_ABOVE, array_bytes, recommended_bytes
+    from ..checkpoint.variants import load_variants
     from ..engine.engine import Engine
     from ..serve.state import Served
     from ..write.chat import chat_store
 
-    loaded = [model.load()]
-    for folder in adapters.values():
-        loaded.append(load(model.source, revision=model.revision, adapter_path=folder))
+    folders: dict[str, str | Path] = {"": model.adapter_path} if model.adapter_path else {}
+    base, variants, tokenizer = load_variants(
+        model.source, folders | dict(adapters), revision=model.revision
+    )
+    models = [variants.pop("", base), *variants.values()]
     stores = [store or chat_store(), *(chat_store() for _ in adapters)]
-    weights = sum(array_bytes(each) for each, _ in loaded)
     kept = sum(each.max_bytes for each in stores)
-    room = int(recommended_bytes() * WARN_ABOVE) - weights - kept
+    room = int(recommended_bytes() * WARN_ABOVE) - array_bytes(*models) - kept
     return {
         name: Served(
             name,
             Engine(
-                *each,
+                each,
+                tokenizer,
                 max_rows=options.max_rows,
                 max_queue=options.max_queue,
                 store=own,
-                memory_bytes=room // len(loaded),
+                memory_bytes=room // len(models),
             ),
         )
-        for name, each, own in zip(names, loaded, stores, strict=True)
+        for name, each, own in zip(names, models, stores, strict=True)
     }
 
 
