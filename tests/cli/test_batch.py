@@ -27,6 +27,10 @@ def arguments(source, *more: str) -> list[str]:
     return ["--input", str(source), "--output", str(output), "--max-denoising-steps", "6", *more]
 
 
+def heed() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def answers(source) -> list[dict]:
     lines = source.with_name("answers.jsonl").read_bytes().splitlines(keepends=True)
     assert all(line.endswith(b"\n") for line in lines)
@@ -37,7 +41,8 @@ def test_interrupted_and_killed_it_goes_on_to_what_generate_gives_alone(source):
     ways = [(signal.SIGINT, 130), (signal.SIGKILL, -9)]
     counts = []
     for number, code in ways:
-        run = program("batch", *arguments(source, "--max-rows", "3"))
+        # Ctrl-C works in it even where this process ignores it, as one in the background does.
+        run = program("batch", *arguments(source, "--max-rows", "3"), preexec_fn=heed)
         end, before = time.monotonic() + 300, counts[-1] if counts else 0
         output = source.with_name("answers.jsonl")
         while time.monotonic() < end and run.poll() is None:
