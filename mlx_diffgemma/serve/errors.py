@@ -42,7 +42,7 @@ _ANTHROPIC_TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
-_FAILED = "the server failed; its log says how"
+FAILED = "the server failed; its log says how"
 
 
 class ApiError(Exception):
@@ -94,7 +94,7 @@ def from_error(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, EngineClosedError):
         return busy("the server ends")
     if isinstance(error, EngineFailedError) or not isinstance(error, DiffGemmaError):
-        return ApiError(500, _FAILED, code="internal_error")
+        return ApiError(500, FAILED, code="internal_error")
     code = "constraint" if isinstance(error, ConstraintError) else None
     message = str(error) if param is None else f"{param}: {error}"
     return ApiError(400, message, param=param, code=code)
