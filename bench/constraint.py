@@ -21,6 +21,7 @@ import argparse
 import gzip
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,14 +30,16 @@ from random import Random
 from statistics import median, quantiles
 from typing import Any
 
-import numpy as np
 from common import finish, peak_rss_bytes, record
 
-from mlx_diffgemma.constraint.dfa import DFA, NOWHERE
+from mlx_diffgemma.constraint.dfa import DFA
 from mlx_diffgemma.constraint.dialect import validator_of
 from mlx_diffgemma.constraint.net import DEFAULT_STATES
 from mlx_diffgemma.constraint.schema import json_schema
 from mlx_diffgemma.errors import ConstraintError
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.constraint.schemas import Draws
 
 READING_ORDER = ("$ref", "allOf", "anyOf", "oneOf", "if", "dependencies", "dependentSchemas")
 BOUNDS = {"median_seconds": 0.1, "p95_seconds": 2.0, "more_bytes": 300e6}
@@ -139,49 +142,14 @@ def measure(cases: list[dict[str, Any]], build: Compile, options: Any) -> dict[s
 def draw_and_validate(case: dict[str, Any], dfa: DFA, options: Any) -> Counter[str]:
     validator, rng = validator_of(case["schema"]), Random(case["name"])
     counts: Counter[str] = Counter(draws_invalid=0)
-    walk = Walk(dfa)
+    strings = Draws(dfa)
     for _ in range(options.draws):
-        text = walk.draw(rng)
+        text = strings.text(rng)
         counts["draws"] += 1
         if not validator.is_valid(json.loads(text)):
             counts["draws_invalid"] += 1
             print(f"DRAWN, NOT VALID: {case['name']}: {text[:300]!r}")
     return counts
-
-
-class Walk:
-    """Draws strings of an automaton: steps at random, and after some of them the shortest way."""
-
-    def __init__(self, dfa: DFA) -> None:
-        self._dfa = dfa
-        far = np.where(dfa.accepting, 0, len(dfa) + 1)
-        while True:
-            ahead = np.where(dfa.table == NOWHERE, len(dfa) + 1, far[dfa.table]).min(axis=1) + 1
-            nearer = np.minimum(far, ahead)
-            if (nearer == far).all():
-                break
-            far = nearer
-        self._far = far
-
-    def draw(self, rng: Random) -> str:
-        dfa, state, text = self._dfa, 0, []
-        steps = rng.choice((5, 30, 150))
-        while True:
-            if dfa.accepting[state] and (len(text) >= steps or rng.random() < 0.2):
-                return "".join(text)
-            row = dfa.table[state]
-            columns = np.flatnonzero(row != NOWHERE)
-            if not columns.size:
-                return "".join(text)
-            if len(text) >= steps:
-                columns = columns[self._far[row[columns]] < self._far[state]]
-            # Each next state is as likely as another: the string of a value is left soon.
-            target = rng.choice(np.unique(row[columns]).tolist())
-            column = rng.choice(columns[row[columns] == target].tolist())
-            low = int(dfa.bounds[column])
-            high = int(dfa.bounds[column + 1]) - 1 if column + 1 < len(dfa.bounds) else low
-            text.append(chr(rng.randint(low, min(high, 0x10FFFF))))
-            state = target
 
 
 def spellings(case: dict[str, Any], as_given: bool) -> Iterator[tuple[bool, str]]:
