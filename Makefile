@@ -41,7 +41,8 @@ bench: $(VENV)/.bench
 # kills in full counts, rows of 300 mixtures write what they write alone, a store changes no answer of
 # 200 conversations and survives 100 kills, no request of 2,000 is lost, 500 drawn expressions match
 # what re matches, 3,000 small constraints are decoded exactly, every answer of 3,000 runs under
-# constraints fits, and the package installs with pip, uv and pipx on every Python here.
+# constraints fits, and so over tokens of whole words (TOKENIZER=FOLDER and CASES=FILE: those of a
+# checkpoint, under given schemas), and the package installs with pip, uv and pipx on every Python here.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
@@ -53,6 +54,7 @@ long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.constraint.cases --count 3000
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.write.constrained_runs
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.write.merged_tokens $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(CASES),--cases $(CASES))
 	$(BIN)/python -m tests.constraint.patterns
 	$(BIN)/python tests/check_installs.py
 

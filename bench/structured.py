@@ -33,13 +33,13 @@ from common import finish, record
 from jsonschema import Draft202012Validator
 
 from mlx_diffgemma import Constraint, GenerationSettings, batch_generate, bundled_model, load
-from mlx_diffgemma.config.training import TrainSettings
+from mlx_diffgemma.config.training import TrainSettings, read_recipe
 from mlx_diffgemma.denoise.constrained import TokenConstraint
 from mlx_diffgemma.train.session import Session
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "records"
 sys.path.insert(0, str(RECIPE))
-from draw import SCHEMA, TEST, draw, write
+from draw import SCHEMA, TEST, draw, write  # noqa: E402
 
 MOST_LOST = 0.02  # of exactness
 TOKENS, BATCH, SEED = 128, 20, 4000
@@ -87,7 +87,7 @@ def main() -> None:
 def make(folder: Path) -> tuple[Path, float]:
     """Train by the recipe; return the adapters' folder and the minutes of processor time."""
     write(folder / "data")
-    settings = TrainSettings.from_yaml(RECIPE / "lora.yaml")
+    settings = TrainSettings.from_dict(read_recipe(str(RECIPE / "lora.yaml")))
     started = time.process_time()
     session = Session.open(str(bundled_model()), str(folder / "data"), folder / "run", settings)
     for event in session.train():
