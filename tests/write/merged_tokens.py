@@ -214,9 +214,13 @@ def main() -> None:
         own = options.tokenizer
         tokenizer = load_tokenizer(own) if own else made_tokenizer(Path(folder))
     model = load_drawn(
-        3, vocab_size=len(tokenizer), canvas_length=options.canvas, hidden_size=16, num_hidden_layers=2,
+        3,
+        vocab_size=len(tokenizer),
+        canvas_length=options.canvas,
+        hidden_size=16,
+        num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    )
     started = time.process_time()
     seen = run(schemas_of(options.cases, options.count), model, tokenizer, options.canvas)
     states, classes = zip(*seen.sizes, strict=True)
