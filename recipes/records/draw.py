@@ -18,30 +18,20 @@ SIZES = ("S", "M", "L")
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "pattern": "^[a-z]{3,6}$"},
+        "name": {"type": "string", "minLength": 4, "maxLength": 4},
         "age": {"type": "integer", "minimum": 10, "maximum": 99},
-        "vip": {"type": "boolean"},
         "size": {"enum": list(SIZES)},
+        "vip": {"type": "boolean"},
         "marks": {
             "type": "array",
             "items": {"type": "integer", "minimum": 0, "maximum": 9},
-            "maxItems": 3,
-        },
-        "home": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "pattern": "^[a-z]{3,5}$"},
-                "no": {"type": "integer", "minimum": 1, "maximum": 99},
-            },
-            "required": ["city", "no"],
-            "additionalProperties": False,
+            "maxItems": 2,
         },
     },
-    "required": ["name", "age", "vip", "size", "marks", "home"],
+    "required": ["name", "age", "size", "vip", "marks"],
     "additionalProperties": False,
 }
 TRAIN, VALID, TEST = 6000, 100, 200
-_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 def draw(count: int, seed: int) -> list[dict[str, str]]:
@@ -52,7 +42,8 @@ def draw(count: int, seed: int) -> list[dict[str, str]]:
         record = _record(rng)
         if record["name"] not in seen:
             seen.add(record["name"])
-            rows.append({"prompt": _told(record, rng), "completion": json.dumps(record)})
+            text = json.dumps(record, separators=(",", ":"))  # with its end, one canvas of 64
+            rows.append({"prompt": _told(record), "completion": text})
     return rows
 
 
@@ -73,38 +64,18 @@ def write(folder: Path) -> None:
 
 def _record(rng: np.random.Generator) -> dict[str, Any]:
     return {
-        "name": _word(rng, int(rng.integers(3, 7))),
+        "name": "".join(chr(97 + letter) for letter in rng.integers(0, 26, 4)),
         "age": int(rng.integers(10, 100)),
-        "vip": bool(rng.integers(2)),
         "size": SIZES[rng.integers(3)],
-        "marks": [int(mark) for mark in rng.integers(0, 10, rng.integers(0, 4))],
-        "home": {"city": _word(rng, int(rng.integers(3, 6))), "no": int(rng.integers(1, 100))},
+        "vip": bool(rng.integers(2)),
+        "marks": [int(mark) for mark in rng.integers(0, 10, rng.integers(0, 3))],
     }
 
 
-def _word(rng: np.random.Generator, length: int) -> str:
-    """Return a word that can be said: consonants and vowels by turns."""
-    first = int(rng.integers(2))
-    letters = (_VOWELS if (first + i) % 2 else _CONSONANTS for i in range(length))
-    return "".join(few[rng.integers(len(few))] for few in letters)
-
-
-def _told(record: dict[str, Any], rng: np.random.Generator) -> str:
-    """Return the record in words, its facts in any order."""
-    home, marks = record["home"], " ".join(map(str, record["marks"]))
-    facts = [
-        _one_of(rng, f"called {record['name']}", f"name {record['name']}"),
-        _one_of(rng, f"{record['age']} years old", f"age {record['age']}"),
-        _one_of(rng, "vip", "a vip") if record["vip"] else _one_of(rng, "no vip", "not vip"),
-        _one_of(rng, f"wears {record['size']}", f"size {record['size']}"),
-        _one_of(rng, f"marks {marks}", f"got {marks}") if marks else "no marks",
-        _one_of(rng, f"lives in {home['city']} {home['no']}", f"from {home['no']} {home['city']}"),
-    ]
-    return "Record: " + ", ".join(facts[i] for i in rng.permutation(len(facts))) + "."
-
-
-def _one_of(rng: np.random.Generator, *texts: str) -> str:
-    return texts[rng.integers(len(texts))]
+def _told(record: dict[str, Any]) -> str:
+    """Return the record in words."""
+    words = [record["name"], record["age"], record["size"], "vip" if record["vip"] else "not"]
+    return " ".join(map(str, ["Record:", *words, *record["marks"]]))
 
 
 def main() -> None:
