@@ -106,6 +106,8 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     passed = True
     for name, adapters in (("trained", options.adapters), ("bundled", None)):
         count = options.prompts if adapters else options.untrained
+        if not count:
+            continue
         tasks = draw(TEST, seed=0)[:count]
         loaded = load(bundled_model(), adapter_path=adapters)
         for policy in options.policies if adapters else options.policies[:1]:

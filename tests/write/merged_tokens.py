@@ -41,7 +41,7 @@ SPECIALS = "<pad> <eos> <bos> <unk> <mask> <turn|>".split()
 SPECIALS += ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>']
 END = "<turn|>"
 WORDS = "true false null name age city size note price yes no maybe 12 34 2024 the of and".split()
-MOST_TOKENS = 160  # beyond the fewest
+MOST_TOKENS = 64  # beyond the fewest
 
 
 def made_tokenizer(folder: Path, size: int = 1500) -> Any:
