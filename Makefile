@@ -37,12 +37,9 @@ bench: $(VENV)/.bench
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
 	$(BIN)/python bench/table.py --write
 
-# What is too long for every change: each deliberate fault is noticed, conversions survive damage and
-# kills in full counts, rows of 300 mixtures write what they write alone, a store changes no answer of
-# 200 conversations and survives 100 kills, no request of 2,000 is lost, 500 drawn expressions match
-# what re matches, 3,000 small constraints are decoded exactly, every answer of 3,000 runs under
-# constraints fits, 30 killed batches end as a whole one, and the package installs with pip, uv and
-# pipx on every Python here.
+# What is too long for every change: deliberate faults, fuzzing, kills, soaks, and drawn cases in full
+# counts, each script saying what it shows; the package installed with pip, uv and pipx on every
+# Python here. TOKENIZER=FOLDER and CASES=FILE: a checkpoint's tokenizer, under given schemas.
 long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py
@@ -58,6 +55,7 @@ long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.batch.kills
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.bad_requests
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.soak
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.write.merged_tokens $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(CASES),--cases $(CASES))
 	$(BIN)/python -m tests.constraint.patterns
 	$(BIN)/python tests/check_installs.py
 

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch", "numpy")
+_PACKAGES = (
+    *("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch", "numpy"),
+    *("llguidance", "outlines_core"),
+)
 
 
 def machine() -> dict[str, Any]:

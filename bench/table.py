@@ -1,10 +1,10 @@
-"""The tables of docs/speed.md, from the last lines of bench/results/.
+"""The tables of docs/speed.md and docs/constraints.md, from the last lines of bench/results/.
 
 No figure is typed by hand: what was not measured has no row. The last lines name machine, versions
 and commit.
 
     python bench/table.py            # prints
-    python bench/table.py --write    # replaces the tables in docs/speed.md
+    python bench/table.py --write    # replaces the tables in the pages
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BENCHES = ("step", "answer", "twin", "growth", "growth_peak", "counts", "cache")
 BEGIN, END = "<!-- bench table -->", "<!-- /bench table -->"
 NOT_APPLE = "No figure here was measured on Apple hardware."
 MISSING = "-"
-PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 Record = dict[str, Any]
 
@@ -31,16 +31,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="into the page")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    records = read(options.results)
+    for name, text in pages(options.results).items():
+        if options.write:
+            replace_between_marks(options.docs / name, text)
+        print(text)
+
+
+def pages(results: Path) -> dict[str, str]:
+    """What stands between the marks of each page."""
+    records = read(results)
     if not records:
-        raise SystemExit(f"{options.results} has none of {', '.join(BENCHES)}: nothing to show")
-    text = "\n\n".join(tables(records))
-    if options.write:
-        replace_between_marks(options.page, text)
-    print(text)
+        raise SystemExit(f"{results} has none of {', '.join(BENCHES)}: nothing to show")
+    return {
+        "speed.md": "\n\n".join(tables(records)),
+        "constraints.md": "\n\n".join(constraints(results)),
+    }
 
 
 def read(results: Path) -> dict[str, Record]:
@@ -130,6 +138,67 @@ def answers(record: Record) -> list[str]:
     return [title, markdown(heads.split("|"), rows)]
 
 
+def constraints(results: Path) -> list[str]:
+    """What schemas cost to compile, and what a step costs the host."""
+    blocks, used = [], {}
+    by_limit = {
+        record["shape"]["states"]: record
+        for record in lines_of(results, "constraint")
+        if not record["shape"]["as_given"]
+    }
+    rows = []
+    for states, record in sorted(by_limit.items(), reverse=True):
+        used[f"constraint_states {states}"] = record
+        rows.append(compiled(f"{states:,} states", record["rows"]["ours"]))
+    others = by_limit[max(by_limit)]["rows"] if by_limit else {}
+    rows += [compiled(name, row) for name, row in others.items() if name != "ours"]
+    if rows:
+        count = by_limit[max(by_limit)]["shape"]["cases"]
+        heads = "limit, or library|compiled|clean|invalid accepted|median states"
+        heads += "|processor time, median|95%"
+        blocks += [f"Of {count} schemas:", markdown(heads.split("|"), rows)]
+    for record in lines_of(results, "constraint_step")[-1:]:
+        used["constraint_step"] = record
+        rows = [
+            [
+                name,
+                f"{row['states']:,}",
+                f"{row['classes']:,}",
+                f"{row['edges']:,}",
+                number(row["lift_ms"]),
+                *(number(max(row[key].values())) for key in ("draft_ms", "marginals_ms")),
+            ]
+            for name, row in record["automata"].items()
+        ]
+        heads = "automaton|states|classes of tokens|edges|lift, ms|draft, ms|marginals, ms"
+        title = (
+            f"On the host, for a canvas of {record['shape']['positions']} positions over "
+            f"{record['shape']['vocabulary']:,} tokens, milliseconds of processor time:"
+        )
+        blocks += [title, markdown(heads.split("|"), rows)]
+    return [*blocks, provenance(used)] if used else []
+
+
+def compiled(name: str, row: Record) -> list[str]:
+    return [
+        name,
+        str(row["compiled"]),
+        str(row["clean"]),
+        str(row["invalid_accepted"]),
+        number(row["median_states"]) if row["median_states"] else MISSING,
+        f"{row['median_seconds']:.3f} s",
+        f"{row['p95_seconds']:.2f} s",
+    ]
+
+
+def lines_of(results: Path, name: str) -> list[Record]:
+    """All records of a benchmark."""
+    path = results / f"{name}.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def bounds(records: dict[str, Record]) -> str:
     """What each benchmark asks, and whether all of its bounds hold."""
     rows = [
@@ -148,7 +217,10 @@ def held(record: Record) -> bool | None:
 
 
 def script_of(name: str) -> str:
-    script, _, option = name.partition("_")
+    if (Path(__file__).parent / f"{name}.py").is_file():
+        script, option = name, ""
+    else:
+        script, _, option = name.partition("_")
     return f"bench/{script}.py" + (f" --{option}" if option else "")
 
 

@@ -26,7 +26,7 @@ ROWS = "tests/denoise/test_rows.py"
 STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_files.py"
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
 LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
-CLASSES = "tests/denoise/test_classes.py"
+CLASSES, BOUND = "tests/denoise/test_classes.py", "tests/write/test_constraint.py"
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
 TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"
 OBJECTIVE = "tests/parity/test_objective.py"
@@ -755,8 +755,8 @@ FAULTS = (
     Fault(
         "lift: pad ends an answer",
         "constraint/tokens.py",
-        "    maps[-1, end] = end\n",
-        "    maps[-1, end] = end\n    maps[-1, :S][dfa.accepting] = end\n",
+        "    maps[at + len(symbols) :, end] = end  # models",
+        "    maps[-1, :S][dfa.accepting] = end\n    maps[at + len(symbols) :, end] = end  # models",
         (LIFT,),
     ),
     Fault(
@@ -877,6 +877,125 @@ FAULTS = (
         "masses = np.cumsum(sums[i, blocks], dtype=np.float64)",
         "masses = np.cumsum(np.ones(len(blocks)))",
         (CLASSES,),
+    ),
+    Fault(
+        "lift: nothing but pad may fill a canvas behind the end",
+        "constraint/tokens.py",
+        "    maps[at + len(symbols) :, end] = end  # models",
+        "    maps[-1, end] = end  # models",
+        (LIFT,),
+    ),
+    Fault(
+        "lift: two maps with equal beginnings are one",
+        "constraint/tokens.py",
+        "self._known.setdefault(row.tobytes(), self.count)",
+        "self._known.setdefault(row[:2].tobytes(), self.count)",
+        (LIFT,),
+    ),
+    Fault(
+        "groups: members behind the first few are left out",
+        "constraint/groups.py",
+        "operation(one, operation.reduce(rows.take(members, axis=0), axis=0), out=one)",
+        "pass",
+        ("tests/constraint/test_groups.py",),
+    ),
+    Fault(
+        "bound: the state behind a canvas is forgotten",
+        "denoise/row.py",
+        "self._state = self._constraint.after(tokens, self._state)",
+        "self._state = 0",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: every canvas has the whole budget",
+        "denoise/row.py",
+        "return CanvasConstraint(self._constraint, state, self._left, len(first), pad)",
+        "return CanvasConstraint(self._constraint, state, 10**6, len(first), pad)",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: a budget below the shortest answer is tried",
+        "denoise/row.py",
+        "            constraint.check_budget(self._left)\n",
+        "            pass\n",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: a canvas may end anywhere",
+        "denoise/constrained.py",
+        "return endings(self.row.automaton, max(0, self.left - width))",
+        "return endings(self.row.automaton, 10**6)",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: all canvases get the choice of the first",
+        "denoise/constrained.py",
+        "pieces = np.split(flat, np.cumsum(sizes)[:-1])",
+        "pieces = [flat[: sizes[0]]] * len(sizes)",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: numbers that are not finite reach the host's sums",
+        "denoise/constrained.py",
+        "if not np.isfinite(numbers).all():",
+        "if False:",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: the model's own draft",
+        "denoise/constrained.py",
+        "        draft=_wide(look, draft, pad),\n",
+        "",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: each row waits for its own numbers",
+        "denoise/constrained.py",
+        "flat = np.array(mx.concatenate([part.reshape(-1) for part in parts]))",
+        "flat = np.concatenate([np.array(part).reshape(-1) for part in parts])",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: an answer is handed out unchecked",
+        "write/generate.py",
+        'check_answer(constraint, "".join(texts), calls)',
+        "pass",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: one lifted automaton for all",
+        "write/constrained.py",
+        "key = (identity, thinking, of_tokens)",
+        "key = (thinking, of_tokens)",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: long whole numbers lose their sign",
+        "constraint/constraint.py",
+        'return -value if text.startswith("-") else value',
+        "return value",
+        (BOUND,),
+    ),
+    Fault(
+        "bound: the numbers of calls are of any length",
+        "constraint/tool_calls.py",
+        "return intersection(numbers(bounds), short)",
+        "return numbers(bounds)",
+        (CALLS,),
+    ),
+    Fault(
+        "bound: a retry in a chat is free",
+        "write/chat.py",
+        "yield from self._answer(self._unsent, constraint)",
+        "yield from self._answer(self._unsent, None)",
+        (CHAT,),
+    ),
+    Fault(
+        "bound: /constraint off changes nothing",
+        "cli/session.py",
+        '        if kind == "off":\n            self._keep(None, "")',
+        '        if kind == "off":\n            pass',
+        (CHAT_CLI,),
     ),
     Fault(
         "automaton: the best token of each place, whatever the string",

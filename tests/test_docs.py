@@ -355,10 +355,10 @@ def test_reference_pages_are_what_the_code_says():
     assert not stale, f"{stale}: run python docs/reference.py --write"
 
 
-def test_tables_of_speed_are_those_of_the_records():
-    table = module_of(ROOT / "bench" / "table.py")
-    text = "\n\n".join(table.tables(table.read(table.RESULTS)))
-    page = DOCS / "speed.md"
+@pytest.mark.parametrize("name", ["speed.md", "constraints.md"])
+def test_tables_of_figures_are_those_of_the_records(name):
+    table, page = module_of(ROOT / "bench" / "table.py"), DOCS / name
+    text = table.pages(table.RESULTS)[name]
     assert table.between_marks(page, text) == page.read_text(), "run python bench/table.py --write"
 
 

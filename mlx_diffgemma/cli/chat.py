@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 from ..config.generation import GenerationSettings
+from ..errors import PromptError
+from .constraints import ConstraintOptions
 from .options import (
     ContextOptions,
     ModelOptions,
@@ -38,6 +40,7 @@ def chat(
     *,
     model: ModelOptions,
     contexts: ContextOptions,
+    bound: ConstraintOptions,
     settings: GenerationSettings,
 ) -> None:
     """Talk with a model, with commands such as /undo, /retry and /save; /help lists them. Without a
@@ -46,6 +49,9 @@ def chat(
     from .render_chat import ChatView
     from .session import COMMANDS, Session
 
+    if bound.reads_stdin:
+        raise PromptError("stdin has the messages; give --json-schema a file, or the schema itself")
+    constraint = bound.constraint()
     view, is_drawn = ChatView(markdown=markdown), settings.seed is None
     settings, store = seeded(settings), contexts.store()
     lines = lines_of(list(COMMANDS))
@@ -65,6 +71,7 @@ def chat(
         prompt_progress_callback=reading,
     )
     session = Session(talk, view, lines, loaded, tokenizer)
+    session.hold(bound, constraint)
     for line in [*model.notes(), *([_PUZZLES] if model.is_bundled else [])]:
         view.note(line)
     if is_drawn:

@@ -1,14 +1,19 @@
 """Options on what an answer must be."""
 
+from __future__ import annotations
+
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConstraintError, DiffGemmaError
 from .options import decoded, read_file, read_stdin
+
+if TYPE_CHECKING:
+    from ..constraint.constraint import Constraint
 
 PANEL = "Constraint"
 
@@ -56,20 +61,49 @@ class ConstraintOptions:
         """Whether the schema is read from stdin."""
         return self.json_schema == "-"
 
-    def constraint(self) -> Any:
-        """Return the `Constraint`, or None.
+    def given(self) -> dict[str, str]:
+        """Return the options that make a constraint, by name; at most one of them counts."""
+        values = {
+            "--json-schema": self.json_schema,
+            "--json-object": "" if self.json_object else None,
+            "--regex": self.regex,
+            "--choices": self.choices,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def instead(self, kind: str, value: str) -> ConstraintOptions:
+        """Return these options with another constraint; the layout of JSON stays.
+
+        Args:
+          kind: the name of an option, without its dashes.
+          value: of the option; empty where it takes none.
+
+        Raises:
+          ConstraintError: if there is no such constraint, or a value is missing or too much.
+        """
+        kinds: dict[str, dict[str, Any]] = {
+            "json-schema": {"json_schema": value},
+            "json-object": {"json_object": True},
+            "regex": {"regex": value},
+            "choices": {"choices": value},
+        }
+        if kind not in kinds:
+            raise ConstraintError(f"there is no constraint {kind!r}; there are {', '.join(kinds)}")
+        if kind == "json-object" and value:
+            raise ConstraintError(f"{kind} takes nothing behind it, got {value[:60]!r}")
+        if kind != "json-object" and not value:
+            raise ConstraintError(f"{kind} needs something behind it")
+        cleared = replace(self, json_schema=None, json_object=False, regex=None, choices=None)
+        return replace(cleared, **kinds[kind])
+
+    def constraint(self) -> Constraint | None:
+        """Return the constraint, if one is given.
 
         Raises:
           ConstraintError: if it cannot be held, or several are given.
           PromptError: if a file cannot be read.
         """
-        given = {
-            "--json-schema": self.json_schema,
-            "--json-object": self.json_object or None,
-            "--regex": self.regex,
-            "--choices": self.choices,
-        }
-        names = [name for name, value in given.items() if value is not None]
+        names = list(self.given())
         if len(names) > 1:
             raise ConstraintError(f"{' and '.join(names)} exclude each other; give one of them")
         laid_out = self.json_compact or self.json_indent is not None

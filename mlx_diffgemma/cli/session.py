@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from ..config.entry import entries, kinds
 from ..config.generation import GenerationSettings
 from ..errors import ChatError, DiffGemmaError
+from .constraints import ConstraintOptions
 from .interrupt import stopping
 from .lines import Lines
 from .output import Follower
 
 if TYPE_CHECKING:
+    from ..constraint.constraint import Constraint
     from ..events import Event
     from ..view.report import Summary
     from ..write.chat import Chat
@@ -34,6 +36,11 @@ COMMANDS = {
     "/load": ("FILE", "continue the conversation in a file"),
     "/seed": ("[N]", "show the seed, or draw from a new one"),
     "/set": ("[NAME [VALUE]]", "show settings, or change one; the value default leaves it open"),
+    "/constraint": (
+        "[KIND [VALUE] | off]",
+        "show what answers must be, or set it: json-schema FILE, json-object, regex PATTERN, "
+        "choices A,B or tool-call",
+    ),
     "/image": ("FILE", "not supported yet; a later version will read images"),
     "/stats": ("", "show numbers of the last answer and of the session"),
     "/quit": ("", "leave; Ctrl-D does too"),
@@ -62,15 +69,28 @@ class Session:
         self._chat, self._view, self._lines = chat, view, lines
         self._model, self._tokenizer = model, tokenizer
         self._totals = _Totals()
+        self._bound = ConstraintOptions()
+        self._held: Constraint | None = None
+        self._held_as = ""
         self._is_stopping = False
         self.has_failed = False
+
+    def hold(self, options: ConstraintOptions, constraint: Constraint | None) -> None:
+        """Hold all further answers to a constraint, if there is one.
+
+        Args:
+          options: of which it was made; their layout of JSON is that of /constraint too.
+          constraint: of the answers.
+        """
+        self._bound = options
+        self._keep(constraint, " ".join(options.given()))
 
     def run(self, first: str | None = None) -> None:
         """Carry out all lines, after a first one."""
         if first is not None:
             if self._lines.is_terminal:
                 self._view.note(f"> {first}")
-            self._do(lambda: self._turn(self._chat.send(first)))
+            self._do(lambda: self._turn(self._chat.send(first, constraint=self._held)))
         while self._do(self._next):
             pass
 
@@ -109,9 +129,9 @@ class Session:
         if calls := self._chat.open_calls:
             self._chat.answer_tool(calls[0], line)
             if not self._chat.open_calls:
-                self._turn(self._chat.resume())
+                self._turn(self._chat.resume(constraint=self._held))
         elif text:
-            self._turn(self._chat.send(line))
+            self._turn(self._chat.send(line, constraint=self._held))
         return True
 
     def _command(self, name: str, argument: str) -> bool | None:
@@ -214,7 +234,7 @@ class Session:
         self._view.note(f"took back: {_short(self._chat.undo())}")
 
     def _retry(self) -> None:
-        self._turn(self._chat.retry())
+        self._turn(self._chat.retry(constraint=self._held))
 
     def _edit(self, argument: str) -> None:
         number, text = _first_word(argument)
@@ -231,7 +251,7 @@ class Session:
                 self._view.note("nothing is changed")
                 return
             text = str(edited)
-        self._turn(self._chat.edit(place, text))
+        self._turn(self._chat.edit(place, text, constraint=self._held))
 
     def _save(self, file: str) -> None:
         self._chat.save(file)
@@ -239,6 +259,9 @@ class Session:
 
     def _load(self, file: str) -> None:
         self._chat.load(file)
+        if self._held is not None and self._held.kind == "tool_call":
+            self._keep(None, "")
+            self._view.note("the constraint to tool calls is off: the tools are others")
         turns = self._chat.turns
         self._view.note(f"loaded {len(turns)} message{'s' * (len(turns) != 1)}")
         for number, text in enumerate(turns, 1):
@@ -273,6 +296,39 @@ class Session:
         is_open = getattr(self._chat.settings, name) is None
         value = "fresh" if is_open and name == "seed" else getattr(resolved, name)
         self._view.note(f"{name} {value}{' (default)' * is_open}")
+
+    def _constraint(self, argument: str) -> None:
+        kind, value = _first_word(argument)
+        if kind == "off":
+            self._keep(None, "")
+        elif kind:
+            self._keep(self._made(kind, value), f"{kind} {_short(value)}".strip())
+        shown = self._held_as if self._held is not None else "none"
+        self._view.note(f"constraint: {shown}")
+
+    def _made(self, kind: str, value: str) -> Constraint:
+        """Return the constraint of a kind, named as its option is, or a call of a tool."""
+        from ..constraint.constraint import Constraint
+
+        if kind == "tool-call":
+            if value:
+                raise ChatError(f"/constraint tool-call takes nothing behind it, got {value!r}")
+            if not self._chat.tools:
+                raise ChatError("this conversation has no tools to call")
+            return Constraint.tool_call(self._chat.tools)
+        if value == "-":
+            raise ChatError("stdin has the messages; give a file, or the schema itself")
+        options = self._bound.instead(kind, value)
+        if not kind.startswith("json"):
+            options = replace(options, json_compact=False, json_indent=None)
+        made = options.constraint()
+        assert made is not None
+        return made
+
+    def _keep(self, constraint: Constraint | None, shown: str) -> None:
+        self._held, self._held_as = constraint, shown
+        for note in constraint.notes if constraint is not None else ():
+            self._view.note(f"the constraint is cut: {note}")
 
     def _image(self, file: str) -> None:
         raise ChatError(f"{file} is not read: images are not supported yet, but in a later version")

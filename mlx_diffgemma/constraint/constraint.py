@@ -22,6 +22,7 @@ from .tool_calls import CallTokens, tool_calls
 
 Kind = Literal["json_schema", "regex", "choices", "template", "tool_call"]
 _KEPT = 64  # compiled schemas
+_DIGITS = 500  # of a whole number, that Python reads at once whatever its limit is set to
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,7 +191,7 @@ class Constraint:
 
     def parse(self, text: str) -> Any:
         """Return an answer's value: of JSON, an instance of the schema's type if it was made of
-        one; else the text.
+        one; else the text. Whole numbers may have any number of digits.
 
         Raises:
           ConstraintError: if the text does not fit, or an independent validator refuses it.
@@ -199,7 +200,7 @@ class Constraint:
             _refuse(text, "it is not in the language of the constraint")
         if self.kind != "json_schema":
             return text
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_whole_number)
         error = next(iter(validator_of(self._schema).iter_errors(value)), None)
         if error is not None:
             _refuse(text, f"{error.json_path}: {error.message}")
@@ -256,6 +257,17 @@ def _some(dfa: DFA, what: str) -> DFA:
     if not dfa.accepting.any():
         raise ConstraintError(f"no text fits this {what}")
     return dfa
+
+
+def _whole_number(text: str) -> int:
+    """Return a whole number of any number of digits; Python's `int` reads 4,300 at most."""
+    if len(text) <= _DIGITS:
+        return int(text)
+    digits, value = text.removeprefix("-"), 0
+    for at in range(0, len(digits), _DIGITS):
+        part = digits[at : at + _DIGITS]
+        value = value * 10 ** len(part) + int(part)
+    return -value if text.startswith("-") else value
 
 
 def _instance(kind: Any, value: Any) -> Any:

@@ -24,6 +24,9 @@ from .schema import Compiled, compiled
 
 _PLAIN_KEY = re.compile(r"[^\W\d][\w.$/-]*")
 _NAME = re.compile(r"[^\s{}\0]+")
+# Digits before a number's point: enough for 64 bits, or one more than its bounds have, but never so
+# many that it is read as infinite, or that Python refuses to read it.
+_WHOLE_DIGITS, _MOST_DIGITS = 20, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,10 @@ class _CallLayout(Layout):
         return regex("(?s).*") if texts is None else texts
 
     def numbers(self, bounds: Bounds) -> DFA:
-        # With an exponent, a number may be read as infinite.
-        return intersection(numbers(bounds), regex("[^eE]*"))
+        given = [abs(bound) for bound in (bounds.low, bounds.high) if bound is not None]
+        digits = max([_WHOLE_DIGITS, *(len(f"{bound:.0f}") + 1 for bound in given)])
+        short = regex(rf"-?[0-9]{{1,{min(digits, _MOST_DIGITS)}}}(\.[0-9]+)?")
+        return intersection(numbers(bounds), short)
 
 
 def tool_calls(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..checkpoint.memory import recommended_bytes
 from ..config.generation import GenerationSettings
+from ..constraint.constraint import Constraint
 from ..denoise.store import Store
 from ..errors import ChatError
 from ..events import Event, Finished, Text, ToolCall
@@ -225,18 +226,28 @@ class Chat:
             ]
         return []
 
-    def send(self, text: str) -> Generator[Event, None, None]:
+    def send(
+        self, text: str, *, constraint: Constraint | None = None
+    ) -> Generator[Event, None, None]:
         """Send a message and yield the answer's events.
 
+        Args:
+          text: the message.
+          constraint: what this answer must be, as in `generate`. `Constraint.tool_call(chat.tools)`
+            makes it a call of one of the chat's tools.
+
         Raises:
-          DiffGemmaError: if the message or the settings cannot be used, or a tool's result is
-            missing.
+          DiffGemmaError: if the message, the settings or the constraint cannot be used, or a tool's
+            result is missing.
         """
         self._check_calls()
-        yield from self._say(self._messages, text)
+        yield from self._say(self._messages, text, constraint)
 
-    def resume(self) -> Generator[Event, None, None]:
+    def resume(self, *, constraint: Constraint | None = None) -> Generator[Event, None, None]:
         """Let the model go on behind the results of its tool calls; yield the events.
+
+        Args:
+          constraint: as in `send`.
 
         Raises:
           DiffGemmaError: if a result is missing, or there is none.
@@ -244,7 +255,7 @@ class Chat:
         self._check_calls()
         if not self._messages or self._messages[-1]["role"] != "tool":
             raise ChatError("there is no tool's result to go on from; send a message")
-        yield from self._answer(self._messages)
+        yield from self._answer(self._messages, constraint)
 
     def answer_tool(self, call: ToolCall | str, result: Any) -> None:
         """Add the result of a tool call to the conversation; `resume` goes on once all are there.
@@ -288,29 +299,35 @@ class Chat:
         self._messages = self._messages[:start]
         return text
 
-    def retry(self) -> Generator[Event, None, None]:
+    def retry(self, *, constraint: Constraint | None = None) -> Generator[Event, None, None]:
         """Answer the last message again; if it could not be answered, send it again.
+
+        Args:
+          constraint: as in `send`; that of the first try does not hold.
 
         Raises:
           DiffGemmaError: as `send`, or if there is no message.
         """
         if self._unsent is not None:
-            yield from self._answer(self._unsent)
+            yield from self._answer(self._unsent, constraint)
         else:
             turns = self.turns
-            yield from self.edit(len(turns), turns[-1] if turns else "")
+            yield from self.edit(len(turns), turns[-1] if turns else "", constraint=constraint)
 
-    def edit(self, number: int, text: str) -> Generator[Event, None, None]:
+    def edit(
+        self, number: int, text: str, *, constraint: Constraint | None = None
+    ) -> Generator[Event, None, None]:
         """Replace a message, drop all that came after it, and yield the events of its answer.
 
         Args:
           number: of the user's messages, from 1.
           text: the new message.
+          constraint: as in `send`.
 
         Raises:
           DiffGemmaError: as `send`, or if there is no such message.
         """
-        yield from self._say(self._messages[: self._start_of(number)], text)
+        yield from self._say(self._messages[: self._start_of(number)], text, constraint)
 
     def reseed(self, seed: int | None) -> None:
         """Draw answers under another seed from now on, and count them from 0 again.
@@ -369,20 +386,24 @@ class Chat:
             raise ChatError(f"there is no message {number}; they are numbered 1 to {len(places)}")
         return places[number - 1]
 
-    def _say(self, before: list[Message], text: str) -> Generator[Event, None, None]:
+    def _say(
+        self, before: list[Message], text: str, constraint: Constraint | None
+    ) -> Generator[Event, None, None]:
         self._check_idle()
         if not isinstance(text, str) or not text.strip():
             raise ChatError(f"a message is text and not empty, got {text!r}")
         past = [{k: v for k, v in m.items() if k != "reasoning"} for m in before]
-        yield from self._answer([*past, {"role": "user", "content": text}])
+        yield from self._answer([*past, {"role": "user", "content": text}], constraint)
 
-    def _answer(self, messages: list[Message]) -> Generator[Event, None, None]:
+    def _answer(
+        self, messages: list[Message], constraint: Constraint | None
+    ) -> Generator[Event, None, None]:
         """Answer the messages, which become the conversation once something is said to them."""
         self._check_idle()
         said, is_sent = _Said(), messages[-1]["role"] == "user"
         self._is_writing = True
         try:
-            with closing(self._events(self._turn(messages))) as events:
+            with closing(self._events(self._turn(messages, constraint))) as events:
                 for event in events:
                     said.observe(event)
                     yield event
@@ -394,14 +415,14 @@ class Chat:
             elif is_sent:
                 self._unsent = messages
 
-    def _turn(self, messages: list[Message]) -> _Turn:
+    def _turn(self, messages: list[Message], constraint: Constraint | None) -> _Turn:
         settings = self._settings
         if settings.seed is not None:
             settings = replace(settings, seed=(settings.seed + self._answers) % _SEEDS)
         options = PromptOptions(
             system_prompt=self.system_prompt, thinking=self.thinking, tools=self.tools
         )
-        return _Turn(Request(messages, settings, options, self.stop), self._progress)
+        return _Turn(Request(messages, settings, options, self.stop, constraint), self._progress)
 
     def _events(self, turn: _Turn) -> Generator[Event, None, None]:
         if self._engine is None:

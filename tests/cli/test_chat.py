@@ -22,7 +22,7 @@ from typer.main import get_command
 from mlx_diffgemma.cli.chat import chat
 from mlx_diffgemma.cli.options import app_of
 from mlx_diffgemma.cli.render_chat import ChatView, Settling, markdown, split_blocks
-from mlx_diffgemma.cli.session import setting_named, value_of
+from mlx_diffgemma.cli.session import _short, setting_named, value_of
 from mlx_diffgemma.denoise.store import FOLDER_BYTES
 from mlx_diffgemma.errors import ChatError
 from tests.cli.test_cli import ROOT, invoke
@@ -77,6 +77,49 @@ def test_undo_retry_edit_and_two_slashes():
     assert "took back: /reset is a command" in result.stderr
 
 
+def test_answers_are_held_to_a_constraint_until_it_is_off(tmp_path):
+    schema = {"type": "object", "properties": {"n": {"maximum": 9, "type": "integer"}}}
+    schema |= {"required": ["n"], "additionalProperties": False}
+    file = tmp_path / "n.json"
+    file.write_text(json.dumps(schema))
+    result = talk(
+        "/constraint", COUNT, "/constraint choices yes, no", "/retry", f"/edit 1 {COUNT}",
+        f"/constraint json-schema {file}", "/retry", "/constraint off", "/reset", "/seed 7", COUNT,
+        options=(*QUICK, "--json-object", "--json-compact", "--max-tokens", "40"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    first, *others, schema_answer, last = result.stdout.splitlines()
+    assert isinstance(json.loads(first), dict) and set(others) <= {"yes", "no"} and len(others) == 2
+    assert list(json.loads(schema_answer)) == ["n"] and " " not in schema_answer
+    assert last == "12 13 14 15"
+    told = [line for line in result.stderr.splitlines() if line.startswith("constraint: ")]
+    assert told == [
+        "constraint: --json-object",
+        "constraint: choices yes, no",
+        f"constraint: json-schema {_short(str(file))}",
+        "constraint: none",
+    ]
+
+
+def test_a_constraint_for_every_answer_cannot_come_from_stdin():
+    result = invoke(chat, *QUICK, "--json-schema", "-", stdin=COUNT)
+    assert result.exit_code == 2 and "stdin has the messages" in result.stderr
+    result = invoke(chat, *QUICK, "--regex", "(", stdin=COUNT)
+    assert result.exit_code == 2 and "--regex: " in result.stderr and not result.stdout
+
+
+def test_a_constraint_to_tool_calls_ends_with_its_tools(tmp_path):
+    with_tools, without = tmp_path / "tools.json", tmp_path / "none.json"
+    talk(f"/save {without}")
+    saved = json.loads(without.read_text())
+    clock = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+    with_tools.write_text(json.dumps({**saved, "tools": [{"type": "function", "function": clock}]}))
+    result = talk(f"/load {with_tools}", "/constraint tool-call", COUNT, f"/load {without}")
+    assert result.exit_code == 0, result.stderr
+    assert "tool call call_0: clock" in result.stderr and not result.stdout.strip()
+    assert "the constraint to tool calls is off" in result.stderr
+
+
 def test_a_saved_chat_is_loaded_and_goes_on(tmp_path):
     file = tmp_path / "my chat.json"
     first = talk(COUNT, f"/save {file}", "/reset", f"/load {file}", "/undo")
@@ -107,6 +150,13 @@ MISTAKES = {
     "/set canvas_width answer": "stop_on must be 'answer' too",
     "/set canvas_length 9999": "canvas_length 9999 is longer",
     "/seed -1": "seed must be a whole number at least 0",
+    "/constraint person.json": "there is no constraint 'person.json'; there are json-schema, json-",
+    "/constraint regex": "regex needs something behind it",
+    "/constraint json-object x": "json-object takes nothing behind it",
+    "/constraint json-schema -": "stdin has the messages",
+    "/constraint json-schema missing.json": "there is no file missing.json",
+    "/constraint regex (": "--regex: ",
+    "/constraint tool-call": "this conversation has no tools to call",
     "/image cat.png": "cat.png is not read: images are not supported yet",
     "x" * 70_000: "positions",
 }

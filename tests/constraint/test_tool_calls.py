@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from mlx_diffgemma import bundled_model, load_tokenizer
-from mlx_diffgemma.constraint.dfa import SPECIAL
+from mlx_diffgemma.constraint.dfa import NOWHERE, SPECIAL
 from mlx_diffgemma.constraint.dialect import validator_of
 from mlx_diffgemma.constraint.tool_calls import CallTokens, tool_calls
 from mlx_diffgemma.errors import ConstraintError, PromptError
@@ -135,3 +135,24 @@ def test_refusals_name_the_tool():
 def test_what_is_cut_in_a_tool_is_noted():
     tool = {"name": "f", "parameters": {"properties": {"a": {}}}}
     assert tool_calls([tool], TOKENS).notes[0].startswith("f: values of any type")
+
+
+def test_numbers_are_read_as_finite_ones_and_written_again():
+    def tool(**schema):
+        parameters = {"type": "object", "properties": {"n": schema}, "required": ["n"]}
+        return {"name": "put", "parameters": parameters}
+
+    def accepts(number, **schema):
+        dfa, state = tool_calls([tool(**schema)], TOKENS).dfa, 0
+        symbols = [SPECIAL + TOKENS.begin, *map(ord, f"call:put{{n:{number}}}")]
+        for symbol in [*symbols, SPECIAL + TOKENS.end]:
+            if (state := dfa.step(state, symbol)) == NOWHERE:
+                return False
+        return bool(dfa.accepting[state])
+
+    assert accepts(2**64, type="integer") and accepts(-(2**63), type="number")
+    assert accepts(f"{2**64}.{'1' * 999}", type="number")
+    assert not accepts("9" * 21, type="integer") and not accepts("9" * 21 + ".5", type="number")
+    assert accepts(10**30, type="integer", minimum=10**29)
+    assert not accepts(10**40, type="integer", minimum=10**29)
+    assert not accepts("1e9", type="number")

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_diffgemma import (
     Chat,
+    Constraint,
     DiffGemmaError,
     Engine,
     GenerationSettings,
@@ -21,7 +22,7 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
-from mlx_diffgemma.errors import ChatError, ConfigError, SourceError
+from mlx_diffgemma.errors import ChatError, ConfigError, SourceError, TemplateError
 from mlx_diffgemma.events import (
     BrokenToolCall,
     CanvasCommitted,
@@ -111,6 +112,30 @@ def test_a_chat_through_an_engine_writes_the_same(talked):
             Chat(engine, TOKENIZER)
     with pytest.raises(ChatError, match="both from load"):
         Chat(MODEL)
+
+
+def test_one_answer_is_held_to_a_constraint_and_the_next_is_free():
+    chat, constraint = chat_with(), Constraint.choices(["12 to 15", "no"])
+    events = list(chat.send(COUNT, constraint=constraint))
+    assert text_of(events) == chat.messages[-1]["content"] in ("12 to 15", "no")
+    assert isinstance(events[-1], Finished) and events[-1].constraint == "kept"
+    chat.reseed(7)
+    events = list(chat.retry())
+    assert text_of(events) == "12 13 14 15" and events[-1].constraint is None
+    letters = Constraint.regex("[a-z]{3}")
+    assert letters.accepts(text_of(chat.edit(1, SORT, constraint=letters)))
+    assert letters.accepts(text_of(chat.retry(constraint=letters))) and chat.turns == [SORT]
+
+
+def test_a_constraint_that_cannot_be_kept_leaves_the_message_unsent(talked):
+    chat, _ = talked
+    long = Constraint.regex("[a-z]{30}")
+    with pytest.raises(TemplateError, match="allow at least 31"):
+        list(chat.send(SQUARES, constraint=long))
+    assert chat.unsent == SQUARES and len(chat.turns) == 2
+    assert text_of(chat.retry(constraint=Constraint.choices(["3 4 5"]))) == "3 4 5"
+    with pytest.raises(ConfigError, match="exclude each other"):
+        list(chat_with(stop="x").send(COUNT, constraint=long))
 
 
 # --- streams that end early ---
@@ -304,6 +329,18 @@ def test_a_tool_call_waits_for_its_result_and_the_model_goes_on():
     assert not any("reasoning" in message for message in chat.messages)
     list(chat.edit(1, "e"))
     assert chat.messages == [user("e"), assistant("Warm.")]
+
+
+def test_a_call_can_be_required_and_the_model_goes_on_behind_its_result():
+    clock = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+    chat = chat_with(tools=[clock])
+    list(chat.send(COUNT, constraint=Constraint.tool_call(chat.tools)))
+    (call,) = chat.open_calls
+    assert (call.name, call.arguments) == ("clock", {})
+    chat.answer_tool(call, "noon")
+    noon = Constraint.choices(["noon", "midnight"])
+    assert text_of(chat.resume(constraint=noon)) in ("noon", "midnight")
+    assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
 
 
 def test_every_answer_is_drawn_under_the_next_seed():

@@ -218,6 +218,14 @@ def test_what_cannot_be_held_is_refused_in_one_line(make, keyword, pointer, posi
         assert caught.value.position == position
 
 
+@pytest.mark.parametrize("digits", [1, 499, 500, 501, 1000, 4300, 4301, 12_345])
+def test_whole_numbers_of_any_length_are_read(digits):
+    number = 10**digits - 7
+    text = "9" * (digits - 1) + "3"
+    constraint = Constraint.json_schema({"type": "array", "items": {"type": "integer"}})
+    assert constraint.parse(f"[{text}, -{text}, 0]") == [number, -number, 0]
+
+
 def test_parse_refuses_what_does_not_fit():
     constraint = Constraint.json_schema(PERSON)
     assert constraint.parse('{"n": 1, "ok": true}') == {"n": 1, "ok": True}
