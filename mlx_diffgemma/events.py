@@ -73,13 +73,15 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrialStarted:
-    """`fill` starts some rows, whose steps follow. They differ in the lengths of slots."""
+    """`fill` starts a canvas, whose steps follow."""
 
     window: int  # from 0; a long template is written window by window
     slots: tuple[str, ...]  # names of the slots that the window writes
-    lengths: tuple[tuple[int, ...], ...]  # per row, tokens of each slot
+    # Per row, of which there is one: tokens of each slot with what is given beside it; None as long
+    # as they are open.
+    lengths: tuple[tuple[int | None, ...], ...]
     pinned: tuple[mx.array, ...]  # per row, [1, L] bool, True where the text is given
-    is_final: bool  # False: the rows only compare lengths, and their text is dropped
+    is_final: bool  # False: the row only finds lengths, and its text is dropped
 
 
 @dataclass(frozen=True, slots=True)

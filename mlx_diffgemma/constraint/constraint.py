@@ -214,6 +214,13 @@ def _slot(slot: Slot) -> DFA:
             return regex.regex(slot.pattern)
         except ConstraintError as error:
             raise ConstraintError(f"{slot.label}: {error}", position=error.position) from None
+    if slot.kind == "json":
+        try:
+            return Constraint.json_schema(slot.schema).dfa()
+        except ConstraintError as error:
+            raise ConstraintError(
+                f"{slot.label}: {error}", keyword=error.keyword, pointer=error.pointer
+            ) from None
     if slot.low is not None:
         raise TemplateError(
             f"{slot.label}: a constraint counts no tokens; write {{{{gap}}}}, or "
