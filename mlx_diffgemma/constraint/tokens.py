@@ -68,7 +68,7 @@ class TokenAutomaton:
         return self.set_classes[self.set_starts[number] : self.set_starts[number + 1]]
 
 
-def lift(dfa: DFA, vocabulary: Vocabulary) -> TokenAutomaton:
+def lift(dfa: DFA, vocabulary: Vocabulary, *, most_inside: int = 0) -> TokenAutomaton:
     """Return the automaton over tokens of an automaton over code points.
 
     A string of tokens leads to the end if its text, with the special tokens in it, is one that the
@@ -78,11 +78,12 @@ def lift(dfa: DFA, vocabulary: Vocabulary) -> TokenAutomaton:
     Args:
       dfa: any; if it names end or pad tokens as special symbols, they do not count.
       vocabulary: the checkpoint's tokens.
+      most_inside: states inside of characters at most, beside those of free text.
 
     Source: the transition monoid of the DFA, enumerated along the trie of all texts, each map of
       states to states only once.
     """
-    parts = continuations(dfa)
+    parts = continuations(dfa, most_inside)
     maps, numbers = _text_maps(dfa, vocabulary)
     maps = _with_other_states(maps, len(parts.inside))
     more, tokens = _other_maps(dfa, vocabulary, parts)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KEPT = 32  # lifted constraints of a tokenizer
+_MOST_INSIDE = 512  # states inside of characters that have no token, in a part of an answer
 
 
 class _Lifted:
@@ -139,7 +140,7 @@ def over_part(
     if key not in kept.parts:
         if of_tokens not in kept.vocabularies:
             kept.vocabularies[of_tokens] = Vocabulary.of_tokenizer(tokenizer, *of_tokens)
-        automaton = lift(make(), kept.vocabularies[of_tokens])
+        automaton = lift(make(), kept.vocabularies[of_tokens], most_inside=_MOST_INSIDE)
         while len(kept.parts) >= _KEPT:
             kept.parts.pop(next(iter(kept.parts)))
         kept.parts[key] = Part.of_lifted(automaton), TokenConstraint.of(automaton)

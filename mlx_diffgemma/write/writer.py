@@ -250,8 +250,11 @@ class Writer:
         yield TrialStarted(
             self.canvases,
             tuple(region.name for region in regions),
-            (tuple(lengths),),
-            (mx.array(given.tokens[None] >= 0),),
+            tuple(
+                None if length is None else length - region.borders
+                for region, length in zip(regions, lengths, strict=True)
+            ),
+            mx.array(given.tokens[None] >= 0),
             is_final=None not in lengths,
         )
         noise = SeededNoise(self.settings.seed, attempt=self.canvases)
