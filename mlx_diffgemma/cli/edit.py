@@ -87,6 +87,14 @@ def edit(
             show_default="half of the old to twice as much and 8",
         ),
     ] = None,
+    window_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of the file that the model sees, around the selection.",
+            min=1,
+            show_default="all, or what its context holds twice",
+        ),
+    ] = None,
     *,
     result: ResultOptions,
     model: ModelOptions,
@@ -124,6 +132,7 @@ def edit(
                 selection,
                 request,
                 gap_tokens=bounds,
+                window_tokens=window_tokens,
                 settings=settings,
                 prompt_options=PromptOptions(system_prompt=system_prompt),
                 listener=follows.trial,

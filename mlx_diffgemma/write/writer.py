@@ -19,6 +19,7 @@ from ..denoise.constrained import Span, TokenConstraint
 from ..denoise.noise import SeededNoise
 from ..denoise.pinned import FREE, Pinned, TokenSet
 from ..denoise.row import Row
+from ..denoise.stopping import width_for
 from ..events import Event, Finished, LoopEvent, StepDone, TrialStarted
 from ..model import Context, DiffusionGemma
 from .job import Ask, Job
@@ -130,9 +131,14 @@ class Writer:
             self.canvases += 1
 
     def _advance(self) -> Job[Event]:
-        """Commit the text before the next slot, unless one canvas holds the whole rest: so a window
-        shows as much of the text after it as possible."""
-        if least_tokens(self.rest) <= self.settings.canvas_length:
+        """Commit the text before the next slot, unless one canvas holds the whole rest with as many
+        tokens as are asked for: so a window shows as much of the text after it as possible."""
+        asked = (
+            max(0, piece.asked - piece.lengths[0])
+            for piece in self.rest
+            if isinstance(piece, Region) and piece.asked is not None
+        )
+        if least_tokens(self.rest) + sum(asked) <= self.settings.canvas_length:
             return
         first = next(i for i, piece in enumerate(self.rest) if isinstance(piece, Region))
         lead = [token for piece in self.rest[:first] for token in cast(list[int], piece)]
@@ -142,18 +148,26 @@ class Writer:
 
     def _find(self, regions: list[Region], search: _Search) -> Job[Event]:
         """Denoise a canvas under the whole window until the lengths of the regions are decided."""
-        L, window = self.settings.canvas_length, search.window
-        automaton = window.constraint.automaton
+        window, width = search.window, self._widest()
         given = Pinned(
-            certain(automaton, L, window.ends),
-            spans=[Span(window.constraint, 0, L, window.ends, search)],
+            certain(window.constraint.automaton, width, window.ends),
+            spans=[Span(window.constraint, 0, width, window.ends, search)],
         )
         settings = replace(
             self.settings,
+            canvas_length=width,
             canvas_width="fixed",
             max_denoising_steps=min(SEARCH_STEPS, self.settings.max_denoising_steps),
         )
-        yield from self._denoise(regions, [None] * len(regions), given, settings, L)
+        yield from self._denoise(regions, [None] * len(regions), given, settings, width)
+
+    def _widest(self) -> int:
+        """Return the columns that the rest may need, where only such are computed; else all."""
+        L = self.settings.canvas_length
+        if self.settings.canvas_width == "fixed":
+            return L
+        longest = [len(p) if isinstance(p, list) else p.lengths[-1] for p in self.rest]
+        return width_for(min(1 + sum(longest), L), L)
 
     def _settle(
         self, regions: list[Region], lengths: list[int], chances: list[dict[int, float]]
