@@ -130,8 +130,8 @@ class Follower:
             self.view.trial(event)
 
     def _looking(self, event: TrialStarted) -> None:
-        """Say, where --watch writes a log, that the lengths of a canvas are looked for: the steps of
-        that are of no use in one."""
+        """Say, where --watch writes a log, that lengths are looked for: the steps of that are of no
+        use in one."""
         from .render_watch import WatchView
 
         if isinstance(self.view, WatchView) and not self.view.is_live:

@@ -1,4 +1,4 @@
-"""Parts one behind another as one automaton over tokens: given tokens, tokens of sets, and automata.
+"""Parts one behind another as one automaton over tokens: given tokens, sets of tokens, automata.
 
 A token may lead from one state to several, where a part may be longer or shorter. So a path is a
 string together with the place of each part: a string counts once for each way to divide it.

@@ -8,9 +8,9 @@ r"""The template language: literal text, and slots that the model writes.
     \{{                                     a literal {{; before a slot, \\ is a literal \
 
 A slot ends at the first `}}` outside of its own braces; a backslash makes the next character in it
-plain, so options and expressions may contain `\|`, `\{` and `\}`. A schema ends where its JSON does.
-Everything else is literal text. A byte order mark at the beginning is kept; the model does not see
-it. Knows text, not tokens; whether an expression or a schema can be held is found out later.
+plain, so options and expressions may contain `\|`, `\{` and `\}`. A schema ends where its JSON
+does. Everything else is literal text. A byte order mark at the beginning is kept; the model does
+not see it. Knows text, not tokens; whether an expression or a schema can be held is found later.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def _end_of_slot(text: str, start: int) -> int:
 
 
 def _end_of_json(text: str, start: int) -> int | None:
-    """Return the index of the `}}` behind a JSON text, if the slot holds one: strings in it may have
-    any braces."""
+    """Return the index of the `}}` behind a JSON text, whose strings may have any braces; None if the
+    slot holds none."""
     opening = _JSON.match(text, start)
     if opening is None:
         return None

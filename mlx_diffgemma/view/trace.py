@@ -17,8 +17,8 @@ run.json:
 
 A run of `fill` or `edit` has an entry of canvases for each look for lengths and for each text, with
 two more fields: "trial" is {"final" (False: the text was dropped), "lengths" (of the slots, tokens;
-None as long as they are open)}, and "pinned" tells for each position whether its text was given. What is pinned
-does not count in "accepted_tokens", "free_tokens" and "mean_entropy".
+None as long as they are open)}, and "pinned" tells for each position whether its text was given.
+What is pinned does not count in "accepted_tokens", "free_tokens" and "mean_entropy".
 
 `step` and `canvas` count from 0. `attempt` is above 0 where an empty canvas was drawn again. A step
 may be narrower than the canvas, under `canvas_width="answer"`.

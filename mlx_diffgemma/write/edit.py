@@ -194,7 +194,9 @@ def edit(
     )
     if near != (before, behind):
         seen, count = (sum(map(len, sides)) + len(old) for sides in (near, (before, behind)))
-        note = f"the model saw {seen:,} of the document's {count:,} characters, around the selection"
+        note = (
+            f"the model saw {seen:,} of the document's {count:,} characters, around the selection"
+        )
         filled = replace(filled, notes=(note, *filled.notes))
     text = f"{mark}{before}{filled.slots[_NAME].text}{behind}"
     return Edited(text, document, selection, filled)
@@ -203,8 +205,8 @@ def edit(
 def _near(
     tokenizer: PreTrainedTokenizerBase, before: str, behind: str, most: int
 ) -> tuple[str, str]:
-    """Return the text on both sides of a selection that is nearest to it, in at most so many tokens:
-    all of it, or as much on both sides where there is enough."""
+    """Return the text on both sides of a selection that is nearest to it, in at most so many
+    tokens: all of it, or as much on both sides where there is enough."""
     sides = [encode_text(tokenizer, side) for side in (before, behind)]
     if sum(map(len, sides)) <= most:
         return before, behind

@@ -3,7 +3,7 @@ be spelled together: `{"vip": ` and `true` have a token ` true` on their border.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,10 +102,10 @@ class Regions:
                 pieces.append(tokens)
                 continue
             assert isinstance(part, Slot)
-            left, right = (given[i - 1] if i else None), given[i + 1] if i + 1 < len(given) else None
+            left = given[i - 1] if i else None
+            right = given[i + 1] if i + 1 < len(given) else None
             # A single token between two slots belongs to the second: words begin with a space.
-            is_last = i + 2 >= len(given)
-            if right is not None and len(right) == 1 and not is_last:
+            if right is not None and len(right) == 1 and i + 2 < len(given):
                 right = None
             pieces.append(self._region(part, left, right, gap_tokens))
         return [piece for piece in pieces if piece]

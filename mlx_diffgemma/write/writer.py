@@ -14,7 +14,6 @@ from ..config.generation import ResolvedSettings
 from ..constraint.decode import certain
 from ..constraint.line import Line
 from ..constraint.marginals import Strings
-from ..constraint.tokens import TokenAutomaton
 from ..denoise.constrained import Span, TokenConstraint
 from ..denoise.noise import SeededNoise
 from ..denoise.pinned import FREE, Pinned, TokenSet
@@ -217,13 +216,19 @@ class Writer:
         L, line = self.settings.canvas_length, Line(self.model.config.text.vocab_size)
         visible, last = self._visible(inside), _last_region(self.rest[:inside])
         at = gap = behind = 0
-        entries, exits, gaps, allowed = [], [], [], []
+        entries: list[int] = []
+        exits: list[int] = []
+        gaps: list[int] = []
+        allowed: list[int] = []
         for i, piece in enumerate(self.rest):
             if isinstance(piece, Region):
                 entry, at = at, line.state()
                 line.put(entry, piece.part, at)
                 if i <= last:
-                    entries, exits, gaps, gap = [*entries, entry], [*exits, at], [*gaps, gap], 0
+                    entries.append(entry)
+                    exits.append(at)
+                    gaps.append(gap)
+                    gap = 0
                 else:
                     behind += piece.lengths[0]
                 continue
