@@ -138,11 +138,7 @@ def edit(
                 listener=follows.trial,
             )
             follows.conclude(edited.filled)
-            for line in notes:
-                view.note(line)
-            if not output.is_json:
-                view.about(edited.filled)
-            _deliver(edited, file, content, result, output, view, settings)
+            _deliver(edited, file, content, result, output, view, settings, notes)
     finally:
         view.close()
 
@@ -174,8 +170,13 @@ def _deliver(
     output: OutputOptions,
     view: Any,
     settings: GenerationSettings,
+    notes: list[str],
 ) -> None:
     """Write the file, or print the result."""
+    for line in notes:
+        view.note(line)
+    if not output.is_json:
+        view.about(edited.filled)
     if result.in_place:
         from ..checkpoint.files import write_whole
 

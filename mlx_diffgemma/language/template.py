@@ -135,8 +135,8 @@ def _end_of_slot(text: str, start: int) -> int:
 
 
 def _end_of_json(text: str, start: int) -> int | None:
-    """Return the index of the `}}` behind a JSON text, whose strings may have any braces; None if the
-    slot holds none."""
+    """Return the index of the `}}` behind a JSON text, whose strings may have any braces; None if
+    the slot holds none."""
     opening = _JSON.match(text, start)
     if opening is None:
         return None

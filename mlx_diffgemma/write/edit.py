@@ -146,20 +146,7 @@ def edit(
     Raises:
       DiffGemmaError: if the instruction, the selection or the settings cannot be used.
     """
-    if isinstance(selection, str):
-        selection = Selection.of_places(document, selection)
-    if not isinstance(selection, Selection):
-        raise TemplateError(
-            'a selection is a Selection or a string such as "12-14" or "12:3-14:20", '
-            f"got {selection!r}"
-        )
-    if not 0 <= selection.start <= selection.stop <= len(document):
-        raise TemplateError(
-            f"the selection {selection.start} to {selection.stop} lies outside of the document's "
-            f"{len(document)} characters"
-        )
-    if not instruction.strip():
-        raise TemplateError("the instruction is empty: say what to do with the selection")
+    selection = _checked(document, selection, instruction)
     mark, _ = split_mark(document)
     selection = Selection(*(max(len(mark), at) for at in (selection.start, selection.stop)))
     before, old, behind = (
@@ -200,6 +187,25 @@ def edit(
         filled = replace(filled, notes=(note, *filled.notes))
     text = f"{mark}{before}{filled.slots[_NAME].text}{behind}"
     return Edited(text, document, selection, filled)
+
+
+def _checked(document: str, selection: Selection | str, instruction: str) -> Selection:
+    """Return the selection, after checks of what a user gives."""
+    if isinstance(selection, str):
+        selection = Selection.of_places(document, selection)
+    if not isinstance(selection, Selection):
+        raise TemplateError(
+            'a selection is a Selection or a string such as "12-14" or "12:3-14:20", '
+            f"got {selection!r}"
+        )
+    if not 0 <= selection.start <= selection.stop <= len(document):
+        raise TemplateError(
+            f"the selection {selection.start} to {selection.stop} lies outside of the document's "
+            f"{len(document)} characters"
+        )
+    if not instruction.strip():
+        raise TemplateError("the instruction is empty: say what to do with the selection")
+    return selection
 
 
 def _near(

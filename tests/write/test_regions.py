@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_diffgemma import Constraint, GenerationSettings, Template, fill
+from mlx_diffgemma import Constraint, GenerationSettings, PromptOptions, Template, fill
 from mlx_diffgemma.events import StepDone, TrialStarted
-from mlx_diffgemma.language.prompt import PromptOptions, encode_text
+from mlx_diffgemma.language.prompt import encode_text
 from mlx_diffgemma.write.fill import Filled, stream_fill
 from mlx_diffgemma.write.regions import Regions
 from tests.write.test_fill import Dice, L, V
