@@ -266,6 +266,7 @@ class Writer:
             empty_rerolls=0,
             eos_token_ids=self.ends[:1],  # extra end tokens, such as a line break, do not count
         )
+        is_final = None not in lengths
         yield TrialStarted(
             self.canvases,
             tuple(region.name for region in regions),
@@ -274,12 +275,16 @@ class Writer:
                 for region, length in zip(regions, lengths, strict=True)
             ),
             mx.array(given.tokens[None] >= 0),
-            is_final=None not in lengths,
+            is_final=is_final,
         )
         noise = SeededNoise(self.settings.seed, attempt=self.canvases)
-        # The next row begins with the same context.
         row = Row(
-            self.model, settings, context=self.context, is_shared=True, noise=noise, pinned=given
+            self.model,
+            settings,
+            context=self.context,
+            is_shared=not is_final,  # a few steps are not worth a copy
+            noise=noise,
+            pinned=given,
         )
         yield Ask([row])
         last = event = None
