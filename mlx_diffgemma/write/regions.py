@@ -3,20 +3,20 @@ be spelled together: `{"vip": ` and `true` have a token ` true` on their border.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..config.generation import ResolvedSettings
-from ..constraint import parts, regex
+from ..constraint import parts
 from ..constraint.build import concatenate, intersection
-from ..constraint.constraint import Constraint
+from ..constraint.constraint import slot_dfa
 from ..constraint.dfa import DFA
 from ..constraint.line import Line, Part
 from ..denoise.constrained import TokenConstraint
-from ..errors import ConstraintError, TemplateError
+from ..errors import TemplateError
 from ..language.prompt import encode_text, token_bytes
 from ..language.template import Slot, Template
 from ..model import DiffusionGemma
@@ -121,18 +121,15 @@ class Regions:
         if slot.kind == "gap":
             return self._gap(slot, left, right, gap_tokens)
         before, behind = (self._border(left, -1), self._border(right, 0))
-        key, make = self._text(slot)
-        try:
-            part, constraint = over_part(
-                (key, before, behind),
-                lambda: concatenate([before, make(), behind]),
-                self._model,
-                self._tokenizer,
-                self._ends,
-            )
-        except ConstraintError as error:
-            label = slot.label if error.position is None else slot.label_at(error.position)
-            raise TemplateError(f"{label}: {slot.kind}: {error}") from None
+        if slot.kind == "one of":
+            self._check_options(slot)
+        part, constraint = over_part(
+            (slot.kind, slot.options, slot.pattern, slot.schema, before, behind),
+            lambda: concatenate([before, _not_empty(slot), behind]),
+            self._model,
+            self._tokenizer,
+            self._ends,
+        )
         lengths = part.lengths(self._most)
         if not lengths:
             raise TemplateError(
@@ -162,15 +159,6 @@ class Regions:
             return self.spellings.get(tokens[at], b"").decode()
         except UnicodeDecodeError:
             return ""
-
-    def _text(self, slot: Slot) -> tuple[tuple[object, ...], Callable[[], DFA]]:
-        """Return what tells a slot's texts apart from others', and what makes their automaton."""
-        if slot.kind == "one of":
-            self._check_options(slot)
-            return ("one of", slot.options), lambda: parts.choices(slot.options)
-        if slot.kind == "json":
-            return ("json", slot.schema), lambda: Constraint.json_schema(slot.schema).dfa()
-        return ("match", slot.pattern), lambda: _not_empty(regex.regex(slot.pattern))
 
     def _check_options(self, slot: Slot) -> None:
         for option in slot.options:
@@ -281,11 +269,12 @@ class Regions:
         return line.part(end)
 
 
-def _not_empty(dfa: DFA) -> DFA:
-    """Return the automaton of the texts that have a character."""
-    if not dfa.accepting.any():
-        raise ConstraintError("no text fits this expression")
-    found = intersection(dfa, parts.free_text(1)) if dfa.accepting[0] else dfa
+def _not_empty(slot: Slot) -> DFA:
+    """Return the automaton of a slot's texts that have a character."""
+    dfa = slot_dfa(slot)
+    if not dfa.accepting[0]:
+        return dfa
+    found = intersection(dfa, parts.free_text(1))
     if not found.accepting.any():
-        raise ConstraintError("only the empty text fits this expression")
+        raise TemplateError(f"{slot.label}: only the empty text fits it")
     return found

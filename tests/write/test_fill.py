@@ -311,7 +311,7 @@ def test_the_same_seed_fills_the_same():
     ],
 )
 def test_a_template_that_cannot_be_placed_is_refused(text, message):
-    with pytest.raises(TemplateError, match=re.escape(message)):
+    with pytest.raises(DiffGemmaError, match=re.escape(message)):
         fill_bundled(text, "Go.")
 
 
