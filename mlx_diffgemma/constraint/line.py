@@ -91,8 +91,9 @@ class Line:
             number, _ = self._known_sets.setdefault(id(tokens), (len(self._known_sets), tokens))
             self._sets.append((source, target, number))
 
-    def put(self, source: int, part: Part, target: int) -> None:
-        """Let the strings of a part lead from one state to another, in states of their own."""
+    def put(self, source: int, part: Part, target: int) -> range:
+        """Let the strings of a part lead from one state to another, in states of their own; return
+        these."""
         base = self._count
         self._count += len(part.ends)
         edges = []
@@ -102,6 +103,7 @@ class Line:
                 if part.ends[other]:
                     edges.append((start, target, number))
         self._parts.append((part, edges))
+        return range(base, self._count)
 
     def automaton(self, end: int) -> TokenAutomaton:
         """Return the automaton; `end` becomes its last state, to which distances are."""

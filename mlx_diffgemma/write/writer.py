@@ -223,7 +223,7 @@ class Writer:
         for i, piece in enumerate(self.rest):
             if isinstance(piece, Region):
                 entry, at = at, line.state()
-                line.put(entry, piece.part, at)
+                within = line.put(entry, piece.part, at)
                 if i <= last:
                     entries.append(entry)
                     exits.append(at)
@@ -231,6 +231,7 @@ class Writer:
                     gap = 0
                 else:
                     behind += piece.lengths[0]
+                    allowed += [*within, at]  # the canvas may end inside of a later slot
                 continue
             for token in piece[: L + 1]:
                 line.token(at, token, onward := line.state())

@@ -360,7 +360,7 @@ def test_a_long_document_is_seen_around_the_selection(window, lines):
         assert not before and not behind
     elif window is not None:
         assert window * 0.6 < count <= window
-        assert before == "" or before[0].isdigit() and before.endswith("\n")  # whole lines
+        assert before == "" or (before[0].isdigit() and before.endswith("\n"))  # whole lines
     else:
         most = loaded[0].config.text.max_position_embeddings
         assert 0.3 * most < count < 0.5 * most

@@ -234,6 +234,11 @@ def test_whatever_the_model_says_literals_stand_and_constraints_hold(count):
     settings(PROPERTY, max_examples=count)(given(*DRAWN, st.booleans())(check_dice))()
 
 
+def test_a_canvas_may_end_inside_of_a_later_slot():
+    template = Template.parse("{{gap}}000000000{{one of: 00𐀀}}0")
+    check(Dice(), template, "reference", 0)
+
+
 def check_random_network(template, policy, seed):
     check(small_model(), template, policy, seed)
 
