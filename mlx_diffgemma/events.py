@@ -78,13 +78,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrialStarted:
-    """`fill` starts some rows, whose steps follow. They differ in the lengths of slots."""
+    """`fill` starts a canvas, whose steps follow: one that finds the lengths of slots, where they
+    are open, and one for the text."""
 
     window: int  # from 0; a long template is written window by window
     slots: tuple[str, ...]  # names of the slots that the window writes
-    lengths: tuple[tuple[int, ...], ...]  # per row, tokens of each slot
-    pinned: tuple[mx.array, ...]  # per row, [1, L] bool, True where the text is given
-    is_final: bool  # False: the rows only compare lengths, and their text is dropped
+    lengths: tuple[int | None, ...]  # tokens of each slot; None as long as they are open
+    pinned: mx.array  # [1, L] bool, True where the text is given
+    is_final: bool  # False: the canvas only finds lengths, and its text is dropped
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_fi
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
 LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
 CLASSES, BOUND = "tests/denoise/test_classes.py", "tests/write/test_constraint.py"
+CLASSES = "tests/denoise/test_classes.py"
+LINE = "tests/constraint/test_line.py"
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
 TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"
 OBJECTIVE = "tests/parity/test_objective.py"
@@ -741,8 +743,8 @@ FAULTS = (
     Fault(
         "sets: left out of the noise",
         "denoise/pinned.py",
-        "tokens = mx.where(self._has_set, limited, tokens)",
-        "tokens = mx.where(self._has_set, tokens, tokens)",
+        "tokens = members[scaled].astype(mx.int32)",
+        "tokens = tokens.astype(mx.int32)",
         (FILL,),
     ),
     Fault(
@@ -996,20 +998,6 @@ FAULTS = (
         '        if kind == "off":\n            self._keep(None, "")',
         '        if kind == "off":\n            pass',
         (CHAT_CLI,),
-    ),
-    Fault(
-        "automaton: the best token of each place, whatever the string",
-        "denoise/step.py",
-        "        draft = pinned.choose(thought)\n",
-        "        draft = thought.draft\n",
-        (FILL,),
-    ),
-    Fault(
-        "match: a string ends at the first accepting state",
-        "constraint/automaton.py",
-        r'Index(rf"(?:{body})\z",',
-        r'Index(rf"(?:{body})",',
-        ("tests/constraint/test_automaton.py",),
     ),
     Fault(
         "edit: a byte order mark has a column",
@@ -2191,6 +2179,70 @@ FAULTS = (
         "wait = _LONG if seconds is None else seconds",
         "wait = _LONG",
         (SERVE_EDITORS,),
+    ),
+    Fault(
+        "spans: the best token of each place, whatever the string",
+        "denoise/row.py",
+        "return () if given is None else given.spans",
+        "return ()",
+        (FILL,),
+    ),
+    Fault(
+        "line: a part ends at the first state at which it may",
+        "constraint/line.py",
+        "                edges.append((start, base + other, number))\n",
+        "                if not part.ends[other]:\n"
+        "                    edges.append((start, base + other, number))\n",
+        (LINE,),
+    ),
+    Fault(
+        "line: two parts share the classes of the first",
+        "constraint/line.py",
+        "            found = _both(found, part.automaton.classes.astype(np.int64))\n",
+        "            found = found\n",
+        (LINE,),
+    ),
+    Fault(
+        "passages: a string comes by more than once",
+        "constraint/marginals.py",
+        "found[i + 1], here[target] = here[target], 0.0",
+        "found[i + 1] = here[target]",
+        (LINE,),
+    ),
+    Fault(
+        "certain: tokens of strings that lead nowhere count",
+        "constraint/decode.py",
+        "ways = here[sources] & later[i + 1, targets]",
+        "ways = here[sources]",
+        (LINE,),
+    ),
+    Fault(
+        "regions: what stands beside a slot is spelled apart",
+        "write/regions.py",
+        "before, behind = (self._border(left, -1), self._border(right, 0))",
+        'before, behind = "", ""',
+        ("tests/write/test_regions.py",),
+    ),
+    Fault(
+        "regions: a gap's border tokens hold nothing of it",
+        "write/regions.py",
+        "if len(text) > least and",
+        "if len(text) < least and",
+        ("tests/write/test_regions.py",),
+    ),
+    Fault(
+        "fill: lengths are those of the first step that is taken",
+        "write/writer.py",
+        "length = int(chances.argmax())",
+        "length = int(np.flatnonzero(chances)[0])",
+        (FILL,),
+    ),
+    Fault(
+        "edit: the model sees what stands far from the selection",
+        "write/edit.py",
+        "for ids in (sides[0][len(sides[0]) - lead :], sides[1][: most - lead])",
+        "for ids in (sides[0][:lead], sides[1][: most - lead])",
+        ("tests/write/test_edit.py",),
     ),
 )
 

@@ -25,17 +25,18 @@ WINGS = {
     "errors": "",
     "events": "",
     "config": "entry reading formats generation quantization model training serving",
-    "language": "tokenizer controls tools given prompt pattern template stops text",
+    "language": "tokenizer controls tools given prompt template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "
-    "constraint groups vocabulary utf8 tokens decode marginals automaton",
+    "constraint groups vocabulary utf8 tokens line decode marginals",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
     "denoise": "schedule sampler classes constrained pinned noise stopping canvas store_format "
     "store_files store row step loop",
-    "write": "job writer verbose constrained generate fill edit questions decide chat_file chat",
+    "write": "job verbose constrained regions writer generate fill edit questions decide chat_file "
+    "chat",
     "engine": "run engine",
     "train": "data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "

@@ -87,6 +87,14 @@ def edit(
             show_default="half of the old to twice as much and 8",
         ),
     ] = None,
+    window_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of the file that the model sees, around the selection.",
+            min=1,
+            show_default="all, or what its context holds twice",
+        ),
+    ] = None,
     *,
     result: ResultOptions,
     model: ModelOptions,
@@ -124,16 +132,13 @@ def edit(
                 selection,
                 request,
                 gap_tokens=bounds,
+                window_tokens=window_tokens,
                 settings=settings,
                 prompt_options=PromptOptions(system_prompt=system_prompt),
                 listener=follows.trial,
             )
             follows.conclude(edited.filled)
-            for line in notes:
-                view.note(line)
-            if not output.is_json:
-                view.about(edited.filled)
-            _deliver(edited, file, content, result, output, view, settings)
+            _deliver(edited, file, content, result, output, view, settings, notes)
     finally:
         view.close()
 
@@ -165,8 +170,13 @@ def _deliver(
     output: OutputOptions,
     view: Any,
     settings: GenerationSettings,
+    notes: list[str],
 ) -> None:
     """Write the file, or print the result."""
+    for line in notes:
+        view.note(line)
+    if not output.is_json:
+        view.about(edited.filled)
     if result.in_place:
         from ..checkpoint.files import write_whole
 

@@ -63,10 +63,14 @@ def fill(
         if settings.seed is None:
             settings = seeded(settings)
             notes.append(f"seed {settings.seed}")
+        from ..constraint.constraint import slot_dfa
         from ..language.template import Template
 
         bounds = gap_bounds(gap_tokens)
         parsed = Template.parse(_template_text(template, file))
+        for slot in parsed.slots:
+            if slot.kind in ("match", "json"):
+                slot_dfa(slot)  # refused here, before the model is loaded
         request = None if prompt is None else unescape(prompt)
         loaded, tokenizer = model.load()
         from ..language.prompt import PromptOptions

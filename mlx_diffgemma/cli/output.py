@@ -101,7 +101,6 @@ class Follower:
     _spellings: Any = None
     _trial: str = ""
     _is_final: bool = True  # the trial's text is the result
-    _compared: int | None = None  # the last window whose lengths are compared
     _pinned: list[bool] = field(default_factory=list)
 
     def observe(self, event: Event) -> None:
@@ -111,19 +110,16 @@ class Follower:
         if self.trace is not None:
             self.trace.observe(event)
         if isinstance(event, TrialStarted):
-            self._pinned = event.pinned[0][0].tolist()  # type: ignore[assignment]
+            self._pinned = event.pinned[0].tolist()  # type: ignore[assignment]
             self._trial, self._is_final = _about_trial(event), event.is_final
-            if not event.is_final and event.window != self._compared:
-                self._compared = event.window
-                self._comparing(event)
+            if not event.is_final:
+                self._looking(event)
 
     def trial(self, event: Event) -> None:
         """Handle an event of fill or edit, whose text is shown when it is complete."""
         from ..events import StepDone
         from .render_watch import WatchView
 
-        if isinstance(event, StepDone) and event.row:
-            return  # of rows that try other lengths, the first is shown
         self.observe(event)
         if self.drafts is not None:
             self.object(event)
@@ -133,14 +129,14 @@ class Follower:
         else:
             self.view.trial(event)
 
-    def _comparing(self, event: TrialStarted) -> None:
-        """Say once per canvas, where --watch writes a log, that its lengths are compared: the steps
-        of that are of no use in one."""
+    def _looking(self, event: TrialStarted) -> None:
+        """Say, where --watch writes a log, that lengths are looked for: the steps of that are of no
+        use in one."""
         from .render_watch import WatchView
 
         if isinstance(self.view, WatchView) and not self.view.is_live:
             slots = ", ".join(event.slots)
-            self.view.note(f"canvas {event.window + 1}: comparing lengths of slot {slots}")
+            self.view.note(f"canvas {event.window + 1}: looking for the length of slot {slots}")
 
     def conclude(self, filled: Any) -> None:
         """Record the result of fill or edit, and restore the screen."""
@@ -227,10 +223,10 @@ def kept(trace: Any, page: Path | None, view: View) -> Iterator[None]:
 
 
 def _about_trial(event: Any) -> str:
+    if not event.is_final:
+        return "looking for lengths"
     lengths = ", ".join(
         f"slot {name} with {n} token{'s' * (n != 1)}"
-        for name, n in zip(event.slots, event.lengths[0], strict=True)
+        for name, n in zip(event.slots, event.lengths, strict=True)
     )
-    if event.is_final:
-        return f"final text ({lengths})"
-    return f"one of {len(event.lengths)} lengths that are tried ({lengths})"
+    return f"final text ({lengths})"

@@ -44,7 +44,7 @@ class View:
         self._open_line = ""  # of the answer
         self._open_thought = ""
         self._ends_with_break = True
-        self._lengths = 1  # of slots that are tried at once
+        self._is_final = True  # False while lengths of slots are looked for
         self._is_broken = False  # stdout accepts no more text
         self._is_drawing = self._is_suspended = False
         self._undo_suspend: Callable[[], None] | None = None
@@ -112,12 +112,12 @@ class View:
             self.note(line)
 
     def trial(self, event: Event) -> None:
-        """Show the progress of a search over lengths, in one line."""
+        """Show the progress of a fill, in one line."""
         if isinstance(event, TrialStarted):
-            self._lengths = len(event.lengths)
+            self._is_final = event.is_final
         elif isinstance(event, StepDone) and self.is_live:
-            what = f"{self._lengths} lengths at once" if self._lengths > 1 else "the canvas"
-            self._draw(f"denoising {what}, step {event.step + 1}")
+            what = "denoising the canvas" if self._is_final else "looking for lengths"
+            self._draw(f"{what}, step {event.step + 1}")
 
     def about(self, filled: Filled) -> None:
         """Print notes and certainties of a filled template on stderr."""

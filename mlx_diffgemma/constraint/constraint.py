@@ -126,7 +126,7 @@ class Constraint:
         """
         if isinstance(template, str):
             template = Template.parse(template)
-        pieces = [part if isinstance(part, str) else _slot(part) for part in template.parts]
+        pieces = [part if isinstance(part, str) else slot_dfa(part) for part in template.parts]
         return cls("template", (), parts.in_a_row(pieces))
 
     @classmethod
@@ -237,20 +237,35 @@ def _compiled(
     )
 
 
-def _slot(slot: Slot) -> DFA:
+def slot_dfa(slot: Slot) -> DFA:
+    """Return the automaton of a slot's texts; a gap holds any text.
+
+    Raises:
+      TemplateError: if it is a gap with a number of tokens.
+      ConstraintError: if its expression or schema cannot be held; it begins with the place in the
+        template.
+    """
     if slot.kind == "one of":
         return parts.choices(slot.options)
-    if slot.kind == "match":
-        try:
-            return regex.regex(slot.pattern)
-        except ConstraintError as error:
-            raise ConstraintError(f"{slot.label}: {error}", position=error.position) from None
-    if slot.low is not None:
-        raise TemplateError(
-            f"{slot.label}: a constraint counts no tokens; write {{{{gap}}}}, or "
-            "{{match: .{1,40}}} for a number of characters"
-        )
-    return parts.free_text()
+    if slot.kind == "gap":
+        if slot.low is not None:
+            raise TemplateError(
+                f"{slot.label}: a constraint counts no tokens; write {{{{gap}}}}, or "
+                "{{match: .{1,40}}} for a number of characters"
+            )
+        return parts.free_text()
+    try:
+        if slot.kind == "json":
+            return Constraint.json_schema(slot.schema).dfa()
+        return _some(regex.regex(slot.pattern), "expression")
+    except ConstraintError as error:
+        label = slot.label if error.position is None else slot.label_at(error.position)
+        raise ConstraintError(
+            f"{label}: {slot.kind}: {error}",
+            keyword=error.keyword,
+            pointer=error.pointer,
+            position=error.position,
+        ) from None
 
 
 def _some(dfa: DFA, what: str) -> DFA:

@@ -128,3 +128,37 @@ def _followed(
         states.append(int(automaton.targets[edge]))
     score = float(values[0, start])
     return Path(np.array(classes, np.int64), np.array(sets, np.int64), np.array(states), score)
+
+
+def certain(automaton: TokenAutomaton, length: int, endings: np.ndarray) -> np.ndarray:
+    """Return the tokens that are the same in all strings of a length, int32 [L]; -1 where they
+    differ.
+
+    Args:
+      automaton: whose strings begin in state 0.
+      length: L.
+      endings: bool [S], the states that a string may lead to.
+
+    Raises:
+      ValueError: if there is no such string.
+    """
+    S, sources, targets = len(automaton.distance), automaton.sources, automaton.targets
+    later = np.zeros((length + 1, S), bool)
+    later[length] = endings
+    for i in reversed(range(length)):
+        later[i, sources[later[i + 1, targets]]] = True
+    if not later[0, 0]:
+        raise ValueError(f"no string of {length} tokens leads to an allowed state")
+    found = np.full(length, -1, np.int32)
+    here = np.zeros(S, bool)
+    here[0] = True
+    for i in range(length):
+        ways = here[sources] & later[i + 1, targets]
+        sets = np.unique(automaton.sets[ways])
+        here = np.zeros(S, bool)
+        here[targets[ways]] = True
+        if len(sets) > 1 or len(members := automaton.classes_of(int(sets[0]))) > 1:
+            continue
+        if automaton.sizes[members[0]] == 1:
+            found[i] = int(np.argmax(automaton.classes == members[0]))
+    return found

@@ -147,24 +147,45 @@ class Strings:
         """Return for each position and set, over all edges that take it, the sum of the probability
         to be at an edge's source times the probability of what follows its target: [L, G]. It is
         relative to the source's, so that no sum is out of range."""
-        automaton, L, S = self.automaton, len(self.masses), len(self.automaton.distance)
-        degrees = np.diff(automaton.first_edges)
         found = np.zeros_like(self.of_sets)
-        here: np.ndarray = np.zeros(S)  # the probability of each state
+        here: np.ndarray = np.zeros(len(self.automaton.distance))  # the probability of each state
         here[self.start] = 1.0
-        for i in range(L):
-            active = np.flatnonzero(here > _NEGLIGIBLE)
-            counts = degrees[active]
-            edges = np.repeat(automaton.first_edges[active] - np.cumsum(counts) + counts, counts)
-            edges += np.arange(len(edges))
-            targets, sets = automaton.targets.take(edges), automaton.sets.take(edges)
-            ways = self.later[i + 1].take(targets)
-            ways -= np.repeat(self.later[i].take(active), counts)
-            np.exp(ways, out=ways)
-            ways *= np.repeat(here.take(active), counts)
-            found[i] = np.bincount(sets, ways, minlength=found.shape[1])
-            here = np.bincount(targets, ways * self.of_sets[i].take(sets), minlength=S)
+        for i in range(len(self.masses)):
+            found[i], here = self._onward(i, here)
         return found
+
+    def passages(self, at: int, state: int, target: int) -> np.ndarray:
+        """Return the probability that a string which is in one state behind `at` tokens comes to
+        another, for the first time, behind each number of tokens: float64 [L + 1].
+
+        Raises:
+          ValueError: if no string that fits is in that state there.
+        """
+        if self.later[at, state] == -np.inf:
+            raise ValueError(f"no string that fits is in state {state} behind {at} tokens")
+        found = np.zeros(len(self.later))
+        here: np.ndarray = np.zeros(len(self.automaton.distance))
+        here[state] = 1.0
+        for i in range(at, len(self.masses)):
+            _, here = self._onward(i, here)
+            found[i + 1], here[target] = here[target], 0.0
+        return found
+
+    def _onward(self, i: int, here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the factors of sets at a position, [G], and the probabilities of states behind it,
+        from those before it, [S] both."""
+        automaton, degrees = self.automaton, np.diff(self.automaton.first_edges)
+        active = np.flatnonzero(here > _NEGLIGIBLE)
+        counts = degrees[active]
+        edges = np.repeat(automaton.first_edges[active] - np.cumsum(counts) + counts, counts)
+        edges += np.arange(len(edges))
+        targets, sets = automaton.targets.take(edges), automaton.sets.take(edges)
+        ways = self.later[i + 1].take(targets)
+        ways -= np.repeat(self.later[i].take(active), counts)
+        np.exp(ways, out=ways)
+        ways *= np.repeat(here.take(active), counts)
+        factors = np.bincount(sets, ways, minlength=self.of_sets.shape[1])
+        return factors, np.bincount(targets, ways * self.of_sets[i].take(sets), minlength=len(here))
 
 
 def _later(automaton: TokenAutomaton, of_sets: np.ndarray, endings: np.ndarray) -> np.ndarray:

@@ -23,16 +23,17 @@ _PIECE = 1 << 20  # numbers that are composed at once
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenAutomaton:
-    """A deterministic automaton over tokens, each of which belongs to one class.
+    """An automaton over tokens, each of which belongs to one class.
 
-    Its states are those of the `DFA`, then those inside of a character, then `end`, which an answer
-    reaches with its end token and stays in, filled with pad and end tokens. From every state that
-    an edge leads to, the end is in reach.
+    That of a `DFA` is deterministic: its states are those of the `DFA`, then those inside of a
+    character, then `end`, which an answer reaches with its end token and stays in, filled with pad
+    and end tokens. From every state that an edge leads to, the end is in reach. That of a `Line`
+    has no maps: a token may lead from one state to several.
     """
 
     classes: np.ndarray  # uint16, or uint32 if there are many: [V]
     sizes: np.ndarray  # int64 [K], tokens of each class; class 0 is DEAD, and may have none
-    maps: np.ndarray  # int32 [K, S]: the state behind a token of the class, or NOWHERE
+    maps: np.ndarray | None  # int32 [K, S]: the state behind a token of the class, or NOWHERE
     sources: np.ndarray  # int64 [E], ascending: edges, from state to state
     targets: np.ndarray  # int64 [E], ascending for each source
     sets: np.ndarray  # int64 [E]: the number of the set of classes that an edge takes
@@ -55,6 +56,7 @@ class TokenAutomaton:
           tokens: int [n], below V.
           state: before them.
         """
+        assert self.maps is not None
         for cls in self.classes[np.asarray(tokens, np.int64)].tolist():
             if state == NOWHERE:
                 break
@@ -66,7 +68,7 @@ class TokenAutomaton:
         return self.set_classes[self.set_starts[number] : self.set_starts[number + 1]]
 
 
-def lift(dfa: DFA, vocabulary: Vocabulary) -> TokenAutomaton:
+def lift(dfa: DFA, vocabulary: Vocabulary, *, most_inside: int = 0) -> TokenAutomaton:
     """Return the automaton over tokens of an automaton over code points.
 
     A string of tokens leads to the end if its text, with the special tokens in it, is one that the
@@ -76,11 +78,12 @@ def lift(dfa: DFA, vocabulary: Vocabulary) -> TokenAutomaton:
     Args:
       dfa: any; if it names end or pad tokens as special symbols, they do not count.
       vocabulary: the checkpoint's tokens.
+      most_inside: states inside of characters at most, beside those of free text.
 
     Source: the transition monoid of the DFA, enumerated along the trie of all texts, each map of
       states to states only once.
     """
-    parts = continuations(dfa)
+    parts = continuations(dfa, most_inside)
     maps, numbers = _text_maps(dfa, vocabulary)
     maps = _with_other_states(maps, len(parts.inside))
     more, tokens = _other_maps(dfa, vocabulary, parts)

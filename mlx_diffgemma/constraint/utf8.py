@@ -28,8 +28,9 @@ class Continuations:
     inside: np.ndarray  # int32 [N, 64]: behind the bytes 0x80 to 0xBF
 
 
-def continuations(dfa: DFA) -> Continuations:
-    """Return the states between the bytes of characters, for free text.
+def continuations(dfa: DFA, most: int = 0) -> Continuations:
+    """Return the states between the bytes of characters, for free text, and elsewhere as long as
+    they are not more than `most`.
 
     Free text is a state that most characters of several bytes lead back to; bytes may also begin a
     character in a state from which most lead there. Everywhere else they lead nowhere: a string
@@ -59,6 +60,18 @@ def continuations(dfa: DFA) -> Continuations:
             if is_text and ranges <= _MOST_RANGES:
                 known[key] = made.leads(starts, targets.tolist())
         leads[state] = known[key]
+    most += len(made.states)
+    has_way = (table[:, several] != NOWHERE).any(axis=1) & (leads == NOWHERE).all(axis=1)
+    for state in np.flatnonzero(has_way).tolist() if most > len(made.states) else ():
+        targets = table[state]
+        if np.count_nonzero(np.diff(targets[several])) + 1 > _MOST_RANGES:
+            continue
+        kept = len(made.states)
+        leads[state] = made.leads(starts, targets.tolist())
+        if len(made.states) > most:
+            leads[state] = nowhere
+            made.forget(kept)
+            break
     inside = np.array(made.states, np.int32).reshape(-1, 64)
     return Continuations(leads, inside)
 
@@ -82,6 +95,13 @@ class _Inside:
             for lead in range(low, high):
                 found[lead] = self._state(pieces, count, (lead - low) * size)
         return found
+
+    def forget(self, kept: int) -> None:
+        """Keep the first states alone."""
+        del self.states[kept:]
+        last = self.first + kept
+        self.known = {state: number for state, number in self.known.items() if number < last}
+        self.ways = {way: number for way, number in self.ways.items() if number < last}
 
     def _state(self, pieces: tuple[list[int], list[int]], count: int, base: int) -> int:
         """Return the state with `count` bytes to come, of the characters from `base` on."""

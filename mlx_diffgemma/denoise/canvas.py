@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..config.generation import ResolvedSettings
 from ..events import StepDone
-from .constrained import CanvasConstraint
+from .constrained import CanvasConstraint, Span
 from .noise import Noise
 from .pinned import PinnedCanvas
 
@@ -57,14 +58,13 @@ class Canvas:
     drafts: tuple[mx.array, ...] = ()  # [1, W] each, of the last `stability_threshold` steps
     belief: Belief | None = None
     held: mx.array | None = None  # [1, W] int32, see `sampler.hold`
-    constraint: CanvasConstraint | None = None
+    constraints: Sequence[CanvasConstraint | Span] = ()  # of different columns
     readout: Readout | None = None
 
     @property
     def waits(self) -> bool:
         """Whether the host decides within a step, so that none can be built ahead."""
-        has_spans = self.pinned is not None and bool(self.pinned.spans)
-        return has_spans or self.constraint is not None
+        return bool(self.constraints)
 
     @property
     def has_steps_left(self) -> bool:

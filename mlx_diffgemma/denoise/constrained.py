@@ -8,8 +8,8 @@ rows together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
@@ -76,25 +76,69 @@ class CanvasConstraint:
         return endings(self.row.automaton, max(0, self.left - width))
 
 
-class Look(NamedTuple):
-    """A forward pass over a canvas under a constraint."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """What some columns of a canvas must fit, whatever stands around them."""
 
-    constraint: CanvasConstraint
+    row: TokenConstraint
+    first: int
+    stop: int
+    ends: np.ndarray  # bool [S]: the states that may stand behind the last column
+    # Called in each step with the strings that fit; the canvas has settled where it says so.
+    watch: Callable[[Strings], bool] | None = None
+    start: int = 0
+
+    def columns(self, width: int) -> slice:
+        """Return the columns."""
+        assert self.stop <= width
+        return slice(self.first, self.stop)
+
+    def endings(self, width: int) -> np.ndarray:
+        """Return the states that may stand behind these columns, bool [S]."""
+        return self.ends
+
+    def moved(self, places: int) -> Span:
+        """Return the same, some places further on."""
+        return replace(self, first=self.first + places, stop=self.stop + places)
+
+
+class Choice(NamedTuple):
+    """What is chosen for a canvas of W columns."""
+
+    seen: Statistics  # of the distributions under the constraints
+    proposal: mx.array  # int32 [1, W]
+    probability: mx.array  # float32 [1, W], of the proposal's tokens under the constraints
+    is_decided: bool = False  # a span's `watch` said so
+
+
+class Look(NamedTuple):
+    """A forward pass over a canvas under constraints."""
+
+    constraints: Sequence[CanvasConstraint | Span]  # of different columns
     outputs: mx.array  # [1, W, V], before the softcap
-    thought: Statistics  # of the outputs
+    free: Choice  # what would be chosen without them, of the statistics of the outputs
     heat: mx.array
     cap: float
     # For draws: uniform numbers, float64 [L, 3], and Gumbel noise, float32 [1, L, 512]; None where
     # the likeliest string is the proposal.
     noise: tuple[np.ndarray, mx.array] | None
 
+    @property
+    def width(self) -> int:
+        return int(self.outputs.shape[1])
 
-class Choice(NamedTuple):
-    """What is chosen for a canvas of W columns."""
 
-    seen: Statistics  # of the distributions under the constraint
-    proposal: mx.array  # int32 [1, W]
-    probability: mx.array  # float32 [1, W], of the proposal's tokens under the constraint
+class _Part(NamedTuple):
+    """The columns of a look that one constraint speaks of, n of them."""
+
+    bound: CanvasConstraint | Span
+    columns: slice
+    width: int  # of the canvas
+    outputs: mx.array  # [1, n, V]
+    thought: Statistics
+    heat: mx.array
+    cap: float
+    noise: tuple[np.ndarray, mx.array] | None
 
 
 def choose(looks: Sequence[Look]) -> list[Choice]:
@@ -103,38 +147,53 @@ def choose(looks: Sequence[Look]) -> list[Choice]:
     A canvas whose numbers are not finite keeps the model's own statistics: its row fails for that
     once it ends.
     """
-    parts = [_numbers(look) for look in looks]
-    sizes = [part.size for part in parts]
-    flat = np.array(mx.concatenate([part.reshape(-1) for part in parts]))
-    pieces = np.split(flat, np.cumsum(sizes)[:-1])
-    return [
-        _choose(look, piece.reshape(part.shape[1:]))
-        for look, piece, part in zip(looks, pieces, parts, strict=True)
-    ]
+    parts = [[_part(look, bound) for bound in look.constraints] for look in looks]
+    numbers = [_numbers(part) for some in parts for part in some]
+    flat = np.array(mx.concatenate([one.reshape(-1) for one in numbers]))
+    pieces = iter(np.split(flat, np.cumsum([one.size for one in numbers])[:-1]))
+    shapes = iter([one.shape[1:] for one in numbers])
+    found = []
+    for look, some in zip(looks, parts, strict=True):
+        choice = look.free
+        for part in some:
+            choice = _choose(part, next(pieces).reshape(next(shapes)), choice)
+        found.append(choice)
+    return found
 
 
-def _numbers(look: Look) -> mx.array:
-    """Return what the host needs of each chosen column: float32 [1, n, 3 N + 1] for N blocks."""
-    blocks, thought = look.constraint.row.blocks, _cut(look)
-    outputs = _columns(look, look.outputs)
-    maxima = block_log_p(block_maxima(outputs, blocks), thought, outputs, look.heat, look.cap)
+def _part(look: Look, bound: CanvasConstraint | Span) -> _Part:
+    columns = bound.columns(look.width)
+    is_whole = (columns.start, columns.stop) == (0, look.width)
+    outputs, thought, noise = look.outputs, look.free.seen, look.noise
+    if not is_whole:
+        outputs, thought = outputs[:, columns], Statistics(*(x[:, columns] for x in thought))
+    if noise is not None:
+        noise = noise[0][columns], noise[1][:, columns]
+    return _Part(bound, columns, look.width, outputs, thought, look.heat, look.cap, noise)
+
+
+def _numbers(part: _Part) -> mx.array:
+    """Return what the host needs of each column: float32 [1, n, 3 N + 1] for N blocks."""
+    blocks, thought = part.bound.row.blocks, part.thought
+    maxima = block_maxima(part.outputs, blocks)
+    maxima = block_log_p(maxima, thought, part.outputs, part.heat, part.cap)
     sums, products = block_sums(thought.ratios, blocks)
     return mx.concatenate([maxima, sums, products, thought.confidence[..., None]], axis=-1)
 
 
-def _choose(look: Look, numbers: np.ndarray) -> Choice:
-    thought, row = look.thought, look.constraint.row
+def _choose(part: _Part, numbers: np.ndarray, before: Choice) -> Choice:
+    """Return a choice with this part of it chosen."""
+    bound, row, thought = part.bound, part.bound.row, part.thought
     if not np.isfinite(numbers).all():
-        return Choice(thought, thought.draft, thought.confidence)
-    W, blocks = thought.draft.shape[1], row.blocks
+        return before
+    blocks, outputs = row.blocks, part.outputs
     maxima, sums, products = np.split(numbers[:, :-1], 3, axis=1)
-    ends, start = look.constraint.endings(W), look.constraint.start
+    ends, start = bound.endings(part.width), bound.start
     by_class = blocks.joined(np.maximum, maxima, -np.inf)
     path = best(row.automaton, by_class, ends, start)
     masses, products = class_sums(sums, products, numbers[:, -1], blocks)
     strings = Strings.of(row.automaton, masses, ends, start)
     found = strings.marginals(products)
-    outputs, cut = _columns(look, look.outputs), _cut(look)
     draft = likeliest_of(outputs, _row(blocks.largest(maxima, path.classes)), blocks)
     at = np.arange(len(path.classes)), path.classes
     largest = np.maximum(by_class[at], LEAST)  # as `best` and `Strings` have it
@@ -142,33 +201,56 @@ def _choose(look: Look, numbers: np.ndarray) -> Choice:
         np.minimum(np.exp(largest) * found.factors[at], 1)[None].astype(np.float32)
     )
     proposal, probability = draft, certainty
-    if look.noise is not None:
-        classes, proposal = _drawn(look, strings, found, sums, outputs)
-        probability = _certainty(proposal, classes, found, cut)
-    pad = look.constraint.pad_token_id
-    seen = thought._replace(
-        draft=_wide(look, draft, pad),
-        entropy=_wide(look, mx.array(found.entropy[None].astype(np.float32)), 0),
-        confidence=_wide(look, certainty, 1),
+    if part.noise is not None:
+        classes, proposal = _drawn(part, part.noise, strings, found, sums)
+        probability = _certainty(proposal, classes, found, thought)
+    is_decided = before.is_decided
+    if isinstance(bound, Span):
+        if bound.watch is not None:
+            is_decided |= bound.watch(strings)
+    else:
+        before = _filled(before, bound.pad_token_id)
+    seen = before.seen
+    seen = seen._replace(
+        draft=_put(part, seen.draft, draft),
+        entropy=_put(part, seen.entropy, mx.array(found.entropy[None].astype(np.float32))),
+        confidence=_put(part, seen.confidence, certainty),
     )
     if row.belief == "constrained":
-        seen = _with_belief(look, seen, found, numbers[:, -1])
-    return Choice(seen, _wide(look, proposal, pad), _wide(look, probability, 1))
+        seen = _with_belief(part, seen, draft, found, numbers[:, -1])
+    return Choice(
+        seen,
+        _put(part, before.proposal, proposal),
+        _put(part, before.probability, probability),
+        is_decided,
+    )
+
+
+def _filled(choice: Choice, token: int) -> Choice:
+    """Return a choice of one token everywhere, with certainty."""
+    seen = choice.seen
+    draft = mx.full(seen.draft.shape, token, mx.int32)
+    zeros, ones = mx.zeros(seen.entropy.shape), mx.ones(seen.confidence.shape)
+    seen = seen._replace(draft=draft, entropy=zeros, confidence=ones)
+    return Choice(seen, draft, ones, choice.is_decided)
 
 
 def _drawn(
-    look: Look, strings: Strings, found: Marginals, sums: np.ndarray, outputs: mx.array
+    part: _Part,
+    noise: tuple[np.ndarray, mx.array],
+    strings: Strings,
+    found: Marginals,
+    sums: np.ndarray,
 ) -> tuple[np.ndarray, mx.array]:
     """Return the classes and the tokens, int32 [1, n], of a proposal that is drawn."""
-    assert look.noise is not None
-    row, columns = look.constraint.row, look.constraint.columns(look.thought.draft.shape[1])
-    uniforms, gumbels = look.noise[0][columns], look.noise[1][:, columns]
+    row, (uniforms, gumbels) = part.bound.row, noise
     if row.draws == "strings":
         classes = strings.sample(uniforms[:, :2]).classes
     else:
         classes = found.draw(uniforms[:, 0])
     chosen = _row(row.blocks.drawn(sums, classes, uniforms[:, 2]))
-    return classes, draw_of(outputs, chosen, gumbels, row.blocks, look.heat, look.cap)
+    tokens = draw_of(part.outputs, chosen, gumbels, row.blocks, part.heat, part.cap)
+    return classes, tokens
 
 
 def _certainty(
@@ -181,38 +263,22 @@ def _certainty(
 
 
 def _with_belief(
-    look: Look, seen: Statistics, found: Marginals, confidence: np.ndarray
+    part: _Part, seen: Statistics, draft: mx.array, found: Marginals, confidence: np.ndarray
 ) -> Statistics:
-    """Return statistics whose weights are probabilities under the constraint, in the columns that
-    are chosen."""
-    ratios, weights = _columns(look, seen.ratios), seen.weights
-    factors, draft = ratio_factors(found.factors, confidence), _columns(look, seen.draft)
-    own = under_constraint(ratios, factors, draft, look.constraint.row.blocks)
-    columns = look.constraint.columns(weights.shape[1])
-    before, behind = slice(0, columns.start), slice(columns.stop, None)
-    own = mx.concatenate(
-        [weights[:, before], own.astype(weights.dtype), weights[:, behind]], axis=1
-    )
-    ones = mx.ones((1, columns.stop - columns.start))
-    total = mx.concatenate([seen.total[:, before], ones, seen.total[:, behind]], axis=1)
-    return seen._replace(weights=own, total=total)
+    """Return statistics whose weights are probabilities under the constraint, in its columns."""
+    factors = ratio_factors(found.factors, confidence)
+    own = under_constraint(part.thought.ratios, factors, draft, part.bound.row.blocks)
+    weights = _put(part, seen.weights, own.astype(seen.weights.dtype))
+    ones = mx.ones((1, part.columns.stop - part.columns.start))
+    return seen._replace(weights=weights, total=_put(part, seen.total, ones))
 
 
-def _columns(look: Look, x: mx.array) -> mx.array:
-    columns = look.constraint.columns(x.shape[1])
-    whole = (columns.start, columns.stop) == (0, x.shape[1])
-    return x if whole else x[:, columns]
-
-
-def _cut(look: Look) -> Statistics:
-    return Statistics(*(_columns(look, x) for x in look.thought))
-
-
-def _wide(look: Look, x: mx.array, fill: float) -> mx.array:
-    """Return [1, n] numbers of the chosen columns as [1, W], filled on both sides."""
-    W = look.thought.draft.shape[1]
-    columns = look.constraint.columns(W)
-    return mx.pad(x, [(0, 0), (columns.start, W - columns.stop)], constant_values=fill)
+def _put(part: _Part, whole: mx.array, own: mx.array) -> mx.array:
+    """Return the numbers of all columns, [1, W, ...], with a part's own in its columns."""
+    if own.shape[1] == whole.shape[1]:
+        return own
+    before, behind = whole[:, : part.columns.start], whole[:, part.columns.stop :]
+    return mx.concatenate([before, own, behind], axis=1)
 
 
 def _row(numbers: np.ndarray) -> mx.array:

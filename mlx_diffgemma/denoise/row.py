@@ -18,7 +18,7 @@ from ..errors import ConfigError, NumbersError, PromptError, PromptLengthError
 from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
 from ..model import Context, DiffusionGemma, OpenContext
 from .canvas import Canvas, Plan, Readout, Taken
-from .constrained import CanvasConstraint, TokenConstraint
+from .constrained import CanvasConstraint, Span, TokenConstraint
 from .noise import Noise, SeededNoise
 from .pinned import FREE, Pinned, PinnedCanvas
 from .stopping import width_for
@@ -192,7 +192,7 @@ class Row:
         start = noise.start(self._index, shape, vocab_size)
         if given is not None:
             start = given.kept_to(start)
-        plan, constraint = self._first_plan(), self._canvas_constraint(given)
+        plan, constraints = self._first_plan(), self._constraints(given)
         self.canvas = Canvas(
             self.number,
             settings,
@@ -201,20 +201,20 @@ class Row:
             self._index,
             plan,
             start,
-            constraint=constraint,
+            constraints=constraints,
             readout=self._readout,
         )
 
-    def _canvas_constraint(self, given: PinnedCanvas | None) -> CanvasConstraint | None:
+    def _constraints(self, given: PinnedCanvas | None) -> Sequence[CanvasConstraint | Span]:
         """Return what the next canvas must fit, behind the tokens that it begins with."""
         if self._constraint is None:
-            return None
+            return () if given is None else given.spans
         first = np.zeros(0, np.int32)
         if given is not None:
             first = given.host_tokens[0][given.host_tokens[0] != FREE]
         state = self._constraint.after(first, self._state)
         pad = self.settings.pad_token_id
-        return CanvasConstraint(self._constraint, state, self._left, len(first), pad)
+        return [CanvasConstraint(self._constraint, state, self._left, len(first), pad)]
 
     def take(self, taken: Taken, opened: OpenContext) -> None:
         """Take the results of a step, so that nothing refers to those of the step before."""

@@ -43,7 +43,7 @@ class _Look:
     thought: Statistics  # of the outputs
     heat: mx.array  # float32, the step's temperature
     cap: float
-    allowed: mx.array | None  # bool, broadcasts to [1, W, V]; where a pinned set of tokens is
+    allowed: mx.array | None  # bool [1, 1, V], where a set of tokens is given
 
     @property
     def scaled(self) -> tuple[mx.array, float, mx.array | None]:
@@ -93,37 +93,22 @@ def take_step(
     return taken, written
 
 
-def look_once(
-    model: DiffusionGemma, canvases: Sequence[mx.array], opened: list[OpenContext]
-) -> Iterator[Statistics]:
-    """Yield the statistics of each row after one pass over the given tokens, int32 [1, W] each,
-    without self-conditioning, at temperature 1. `opened` is emptied, as in `take_step`."""
-    states, _ = model.canvas_states(canvases, opened)
-    widths, stop = [canvas.shape[1] for canvas in canvases], 0
-    alone = [False] * len(widths)
-    for rows in _pieces(widths, alone, model.config.text.vocab_size):
-        outputs = model.outputs(_columns(states, stop, stop + sum(widths[r] for r in rows)))
-        seen, at = statistics(outputs, cap=model.config.text.final_logit_softcapping), 0
-        for row in rows:
-            yield Statistics(*(_columns(x, at, at + widths[row]) for x in seen))
-            at += widths[row]
-        stop += at
-
-
 def _choices(canvases: Sequence[Canvas], looks: Sequence[_Look]) -> list[constrained.Choice | None]:
-    """Return what is chosen for the canvases under a constraint; None for the others."""
+    """Return what is chosen for the canvases under constraints; None for the others."""
     found: list[constrained.Choice | None] = [None] * len(canvases)
     bound = {}
     for row, (canvas, look) in enumerate(zip(canvases, looks, strict=True)):
-        if canvas.constraint is None:
+        if not canvas.constraints:
             continue
         noise = None
         if canvas.settings.temperature != 0:
             assert isinstance(canvas.noise, SeededNoise)
             length = canvas.settings.canvas_length
             noise = canvas.noise.under_constraint(canvas.index, canvas.step, length, LARGEST_BLOCK)
+        proposal = _propose(canvas, look)
+        free = constrained.Choice(look.thought, proposal, _probability(proposal, look, None))
         bound[row] = constrained.Look(
-            canvas.constraint, look.outputs, look.thought, look.heat, look.cap, noise
+            canvas.constraints, look.outputs, free, look.heat, look.cap, noise
         )
     if bound:
         for row, choice in zip(bound, constrained.choose(list(bound.values())), strict=True):
@@ -136,7 +121,7 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
     settings, pinned, W = canvas.settings, canvas.pinned, canvas.plan.width
     shape = (1, settings.canvas_length)
     if choice is None:
-        seen, proposal = look.thought, _propose(canvas, look, vocab_size)
+        seen, proposal = look.thought, _propose(canvas, look)
     else:
         seen, proposal = choice.seen, choice.proposal
     # Always for the whole canvas, so that a position's draw does not depend on the width.
@@ -149,6 +134,8 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
     fresh_columns, matters = _columns(fresh, 0, W), _matters(canvas, length)
     judged = _judge(canvas, look, choice, seen, proposal, fresh_columns, matters)
     settled, check = judged.settled, []
+    if choice is not None and choice.is_decided:
+        settled = mx.ones_like(settled)
     if settings.canvas_width == "answer":
         assert length is not None
         needed = _needed(length, judged.accepted, canvas.plan.widest)
@@ -214,7 +201,7 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
         heats = [mx.array(temperature(canvases[r].step, canvases[r].settings)) for r in rows]
         if len(rows) == 1:
             pinned = canvases[rows[0]].pinned
-            allowed = None if pinned is None else pinned.allowed(widths[rows[0]])
+            allowed = None if pinned is None else pinned.allowed
             thought = statistics(outputs, heats[0], cap, allowed)
             yield _Look(outputs, thought, heats[0], cap, allowed)
             continue
@@ -243,9 +230,9 @@ def _pieces(
     yield piece
 
 
-def _propose(canvas: Canvas, look: _Look, vocab_size: int) -> mx.array:
+def _propose(canvas: Canvas, look: _Look) -> mx.array:
     """Return a token for each position, int32 [1, W]: drawn, or the likeliest."""
-    noise, W = canvas.noise, canvas.plan.width
+    noise, W, vocab_size = canvas.noise, canvas.plan.width, look.outputs.shape[-1]
     if canvas.settings.temperature == 0:
         return look.thought.draft
     if type(noise) is SeededNoise:  # the same draws as `sample`, without the logits
@@ -323,16 +310,11 @@ def _with_given(
     thought: Statistics, proposal: mx.array, pinned: PinnedCanvas
 ) -> tuple[Statistics, mx.array]:
     """Return statistics and proposal with pinned tokens in place of the model's."""
-    W = proposal.shape[1]
-    free, draft, confidence = pinned.free[:, :W], thought.draft, thought.confidence
-    if pinned.spans:
-        draft = pinned.choose(thought)
-        confidence = probability_of(draft, thought)
-        proposal = mx.where(pinned.in_span[:, :W], draft, proposal)
+    free = pinned.free[:, : proposal.shape[1]]
     seen = thought._replace(
-        draft=pinned.over(draft),
+        draft=pinned.over(thought.draft),
         entropy=mx.where(free, thought.entropy, 0.0),
-        confidence=mx.where(free, confidence, 1.0),
+        confidence=mx.where(free, thought.confidence, 1.0),
     )
     return seen, pinned.over(proposal)
 

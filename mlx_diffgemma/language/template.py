@@ -3,26 +3,28 @@ r"""The template language: literal text, and slots that the model writes.
     {{gap}}  {{gap:8}}  {{gap:4..12}}       free text: any length, 8 tokens, 4 to 12 tokens
     {{one of: yes | no}}                    one of these texts; spaces around them do not count
     {{match: [0-9]{1,3}}}                   a text that a regular expression matches as a whole
+    {{json: {"type": "integer"}}}           a JSON text that a JSON Schema allows
     {{name = gap:8}}                        any of them, under a name in the result
     \{{                                     a literal {{; before a slot, \\ is a literal \
 
 A slot ends at the first `}}` outside of its own braces; a backslash makes the next character in it
-plain, so options and expressions may contain `\|`, `\{` and `\}`. Everything else is literal text.
-Expressions have the syntax of Rust's regex crate; `pattern.py` lists what is not supported. A byte
-order mark at the beginning is kept; the model does not see it. Knows text, not tokens.
+plain, so options and expressions may contain `\|`, `\{` and `\}`. A schema ends where its JSON
+does. Everything else is literal text. A byte order mark at the beginning is kept; the model does
+not see it. Knows text, not tokens; whether an expression or a schema can be held is found later.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Literal as OneOf
 
 from ..errors import TemplateError
-from .pattern import find_problem
 
 _NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)\s*")
 _GAP = re.compile(r"gap(?:\s*:\s*(\d{1,99})(?:\s*\.\.\s*(\d{1,99}))?)?")
+_JSON = re.compile(r"\s*(?:[A-Za-z_]\w*\s*=\s*)?json\s*:\s*")
 _OPENING = re.compile(r"(\\*)(\{{2,})")
 SHOWN_BLANK = "____"
 BYTE_ORDER_MARK = "\ufeff"
@@ -33,17 +35,26 @@ class Slot:
     """A part that the model writes."""
 
     name: str
-    kind: OneOf["gap", "one of", "match"]
+    kind: OneOf["gap", "one of", "match", "json"]
     low: int | None = None  # tokens of a gap; None leaves it to the caller
     high: int | None = None
     options: tuple[str, ...] = ()
     pattern: str = ""
+    schema: str = ""  # JSON
     place: str = field(default="", compare=False)  # in the template, for messages
+    body: tuple[int, int] = field(default=(0, 0), compare=False)  # line and column of the pattern
 
     @property
     def label(self) -> str:
         """The place and name, to begin a message with."""
         return f"{self.place}: slot {self.name}" if self.place else f"slot {self.name}"
+
+    def label_at(self, position: int) -> str:
+        """The place of a character of the pattern, and the name, to begin a message with."""
+        line, column = self.body
+        if not line or "\n" in self.pattern:
+            return self.label
+        return f"{_said(line, column + position)}: slot {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,9 @@ class Template:
                 literal, at = literal + "{{", opening.start(2) + 2
                 continue
             literal += braces[2:]  # of several, the last two open the slot
-            end = _end_of_slot(text, opening.end())
+            end = _end_of_json(text, opening.end())
+            if end is None:
+                end = _end_of_slot(text, opening.end())
             number += 1
             slot = _slot(text, opening.end(), end, number)
             parts += [literal, slot] if literal else [slot]
@@ -121,6 +134,22 @@ def _end_of_slot(text: str, start: int) -> int:
     raise TemplateError(f"{_place(text, start - 2)}: this slot has no }}}} at its end")
 
 
+def _end_of_json(text: str, start: int) -> int | None:
+    """Return the index of the `}}` behind a JSON text, whose strings may have any braces; None if
+    the slot holds none."""
+    opening = _JSON.match(text, start)
+    if opening is None:
+        return None
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, opening.end())
+    except json.JSONDecodeError as error:
+        raise TemplateError(f"{_place(text, error.pos)}: json: {error.msg}") from None
+    end += len(text[end:]) - len(text[end:].lstrip())
+    if not text.startswith("}}", end):
+        raise TemplateError(f"{_place(text, end)}: there is more than one JSON text in this slot")
+    return end
+
+
 def _slot(text: str, start: int, end: int, number: int) -> Slot:
     content = text[start:end]
     named = _NAME.match(content)
@@ -145,13 +174,13 @@ def _slot(text: str, start: int, end: int, number: int) -> Slot:
         pattern = value.strip()
         if not pattern:
             raise TemplateError(f"{place}: there is nothing to match")
-        if problem := find_problem(pattern):
-            begin = start + at + len(body) - len(value.lstrip())
-            raise TemplateError(f"{_place(text, begin + problem.at)}: match: {problem.reason}")
-        return Slot(name, "match", pattern=pattern, place=place)
+        begin = start + at + len(body) - len(value.lstrip())
+        return Slot(name, "match", pattern=pattern, place=place, body=_line_column(text, begin))
+    if colon and kind.strip() == "json":
+        return Slot(name, "json", schema=value.strip(), place=place)
     raise TemplateError(
         f"{place}: {body!r} is not a slot; there are gap, gap:8, gap:4..12, one of: a | b, "
-        "and match: [0-9]+"
+        'match: [0-9]+ and json: {"type": "integer"}'
     )
 
 
@@ -160,6 +189,12 @@ def _plain(option: str) -> str:
 
 
 def _place(text: str, at: int) -> str:
-    line = text.count("\n", 0, at) + 1
-    column = at - (text.rfind("\n", 0, at) + 1) + 1
+    return _said(*_line_column(text, at))
+
+
+def _line_column(text: str, at: int) -> tuple[int, int]:
+    return text.count("\n", 0, at) + 1, at - (text.rfind("\n", 0, at) + 1) + 1
+
+
+def _said(line: int, column: int) -> str:
     return f"template, line {line}, column {column}"

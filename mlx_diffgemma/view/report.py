@@ -107,7 +107,7 @@ class Drafts:
     def observe(self, event: Event) -> None:
         """Remember the pinned positions of a `TrialStarted` for the steps after it."""
         if isinstance(event, TrialStarted):
-            self._pinned = np.array(event.pinned[0])[0].tolist()
+            self._pinned = np.array(event.pinned)[0].tolist()
 
     def free(self, width: int) -> np.ndarray:
         """Return which of the first positions are not pinned, bool [width]."""
@@ -171,7 +171,7 @@ def as_object(
                 "event": "trial",
                 "canvas": event.window,
                 "final": event.is_final,
-                "lengths": [dict(zip(event.slots, row, strict=True)) for row in event.lengths],
+                "lengths": dict(zip(event.slots, event.lengths, strict=True)),
             }
         case CanvasCommitted():
             return {
@@ -229,7 +229,7 @@ def filled_object(filled: Filled) -> dict[str, Any]:
                 "text": slot.text,
                 "tokens": len(slot.tokens),
                 "certainty": round(slot.certainty, 6),
-                "lengths": {str(n): round(score, 4) for n, score in sorted(slot.lengths.items())},
+                "lengths": {str(n): round(chance, 4) for n, chance in sorted(slot.lengths.items())},
             }
             for name, slot in filled.slots.items()
         },
@@ -251,8 +251,8 @@ def filled_lines(filled: Filled) -> list[str]:
         )
         others = sorted(slot.lengths.items(), key=lambda pair: -pair[1])[:4]
         if len(others) > 1:
-            scores = ", ".join(f"{n}: {score:.2f}" for n, score in others)
-            line += f"; lengths by nats per token {scores}"
+            chances = ", ".join(f"{n}: {chance:.1%}" for n, chance in others)
+            line += f"; likely lengths {chances}"
         lines.append(line)
     steps = f"{filled.steps} step{'s' * (filled.steps != 1)}"
     return [*lines, f"{steps}, {filled.positions:,} rows x steps"]

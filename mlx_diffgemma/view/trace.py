@@ -15,10 +15,10 @@ run.json:
                 position "draft", "accepted", "certainty", "entropy" (nats) and "candidates", which
                 is [[id, probability], ...], best first}
 
-A run of `fill` or `edit` has an entry of canvases for each batch of lengths that was tried, with
-two more fields: "trial" is {"final" (False: the text was dropped), "rows", "lengths" (of the slots
-in row 0, tokens)}, and "pinned" tells for each position whether its text was given. What is pinned
-does not count in "accepted_tokens", "free_tokens" and "mean_entropy".
+A run of `fill` or `edit` has an entry of canvases for each look for lengths and for each text, with
+two more fields: "trial" is {"final" (False: the text was dropped), "lengths" (of the slots, tokens;
+None as long as they are open)}, and "pinned" tells for each position whether its text was given.
+What is pinned does not count in "accepted_tokens", "free_tokens" and "mean_entropy".
 
 `step` and `canvas` count from 0. `attempt` is above 0 where an empty canvas was drawn again. A step
 may be narrower than the canvas, under `canvas_width="answer"`.
@@ -116,18 +116,14 @@ class Trace:
         self._is_complete = False
 
     def observe(self, event: Event) -> None:
-        """Record an event; of rows that try other lengths, only the first's. This reads a step's
-        arrays."""
-        if isinstance(event, StepDone) and event.row:
-            return
+        """Record an event; this reads a step's arrays."""
         match event:
             case TrialStarted():
                 trial = {
                     "final": event.is_final,
-                    "rows": len(event.lengths),
-                    "lengths": dict(zip(event.slots, event.lengths[0], strict=True)),
+                    "lengths": dict(zip(event.slots, event.lengths, strict=True)),
                 }
-                pinned = np.array(event.pinned[0])[0].tolist()
+                pinned = np.array(event.pinned)[0].tolist()
                 self._canvases.append(_Canvas(event.window, trial, pinned))
             case StepDone():
                 canvas = self._canvas(event.canvas_index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -10,6 +10,7 @@ from ..config.generation import ResolvedSettings
 from ..constraint.build import concatenate, union
 from ..constraint.constraint import Constraint
 from ..constraint.dfa import DFA, SPECIAL
+from ..constraint.line import Part
 from ..constraint.net import Net, determinise
 from ..constraint.parts import free_text
 from ..constraint.ranges import single
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KEPT = 32  # lifted constraints of a tokenizer
+_MOST_INSIDE = 512  # states inside of characters that have no token, in a part of an answer
 
 
 class _Lifted:
@@ -33,6 +35,7 @@ class _Lifted:
     def __init__(self) -> None:
         self.vocabularies: dict[Any, Vocabulary] = {}
         self.constraints: dict[Any, TokenConstraint] = {}
+        self.parts: dict[Any, tuple[Part, TokenConstraint]] = {}
 
 
 _LIFTED: WeakKeyDictionary[Any, _Lifted] = WeakKeyDictionary()
@@ -112,3 +115,33 @@ def check_answer(
         constraint.check_calls(calls)
     else:
         constraint.parse(text)
+
+
+def over_part(
+    identity: Hashable,
+    make: Callable[[], DFA],
+    model: DiffusionGemma,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: tuple[int, int],
+) -> tuple[Part, TokenConstraint]:
+    """Return a part of an answer over a checkpoint's tokens, from a cache if it was made before.
+
+    Args:
+      identity: tells the part from others.
+      make: makes its automaton.
+      model: whose vocabulary counts.
+      tokenizer: of the model.
+      ends: the token that ends the answer, and the one that fills a canvas after it; neither is in
+        the part.
+    """
+    kept = _LIFTED.setdefault(tokenizer, _Lifted())
+    of_tokens = (model.config.text.vocab_size, ends[:1], ends[1])
+    key = (identity, of_tokens)
+    if key not in kept.parts:
+        if of_tokens not in kept.vocabularies:
+            kept.vocabularies[of_tokens] = Vocabulary.of_tokenizer(tokenizer, *of_tokens)
+        automaton = lift(make(), kept.vocabularies[of_tokens], most_inside=_MOST_INSIDE)
+        while len(kept.parts) >= _KEPT:
+            kept.parts.pop(next(iter(kept.parts)))
+        kept.parts[key] = Part.of_lifted(automaton), TokenConstraint.of(automaton)
+    return kept.parts[key]

@@ -7,13 +7,13 @@ import difflib
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..config.generation import GenerationSettings
 from ..errors import TemplateError
 from ..events import Event
-from ..language.prompt import PromptOptions, encode_text
+from ..language.prompt import PromptOptions, encode_prompt, encode_text, token_bytes
 from ..language.template import Slot, Template, split_mark
 from ..model import DiffusionGemma
 from .fill import Filled, fill
@@ -25,6 +25,7 @@ _NAME = "selection"
 _PLACES = re.compile(r"\s*(\d{1,9}):(\d{1,9})\s*-\s*(\d{1,9}):(\d{1,9})\s*")
 _LINES = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 _OPEN, _CLOSE = "[[[", "]]]"
+_SLACK = 8  # tokens by which texts that are joined may be longer than apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ def edit(
     instruction: str,
     *,
     gap_tokens: tuple[int, int] | None = None,
+    window_tokens: int | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     listener: Callable[[Event], None] | None = None,
@@ -135,6 +137,8 @@ def edit(
       instruction: what to do with it.
       gap_tokens: least and most tokens of the new part; by default from half of the old one to
         twice as much and 8 more.
+      window_tokens: most tokens of the document that the model sees, around the selection; by
+        default, and at most, what its positions hold twice: in the prompt and in the answer.
       settings: how to denoise.
       prompt_options: how the instruction becomes tokens.
       listener: called with the loop's events, see `stream_fill`.
@@ -142,20 +146,7 @@ def edit(
     Raises:
       DiffGemmaError: if the instruction, the selection or the settings cannot be used.
     """
-    if isinstance(selection, str):
-        selection = Selection.of_places(document, selection)
-    if not isinstance(selection, Selection):
-        raise TemplateError(
-            'a selection is a Selection or a string such as "12-14" or "12:3-14:20", '
-            f"got {selection!r}"
-        )
-    if not 0 <= selection.start <= selection.stop <= len(document):
-        raise TemplateError(
-            f"the selection {selection.start} to {selection.stop} lies outside of the document's "
-            f"{len(document)} characters"
-        )
-    if not instruction.strip():
-        raise TemplateError("the instruction is empty: say what to do with the selection")
+    selection = _checked(document, selection, instruction)
     mark, _ = split_mark(document)
     selection = Selection(*(max(len(mark), at) for at in (selection.start, selection.stop)))
     before, old, behind = (
@@ -170,19 +161,84 @@ def edit(
             f"the selection has {tokens} tokens, more than a canvas of {canvas_length} holds; "
             "select less, and edit part by part"
         )
+    if window_tokens is not None and window_tokens < 1:
+        raise TemplateError(f"window_tokens must be at least 1, got {window_tokens}")
     low, high = gap_tokens or (max(1, tokens // 2), min(2 * tokens + 8, canvas_length))
+    empty = encode_prompt(tokenizer, _request(instruction, "", old, ""), prompt_options)
+    room = model.config.text.max_position_embeddings - canvas_length - len(empty) - high
+    most = room // 2 - _SLACK if window_tokens is None else min(room // 2 - _SLACK, window_tokens)
+    near = _near(tokenizer, before, behind, max(0, most - tokens))
     slot = Slot(_NAME, "gap", low, high)
     filled = fill(
         model,
         tokenizer,
-        Template(tuple(part for part in (before, slot, behind) if part != ""), mark),
-        prompt=_request(instruction, before, old, behind),
+        Template(tuple(part for part in (near[0], slot, near[1]) if part != "")),
+        prompt=_request(instruction, near[0], old, near[1]),
         settings=settings,
         prompt_options=prompt_options,
         listener=listener,
         is_shown=True,
     )
-    return Edited(filled.text, document, selection, filled)
+    if near != (before, behind):
+        seen, count = (sum(map(len, sides)) + len(old) for sides in (near, (before, behind)))
+        note = (
+            f"the model saw {seen:,} of the document's {count:,} characters, around the selection"
+        )
+        filled = replace(filled, notes=(note, *filled.notes))
+    text = f"{mark}{before}{filled.slots[_NAME].text}{behind}"
+    return Edited(text, document, selection, filled)
+
+
+def _checked(document: str, selection: Selection | str, instruction: str) -> Selection:
+    """Return the selection, after checks of what a user gives."""
+    if isinstance(selection, str):
+        selection = Selection.of_places(document, selection)
+    if not isinstance(selection, Selection):
+        raise TemplateError(
+            'a selection is a Selection or a string such as "12-14" or "12:3-14:20", '
+            f"got {selection!r}"
+        )
+    if not 0 <= selection.start <= selection.stop <= len(document):
+        raise TemplateError(
+            f"the selection {selection.start} to {selection.stop} lies outside of the document's "
+            f"{len(document)} characters"
+        )
+    if not instruction.strip():
+        raise TemplateError("the instruction is empty: say what to do with the selection")
+    return selection
+
+
+def _near(
+    tokenizer: PreTrainedTokenizerBase, before: str, behind: str, most: int
+) -> tuple[str, str]:
+    """Return the text on both sides of a selection that is nearest to it, in at most so many
+    tokens: all of it, or as much on both sides where there is enough."""
+    sides = [encode_text(tokenizer, side) for side in (before, behind)]
+    if sum(map(len, sides)) <= most:
+        return before, behind
+    spelled = token_bytes(tokenizer)
+    lead = min(len(sides[0]), max(most // 2, most - len(sides[1])))
+    tail, head = (
+        b"".join(spelled.get(token, b"") for token in ids).decode("utf-8", "ignore")
+        for ids in (sides[0][len(sides[0]) - lead :], sides[1][: most - lead])
+    )
+    if not (before.endswith(tail) and behind.startswith(head)):
+        # The tokenizer spells a character that it does not know as another.
+        tail, head = before[max(0, len(before) - lead) :], behind[: most - lead]
+    return _whole_lines(before, tail), _whole_lines_of_head(behind, head)
+
+
+def _whole_lines(text: str, tail: str) -> str:
+    """Return the end of a text from a line's beginning on, if that leaves half of it."""
+    start = len(text) - len(tail)
+    cut = 0 if start == 0 or text[start - 1] == "\n" else tail.find("\n") + 1
+    return tail[cut:] if 2 * cut <= len(tail) else tail
+
+
+def _whole_lines_of_head(text: str, head: str) -> str:
+    """Return the beginning of a text up to a line's end, if that leaves half of it."""
+    cut = len(head) if head == text else head.rfind("\n") + 1
+    return head[:cut] if 2 * cut >= len(head) else head
 
 
 def _request(instruction: str, before: str, old: str, behind: str) -> str:

@@ -1,5 +1,5 @@
-"""Filling the slots of a template. Literals are pinned, unknown lengths are tried as rows over one
-context, and a template longer than one canvas is written canvas by canvas."""
+"""Filling the slots of a template. Literals are pinned, unknown lengths are found in a canvas under
+the whole template, and a template longer than one canvas is written canvas by canvas."""
 
 from __future__ import annotations
 
@@ -10,22 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config.generation import GenerationSettings, ResolvedSettings
-from ..constraint.automaton import Automaton
+from ..denoise.pinned import TokenSet
 from ..denoise.row import checked_tokens
 from ..errors import TemplateError
 from ..events import Event
-from ..language.prompt import (
-    Prompt,
-    PromptOptions,
-    encode_prompt,
-    encode_text,
-    special_tokens,
-    token_bytes,
-)
-from ..language.template import Slot, Template
+from ..language.prompt import Prompt, PromptOptions, encode_prompt, special_tokens
+from ..language.template import Template
 from ..model import DiffusionGemma
 from .job import Job, run_jobs
-from .writer import Choice, Piece, Writer, least_tokens, may_be_cut
+from .regions import Regions
+from .writer import Writer, least_tokens, may_be_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,10 +33,10 @@ class FilledSlot:
 
     name: str
     text: str
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # those that it has a part in; one may hold text beside it too
     certainty: float  # geometric mean of its tokens' probabilities in the last step
-    # Lengths in tokens that were tried -> mean log-probability of the text around it, nats per
-    # token; empty if only one was possible.
+    # Likely lengths in tokens, of those beside it only what they hold of it -> probability; empty
+    # if only one was possible.
     lengths: dict[int, float]
 
 
@@ -79,8 +73,8 @@ def fill(
       template: a string with slots, such as "a {{gap}}", or the result of `Template.parse`; it is
         the model's turn, and ends it.
       prompt: the user's turn; by default a request that shows the template with blanks.
-      gap_tokens: least and most tokens of gaps and matches without their own; by default from 1 to
-        what one canvas holds.
+      gap_tokens: least and most tokens of gaps without their own; by default from 1 to what one
+        canvas holds.
       settings: how to denoise; `max_new_tokens` has no effect, since the template sets the length.
       prompt_options: how the prompt becomes tokens.
       listener: called with the loop's events, see `stream_fill`.
@@ -120,8 +114,8 @@ def stream_fill(
     prompt_options: PromptOptions = PromptOptions(),
     is_shown: bool = False,
 ) -> Generator[Event | Filled, None, None]:
-    """Yield the loop's events during `fill`: PrefillDone, then TrialStarted and the steps of its
-    rows, one row per length, and at last Filled."""
+    """Yield the loop's events during `fill`: PrefillDone, then TrialStarted and its steps, once for
+    the lengths of slots where they are open and once for the text; and at last Filled."""
     task = FillTask(
         template=template,
         prompt=prompt,
@@ -160,16 +154,9 @@ class FillTask:
                 f"{type(template).__name__}"
             )
         resolved = self.settings.resolve(model.config)
-        L = resolved.canvas_length
-        vocab_size = model.config.text.vocab_size
-        spellings = {t: text for t, text in token_bytes(tokenizer).items() if t < vocab_size}
-        text_tokens = np.array(sorted(spellings))
-        pieces: list[Piece] = [
-            encode_text(tokenizer, part)
-            if isinstance(part, str)
-            else _choice(tokenizer, part, self.gap_tokens, L, spellings, text_tokens)
-            for part in template.parts
-        ]
+        L, ends = resolved.canvas_length, turn_ends(tokenizer, resolved)
+        regions = Regions(model, tokenizer, resolved, ends)
+        pieces = regions.pieces(template, self.gap_tokens)
         is_long = may_be_cut(pieces, L)
         prompt, notes = _told(self.prompt, template, is_long, self.is_shown)
         ids = encode_prompt(tokenizer, prompt, self.prompt_options)
@@ -180,8 +167,8 @@ class FillTask:
                 f"canvas of {L} they do not fit into {limit} positions"
             )
         tokens = checked_tokens(ids, model.config)
-        writer = Writer(model, resolved, turn_ends(tokenizer, resolved), text_tokens, pieces)
-        return _filled(writer, tokens, template, spellings, notes)
+        writer = Writer(model, resolved, ends, TokenSet(regions.text_tokens), pieces)
+        return _filled(writer, tokens, template, regions.spellings, notes)
 
 
 def _filled(
@@ -194,16 +181,16 @@ def _filled(
     """Read the prompt, write the slots, and yield the result last."""
     yield from writer.read(tokens)
     yield from writer.write()
-    slots = {
-        slot.name: FilledSlot(
-            slot.name,
-            b"".join(spellings[t] for t in done.tokens).decode("utf-8", "replace"),
-            done.tokens,
-            done.certainty,
+    slots = {}
+    for done in writer.done:
+        text, inside = done.region.inside([spellings[t] for t in done.tokens])
+        slots[done.region.name] = FilledSlot(
+            done.region.name,
+            text.decode("utf-8", "replace"),
+            done.tokens[inside],
+            done.certainty(inside),
             done.lengths,
         )
-        for slot, done in zip(template.slots, writer.done, strict=True)
-    }
     yield Filled(
         template.filled({name: slot.text for name, slot in slots.items()}),
         slots,
@@ -233,59 +220,6 @@ def _told(
     return prompt, (
         f"the template may be longer than a canvas: text too far after a slot, {where}",
     )
-
-
-def _choice(
-    tokenizer: PreTrainedTokenizerBase,
-    slot: Slot,
-    gap_tokens: tuple[int, int] | None,
-    canvas_length: int,
-    spellings: Mapping[int, bytes],
-    text_tokens: np.ndarray,
-) -> Choice:
-    low, high = gap_tokens or (1, canvas_length)
-    low, high = slot.low or low, min(slot.high or high, canvas_length)
-    asked = slot.high or (gap_tokens[1] if gap_tokens else None)
-    if slot.kind == "one of":
-        automaton = _options(tokenizer, slot, canvas_length, spellings)
-        lengths = automaton.lengths(canvas_length)
-        return Choice(slot.name, lengths, lengths[-1], automaton, text_tokens)
-    if low > canvas_length:
-        raise TemplateError(
-            f"{slot.label} is to have at least {low} tokens, and a canvas holds {canvas_length}; "
-            "use several slots, one after the other"
-        )
-    if slot.kind == "gap":
-        return Choice(slot.name, list(range(low, high + 1)), asked, None, text_tokens)
-    try:
-        automaton = Automaton.of_regex(slot.pattern, spellings)
-    except TemplateError as error:
-        raise TemplateError(f"{slot.label}: {error}") from error
-    lengths = [n for n in automaton.lengths(high) if n >= low]
-    if not lengths:
-        raise TemplateError(
-            f"{slot.label}: no text that matches it has {low} to {high} tokens; "
-            f"a canvas holds {canvas_length}"
-        )
-    return Choice(slot.name, lengths, asked, automaton, text_tokens)
-
-
-def _options(
-    tokenizer: PreTrainedTokenizerBase,
-    slot: Slot,
-    canvas_length: int,
-    spellings: Mapping[int, bytes],
-) -> Automaton:
-    options = [encode_text(tokenizer, option) for option in slot.options]
-    for option, ids in zip(slot.options, options, strict=True):
-        if b"".join(spellings.get(t, b"") for t in ids) != option.encode():
-            raise TemplateError(f"{slot.label}: this checkpoint's tokens cannot spell {option!r}")
-        if len(ids) > canvas_length:
-            raise TemplateError(
-                f"{slot.label}: {option!r} has {len(ids)} tokens, "
-                f"more than a canvas of {canvas_length} holds"
-            )
-    return Automaton.of_options(options)
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:

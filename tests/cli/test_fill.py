@@ -34,8 +34,8 @@ def test_json_has_slots_lengths_and_work():
     found = json.loads(done.stdout)
     assert found["text"] == "12 13 14 15 16 17 18" and found["seed"] == 1
     slot = found["slots"]["n"]
-    assert slot["text"] == "14 15 16" and set(slot["lengths"]) == set("23456789")
-    assert found["positions"] > 8 * 64
+    assert slot["text"] == "14 15 16" and slot["lengths"]["8"] > 0.9
+    assert set(slot["lengths"]) <= set("23456789") and found["positions"] > 2 * 64
 
 
 def test_a_template_from_a_file_or_from_stdin_keeps_its_bytes(tmp_path):
@@ -70,12 +70,12 @@ def test_drafts_are_objects_of_their_own_and_tell_what_was_given(tmp_path):
     prefill, *events, result = map(json.loads, done.stdout.splitlines())
     assert (prefill["event"], result["event"]) == ("prefill", "result")
     steps = [event for event in events if event["event"] == "step"]
-    # Of the first length that is tried, two tokens are free; all others are pinned.
-    assert steps[0]["accepted"] <= 2 < len(steps[0]["tokens"])
+    # The length is open at first: only what stands before the slot is given.
+    assert [token["pinned"] for token in steps[0]["tokens"]][:7] == [True] * 6 + [False]
     assert result["text"] == "12 13 14 15 16 17 18"
     trials = [event for event in events if event["event"] == "trial"]
-    assert trials[0]["lengths"] == [{"n": n} for n in range(2, 10)]
-    assert [trial["final"] for trial in trials] == [False] * (len(trials) - 1) + [True]
+    assert [trial["lengths"] for trial in trials] == [{"n": None}, {"n": 8}]
+    assert [trial["final"] for trial in trials] == [False, True]
     assert events[-1]["draft"] == "12 13 14 15 16 17 18"
     tokens = events[-1]["tokens"]
     assert "".join(token["text"] for token in tokens) == events[-1]["draft"]
@@ -87,11 +87,11 @@ def test_drafts_are_objects_of_their_own_and_tell_what_was_given(tmp_path):
 
 
 def test_watch_shows_the_steps_of_the_text_where_there_is_no_terminal():
-    """And of the lengths that lose against it only that they are compared."""
+    """And of the length only that it is looked for."""
     done = invoke(*COUNT, "--watch")
     assert done.stdout == "12 13 14 15 16 17 18"
     lines = [line for line in done.stderr.splitlines() if line.startswith("canvas 1")]
-    assert lines[0] == "canvas 1: comparing lengths of slot n"
+    assert lines[0] == "canvas 1: looking for the length of slot n"
     assert lines[1].startswith("canvas 1, final text (slot n with 8 tokens), step 1: ")
     assert all(", final text (" in line for line in lines[1:])
     assert " of 8 accepted, mean entropy" in lines[1]
@@ -111,9 +111,10 @@ def test_watch_shows_the_steps_of_the_text_where_there_is_no_terminal():
         (["--file", "missing.md"], "missing.md cannot be read"),
         (["{{gap}}", "--gap-tokens", "0..3"], "--gap-tokens must be M..N with 1 <= M <= N"),
         (["{{gap:99}}"], "slot 1 is to have at least 99 tokens, and a canvas holds 64"),
-        (["{{match: a^b}}"], "column 11: match: the whole slot is matched anyway; leave out ^"),
-        ([r"{{match: [^\s\S]}}"], "no text of this checkpoint's tokens matches it"),
-        ([r"{{match: (a)\1}}"], "column 13: match: back-references are not supported: \\1"),
+        (["{{match: a^b}}"], "slot 1: match: no text fits this expression"),
+        ([r"{{match: [^\s\S]}}"], "slot 1: match: no text fits this expression"),
+        ([r"{{match: (a)\1}}"], "back-references are not supported: \\1"),
+        (['{{json: {"type": "x"}}}'], "column 3: slot 1: json: "),
         (["{{gap}}", "--prompt", ""], "the prompt is empty"),
         (["{{gap}}", "--canvas-length", "65"], "canvas_length 65 is longer"),
     ],

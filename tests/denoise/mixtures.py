@@ -23,7 +23,7 @@ from mlx_diffgemma.config.generation import ResolvedSettings
 from mlx_diffgemma.denoise import loop
 from mlx_diffgemma.denoise.canvas import Canvas
 from mlx_diffgemma.denoise.loop import Rows
-from mlx_diffgemma.denoise.pinned import ANY, FREE, Pinned, TokenSets
+from mlx_diffgemma.denoise.pinned import FREE, Pinned, TokenSet
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.denoise.step import take_step
 from mlx_diffgemma.events import CanvasCommitted, Finished, LoopEvent, StepDone
@@ -142,11 +142,10 @@ def draw_mixture(rng: np.random.Generator, model: DiffusionGemma) -> tuple[np.nd
         if rng.random() < 0.3:
             count = int(rng.integers(1, 2 * length + 1))
             given = np.where(rng.random(count) < 0.5, rng.integers(2, V, count), FREE)
-            sets = TokenSets([np.unique(rng.integers(2, V, 9)) for _ in range(2)])
-            choices = rng.choice([ANY, 0, 1], count) if rng.random() < 0.5 else None
-            pinned = Pinned(given.astype(np.int32), sets, choices)
+            among = TokenSet(np.unique(rng.integers(2, V, 9))) if rng.random() < 0.5 else None
+            pinned = Pinned(given.astype(np.int32), among)
         joins = int(rng.integers(0, 6))
-        leaves = joins + int(rng.integers(1, 9)) if rng.random() < 0.2 else 1 << 30
+        leaves = joins + int(rng.integers(1, 9)) if rng.random() < 0.3 else 1 << 30
         is_shared = rng.random() < 0.3
         rows.append(Drawn(tokens(most), is_shared, settings, pinned, joins, leaves))
     return tokens(most), rows

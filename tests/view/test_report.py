@@ -40,13 +40,12 @@ def test_a_draft_ends_at_the_first_end_token_and_leaves_control_tokens_out():
 def test_pinned_tokens_are_told_after_a_trial_has_started():
     drafts = Drafts(TOKENIZER, [1])
     ids = TOKENIZER.encode("ab", add_special_tokens=False)
-    pinned = (mx.array([[True, False]]), mx.array([[True, True]]))
-    trial = TrialStarted(0, ("n",), ((1,), (2,)), pinned, is_final=False)
+    trial = TrialStarted(0, ("n", "m"), (1, None), mx.array([[True, False]]), is_final=False)
     assert as_object(trial, drafts=drafts) == {
         "event": "trial",
         "canvas": 0,
         "final": False,
-        "lengths": [{"n": 1}, {"n": 2}],
+        "lengths": {"n": 1, "m": None},
     }
     found = as_object(step(ids, [True, True], [1.0, 1.0]), drafts=drafts)
     assert [token["pinned"] for token in found["tokens"]] == [True, False]

@@ -130,8 +130,8 @@ def test_a_draft_is_the_likeliest_of_all_choices(loaded, monkeypatch):
     def watched(looks):
         choices = real(looks)
         for look, choice in zip(looks, choices, strict=True):
-            ratios = np.array(look.thought.ratios[0], np.float64)
-            confidence = np.array(look.thought.confidence[0], np.float64)
+            ratios = np.array(look.free.seen.ratios[0], np.float64)
+            confidence = np.array(look.free.seen.confidence[0], np.float64)
             found.append((ratios * confidence[:, None], np.array(choice.seen.draft[0])))
         return choices
 

@@ -11,16 +11,18 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, Selection, edit
+from mlx_diffgemma import GenerationSettings, Selection, edit, fill
 from mlx_diffgemma.cli.edit import _name_in_diff
 from mlx_diffgemma.cli.edit import edit as edit_command
 from mlx_diffgemma.errors import TemplateError
+from mlx_diffgemma.language.prompt import encode_text
 from mlx_diffgemma.write.edit import Edited
 from tests.sampled import first
 
@@ -323,3 +325,63 @@ def test_the_instruction_may_come_from_stdin(file):
     assert told[0].exit_code == 0 and told[0].stdout == told[1].stdout
     done = CliRunner().invoke(edit_app(), ["-", *words, "--prompt", "-"], input="12 13")
     assert done.exit_code == 2 and "cannot both be read from stdin" in done.stderr
+
+
+@functools.cache
+def long_document() -> str:
+    return "".join(f"{i} is a number, é\n" for i in range(300))
+
+
+@pytest.mark.parametrize("window", [None, 120, 1])
+@pytest.mark.parametrize("lines", ["1", "150-151", "300"])
+def test_a_long_document_is_seen_around_the_selection(window, lines):
+    loaded, document = mlx_diffgemma.load(mlx_diffgemma.bundled_model()), long_document()
+    settings = GenerationSettings(seed=1, max_denoising_steps=1)
+    asked = []
+    watched = patch(
+        "mlx_diffgemma.write.edit.fill", lambda *a, **k: asked.append((a, k)) or fill(*a, **k)
+    )
+    with watched:
+        done = mlx_diffgemma.edit(
+            *loaded, document, lines, "Do.", settings=settings, window_tokens=window
+        )
+    start, stop = done.selection.start, done.selection.stop
+    assert done.text == document[:start] + done.replacement + document[stop:]
+    (((_, _, template), more),) = asked
+    at = next(i for i, part in enumerate(template.parts) if not isinstance(part, str))
+    before, behind = "".join(template.parts[:at]), "".join(template.parts[at + 1 :])
+    assert document[:start].endswith(before) and document[stop:].startswith(behind)
+    shown = f"{before}[[[{document[start:stop]}]]]{behind}"
+    assert more["prompt"].endswith(f"\n\n{shown}")
+    seen = before + document[start:stop] + behind
+    count = len(encode_text(loaded[1], seen))
+    assert "of the document's" in done.filled.notes[0]
+    if window == 1:
+        assert not before and not behind
+    elif window is not None:
+        assert window * 0.6 < count <= window
+        assert before == "" or (before[0].isdigit() and before.endswith("\n"))  # whole lines
+    else:
+        most = loaded[0].config.text.max_position_embeddings
+        assert 0.3 * most < count < 0.5 * most
+        assert 2 * count + 64 <= most
+
+
+def test_a_short_document_is_seen_as_a_whole():
+    loaded = mlx_diffgemma.load(mlx_diffgemma.bundled_model())
+    settings = GenerationSettings(seed=1, max_denoising_steps=1)
+    done = mlx_diffgemma.edit(*loaded, "1\n2\n3\n", "2", "x", settings=settings)
+    assert not any("of the document's" in note for note in done.filled.notes)
+    with pytest.raises(TemplateError, match="window_tokens must be at least 1, got 0"):
+        mlx_diffgemma.edit(*loaded, "1", "1", "x", window_tokens=0)
+
+
+def test_the_window_is_an_option(tmp_path):
+    file = tmp_path / "long.txt"
+    file.write_text(long_document())
+    words = ["--select", "150", "--prompt", "Do.", "--seed", "1", "--max-denoising-steps", "1"]
+    done = CliRunner().invoke(edit_app(), [str(file), *words, "--window-tokens", "90"])
+    assert done.exit_code == 0 and done.stdout.startswith("0 is a number, é\n1 is")
+    assert re.search(r"the model saw \d\d of the document's [\d,]+ characters", done.stderr)
+    done = CliRunner().invoke(edit_app(), [str(file), *words, "--window-tokens", "0"])
+    assert done.exit_code == 2
