@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -81,7 +81,7 @@ class ConstraintOptions:
         Raises:
           ConstraintError: if there is no such constraint, or a value is missing or too much.
         """
-        kinds = {
+        kinds: dict[str, dict[str, Any]] = {
             "json-schema": {"json_schema": value},
             "json-object": {"json_object": True},
             "regex": {"regex": value},
@@ -93,7 +93,12 @@ class ConstraintOptions:
             raise ConstraintError(f"{kind} takes nothing behind it, got {value[:60]!r}")
         if kind != "json-object" and not value:
             raise ConstraintError(f"{kind} needs something behind it")
-        none = {"json_schema": None, "json_object": False, "regex": None, "choices": None}
+        none: dict[str, Any] = {
+            "json_schema": None,
+            "json_object": False,
+            "regex": None,
+            "choices": None,
+        }
         return replace(self, **{**none, **kinds[kind]})
 
     def constraint(self) -> Constraint | None:
