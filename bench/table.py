@@ -176,6 +176,16 @@ def constraints(results: Path) -> list[str]:
             f"{record['shape']['vocabulary']:,} tokens, milliseconds of processor time:"
         )
         blocks += [title, markdown(heads.split("|"), rows)]
+    if found := lines_of(results, "structured"):
+        used["structured"] = found[-1]
+        answered = {name: row for record in found for name, row in record["rows"].items()}
+        rows = [
+            [name, *(str(row[key]) for key in ("valid", "exact", "steps", "seconds"))]
+            for name, row in answered.items()
+        ]
+        heads = "model, policy, constraint|valid|exact|steps|s of processor time"
+        prompts = found[-1]["shape"]["prompts"]
+        blocks += [f"{prompts} records asked for in JSON:", markdown(heads.split("|"), rows)]
     return [*blocks, provenance(used)] if used else []
 
 
