@@ -25,6 +25,7 @@ from typer.main import get_command
 from mlx_diffgemma import GenerationSettings
 from mlx_diffgemma.config.entry import Entry, choices, kinds, range_of
 from mlx_diffgemma.config.generation import POLICIES, decider_of
+from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.config.training import LoraParameters, TrainSettings
 
 DOCS = Path(__file__).parent
@@ -76,7 +77,8 @@ def settings_page() -> str:
         GENERATED,
         "## A run",
         "The fields of `GenerationSettings`, and the options of `mlx_diffgemma.generate`, "
-        "`mlx_diffgemma.chat`, `mlx_diffgemma.fill` and `mlx_diffgemma.edit`. A value that you "
+        "`mlx_diffgemma.chat`, `mlx_diffgemma.fill`, `mlx_diffgemma.edit` and "
+        "`mlx_diffgemma.serve`. A value that you "
         "give always wins. Where you give none, the policy decides, then the checkpoint's "
         "`generation_config.json`, then the default in this table. A setting that has no effect "
         "together with another one is an error.",
@@ -90,12 +92,18 @@ def settings_page() -> str:
         "### Adapters",
         "The keys under `lora_parameters`:",
         settings_table(LoraParameters),
+        "## Bounds of a server",
+        "The options of `mlx_diffgemma.serve` that bound what clients may ask for; see "
+        "[Server](server.md).",
+        settings_table(Limits),
     )
 
 
 def settings_table(cls: Any) -> str:
     """Return a table of a dataclass of settings, one row for each field."""
-    is_run = issubclass(cls, GenerationSettings)
+    of = (
+        "generate" if issubclass(cls, GenerationSettings) else "serve" if cls is Limits else "train"
+    )
     flags = {} if cls is LoraParameters else options_by_setting()
     heads = ["setting", "option", "value", "default", "what it does"]
     if cls is LoraParameters:
@@ -105,7 +113,7 @@ def settings_table(cls: Any) -> str:
         entry = field.metadata.get("entry")
         row = [
             f"`{field.name}`",
-            flags.get((is_run, field.name), ""),
+            flags.get((of, field.name), ""),
             value_of(cls, field, entry),
             default_of(field, entry),
             help_of(field, entry),
@@ -114,13 +122,13 @@ def settings_table(cls: Any) -> str:
     return table(heads, rows)
 
 
-def options_by_setting() -> dict[tuple[bool, str], str]:
-    """Return the option for each setting: (is of a run, name) -> flag."""
+def options_by_setting() -> dict[tuple[str, str], str]:
+    """Return the option for each setting: (command, name) -> flag."""
     found = {}
-    for name in ("generate", "train"):
+    for name in ("generate", "train", "serve"):
         for option in parameters(name):
             if option.param_type_name == "option":
-                found[name == "generate", option.name] = f"`{option.opts[0]}`"
+                found[name, option.name] = f"`{option.opts[0]}`"
     return found
 
 

@@ -42,7 +42,7 @@ WINGS = {
     "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",
     "serve": "errors limits metrics pieces state runs log sse body security structured "
-    "openai_types openai_chat responses_types responses_store "
+    "openai_types openai_chat fills fim completions infill edits responses_types responses_store "
     "responses_items responses anthropic_types anthropic status app server",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt program options constraints render render_convert render_train render_watch "
@@ -270,7 +270,6 @@ ALLOWED_BROAD_EXCEPTS = {
     # Listeners and jobs are other people's code; their errors end their own row or request.
     "mlx_diffgemma.denoise.loop": 1,
     "mlx_diffgemma.engine.engine": 3,
-    "mlx_diffgemma.serve.pieces": 1,  # passed on to the job
     "mlx_diffgemma.serve.runs": 1,  # passed on to the client
     "mlx_diffgemma.serve.security": 1,  # a bug is answered with status 500
 }

@@ -12,7 +12,7 @@ import typer
 from ..config.generation import GenerationSettings
 from ..config.serving import Limits
 from ..errors import ConfigError
-from .options import ContextOptions, ModelOptions, command, run
+from .options import ContextOptions, ModelOptions, command, run, unescape
 
 KEY_VARIABLE = "MLX_DIFFGEMMA_API_KEY"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -105,6 +105,14 @@ class ServedOptions:
         ),
     ] = False
 
+    fill_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model is told of code with a gap: {code} is the code with ____ in it, "
+            "{files} are other files; \\n is a line break."
+        ),
+    ] = None
+
     def adapters(self) -> dict[str, Path]:
         """Return the folders by name.
 
@@ -140,7 +148,7 @@ def serve(
     from ..serve.app import application
     from ..serve.server import listen
     from ..serve.server import serve as serve_app
-    from ..serve.state import State
+    from ..serve.state import FILL_PROMPT, State
 
     names = _names(model, adapters, served.alias or [])
     listening = listen(address.host, address.port)
@@ -149,6 +157,7 @@ def serve(
         settings=settings,
         thinking=served.thinking,
         aliases=tuple(served.alias or ()),
+        fill_prompt=FILL_PROMPT if served.fill_prompt is None else unescape(served.fill_prompt),
     )
 
     def say(line: str) -> None:

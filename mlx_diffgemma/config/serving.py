@@ -32,6 +32,9 @@ class Limits:
     max_answer_tokens: int = _count(
         4096, "New tokens of an answer where the request sets no limit."
     )
+    max_fill_tokens: int = _count(
+        2048, "Tokens of the text around a gap that the model is shown; editors send more."
+    )
     max_messages: int = _count(4096, "Messages in a request.")
     max_parts: int = _count(1024, "Parts of a message, and tool calls in it.")
     max_tools: int = _count(256, "Tools in a request.")

@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import anthropic, openai_chat, responses, status
+from . import anthropic, completions, edits, infill, openai_chat, responses, status
 from .errors import ApiError
 from .log import Write
 from .security import Access, Guard
@@ -19,6 +19,9 @@ from .state import State
 DIALECTS: tuple[Callable[[State], list[Route]], ...] = (
     status.routes,
     openai_chat.routes,
+    completions.routes,
+    infill.routes,
+    edits.routes,
     responses.routes,
     anthropic.routes,
 )

@@ -24,7 +24,7 @@ from ..language.prompt import encode_prompt
 from ..language.text import Drafts, TextStream
 from ..language.tools import CALL_BEGIN
 from ..write.generate import Request
-from ..write.job import Job
+from ..write.job import Ask, Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,12 @@ class Failed:
     error: Exception
 
 
-Piece = PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The end of the time that a request has."""
+
+
+Piece = Expired | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
 OnStep = Callable[[float], None]
 
 
@@ -51,8 +56,8 @@ class Answer:
     """A request whose job says pieces instead of steps and canvases."""
 
     request: Request
-    drafts: bool = False  # say a Draft at each step
-    on_step: OnStep | None = None  # told the seconds of each step
+    drafts: bool  # say a Draft at each step
+    on_step: OnStep  # told the seconds of each step
 
     def job(self, model: Any, tokenizer: Any) -> Job[Any]:
         """As `Request.job`."""
@@ -65,37 +70,34 @@ class Answer:
         return _pieces(job, drafts, self.on_step)
 
 
-def _pieces(job: Job[Any], drafts: Drafts | None, on_step: OnStep | None) -> Job[Any]:
+def _pieces(job: Job[Any], drafts: Drafts | None, on_step: OnStep) -> Job[Any]:
     """Pass a job's words on; make drafts of its steps, and drop the text of a call cut short."""
     with closing(job):
         said = next(job)
         held: Text | None = None  # perhaps the text of a broken call
         last = time.perf_counter()
         while True:
-            if held is not None and said is not None:
-                if not (isinstance(said, BrokenToolCall) and said.problem == "incomplete"):
-                    yield held
-                held = None
-            if isinstance(said, StepDone):
-                last, before = time.perf_counter(), last
-                if on_step is not None:
-                    on_step(last - before)
-                said = Draft(*drafts.of(said)) if drafts is not None else ...
-            elif isinstance(said, CanvasCommitted):
-                if drafts is not None:
-                    drafts.commit(said)
-                said = ...
-            elif isinstance(said, PrefillDone):
-                last = time.perf_counter()
-            elif isinstance(said, Text) and said.piece.startswith(CALL_BEGIN):
-                held, said = said, ...
             event = None
-            try:
-                if said is not ...:
-                    event = yield said
-            except Exception as error:  # of the row; the job may say something to it
-                said = job.throw(error)
-                continue
+            if said is None or isinstance(said, Ask):
+                event = yield said
+            else:
+                if held is not None:
+                    if not (isinstance(said, BrokenToolCall) and said.problem == "incomplete"):
+                        yield held
+                    held = None
+                if isinstance(said, StepDone):
+                    last, before = time.perf_counter(), last
+                    on_step(last - before)
+                    if drafts is not None:
+                        yield Draft(*drafts.of(said))
+                elif isinstance(said, CanvasCommitted):
+                    if drafts is not None:
+                        drafts.commit(said)
+                elif isinstance(said, Text) and said.piece.startswith(CALL_BEGIN):
+                    held = said
+                else:
+                    yield said
+                    last = time.perf_counter()
             try:
                 said = job.send(event)
             except StopIteration:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from anyio import to_thread
 
@@ -18,18 +18,46 @@ from ..events import BrokenToolCall, Finished, PrefillDone, Text, ToolCall
 from ..language.given import Prompt
 from ..language.prompt import PromptOptions
 from ..write.generate import Request
+from ..write.job import Task
 from .errors import ApiError, busy, from_error
-from .pieces import Answer, Failed, Outbox, Piece
+from .pieces import Answer, Draft, Expired, Failed, OnStep, Outbox, Piece
 from .state import Served, State
 
 SEEDS = 2**63
+_LONG = 86_400.0  # seconds
 T = TypeVar("T")
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
+class Asking(Protocol):
+    """What `start` starts: a checked request, of a chat or of another kind.
+
+    Attributes:
+      model: its name; None for the default one.
+      count: answers, as rows.
+      drafts: whether the pieces have a Draft for each step.
+      one_call: drop tool calls behind the first one.
+      param: the field that names the prompt, for errors.
+    """
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def drafts(self) -> bool: ...
+    @property
+    def one_call(self) -> bool: ...
+    @property
+    def param(self) -> str: ...
+
+    def task(self, number: int, on_step: OnStep) -> Task:
+        """Return the task of answer `number`, whose job says pieces."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A checked request of any dialect.
+    """A checked request for an answer to a prompt.
 
     Attributes:
       model: its name; None for the default one.
@@ -54,6 +82,19 @@ class Asked:
     drafts: bool = False
     one_call: bool = False
     param: str = "messages"
+
+    def task(self, number: int, on_step: OnStep) -> Task:
+        settings = seeded(self.settings, number)
+        stop = tuple(self.stop)
+        request = Request(self.prompt, settings, self.options, stop, self.constraint)
+        return Answer(request, self.drafts, on_step)
+
+
+def seeded(settings: GenerationSettings, number: int) -> GenerationSettings:
+    """Return the settings of answer `number` to a request."""
+    if settings.seed is None:
+        return settings
+    return replace(settings, seed=(settings.seed + number) % SEEDS)
 
 
 @dataclass(slots=True)
@@ -103,9 +144,15 @@ class Written:
     calls: list[ToolCall] = field(default_factory=list)
     broken: list[BrokenToolCall] = field(default_factory=list)
     finished: Finished | None = None
+    draft: str = ""  # where drafts are asked for
+    is_read: bool = False  # whether the prompt is
 
     def observe(self, piece: Piece) -> None:
         """Add a piece."""
+        if isinstance(piece, Draft):
+            self.draft = piece.answer
+        elif isinstance(piece, PrefillDone):
+            self.is_read = True
         if isinstance(piece, Text) and piece.channel == "answer":
             self.text += piece.piece
         elif isinstance(piece, Text):
@@ -117,11 +164,16 @@ class Written:
         elif isinstance(piece, Finished):
             self.finished = piece
 
+    def as_it_is(self) -> Written:
+        """Return it with its last draft as its text, if it is not finished."""
+        if self.finished is None and self.draft:
+            self.text = self.draft
+        return self
+
     @property
     def finish_reason(self) -> FinishReason:
         """Why it ended. A limit counts more than calls, since one may be missing."""
-        assert self.finished is not None
-        if self.finished.reason == "length":
+        if self.finished is None or self.finished.reason == "length":
             return "length"
         return "tool_calls" if self.calls else "stop"
 
@@ -129,7 +181,7 @@ class Written:
 class Answers:
     """The answers to a request under way. Iterate over `pieces`, or wait for `whole`."""
 
-    def __init__(self, state: State, served: Served, asked: Asked, runs: Sequence[Run]) -> None:
+    def __init__(self, state: State, served: Served, asked: Asking, runs: Sequence[Run]) -> None:
         self.served, self.asked = served, asked
         self.usage = Usage()
         self._state, self._runs = state, list(runs)
@@ -170,17 +222,39 @@ class Answers:
         finally:
             self.cancel()
 
-    async def whole(self) -> list[Written]:
-        """Return the answers once they are finished.
+    async def whole(
+        self, *, read_seconds: float | None = None, write_seconds: float | None = None
+    ) -> list[Written]:
+        """Return the answers once they are finished, or what there is when their time is over: the
+        text of an answer that is not finished is its last draft.
+
+        Args:
+          read_seconds: in which the prompt must be read.
+          write_seconds: in which the answers must be written then.
 
         Raises:
           ApiError: as `pieces`.
         """
         written = [Written() for _ in self._runs]
-        async for some in self.pieces(3600):
-            for index, piece in some:
-                written[index].observe(piece)
+        timer = self._expire_after(read_seconds)
+        try:
+            async for some in self.pieces(_LONG):
+                for index, piece in some:
+                    if isinstance(piece, Expired):
+                        return [each.as_it_is() for each in written]
+                    if isinstance(piece, PrefillDone) and not written[index].is_read:
+                        timer.cancel()
+                        timer = self._expire_after(write_seconds)
+                    written[index].observe(piece)
+        finally:
+            timer.cancel()
         return written
+
+    def _expire_after(self, seconds: float | None) -> asyncio.TimerHandle:
+        """Let the answers end after a time, or practically never for None."""
+        loop = asyncio.get_running_loop()
+        wait = _LONG if seconds is None else seconds
+        return loop.call_later(wait, lambda: self._outbox.put(0, Expired()))
 
     def cancel(self) -> None:
         """End what still runs within a step. May be called at any time."""
@@ -201,6 +275,9 @@ class Answers:
             if index in self._called:
                 return False
             self._called.add(index)
+        if isinstance(piece, Expired):
+            self._open.clear()
+            return True
         before = self.usage.prompt_tokens
         self.usage.observe(piece)
         metrics = self._state.metrics
@@ -244,7 +321,7 @@ async def beside(state: State, work: Callable[[], T], param: str | None = None) 
         raise from_error(error, param) from error
 
 
-async def start(state: State, asked: Asked) -> Answers:
+async def start(state: State, asked: Asking) -> Answers:
     """Submit a request's rows to its model's engine.
 
     Raises:
@@ -260,13 +337,7 @@ async def start(state: State, asked: Asked) -> Answers:
         runs: list[Run] = []
         try:
             for number in range(asked.count):
-                settings = asked.settings
-                if settings.seed is not None:
-                    settings = replace(settings, seed=(settings.seed + number) % SEEDS)
-                request = Request(
-                    asked.prompt, settings, asked.options, tuple(asked.stop), asked.constraint
-                )
-                runs.append(served.engine.submit(Answer(request, asked.drafts, on_step)))
+                runs.append(served.engine.submit(asked.task(number, on_step)))
         except BaseException:
             for run in runs:
                 run.cancel()

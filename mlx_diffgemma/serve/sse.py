@@ -88,6 +88,9 @@ async def answer(
     request: Request,
     starting: Awaitable[Answers],
     made: Callable[[list[Written], Answers], Any],
+    *,
+    read_seconds: float | None = None,
+    write_seconds: float | None = None,
 ) -> Response:
     """Return the whole answers as one JSON response.
 
@@ -95,6 +98,8 @@ async def answer(
       request: the one that is answered.
       starting: of `runs.start`.
       made: makes the object of the written answers.
+      read_seconds: as in `Answers.whole`.
+      write_seconds: as in `Answers.whole`.
 
     Raises:
       ApiError: if the request or an answer fails.
@@ -105,7 +110,8 @@ async def answer(
         answers = await starting
         request.state.tally.usage = answers.usage
         try:
-            return made(await answers.whole(), answers)
+            seconds = {"read_seconds": read_seconds, "write_seconds": write_seconds}
+            return made(await answers.whole(**seconds), answers)
         finally:
             answers.cancel()
 

@@ -17,6 +17,12 @@ from ..engine.engine import Engine
 from .errors import ApiError, busy
 from .metrics import Metrics
 
+# What the model is told of code with a gap. {code} is the code, with ____ for the gap; {files} are
+# other files that the editor sends, or nothing.
+FILL_PROMPT = (
+    "{files}Fill in the blank ____ in this code. Write the whole code again, with the blank "
+    "replaced and all else unchanged:\n\n{code}"
+)
 _THREADS = 4  # that encode prompts and compile constraints
 
 
@@ -46,6 +52,7 @@ class State:
       limits: bounds on requests.
       settings: how to denoise where a request says nothing.
       thinking: whether the model thinks where a request says nothing.
+      fill_prompt: what the model is told of code with a gap; see FILL_PROMPT.
       models: name -> model, the default one first; empty while they are loaded.
       aliases: further names of the default model; `*` in one stands for any characters.
       threads: limits the threads that work beside the event loop.
@@ -55,6 +62,7 @@ class State:
     limits: Limits = Limits()
     settings: GenerationSettings = GenerationSettings()
     thinking: bool = False
+    fill_prompt: str = FILL_PROMPT
     models: Mapping[str, Served] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     metrics: Metrics = field(default_factory=Metrics)

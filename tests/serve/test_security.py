@@ -10,11 +10,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from mlx_diffgemma import Constraint
 from mlx_diffgemma.cli.options import app_of
 from mlx_diffgemma.cli.serve import AddressOptions, ServedOptions
 from mlx_diffgemma.cli.serve import serve as command
 from mlx_diffgemma.config.serving import Limits
-from mlx_diffgemma.constraint.constraint import Constraint
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.serve.security import Access
 from tests.engine.cases import eventually

@@ -1,0 +1,312 @@
+"""Gaps for editors: completions with a suffix or markers, /infill, and Inception's edits."""
+
+from __future__ import annotations
+
+import time
+
+import openai
+import pytest
+
+from mlx_diffgemma import GenerationSettings, Template, bundled_model, fill, load
+from mlx_diffgemma.serve.errors import ApiError
+from mlx_diffgemma.serve.fills import AskedFill, _between, _near
+from mlx_diffgemma.serve.fim import Gap, gap_of
+from mlx_diffgemma.serve.state import FILL_PROMPT
+from tests.engine.cases import eventually, is_idle, loaded
+from tests.serve.cases import LONG, ask, connected, post, serving
+from tests.serve.test_openai import client_of
+
+# The bundled model has learned this task, under this request.
+BEFORE, AFTER, WRITTEN = "def add(a, b):\n    return a ", " b", "+"
+PROMPT = "Fill:\n{code}"
+FIXED = {"seed": 3, "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def editor():
+    with serving() as running:
+        running.state.fill_prompt = "Fill:\ndef add(a, b):\n    return a _ b"
+        yield running
+        assert not running.bugs
+
+
+@pytest.fixture(scope="module")
+def client(editor):
+    return client_of(editor)
+
+
+def complete(client, prompt=BEFORE, **fields):
+    return client.completions.create(model="bundled", prompt=prompt, **fields)
+
+
+def infill(running, **fields):
+    body = {"input_prefix": BEFORE, "input_suffix": AFTER, "n_predict": 1, "seed": 3, **fields}
+    return ask(running, post("/infill", body))
+
+
+def test_a_suffix_fills_the_gap_as_fill_does(client):
+    answer = complete(client, suffix=AFTER, **FIXED)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, choice.logprobs) == (WRITTEN, "stop", None)
+    assert answer.object == "text_completion" and answer.usage.completion_tokens == 1
+    model, tokenizer = load(bundled_model())
+    told = "Fill:\ndef add(a, b):\n    return a _ b"
+    template = Template.parse(BEFORE + "{{gap:1}}" + AFTER)
+    settings = GenerationSettings(seed=3)
+    filled = fill(model, tokenizer, template, prompt=told, settings=settings, is_shown=True)
+    assert filled.slots["1"].text == choice.text
+
+
+def test_a_stream_of_a_gap(client):
+    chunks = list(complete(client, suffix=AFTER, stream=True, **FIXED))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == WRITTEN
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_several_proposals_are_rows(client):
+    answer = complete(client, suffix=AFTER, n=3, **FIXED)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [
+        (index, WRITTEN) for index in range(3)
+    ]
+
+
+def test_continues_own_request_is_answered(editor):
+    """Its inception provider sends these fields, and <|endoftext|> for no suffix."""
+    body = {
+        "model": "bundled",
+        "prompt": BEFORE,
+        "suffix": AFTER,
+        "max_tokens": 1,
+        "temperature": 0,
+        "presence_penalty": 1.5,
+        "stop": ["<|endoftext|>", "\n\n", "\n \n"],
+        "stream": True,
+    }
+    events = ask(editor, post("/v1/completions", body)).events
+    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == WRITTEN
+    last = ask(editor, post("/v1/completions", {**body, "suffix": "<|endoftext|>"}))
+    assert last.status == 200
+
+
+def test_a_raw_prompt_is_continued(client):
+    prompt = "<bos><|turn>user\nSort: 6 3 1 7<turn|>\n<|turn>model\n"
+    answer = complete(client, prompt, seed=1)
+    assert answer.choices[0].text == "1 3 6 7"
+    assert complete(client, [prompt], seed=1).choices[0].text == "1 3 6 7"
+    constraint = {"constraint": {"choices": ["yes", "no"]}}
+    assert complete(client, prompt, extra_body=constraint).choices[0].text in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [1, 2], "suffix": "x"}, "suffix"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"suffix": "x", "extra_body": {"constraint": {"regex": "a"}}}, "constraint"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"n": 100}, "n"),
+    ],
+)
+def test_completions_refuse_by_name(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        complete(client, **fields)
+    assert error.value.param == param
+
+
+QWEN = "<|fim_prefix|>{0}<|fim_suffix|>{1}<|fim_middle|>"
+SPELLINGS = [
+    QWEN,
+    "<fim_prefix>{0}<fim_suffix>{1}<fim_middle>",
+    "<PRE> {0} <SUF>{1} <MID>",
+    "<｜fim▁begin｜>{0}<｜fim▁hole｜>{1}<｜fim▁end｜>",  # noqa: RUF001
+    "<|fim_suffix|>{1}<|fim_prefix|>{0}<|fim_middle|>",
+    "[SUFFIX]{1}[PREFIX]{0}",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_markers_of_a_gap_are_read(spelling):
+    assert gap_of(spelling.format(BEFORE, AFTER)) == Gap(BEFORE, AFTER)
+    assert gap_of(spelling.format("", AFTER)) == Gap("", AFTER)
+
+
+def test_files_before_the_markers_come_apart():
+    lead = "<|repo_name|>mine\n<|file_sep|>a.py\nx = 1\n<|file_sep|>b.py\n"
+    assert gap_of(lead + QWEN.format("p", "s")) == Gap("p", "s", (("a.py", "x = 1"),))
+    assert gap_of("no markers") is gap_of("<|fim_prefix|>half") is None
+    assert gap_of("<|fim_middle|><|fim_prefix|>a<|fim_suffix|>b") is None
+
+
+def test_markers_in_a_prompt_fill_the_gap(client):
+    for spelling in SPELLINGS[:2]:
+        answer = complete(client, spelling.format(BEFORE, AFTER), **FIXED)
+        assert answer.choices[0].text == WRITTEN
+
+
+# /infill
+
+
+def test_infill_answers_as_llama_cpp_does(editor):
+    answer = infill(editor).json
+    assert answer["content"] == WRITTEN
+    assert answer["tokens_predicted"] == 1 and answer["truncated"] is False
+    assert answer["tokens_cached"] + answer["timings"]["prompt_n"] > 20
+    assert answer["timings"]["predicted_ms"] > 0 and answer["stop"] is True
+
+
+def test_the_line_up_to_the_cursor_belongs_to_the_prefix(editor):
+    head, _, line = BEFORE.partition("\n")
+    answer = infill(editor, input_prefix=f"{head}\n", prompt=line)
+    assert answer.json["content"] == WRITTEN
+
+
+def test_several_proposals_are_a_list(editor):
+    assert [each["content"] for each in infill(editor, n_cmpl=2).json] == [WRITTEN] * 2
+    assert infill(editor, n_cmpl=9).error["param"] == "n_cmpl"
+
+
+def test_a_warm_up_computes_nothing(editor):
+    before = editor.steps
+    answer = infill(editor, n_predict=0)
+    assert answer.json["content"] == "" and answer.json["tokens_predicted"] == 0
+    assert editor.steps == before
+
+
+def test_llama_vims_request_is_answered(editor):
+    """With all that it sends, some of which means nothing here."""
+    more = {
+        "input_extra": [{"text": "x = 1", "filename": "a.py", "time": 1}],
+        "n_indent": 4,
+        "top_k": 40,
+        "top_p": 0.9,
+        "samplers": ["top_k", "infill"],
+        "cache_prompt": True,
+        "stream": False,
+        "t_max_prompt_ms": 50_000,
+        "t_max_predict_ms": 30_000,
+        "response_fields": ["content"],
+        "id_slot": 0,
+    }
+    assert infill(editor, **more).json["content"] == WRITTEN
+
+
+def test_a_time_limit_gives_the_draft():
+    with serving(settings=LONG) as running:
+        start = time.monotonic()
+        answer = infill(running, n_predict=20, t_max_predict_ms=400)
+        assert answer.status == 200 and time.monotonic() - start < 20
+        assert answer.json["content"]
+        assert eventually(lambda: is_idle(running.engine)) and running.steps < 200
+        assert infill(running, t_max_prompt_ms=0.001).json["content"] == ""
+
+
+def test_a_client_that_goes_ends_its_gap():
+    with serving(settings=LONG) as running:
+        with connected(running) as connection:
+            body = {"input_prefix": BEFORE, "input_suffix": AFTER}
+            connection.sendall(post("/infill", body))
+            assert eventually(lambda: running.steps > 0)
+        assert eventually(lambda: is_idle(running.engine))
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("a\n    b", "a\n    b"),
+        ("a\n    b\nc\n    d", "a\n    b"),
+        ("a\n\n    b", "a\n\n    b"),
+        ("a STOP b", "a "),
+        ("", ""),
+    ],
+)
+def test_a_gap_ends_at_a_stop_and_at_less_indentation(text, cut):
+    asked = AskedFill(
+        before="x", after="", prompt="", settings=GenerationSettings(), window=9, indent=4,
+        stop=["STOP"],
+    )  # fmt: skip
+    assert asked.finished(text) == cut
+
+
+def test_only_text_near_the_cursor_is_shown():
+    tokenizer = loaded()[1]
+    before = "".join(f"before {i:03}\n" for i in range(100)) + "    x = "
+    after = "".join(f"after {i:03}\n" for i in range(100))
+    near = _near(tokenizer, before, after, 200)
+    assert before.endswith(near[0]) and after.startswith(near[1])
+    assert near[0].startswith("before") and near[1].endswith("\n")
+    assert 120 < len(near[0]) <= 150 and 30 < len(near[1]) <= 50  # a token is a character here
+    assert _near(tokenizer, before, after, 5000) == (before, after)
+    assert _near(tokenizer, before, "", 200)[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "between"),
+    [("a = 1 + 2", "1 +"), ("= 1 + 2\nend", "1 +"), ("1 +", "1 +"), ("", "")],
+)
+def test_a_gap_is_found_in_a_draft(text, between):
+    assert _between(text, "a = ", " 2\nend") == between
+
+
+def test_a_gap_without_text_around_it_is_refused(editor):
+    answer = infill(editor, input_prefix=" ", input_suffix="\n")
+    assert answer.status == 400 and answer.error["param"] == "input_prefix"
+    with pytest.raises(ApiError):
+        AskedFill(before="", after="", prompt="", settings=GenerationSettings(), window=9)
+
+
+def test_the_prompt_around_the_code_has_its_places():
+    assert FILL_PROMPT.count("{code}") == FILL_PROMPT.count("{files}") == 1
+
+
+# Inception's edits
+
+FILE = (
+    "<|recently_viewed_code_snippets|>\n<|/recently_viewed_code_snippets|>\n\n"
+    "<|current_file_content|>\ncurrent_file_path: a.py\ndef add(a, b):\n"
+    "<|code_to_edit|>\n    return a<|cursor|> - b\n<|/code_to_edit|>\nprint(1)\n"
+    "<|/current_file_content|>\n\n<|edit_diff_history|>\n<|/edit_diff_history|>"
+)
+
+
+def rewrite(running, path: str, content: str, **fields):
+    messages = [{"role": "user", "content": content}]
+    body = {"model": "bundled", "messages": messages, "presence_penalty": 1.5, "seed": 1, **fields}
+    return ask(running, post(path, body))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_edit_answers_with_the_marked_part_in_a_fence(editor, stream):
+    answer = rewrite(editor, "/v1/edit/completions", FILE, stream=stream)
+    if stream:
+        *told, done = answer.events
+        assert done == "[DONE]" and told[-1]["choices"][0]["finish_reason"] == "stop"
+        text = "".join(event["choices"][0]["delta"].get("content", "") for event in told)
+    else:
+        text = answer.json["choices"][0]["message"]["content"]
+    assert text.startswith("```\n") and text.endswith("\n```") and "def add" not in text
+
+
+def test_an_update_is_applied_to_a_whole_text(editor):
+    told = (
+        "<|original_code|>\na = 1\n<|/original_code|>\n\n"
+        "<|update_snippet|>\na = 2\n<|/update_snippet|>"
+    )
+    answer = rewrite(editor, "/v1/apply/completions", told, max_tokens=20)
+    assert answer.status == 200 and "```" not in answer.json["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("path", ["/v1/edit/completions", "/v1/apply/completions"])
+def test_without_its_marks_a_request_is_refused(editor, path):
+    answer = rewrite(editor, path, "rewrite this")
+    assert answer.status == 400 and answer.error["param"] == "messages"
+
+
+def test_a_part_that_is_larger_than_a_canvas_is_refused(editor):
+    told = f"x\n<|code_to_edit|>\n{'x' * 100}\n<|/code_to_edit|>"
+    answer = rewrite(editor, "/v1/edit/completions", told)
+    assert answer.status == 400 and "canvas" in answer.error["message"]
