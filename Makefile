@@ -54,6 +54,7 @@ long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.constraint.cases --count 3000
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.write.constrained_runs
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.bad_requests
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.soak
 	$(BIN)/python -m tests.constraint.patterns
 	$(BIN)/python tests/check_installs.py
 

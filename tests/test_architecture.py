@@ -26,9 +26,9 @@ WINGS = {
     "events": "",
     "config": "entry reading formats generation quantization model training serving",
     "language": "tokenizer controls tools given prompt pattern template stops text",
-    "constraint": "dfa ranges minimise net build characters regex json_text formats dialect facts "
-    "strings negation alternatives keys values schema parts tool_calls python_types constraint "
-    "groups vocabulary utf8 tokens decode marginals automaton",
+    "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
+    "facts strings negation alternatives keys values schema parts tool_calls python_types "
+    "constraint groups vocabulary utf8 tokens decode marginals automaton",
     "model": "backend elementary products layers rope masks context attention experts "
     "self_conditioning diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import ConstraintError
+from .search import keywords
 
 _DRAFT = re.compile(
     r"^https?://json-schema\.org/(?:draft-0?([3467])|draft/(20\d\d)-\d\d)/schema#?$"
@@ -165,7 +166,7 @@ def validator_of(schema: Any) -> Any:
     kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     if kind is jsonschema.Draft202012Validator and _has_old_lists(schema):
         kind = jsonschema.Draft7Validator
-    return kind(schema, format_checker=kind.FORMAT_CHECKER)
+    return keywords(kind)(schema, format_checker=kind.FORMAT_CHECKER)
 
 
 def _has_old_lists(schema: Any) -> bool:

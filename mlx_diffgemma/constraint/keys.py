@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
@@ -15,6 +14,7 @@ from .facts import Facts, place_with
 from .json_text import Layout, of_length, texts_except
 from .net import Limits, Net, determinise
 from .regex import search
+from .search import is_found
 from .strings import texts_of
 
 _MOST_PATTERNS = 4  # of keys in one object: each set of them has keys of its own
@@ -58,7 +58,7 @@ class KeyTexts:
 
     def _places(self, facts: Facts, key: str) -> list[Place]:
         matching = [
-            pattern for layer in facts.keys for pattern in layer.patterns if re.search(pattern, key)
+            pattern for layer in facts.keys for pattern in layer.patterns if is_found(pattern, key)
         ]
         return [place for layer in facts.keys for place in layer.of(key, matching)]
 

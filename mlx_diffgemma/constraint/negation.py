@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 from . import formats
 from .dialect import Document, Place, canonical
 from .facts import NUMBERS, Facts, Items, Keys, require, types_of
+from .search import is_found
 
 
 class Reader(Protocol):
@@ -148,7 +148,7 @@ def _additional(reader: Reader, facts: Facts, place: Place, keyword: str) -> lis
     wrong = place.at(keyword).negated()
 
     def is_named(key: str) -> bool:
-        return key in named or any(re.search(pattern, key) for pattern in patterns)
+        return key in named or any(is_found(pattern, key) for pattern in patterns)
 
     if wrong.schema is False and not all(map(is_named, facts.required)):
         return [facts.only("object")]

@@ -65,7 +65,7 @@ def regex(pattern: str, limits: Limits | None = None) -> DFA:
       ConstraintError: if it is invalid or unsupported, with the position, or matches no text.
       LimitError: if it is too large.
     """
-    return _compiled(parse(pattern, "unicode"), Net(limits), search=False)
+    return compiled_node(parse(pattern, "unicode"), Net(limits), search=False)
 
 
 def search(pattern: str, reading: Literal["narrow", "wide"], limits: Limits | None = None) -> DFA:
@@ -74,7 +74,7 @@ def search(pattern: str, reading: Literal["narrow", "wide"], limits: Limits | No
     Raises:
       ConstraintError: as `regex`.
     """
-    return _compiled(parse(pattern, reading), Net(limits), search=True)
+    return compiled_node(parse(pattern, reading), Net(limits), search=True)
 
 
 def parse(pattern: str, reading: Reading) -> Node:
@@ -82,7 +82,7 @@ def parse(pattern: str, reading: Reading) -> Node:
     return _Parser(pattern, reading).whole()
 
 
-def _compiled(node: Node, net: Net, *, search: bool) -> DFA:
+def compiled_node(node: Node, net: Net, *, search: bool) -> DFA:
     start, begin = net.state(), net.state()
     net.skip(start, begin)
     if search:

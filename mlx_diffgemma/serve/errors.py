@@ -43,7 +43,7 @@ _ANTHROPIC_TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
-_FAILED = "the server failed; its log says how"
+FAILED = "the server failed; its log says how"
 TOO_LONG = "context_length_exceeded"  # the code of a prompt that is too long; clients know it
 
 
@@ -96,7 +96,7 @@ def from_error(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, EngineClosedError):
         return busy("the server ends")
     if isinstance(error, EngineFailedError) or not isinstance(error, DiffGemmaError):
-        return ApiError(500, _FAILED, code="internal_error")
+        return ApiError(500, FAILED, code="internal_error")
     codes = {ConstraintError: "constraint", PromptLengthError: TOO_LONG}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
     message = str(error) if param is None else f"{param}: {error}"

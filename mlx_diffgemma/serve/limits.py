@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 from ..config.serving import Limits
-from .errors import ApiError
+from .errors import ApiError, refused
 
 
 def check_length(things: Sized | None, most: int, param: str) -> None:
@@ -48,6 +48,9 @@ def check_stops(limits: Limits, stops: Sequence[str], param: str = "stop") -> tu
 def check_schema(limits: Limits, schema: Any, param: str) -> None:
     """Refuse a JSON Schema, or texts, that are too large or too deep.
 
+    `unevaluatedProperties` beside `patternProperties` is refused too: there `jsonschema`, which
+    checks answers, searches for expressions with Python's `re`, which may take forever.
+
     Raises:
       ApiError: as `check_length`.
     """
@@ -57,6 +60,9 @@ def check_schema(limits: Limits, schema: Any, param: str) -> None:
         if depth > limits.max_schema_depth:
             raise _too_much(param, "deeper levels", f"{limits.max_schema_depth} levels")
         level = [inner for value in level for inner in _inside(value)]
+    names = set(keys_of(schema))
+    if {"patternProperties", "unevaluatedProperties"} <= names:
+        raise refused(param, "unevaluatedProperties beside patternProperties")
     if (size := _characters(schema)) > limits.max_schema_bytes:
         raise _too_much(param, f"{size} characters", f"{limits.max_schema_bytes}")
 
@@ -69,6 +75,16 @@ def _inside(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []
+
+
+def keys_of(schema: Any) -> Iterator[str]:
+    """Yield every key within a JSON value, however deep."""
+    waiting = [schema]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            yield from each
+        waiting += _inside(each)
 
 
 def _characters(value: Any) -> int:

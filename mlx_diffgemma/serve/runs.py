@@ -308,15 +308,24 @@ class Answers:
             self._outbox.put(index, Failed(busy("the server ends")))
 
 
-async def beside(state: State, work: Callable[[], T], param: str | None = None) -> T:
-    """Return what a function returns in a thread beside the event loop and the engine's; few run at
-    a time. For encoding and compiling.
+async def beside(
+    state: State, work: Callable[[], T], param: str | None = None, *, compiles: bool = False
+) -> T:
+    """Return what a function returns in a thread beside the event loop and the engine's. Few run at
+    a time, and those that compile constraints do not hold up the others.
+
+    Args:
+      state: of the server.
+      work: encodes a prompt, or compiles.
+      param: the field that it is about, for errors.
+      compiles: whether it compiles a constraint.
 
     Raises:
-      ApiError: for a DiffGemmaError; `param` is the field that it comes from.
+      ApiError: for a DiffGemmaError.
     """
+    limiter = state.compilers if compiles else state.threads
     try:
-        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=state.threads)
+        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
     except DiffGemmaError as error:
         raise from_error(error, param) from error
 

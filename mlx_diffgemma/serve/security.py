@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import FAILED, ApiError
 from .log import Tally, Write, printable
 from .metrics import Metrics
 from .sse import ClientGoneError, error_response
@@ -150,7 +150,7 @@ class Guard:
         except Exception as error:  # a bug: the client learns nothing of it
             if self._on_bug is not None:
                 self._on_bug(error)
-            reason = ApiError(500, "the server failed; its log says how", code="internal_error")
+            reason = ApiError(500, FAILED, code="internal_error")
         if tally.status:
             tally.note = "broke off"
             raise ClientGoneError  # what is sent cannot be taken back

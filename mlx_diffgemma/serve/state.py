@@ -23,7 +23,8 @@ FILL_PROMPT = (
     "{files}Fill in the blank ____ in this code. Write the whole code again, with the blank "
     "replaced and all else unchanged:\n\n{code}"
 )
-_THREADS = 4  # that encode prompts and compile constraints
+_THREADS = 4  # that encode prompts
+_COMPILERS = 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class State:
       fill_prompt: what the model is told of code with a gap; see FILL_PROMPT.
       models: name -> model, the default one first; empty while they are loaded.
       aliases: further names of the default model; `*` in one stands for any characters.
-      threads: limits the threads that work beside the event loop.
+      threads: limits the threads that encode prompts beside the event loop.
+      compilers: limits those that compile constraints.
       is_ending: whether new requests are refused, and those under way end.
     """
 
@@ -68,6 +70,7 @@ class State:
     metrics: Metrics = field(default_factory=Metrics)
     is_ending: bool = False
     threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
+    compilers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_COMPILERS))
     _on_end: set[Callable[[], Any]] = field(default_factory=set)
 
     def check_ready(self) -> None:

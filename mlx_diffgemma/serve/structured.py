@@ -3,7 +3,7 @@ server's bounds, in a thread of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ async def json_schema(state: State, schema: Any, param: str) -> Constraint:
       ApiError: 400 if it is too large, or cannot be held: the message names the keyword.
     """
     check_schema(state.limits, schema, param)
-    return await beside(state, lambda: Constraint.json_schema(schema, **_bounds(state)), param)
+    return await _compiled(state, lambda: Constraint.json_schema(schema, **_bounds(state)), param)
 
 
 async def json_object(state: State, param: str) -> Constraint:
@@ -74,11 +74,11 @@ async def extension(state: State, field: ConstraintField, param: str = "constrai
     if field.regex is not None:
         pattern = field.regex
         check_schema(state.limits, pattern, f"{param}.regex")
-        return await beside(state, lambda: Constraint.regex(pattern, **bounds), f"{param}.regex")
+        return await _compiled(state, lambda: Constraint.regex(pattern, **bounds), f"{param}.regex")
     choices = field.choices
     assert choices is not None
     check_schema(state.limits, choices, f"{param}.choices")
-    return await beside(state, lambda: Constraint.choices(choices, **bounds), f"{param}.choices")
+    return await _compiled(state, lambda: Constraint.choices(choices, **bounds), f"{param}.choices")
 
 
 async def tool_plan(
@@ -126,7 +126,11 @@ async def tool_plan(
             callable_, required=mode == "required", most=most, **_bounds(state)
         )
 
-    return ToolPlan(shown=shown, constraint=await beside(state, compile_, param))
+    return ToolPlan(shown=shown, constraint=await _compiled(state, compile_, param))
+
+
+async def _compiled(state: State, work: Callable[[], Constraint], param: str) -> Constraint:
+    return await beside(state, work, param, compiles=True)
 
 
 def _bounds(state: State) -> dict[str, Any]:

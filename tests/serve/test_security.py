@@ -331,6 +331,23 @@ def test_constraints_compile_within_their_time():
         assert "longer" in answer.error["message"] or "states" in answer.error["message"]
 
 
+def test_expressions_that_re_would_never_finish_hold_nothing_up(server):
+    """Python's re takes 2^40 steps for these, and stops all threads meanwhile."""
+    key, slow = "a" * 40 + "!", "^(a+)+$"
+    named = {"properties": {key: {}}, "patternProperties": {slow: {}}}
+    for value in (
+        {"type": "object", **named, "additionalProperties": False},
+        {"enum": [key, "x"], "pattern": f"{slow}|x"},
+        {"type": "string", "oneOf": [{"pattern": "^(a+)+b$"}, {"pattern": "^a{40}$"}]},
+        {"type": "object", **named, "unevaluatedProperties": False},
+    ):
+        start = time.monotonic()
+        answer = ask_chat(server, response_format=schema(value), max_tokens=60)
+        assert answer.status in (200, 400), answer
+        assert time.monotonic() - start < 40
+    assert answer.status == 400 and "unevaluatedProperties" in answer.error["message"]
+
+
 def test_constraints_compile_beside_the_engine_and_the_event_loop(server, monkeypatch):
     threads, go_on, original = [], threading.Event(), Constraint.regex.__func__
 

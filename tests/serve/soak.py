@@ -1,0 +1,199 @@
+"""Many clients for a while: all routes, streams, disconnects, slow readers, malformed requests. No
+answer may be wrong, lost or another client's, and no memory, thread or file may be left.
+
+    python -m tests.serve.soak [--minutes 20] [--clients 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_diffgemma.config.serving import Limits
+from tests.engine.cases import eventually, is_idle
+from tests.serve.cases import (
+    Answered,
+    Running,
+    ask,
+    chat,
+    connected,
+    get,
+    post,
+    read,
+    serving,
+)
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PROMPTS = (
+    "Sort: 6 3 1 7",
+    "Count from 38 to 63.",
+    "Reverse: kaa",
+    "Fill: Monday _______ Wednesday",
+)
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+SCHEMA |= {"additionalProperties": False}
+FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+BROKEN = (b"{", b"[]", b'{"messages": 3}', b'{"messages": [], "n": -1}', b"\xff" * 20)
+WAYS = ("whole",) * 4 + ("stream",) * 4 + ("gone",) * 3 + ("slow", "broken", "lying", "status")
+MOST_GROWTH = 0.02  # of the memory after the first tenth
+
+
+def requests() -> list[tuple[str, dict[str, Any]]]:
+    """Requests whose answers are fixed by their seeds."""
+    made: list[tuple[str, dict[str, Any]]] = []
+    for number, prompt in enumerate(PROMPTS):
+        messages = [{"role": "user", "content": prompt}]
+        made.append((CHAT, chat(messages, seed=number, max_tokens=100)))
+        made.append((CHAT, chat(messages, seed=number, max_tokens=5, n=2)))
+    made.append((CHAT, chat(seed=1, response_format=FORM, max_tokens=24)))
+    made.append((CHAT, chat(seed=1, constraint={"choices": ["yes", "no"]})))
+    gap = {"prompt": "def add(a, b):\n    return a ", "suffix": " b", "max_tokens": 2, "seed": 3}
+    made.append((COMPLETIONS, gap))
+    made.append(
+        ("/infill", {"input_prefix": "a ", "input_suffix": " b", "n_predict": 1, "seed": 1})
+    )
+    return made
+
+
+def texts_of(path: str, answer: Answered, is_stream: bool) -> Any:
+    """The texts of an answer, by index."""
+    if path == "/infill":
+        return answer.json["content"]
+    found: dict[int, str] = {}
+    if not is_stream:
+        for choice in answer.json["choices"]:
+            text = choice["text"] if path == COMPLETIONS else choice["message"]["content"]
+            found[choice["index"]] = text
+        return found
+    events = answer.events
+    assert events[-1] == "[DONE]", events[-1]
+    for event in events[:-1]:
+        for choice in event["choices"]:
+            piece = choice["text"] if path == COMPLETIONS else choice["delta"].get("content", "")
+            found[choice["index"]] = found.get(choice["index"], "") + piece
+    return found
+
+
+@dataclass
+class Found:
+    """What became of the requests."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def say(self, outcome: str, wrong: str = "") -> None:
+        with self.lock:
+            self.outcomes[outcome] += 1
+            if wrong:
+                self.wrong.append(wrong)
+
+
+def one(running: Running, draw: random.Random, expected: list[Any], found: Found) -> None:
+    """Make one request in one of the ways, and check what comes."""
+    way, number = draw.choice(WAYS), draw.randrange(len(expected))
+    path, body = requests()[number]
+    is_stream = way in ("stream", "slow") and path != "/infill"
+    request = post(path, {**body, "stream": True} if is_stream else body)
+    if way == "status":
+        answer = get(running, draw.choice(["/health", "/metrics", "/v1/models"]))
+        found.say("status", "" if answer.status == 200 else f"{answer}")
+    elif way == "broken":
+        answer = ask(running, post(path, draw.choice(BROKEN)))
+        found.say("broken", "" if answer.status == 400 else f"{answer}")
+    elif way == "lying":
+        with connected(running) as connection:
+            connection.sendall(request[: draw.randrange(len(request))])
+        found.say("lying")
+    elif way == "gone":
+        with connected(running) as connection:
+            connection.sendall(request)
+            time.sleep(draw.random() / 5)
+        found.say("gone")
+    else:
+        with connected(running) as connection:
+            connection.sendall(request)
+            if way == "slow":
+                time.sleep(draw.random())
+            answer = read(connection)
+        if answer.status == 429:
+            found.say("queue full", "" if "retry-after" in answer.headers else f"{answer}")
+            return
+        try:
+            right = answer.status == 200 and texts_of(path, answer, is_stream) == expected[number]
+        except (AssertionError, ValueError, KeyError) as error:
+            found.say(way, f"{path} {body}: {error!r} in {answer}")
+            return
+        found.say(way, "" if right else f"{path} {body}: {answer}")
+
+
+def state_of_process() -> dict[str, int]:
+    """What may not grow."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "kB": pages * os.sysconf("SC_PAGE_SIZE") // 1024,
+        "threads": threading.active_count(),
+        "files": len(os.listdir("/proc/self/fd")),
+    }
+
+
+def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict[str, int]]]:
+    """Let clients ask for a while; return what came, and the process after a tenth and at last."""
+    found, states = Found(), []
+    with serving(limits=Limits(max_connections=4 * clients), max_queue=2 * clients) as running:
+        expected = [texts_of(p, ask(running, post(p, b)), False) for p, b in requests()]
+        for share in (0.1, 0.9):
+            end = time.monotonic() + 60 * minutes * share
+
+            def client(seed: int, end: float = end) -> None:
+                draw = random.Random(seed)
+                while time.monotonic() < end:
+                    try:
+                        one(running, draw, expected, found)
+                    except (OSError, IndexError) as error:
+                        found.say("connection", repr(error))
+
+            threads = [
+                threading.Thread(target=client, args=(1000 * number + i,)) for i in range(clients)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            if not eventually(lambda: is_idle(running.engine)):
+                found.say("end", "the engine is not idle")
+            time.sleep(0.5)
+            states.append(state_of_process())
+        if running.bugs:
+            found.say("bugs", repr(running.bugs))
+    return found, states
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    found, (first, last) = run(options.minutes, options.clients, options.seed)
+    print(f"{sum(found.outcomes.values())} requests: {dict(found.outcomes)}")
+    print(json.dumps({"after a tenth": first, "at the end": last}))
+    growth = last["kB"] / first["kB"] - 1
+    print(f"memory {growth:+.1%}; {len(found.wrong)} wrong answers")
+    for wrong in found.wrong[:10]:
+        print(wrong[:1000])
+    left = last["threads"] > first["threads"] + 2 or last["files"] > first["files"] + 2
+    sys.exit(bool(found.wrong) or left or growth > MOST_GROWTH)
+
+
+if __name__ == "__main__":
+    main()
