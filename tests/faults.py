@@ -56,6 +56,7 @@ ANSWER_FILE, BATCH_CLI = "tests/batch/test_answers.py", "tests/cli/test_batch.py
 SERVE_SECURITY, SERVE_STREAMS = "tests/serve/test_security.py", "tests/serve/test_streams.py"
 SERVE_OPENAI, SERVE_EDITORS = "tests/serve/test_openai.py", "tests/serve/test_editors.py"
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
+MESSAGES, RESPONSES = "tests/serve/test_anthropic.py", "tests/serve/test_responses.py"
 
 
 @dataclass(frozen=True)
@@ -2243,6 +2244,134 @@ FAULTS = (
         "for ids in (sides[0][len(sides[0]) - lead :], sides[1][: most - lead])",
         "for ids in (sides[0][:lead], sides[1][: most - lead])",
         ("tests/write/test_edit.py",),
+    ),
+    Fault(
+        "messages: cached tokens count twice",
+        "serve/anthropic.py",
+        "usage.prompt_tokens - usage.cached_tokens,",
+        "usage.prompt_tokens,",
+        (MESSAGES,),
+    ),
+    Fault(
+        "messages: a stop string is told as an end of the turn",
+        "serve/anthropic.py",
+        "if written.finished.stop_string is not None:",
+        "if False:",
+        (MESSAGES,),
+    ),
+    Fault(
+        "messages: white space makes a block",
+        "serve/anthropic.py",
+        "if not text.strip():",
+        "if not text:",
+        (MESSAGES,),
+    ),
+    Fault(
+        "messages: an omitted thought is told",
+        "serve/anthropic.py",
+        'if kind == "thinking" and self._hides_thoughts:',
+        "if False:",
+        (MESSAGES,),
+    ),
+    Fault(
+        "messages: a thought has no budget",
+        "serve/anthropic.py",
+        "more={} if budget is None else",
+        "more={} if True else",
+        (MESSAGES,),
+    ),
+    Fault(
+        "messages: the line that differs in every request stays in the prompt",
+        "serve/anthropic_types.py",
+        "if text.startswith(_BILLING) else text",
+        "if False else text",
+        (MESSAGES,),
+    ),
+    Fault(
+        "messages: a failed tool looks as one that worked",
+        "serve/anthropic_types.py",
+        "if block.is_error and",
+        "if False and",
+        (MESSAGES,),
+    ),
+    Fault(
+        "messages: a stream has no names of events",
+        "serve/anthropic.py",
+        'return frame(data, data["type"])',
+        "return frame(data)",
+        (MESSAGES,),
+    ),
+    Fault(
+        "messages: counted tokens lack the tools' and the thought's",
+        "serve/anthropic.py",
+        "served.engine.encode(conversation.messages, options)",
+        "served.engine.encode(conversation.messages)",
+        (MESSAGES,),
+    ),
+    Fault(
+        "responses: what shall not be kept is kept",
+        "serve/responses.py",
+        "if self._body.store is not False:",
+        "if True:",
+        (RESPONSES,),
+    ),
+    Fault(
+        "responses: the store forgets the newest",
+        "serve/responses_store.py",
+        "popitem(last=False)",
+        "popitem(last=True)",
+        (RESPONSES,),
+    ),
+    Fault(
+        "responses: a deleted response still counts",
+        "serve/responses_store.py",
+        "self._bytes -= self._kept.pop(name)[1]",
+        "self._kept.pop(name)",
+        (RESPONSES,),
+    ),
+    Fault(
+        "responses: instructions are handed on",
+        "serve/responses.py",
+        "messages = messages_after(self._input, output, self._state.limits)",
+        "messages = messages_after(\n                "
+        "with_instructions(self._input, self._body.instructions), output, self._state.limits\n"
+        "            )",
+        (RESPONSES,),
+    ),
+    Fault(
+        "responses: a cut answer is complete",
+        "serve/responses.py",
+        'return "incomplete" if finished and finished.reason == "length" else "completed"',
+        'return "completed"',
+        (RESPONSES,),
+    ),
+    Fault(
+        "responses: events share a number",
+        "serve/responses.py",
+        "number, self._number = self._number, self._number + 1",
+        "number = self._number",
+        (RESPONSES,),
+    ),
+    Fault(
+        "responses: a custom tool is called as a function",
+        "serve/responses_items.py",
+        "if called.is_custom:",
+        "if False:",
+        (RESPONSES,),
+    ),
+    Fault(
+        "responses: a call is written into the messages before",
+        "serve/responses_types.py",
+        'self.messages.append({**last, "tool_calls": calls, **more})',
+        'last |= {"tool_calls": calls, **more}\n        self.messages.append(last)',
+        (RESPONSES,),
+    ),
+    Fault(
+        "responses: a grammar that is not held is promised",
+        "serve/responses.py",
+        'if mode == "required" and (held',
+        "if False and (held",
+        (RESPONSES,),
     ),
 )
 

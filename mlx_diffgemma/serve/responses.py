@@ -60,7 +60,7 @@ def routes(state: State) -> list[Route]:
         return JSONResponse({"object": "response.input_tokens", "input_tokens": tokens})
 
     async def one(request: Request) -> Response:
-        name = request.path_params["name"]
+        name = request.path_params["id"]
         if request.method == "DELETE":
             store.drop(name)
             return JSONResponse({"id": name, "object": "response", "deleted": True})
@@ -69,12 +69,12 @@ def routes(state: State) -> list[Route]:
         return JSONResponse(store.get(name).response)
 
     async def items(request: Request) -> Response:
-        data = store.get(request.path_params["name"]).items
+        data = store.get(request.path_params["id"]).items
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": False})
 
     async def cancel(request: Request) -> Response:
-        store.get(request.path_params["name"])
+        store.get(request.path_params["id"])
         raise ApiError(400, "the response is complete; one under way ends with its connection")
 
     return [
@@ -83,9 +83,9 @@ def routes(state: State) -> list[Route]:
         for route in (
             Route(path, create, methods=["POST"]),
             Route(f"{path}/input_tokens", count, methods=["POST"]),
-            Route(f"{path}/{{name}}", one, methods=["GET", "DELETE"]),
-            Route(f"{path}/{{name}}/input_items", items, methods=["GET"]),
-            Route(f"{path}/{{name}}/cancel", cancel, methods=["POST"]),
+            Route(f"{path}/{{id}}", one, methods=["GET", "DELETE"]),
+            Route(f"{path}/{{id}}/input_items", items, methods=["GET"]),
+            Route(f"{path}/{{id}}/cancel", cancel, methods=["POST"]),
         )
     ]
 

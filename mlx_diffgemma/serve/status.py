@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import mlx.core as mx
@@ -17,11 +19,15 @@ def routes(state: State) -> list[Route]:
 
     async def models(request: Request) -> Response:
         state.check_ready()
-        data = [_model(each) for each in state.models.values()]
-        return JSONResponse({"object": "list", "data": data})
+        form = _form(request)
+        data = [form(each) for each in state.models.values()]
+        if form is _model:
+            return JSONResponse({"object": "list", "data": data})
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        return JSONResponse({"data": data, "has_more": False, **ends})
 
     async def model(request: Request) -> Response:
-        return JSONResponse(_model(state.model(request.path_params["name"])))
+        return JSONResponse(_form(request)(state.model(request.path_params["name"])))
 
     async def health(request: Request) -> Response:
         if state.is_ending:
@@ -52,6 +58,22 @@ def _model(served: Served) -> dict[str, Any]:
         "context_length": served.context_length,
         "max_model_len": served.context_length,  # vLLM's name, which clients read
         "canvas_length": served.canvas_length,
+    }
+
+
+def _form(request: Request) -> Callable[[Served], dict[str, Any]]:
+    """Return what makes the object of a model in the dialect of the client."""
+    return _anthropic_model if "anthropic-version" in request.headers else _model
+
+
+def _anthropic_model(served: Served) -> dict[str, Any]:
+    return {
+        "type": "model",
+        "id": served.name,
+        "display_name": served.name,
+        "created_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
+        "max_input_tokens": served.context_length - served.canvas_length,
+        "max_tokens": served.context_length,
     }
 
 

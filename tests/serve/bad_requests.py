@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from mlx_diffgemma.config.serving import Limits
+from mlx_diffgemma.serve import anthropic_types, responses_types
 from mlx_diffgemma.serve.anthropic_types import MessagesRequest
 from mlx_diffgemma.serve.completions import CompletionRequest
 from mlx_diffgemma.serve.infill import InfillRequest
@@ -48,6 +49,7 @@ values = st.recursive(
 )
 EDIT = "x\n<|code_to_edit|>\ny\n<|/code_to_edit|>"
 APPLY = "<|original_code|>\nx\n<|/original_code|><|update_snippet|>\ny\n<|/update_snippet|>"
+ASKED = {"model": "bundled", "input": "Sort: 6 3 1 7", "max_output_tokens": 1}
 # Route -> a good body, and the fields of one. A new dialect gets a line here.
 ROUTES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     CHAT: (chat(), tuple(ChatRequest.model_fields)),
@@ -63,6 +65,10 @@ ROUTES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         chat([{"role": "user", "content": EDIT}]),
         ("messages", "max_tokens", "temperature", "seed", "stop", "stream"),
     ),
+    MESSAGES: (chat(max_tokens=1), tuple(MessagesRequest.model_fields)),
+    f"{MESSAGES}/count_tokens": (chat(), tuple(anthropic_types.Counted.model_fields)),
+    RESPONSES: (ASKED, tuple(ResponsesRequest.model_fields)),
+    f"{RESPONSES}/input_tokens": (ASKED, tuple(responses_types.Counted.model_fields)),
     "/v1/apply/completions": (
         chat([{"role": "user", "content": APPLY}]),
         ("messages", "max_tokens", "temperature", "seed", "stop", "stream"),
@@ -168,14 +174,6 @@ IN_RESPONSES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def message(**more: Any) -> dict[str, Any]:
-    return {**chat(max_tokens=4), **more}
-
-
-def response(**more: Any) -> dict[str, Any]:
-    return {"model": "bundled", "input": "Sort: 6 3 1 7", "max_output_tokens": 4, **more}
-
-
 def encoded(value: Any) -> bytes:
     """JSON as careless programs write it, with NaN and half characters."""
     return json.dumps(value).encode("utf-8", "surrogatepass")
@@ -188,31 +186,19 @@ fields = st.sampled_from(
 nested = st.tuples(st.sampled_from(sorted(NESTED)), values).map(
     lambda drawn: post(CHAT, encoded({**chat(), **NESTED[drawn[0]](drawn[1])}))
 )
-of_messages = st.one_of(
-    st.tuples(st.sampled_from(tuple(MessagesRequest.model_fields)), values).map(
-        lambda drawn: {drawn[0]: drawn[1]}
-    ),
-    st.tuples(st.sampled_from(sorted(IN_MESSAGES)), values).map(
-        lambda drawn: IN_MESSAGES[drawn[0]](drawn[1])
-    ),
+of_messages = st.tuples(
+    st.sampled_from(["", "/count_tokens"]), st.sampled_from(sorted(IN_MESSAGES)), values
+).map(
+    lambda drawn: post(
+        f"{MESSAGES}{drawn[0]}", encoded({**chat(max_tokens=1), **IN_MESSAGES[drawn[1]](drawn[2])})
+    )
 )
-of_responses = st.one_of(
-    st.tuples(st.sampled_from(tuple(ResponsesRequest.model_fields)), values).map(
-        lambda drawn: {drawn[0]: drawn[1]}
-    ),
-    st.tuples(st.sampled_from(sorted(IN_RESPONSES)), values).map(
-        lambda drawn: IN_RESPONSES[drawn[0]](drawn[1])
-    ),
-)
-dialects = st.one_of(
-    st.tuples(st.sampled_from(["", "/count_tokens"]), of_messages).map(
-        lambda drawn: post(f"{MESSAGES}{drawn[0]}", encoded(message(**drawn[1])))
-    ),
-    st.tuples(st.sampled_from(["", "/input_tokens"]), of_responses).map(
-        lambda drawn: post(f"{RESPONSES}{drawn[0]}", encoded(response(**drawn[1])))
-    ),
-    values.map(lambda value: post(MESSAGES, encoded(value))),
-    values.map(lambda value: post(RESPONSES, encoded(value))),
+of_responses = st.tuples(
+    st.sampled_from(["", "/input_tokens"]), st.sampled_from(sorted(IN_RESPONSES)), values
+).map(
+    lambda drawn: post(
+        f"{RESPONSES}{drawn[0]}", encoded({**ASKED, **IN_RESPONSES[drawn[1]](drawn[2])})
+    )
 )
 whole = st.tuples(st.sampled_from(list(ROUTES)), values).map(
     lambda drawn: post(drawn[0], encoded(drawn[1]))
@@ -243,7 +229,7 @@ lying = st.sampled_from(["0", "5", "99999", "-1", "x", "1e3", "0x10", "9" * 400,
 heads = st.binary(min_size=1, max_size=80).map(lambda content: content + b"\r\n\r\n")
 requests = st.one_of(
     fields, fields, nested, nested, whole, random_bytes, cut, spoiled, deep, long_numbers, methods,
-    paths, lying, heads, dialects, dialects, dialects, dialects,
+    paths, lying, heads, of_messages, of_responses,
 )  # fmt: skip
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import threading
+from typing import Literal
 
 import anthropic
 import pytest
+from pydantic import BaseModel
 
 from mlx_diffgemma import GenerationSettings, PromptOptions, generate
 from mlx_diffgemma.config.serving import Limits
@@ -265,6 +267,25 @@ def test_a_format_is_kept(quick):
     assert json.loads(message.content[0].text)["n"] in (1, 2, 3)
     strict = create(quick, tools=[{**WEATHER, "strict": True}])
     assert strict.stop_reason in ("end_turn", "max_tokens", "tool_use")
+
+
+class Number(BaseModel):
+    n: Literal[1, 2, 3]
+
+
+def test_the_clients_own_types_are_kept(quick):
+    message = quick.messages.parse(
+        model="bundled", max_tokens=99, messages=SORT, output_format=Number
+    )
+    assert message.parsed_output.n in (1, 2, 3)
+
+
+def test_models_are_told_in_the_form_of_the_client(client, server):
+    (listed,) = client.models.list().data
+    assert listed == client.models.retrieve("bundled")
+    assert (listed.id, listed.type, listed.display_name) == ("bundled", "model", "bundled")
+    assert listed.created_at.timestamp() == server.state.models["bundled"].created
+    assert listed.max_input_tokens == 2048 - 64 and not listed.model_extra
 
 
 def conversation(*messages, **fields):

@@ -20,7 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="ut
 def test_the_python_examples_run(server, capsys):
     program = "\n".join(re.findall(r"^```py\n(.*?)^```$", PAGE, re.M | re.S))
     assert program.count("print(") >= 4
-    exec(program.replace("http://127.0.0.1:8080/v1", server.url), {})
+    exec(program.replace("http://127.0.0.1:8080", server.url.removesuffix("/v1")), {})
     printed = capsys.readouterr().out
     whole, streamed, *_ = printed.split("\n")
     assert (whole, streamed.split("\r")[0]) == (SORTED, SORTED)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from mlx_diffgemma import GenerationSettings
 from mlx_diffgemma.config.serving import Limits
@@ -232,6 +234,20 @@ def test_formats_are_kept(quick):
     free = create(quick, text={"format": {"type": "json_object"}}, max_output_tokens=40)
     assert isinstance(json.loads(free.output_text), dict)
     assert create(quick, text={"format": {"type": "text"}}).text.format.type == "text"
+
+
+class Number(BaseModel):
+    n: Literal[1, 2, 3]
+
+
+def test_the_clients_own_types_are_kept(quick):
+    parsed = quick.responses.parse(model="bundled", input=ASKED, text_format=Number)
+    assert parsed.output_parsed.n in (1, 2, 3)
+    tool = openai.pydantic_function_tool(Number)
+    called = quick.responses.parse(
+        model="bundled", input=ASKED, tools=[tool], tool_choice="required"
+    )
+    assert called.output[0].parsed_arguments.n in (1, 2, 3)
 
 
 def test_a_conversation_goes_on_from_a_response_that_is_kept(server, client):

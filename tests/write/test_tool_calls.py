@@ -211,6 +211,15 @@ def test_the_next_canvas_after_the_budget_begins_with_the_end_of_the_thought(mos
             assert event.draft[0, 0].item() == CLOSE and event.certainty[0, 0].item() == 1
 
 
+@pytest.mark.parametrize(("stop", "found"), [((), None), (("x", "two", "wo"), "two")])
+def test_the_end_tells_the_tokens_of_thoughts_and_the_stop_string(stop, found):
+    text = "<|channel>thought\nHm, so.<channel|>one two"
+    chosen = GenerationSettings(seed=1, max_new_tokens=64)
+    *_, end = stream_generate(Script(text), TOKENIZER, "x", settings=chosen, stop=stop)
+    thought = TOKENIZER.encode("thought\nHm, so.", add_special_tokens=False)
+    assert (end.stop_string, end.thought_tokens) == (found, len(thought))
+
+
 def test_a_thought_that_ends_within_its_budget_is_left_alone():
     for most in (-1, 84, 200):
         assert committed(events_of(THOUGHT, max_thinking_tokens=most)) == committed(
