@@ -6,7 +6,7 @@ tokens (the first time, without caches), the automaton of the whole window, the 
 a canvas of 256, and the lengths from the exact distribution of strings. No model runs: the
 distributions are sure of the answer.
 
-Bounds: the tokens of each answer, as the tokenizer splits it as a whole, are a string of its window;
+Bounds: the tokens of each answer, as the tokenizer splits it whole, are a string of its window;
 the lengths are found; a look for lengths takes at most 0.15 s.
 
     python bench/regions.py --tokenizer FOLDER
