@@ -240,6 +240,11 @@ def test_a_canvas_may_end_inside_of_a_later_slot():
     check(Dice(), template, "reference", 0)
 
 
+def test_a_single_possible_text_needs_no_step():
+    template = Template((Slot("0", "one of", options=("a", "0\x80\x80\x80𐀀")), "b𐀀"))
+    check(Dice(), template, "reference", 0)
+
+
 def check_random_network(template, policy, seed):
     check(small_model(), template, policy, seed)
 
