@@ -31,7 +31,7 @@ test: lint types
 # Measures speed against mlx-vlm and transformers, about two hours on two cores.
 bench: $(VENV)/.bench
 	$(WITH_OPENBLAS) $(BIN)/python bench/answer.py --save
-	for name in counts sparse step growth twin floors infill match cache decide; do \
+	for name in counts sparse step growth twin floors infill cache decide structured rows; do \
 		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
 	done
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save

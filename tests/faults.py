@@ -2204,13 +2204,6 @@ FAULTS = (
         (LINE,),
     ),
     Fault(
-        "passages: a string comes by more than once",
-        "constraint/marginals.py",
-        "found[i + 1], here[target] = here[target], 0.0",
-        "found[i + 1] = here[target]",
-        (LINE,),
-    ),
-    Fault(
         "certain: tokens of strings that lead nowhere count",
         "constraint/decode.py",
         "ways = here[sources] & later[i + 1, targets]",
@@ -2237,13 +2230,6 @@ FAULTS = (
         "length = int(chances.argmax())",
         "length = int(np.flatnonzero(chances)[0])",
         (FILL,),
-    ),
-    Fault(
-        "edit: the model sees what stands far from the selection",
-        "write/edit.py",
-        "for ids in (sides[0][len(sides[0]) - lead :], sides[1][: most - lead])",
-        "for ids in (sides[0][:lead], sides[1][: most - lead])",
-        ("tests/write/test_edit.py",),
     ),
     Fault(
         "messages: cached tokens count twice",

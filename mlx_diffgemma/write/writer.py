@@ -148,10 +148,15 @@ class Writer:
     def _find(self, regions: list[Region], search: _Search) -> Job[Event]:
         """Denoise a canvas under the whole window until the lengths of the regions are decided."""
         window, width = search.window, self._widest()
+        automaton = window.constraint.automaton
         given = Pinned(
-            certain(window.constraint.automaton, width, window.ends),
+            certain(automaton, width, window.ends),
             spans=[Span(window.constraint, 0, width, window.ends, search)],
         )
+        if (given.tokens != FREE).all():  # there is one text only, and nothing to denoise
+            masses = np.tile(automaton.sizes / automaton.sizes.sum(), (width, 1))
+            search(Strings.of(automaton, masses, window.ends))
+            return
         settings = replace(
             self.settings,
             canvas_length=width,

@@ -132,7 +132,7 @@ def test_the_length_of_a_gap_is_found():
     filled = fill(*loaded, template, prompt="Count from 12 to 15.", settings=settings)
     assert filled.text == "12 13 14 15"
     lengths = filled.slots["n"].lengths
-    assert max(lengths, key=lengths.get) == 5 and len(lengths) == 2
+    assert max(lengths, key=lengths.get) == 5
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
