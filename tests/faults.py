@@ -1958,10 +1958,10 @@ FAULTS = (
         (SERVE_SECURITY,),
     ),
     Fault(
-        "server: several hosts",
+        "server: no host",
         "serve/security.py",
         "if len(given) != 1:",
-        "if not given:",
+        "if len(given) > 1:",
         (SERVE_SECURITY,),
     ),
     Fault(

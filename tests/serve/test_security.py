@@ -150,6 +150,13 @@ def test_addresses_and_allowed_names_are_taken(locked, host):
     assert get(locked, "/v1/models", Host=host, **bearer(KEY)).status == 200
 
 
+def test_a_request_without_a_host_is_refused(locked):
+    """Of HTTP/1.0, which may leave it out."""
+    request = post(PATH, b"", Host=None, **bearer(KEY)).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    answer = ask(locked, request)
+    assert answer.status == 400 and answer.error["code"] == "invalid_host"
+
+
 def test_two_hosts_are_refused(locked):
     request = post(PATH, b"", **bearer(KEY)).replace(b"\r\n", b"\r\nHost: localhost\r\n", 1)
     assert ask(locked, request).status == 400
