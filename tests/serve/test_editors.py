@@ -13,6 +13,7 @@ from mlx_diffgemma.serve.fills import AskedFill, _between, _near
 from mlx_diffgemma.serve.fim import Gap, gap_of
 from mlx_diffgemma.serve.state import FILL_PROMPT
 from tests.engine.cases import eventually, is_idle, loaded
+from tests.sampled import first
 from tests.serve.cases import LONG, ask, connected, post, serving
 from tests.serve.test_openai import client_of
 
@@ -70,6 +71,7 @@ def test_several_proposals_are_rows(client):
     ]
 
 
+@pytest.mark.long
 def test_continues_own_request_is_answered(editor):
     """Its inception provider sends these fields, and <|endoftext|> for no suffix."""
     body = {
@@ -143,7 +145,7 @@ def test_files_before_the_markers_come_apart():
 
 
 def test_markers_in_a_prompt_fill_the_gap(client):
-    for spelling in SPELLINGS[:2]:
+    for spelling in SPELLINGS[:1]:
         answer = complete(client, spelling.format(BEFORE, AFTER), **FIXED)
         assert answer.choices[0].text == WRITTEN
 
@@ -205,6 +207,7 @@ def test_a_time_limit_gives_the_draft():
         assert infill(running, t_max_prompt_ms=0.001).json["content"] == ""
 
 
+@pytest.mark.long
 def test_a_client_that_goes_ends_its_gap():
     with serving(settings=LONG) as running:
         with connected(running) as connection:
@@ -279,7 +282,7 @@ def rewrite(running, path: str, content: str, **fields):
     return ask(running, post(path, body))
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", first(1, [True, False]))
 def test_an_edit_answers_with_the_marked_part_in_a_fence(editor, stream):
     answer = rewrite(editor, "/v1/edit/completions", FILE, stream=stream)
     if stream:
@@ -291,6 +294,7 @@ def test_an_edit_answers_with_the_marked_part_in_a_fence(editor, stream):
     assert text.startswith("```\n") and text.endswith("\n```") and "def add" not in text
 
 
+@pytest.mark.long
 def test_an_update_is_applied_to_a_whole_text(editor):
     told = (
         "<|original_code|>\na = 1\n<|/original_code|>\n\n"

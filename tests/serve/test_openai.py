@@ -102,6 +102,7 @@ def test_drafts_replace_each_other_and_end_with_the_answer(client):
         assert all(one != two for one, two in pairwise(texts))
 
 
+@pytest.mark.long
 def test_a_seed_fixes_the_answer(client):
     one, two, other = (create(client, SAY, seed=seed, max_tokens=30) for seed in (5, 5, 6))
     texts = [each.choices[0].message.content for each in (one, two, other)]
