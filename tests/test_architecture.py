@@ -42,9 +42,9 @@ WINGS = {
     "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",
     "convert": "recipe sources origin plan card journal shards record write verify",
-    "cli": "interrupt program options constraints render render_convert render_train render_watch "
-    "render_doctor render_chat output lines session convert generate chat fill edit info doctor "
-    "models train fuse",
+    "cli": "interrupt program usage options constraints render render_convert render_train "
+    "render_watch render_doctor render_chat output lines session convert generate chat fill edit "
+    "info doctor models train fuse",
     "__main__": "",
     "demo": "",
 }

@@ -28,6 +28,7 @@ from ..config.generation import GenerationSettings, decider_of
 from ..errors import ConfigError, DiffGemmaError, PromptError, TemplateError, backend_error
 from .interrupt import ended_in_order, leave
 from .program import Shell, among, install, model_names, scripts, variable, version
+from .usage import Command
 
 MODEL_HELP = (
     "Local folder, Hub repo id, or short name of a published one (4bit, 5bit, 6bit, 8bit, mxfp4, "
@@ -333,16 +334,22 @@ def run(command: Callable[..., None] | typer.Typer, name: str | None = None) -> 
     """Run a command as a program, with the options that every program has."""
     # No command needs torch. Where it is installed, transformers would import it, for seconds.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    program = get_command(command if isinstance(command, typer.Typer) else app_of(command))
-    program.params += get_command(app_of(_every_program)).params
+    program = program_of(command)
     completion_init()  # Typer calls it for its own options of completion
     program(prog_name=name, complete_var=variable(Path(sys.argv[0]).name))
 
 
+def program_of(command: Callable[..., None] | typer.Typer) -> Any:
+    """Return a command as a program, with the options that every program has."""
+    program = get_command(command if isinstance(command, typer.Typer) else app_of(command))
+    program.params += get_command(app_of(_every_program)).params
+    return program
+
+
 def app_of(command: Callable[..., None]) -> typer.Typer:
     """Return an app of one command."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(cls=Command)(command)
     return app
 
 

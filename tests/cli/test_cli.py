@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from mlx_diffgemma import GenerationSettings, bundled_model
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.info import info
-from mlx_diffgemma.cli.options import prompt_text
+from mlx_diffgemma.cli.options import app_of, prompt_text
 from mlx_diffgemma.config.entry import entries
 from mlx_diffgemma.config.generation import default_of
 
@@ -30,9 +29,7 @@ WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
 
 def invoke(command, *arguments: str, stdin: str | bytes | None = None):
     """In this process; exit code, stdout and stderr as a program would give them."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    return CliRunner().invoke(app, list(arguments), input=stdin, env=WIDE)
+    return CliRunner().invoke(app_of(command), list(arguments), input=stdin, env=WIDE)
 
 
 def program(*arguments: str, **options) -> subprocess.Popen:
