@@ -31,11 +31,12 @@ class PromptError(DiffGemmaError):
 
 
 class TemplateError(DiffGemmaError):
-    """A template, selection or constraint that cannot be read or cannot be met."""
+    """A template or selection that cannot be read or cannot be met."""
 
 
 class ConstraintError(DiffGemmaError):
-    """A constraint that cannot be held, and where in it the reason lies.
+    """A constraint that cannot be held, or not within the tokens that an answer may have, and where
+    in it the reason lies.
 
     Attributes:
       keyword: the keyword of a JSON Schema that is the reason.

@@ -24,7 +24,7 @@ from ..language.prompt import (
 )
 from ..language.template import Slot, Template
 from ..model import DiffusionGemma
-from .job import Job, run_jobs
+from .job import Job, refuse_other, run_jobs
 from .writer import Choice, Piece, Writer, least_tokens, may_be_cut
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ class FillTask:
                 "a template is a string or comes from Template.parse, got "
                 f"{type(template).__name__}"
             )
+        refuse_other("settings", self.settings, GenerationSettings, "GenerationSettings(seed=7)")
         resolved = self.settings.resolve(model.config)
         L = resolved.canvas_length
         vocab_size = model.config.text.vocab_size
