@@ -88,6 +88,11 @@ class BackendError(DiffGemmaError, ImportError):
     """MLX is not installed, or it has no backend for this machine."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, as in "1 token" or "1,200 tokens"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def backend_error(error: ImportError) -> BackendError | None:
     """Return the error for a failed import of MLX, or None if the failed import was another.
 

@@ -10,7 +10,7 @@ import secrets
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
@@ -23,12 +23,12 @@ from typer.completion import completion_init
 from typer.main import get_command
 
 from ..checkpoint.choice import MODEL_VARIABLE
-from ..config.entry import Entry, kinds
+from ..config.entry import Entry, entries, kinds
 from ..config.generation import GenerationSettings, decider_of
 from ..errors import ConfigError, DiffGemmaError, PromptError, TemplateError, backend_error
 from .interrupt import ended_in_order, leave
 from .program import Shell, among, install, model_names, scripts, variable, version
-from .usage import Command
+from .usage import Command, as_given
 
 MODEL_HELP = (
     "Local folder, Hub repo id, or short name of a published one (4bit, 5bit, 6bit, 8bit, mxfp4, "
@@ -196,6 +196,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """
     parameters: list[Parameter] = []
     blocks: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    flags: dict[str, str] = {}  # setting -> its option
     for parameter in signature(function, eval_str=True).parameters.values():
         kind = parameter.annotation
         base, *extra = get_args(kind) if get_origin(kind) is Annotated else (kind,)
@@ -206,20 +207,38 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         assert isinstance(settings, type)
         options = _options_of(settings, function.__name__)
         blocks[parameter.name] = base, [option.name for option in options]
+        for name, entry in entries(settings).items():
+            flags[name] = entry.flags[0] if entry.flags else f"--{name.replace('_', '-')}"
         parameters.extend(options)
 
     @wraps(function)
     def run_with_blocks(**given: Any) -> None:  # typer calls it with every option by name
         with friendly_errors(), ended_in_order():
-            made = {}
+            made: dict[str, Any] = {}
+            named: dict[str, str] = {}
             for name, (make, options) in blocks.items():
                 values = {option: given.pop(option) for option in options}
-                made[name] = make(**{k: v for k, v in values.items() if v is not None})
-            function(**given, **made)
+                values = {k: v for k, v in values.items() if v is not None}
+                named |= {k: flags[k] for k in values if k in flags}
+                with _named(named):
+                    made[name] = make(**values)
+            with _named(named):
+                function(**given, **made)
 
     run_with_blocks.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run_with_blocks.__annotations__ = {p.name: p.annotation for p in parameters}
     return run_with_blocks
+
+
+@contextmanager
+def _named(given: Mapping[str, str]) -> Iterator[None]:
+    """Let errors of settings name the options that were given."""
+    try:
+        yield
+    except ConfigError as error:
+        if (message := as_given(str(error), given)) == str(error):
+            raise
+        raise ConfigError(message) from error
 
 
 def _options_of(block: type, command_name: str) -> list[Parameter]:

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from ..checkpoint.info import CONTEXTS
+from ..errors import counted
 
 if TYPE_CHECKING:
     from mlx_diffgemma.convert.plan import Plan
@@ -134,10 +135,10 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
     bits = 8 * plan.tensor_bytes / sum(move.parameters for move in plan.moves)
     sizes = f"{_size(before):>10}{_size(plan.tensor_bytes):>10}{bits:>12.3f}"
     print(f"{'all':<17}{len(plan.moves):>8} {'':<22}{sizes}")
-    print(f"result: {plan.tensor_bytes:,} bytes of tensors in {_count(len(plan.shards), 'file')}")
+    print(f"result: {plan.tensor_bytes:,} bytes of tensors in {counted(len(plan.shards), 'file')}")
     _show_left(plan, verbose=verbose)
     for reason, count in Counter(plan.checkpoint.ignored.values()).items():
-        print(f"left out: {_count(count, 'tensor')} ({reason})")
+        print(f"left out: {counted(count, 'tensor')} ({reason})")
     tokens = CONTEXTS[0]
     print(
         f"memory to run the result with {tokens:,} tokens of context: "
@@ -165,7 +166,7 @@ def _show_left(plan: Plan, *, verbose: bool) -> None:
         rest = f" and {more} more (--dry-run --verbose lists them)" if more else ""
         print(
             f"not packed, since groups do not divide their width: "
-            f"{_count(len(plan.left), 'module')}: {', '.join(shown)}{rest}"
+            f"{counted(len(plan.left), 'module')}: {', '.join(shown)}{rest}"
         )
 
 
@@ -178,10 +179,6 @@ def _size(nbytes: int) -> str:
         if nbytes >= 10**power:
             return f"{nbytes / 10**power:.2f} {unit}"
     return f"{nbytes} B"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def show_summary(summary: Summary) -> None:

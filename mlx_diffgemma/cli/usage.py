@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -43,6 +44,8 @@ _MUST_BE = {
     "bool_parsing": "true or false",
 }
 _HARD_HYPHEN = "\u2011"  # at which no line ends
+# The beginnings of errors that the entries and contradictions of settings make.
+_OF_A_SETTING = re.compile(r"(\w+) (?:must be|has no effect|\S+ (?:is|times|drops))\b")
 _UsageError: Any = typer.BadParameter.__base__
 
 
@@ -76,6 +79,20 @@ class Command(TyperCommand):
         except _UsageError as error:
             _explain(error, ctx)
             raise
+
+
+def as_given(message: str, given: Mapping[str, str]) -> str:
+    """Return an error's message, in which the setting that it begins with has the name that was
+    given.
+
+    Args:
+      message: such as "max_new_tokens must be ...".
+      given: setting -> its name as given, such as "--max-tokens".
+    """
+    found = _OF_A_SETTING.match(message)
+    if found is None or found[1] not in given:
+        return message
+    return given[found[1]] + message[found.end(1) :]
 
 
 def _explain(error: Any, context: Any) -> None:

@@ -113,7 +113,11 @@ def test_a_policy_and_its_settings_are_flags():
     result = invoke(generate, *TABLE, "--policy", "fast")
     assert result.exit_code == 0 and result.stdout.startswith("|n|n*n|\n|-|-|\n")
     result = invoke(generate, *TABLE, "--policy", "fast", "--entropy-bound", "1")
-    assert result.exit_code == 2 and "entropy_bound has no effect" in result.stderr
+    said = "--entropy-bound has no effect with acceptance 'confidence', which policy 'fast' sets"
+    assert result.exit_code == 2 and said in result.stderr
+    result = invoke(generate, *TABLE, "--acceptance", "confidence", "--entropy-bound", "1")
+    said = "--entropy-bound has no effect with acceptance 'confidence', only with 'entropy'"
+    assert result.exit_code == 2 and said in result.stderr
     result = invoke(generate, *TABLE, "--policy", "fastest")
     assert result.exit_code == 2 and "policy" in result.stderr
 
@@ -157,14 +161,14 @@ def test_a_response_that_is_begun_is_continued():
         (("--model", "./no-such-folder"), "no folder ./no-such-folder"),
         (("--model", str(ROOT / "README.md")), "is a file"),
         (("--model", str(ROOT / "tests")), "has no config.json"),
-        (("--canvas-length", "65"), "canvas_length 65 is longer than the checkpoint's 64"),
+        (("--canvas-length", "65"), "--canvas-length 65 is longer than the checkpoint's 64"),
         (("--model", ""), "the name of the model is empty"),
         (("--temp", "1e-9"), "0 is the greedy limit"),
-        (("--temp", "-1"), "temperature must be a number at least 0, got -1.0"),
-        (("--temp", "nan"), "temperature must be a number"),
-        (("--max-tokens", "0"), "max_new_tokens must be a whole number at least 1, got 0"),
-        (("--entropy-bound", "-0.5"), "entropy_bound"),
-        (("--t-min", "0.9"), "t_min 0.9 is above t_max 0.8"),
+        (("--temp", "-1"), "--temp must be a number at least 0, got -1.0"),
+        (("--temp", "nan"), "--temp must be a number"),
+        (("--max-tokens", "0"), "--max-tokens must be a whole number at least 1, got 0"),
+        (("--entropy-bound", "-0.5"), "--entropy-bound must be"),
+        (("--t-min", "0.9"), "--t-min 0.9 is above t_max 0.8"),
         (("--chat-template-config", "{"), "--chat-template-config is not valid JSON"),
         (("--chat-template-config", "[1]"), "must be a JSON object"),
         (("--extra-eos-token", "two words"), "'two words' is not one token"),

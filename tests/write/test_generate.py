@@ -263,7 +263,7 @@ def test_settings_and_prompt_options_of_another_type_are_refused(loaded):
     ):
         with pytest.raises(ConfigError, match=said):
             run()
-    with pytest.raises(ConfigError, match="prompt_options must be a PromptOptions, .* got dict"):
+    with pytest.raises(ConfigError, match=r"prompt_options must be a PromptOptions, .* got dict"):
         mlx_diffgemma.generate(*loaded, TABLE, prompt_options=wrong)
 
 
