@@ -1,7 +1,10 @@
 """Errors that a user can correct. Everything else is a bug and keeps its traceback."""
 
+import json
 import platform
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 
 class DiffGemmaError(Exception):
@@ -102,8 +105,21 @@ def backend_error(error: ImportError) -> BackendError | None:
     # If a shared library is missing, the name is "core", and the path shows that it is MLX's.
     if "mlx" not in ((error.name or "").split(".")[0], Path(error.path or "").parent.name):
         return None
+    where, package = _installed_from()
     if platform.system() == "Linux":
-        package = "'mlx-diffgemma[cpu]' (or 'mlx-diffgemma[cuda]' for NVIDIA cards)"
+        package = f"'{package}[cpu]' (or '{package}[cuda]' for NVIDIA cards)"
     else:
-        package = "mlx"
-    return BackendError(f"MLX cannot be used here ({error.msg}); run: pip install {package}")
+        where, package = "", "mlx"
+    return BackendError(f"MLX cannot be used here ({error.msg}); run{where}: pip install {package}")
+
+
+def _installed_from() -> tuple[str, str]:
+    """Return (where to run pip, what it is to install again), for a message."""
+    try:
+        origin = Distribution.from_name("mlx-diffgemma").read_text("direct_url.json")
+        url = urlsplit(json.loads(origin or "{}").get("url", ""))
+    except (PackageNotFoundError, ValueError):
+        return "", "mlx-diffgemma"
+    if url.scheme == "file" and (folder := Path(unquote(url.path))).is_dir():
+        return f" in {folder}", "."
+    return "", "mlx-diffgemma"

@@ -10,6 +10,7 @@ from .options import (
     ModelOptions,
     SystemPromptOption,
     command,
+    refuse_idle_limit,
     run,
     seeded,
     unescape,
@@ -46,10 +47,13 @@ def chat(
     from .render_chat import ChatView
     from .session import COMMANDS, Session
 
+    if not thinking:
+        refuse_idle_limit(settings)
     view, is_drawn = ChatView(markdown=markdown), settings.seed is None
     settings, store = seeded(settings), contexts.store()
     lines = lines_of(list(COMMANDS))
-    loaded, tokenizer = model.load()
+    with view.loading():
+        loaded, tokenizer = model.load()
     from ..write.chat import Chat
 
     def reading(done: int, total: int) -> None:

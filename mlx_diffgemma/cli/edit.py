@@ -109,7 +109,8 @@ def edit(
             content = read_file(file)
             document = decoded(file, content)
         selection = _selected(document, select, match)
-        loaded, tokenizer = model.load()
+        with view.loading():
+            loaded, tokenizer = model.load()
         from ..language.prompt import PromptOptions
         from ..write.edit import edit as rewrite
 
@@ -132,7 +133,7 @@ def edit(
             for line in notes:
                 view.note(line)
             if not output.is_json:
-                view.about(edited.filled)
+                view.about(edited.filled, "new part")
             _deliver(edited, file, content, result, output, view, settings)
     finally:
         view.close()

@@ -68,7 +68,8 @@ def fill(
         bounds = gap_bounds(gap_tokens)
         parsed = Template.parse(_template_text(template, file))
         request = None if prompt is None else unescape(prompt)
-        loaded, tokenizer = model.load()
+        with view.loading():
+            loaded, tokenizer = model.load()
         from ..language.prompt import PromptOptions
         from ..write.fill import stream_fill
 

@@ -7,8 +7,10 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +83,12 @@ def decoded(file: Path, content: bytes) -> str:
 def seeded(settings: GenerationSettings) -> GenerationSettings:
     """Return settings with the given seed, or with a fresh one that can be printed."""
     return settings if settings.seed is not None else replace(settings, seed=secrets.randbits(32))
+
+
+def refuse_idle_limit(settings: GenerationSettings) -> None:
+    """Refuse a limit on thoughts, where there are none."""
+    if settings.max_thinking_tokens is not None:
+        raise ConfigError("--max-thinking-tokens has no effect without --thinking")
 
 
 def gap_bounds(text: str | None) -> tuple[int, int] | None:
@@ -277,8 +285,8 @@ def prompt_text(argument: str | None, option: str | None) -> str:
     """Return the prompt: the argument unchanged, --prompt unescaped, or stdin."""
     if argument is not None and option is not None:
         raise PromptError(
-            f"the prompt is given twice: {argument!r} as an argument, and with --prompt; "
-            "options such as --stop take one value, and may be repeated"
+            f"the prompt is given twice: {argument!r} as an argument, and {option!r} with "
+            "--prompt; give one of the two"
         )
     given = argument if option is None else option
     if given == "-" or (given is None and not _is_terminal(sys.stdin)):
@@ -338,15 +346,24 @@ def friendly_errors() -> Iterator[None]:
     try:
         yield
     except DiffGemmaError as error:
-        typer.echo(f"error: {error}", err=True)
+        _say_error(error)
         raise typer.Exit(2) from error
     except ImportError as error:
         if (explained := backend_error(error)) is None:
             raise
-        typer.echo(f"error: {explained}", err=True)
+        _say_error(explained)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
+
+
+def _say_error(error: Exception) -> None:
+    """Print an error in one line on stderr; a terminal breaks it between words."""
+    line = f"error: {error}"
+    if _is_terminal(sys.stderr):
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    typer.echo(line, err=True)
 
 
 def run(command: Callable[..., None] | typer.Typer, name: str | None = None) -> None:

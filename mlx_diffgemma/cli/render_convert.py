@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-from ..checkpoint.info import CONTEXTS
+from ..checkpoint.info import contexts_of
 from ..errors import counted
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
     _show_left(plan, verbose=verbose)
     for reason, count in Counter(plan.checkpoint.ignored.values()).items():
         print(f"left out: {counted(count, 'tensor')} ({reason})")
-    tokens = CONTEXTS[0]
+    tokens = contexts_of(plan.model.text)[0]
     print(
         f"memory to run the result with {tokens:,} tokens of context: "
         f"about {_size(plan.running_bytes(tokens))}"
@@ -190,7 +190,9 @@ def show_summary(summary: Summary) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
-    resumed = f", {summary.resumed_moves} tensors from an earlier run" * bool(summary.resumed_moves)
+    resumed = ""
+    if summary.resumed_moves:
+        resumed = f", {counted(summary.resumed_moves, 'tensor')} from an earlier run"
     print(
         f"{summary.folder}: {summary.seconds:.1f} s, "
         f"peak resident memory {peak / 1e9:.2f} GB{resumed}"
@@ -217,12 +219,13 @@ def _show_parts(plan: Plan, errors: dict[str, float]) -> None:
         nbytes[move.part] += sum(output.nbytes for output in move.outputs)
         parameters[move.part] += move.parameters
         kinds[move.part].add(move.describe())
-    print(f"{'part':<20}{'stored as':<22}{'bytes':>18}{'bits/weight':>13}{'error':>10}")
+    last = f"{'relative error':>16}" if errors else ""
+    print(f"{'part':<20}{'stored as':<22}{'bytes':>18}{'bits/weight':>13}{last}")
     for part in sorted(nbytes, key=lambda part: -nbytes[part]):
         bits = 8 * nbytes[part] / parameters[part]
-        error = f"{errors[part]:.5f}" if part in errors else ""
+        error = f"{errors[part]:>16.5f}" if part in errors else ""
         kind = ", ".join(sorted(kinds[part]))
-        print(f"{part:<20}{kind:<22}{nbytes[part]:>18,}{bits:>13.3f}{error:>10}")
+        print(f"{part:<20}{kind:<22}{nbytes[part]:>18,}{bits:>13.3f}{error}")
     total, bits = plan.tensor_bytes, 8 * plan.tensor_bytes / sum(parameters.values())
     print(f"{'all':<42}{total:>18,}{bits:>13.3f}")
     _show_left(plan, verbose=False)

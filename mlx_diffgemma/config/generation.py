@@ -189,7 +189,7 @@ class _Settings(Generic[Open]):
     policy: Policy | Open = _setting(
         Entry(
             help="How to save work: 'reference' saves none and follows transformers step by step; "
-            "'fast' is the best set of the settings below.",
+            "'fast' sets those that save most steps.",
             default="reference",
             commands=_ALL,
         )

@@ -113,6 +113,14 @@ MISTAKES = {
 }
 
 
+def test_a_limit_on_thoughts_needs_thinking():
+    idle = talk(COUNT, options=(*QUICK, "--max-thinking-tokens", "9"))
+    assert errors(idle) == ["error: --max-thinking-tokens has no effect without --thinking"]
+    assert (
+        talk("/quit", options=(*QUICK, "--max-thinking-tokens", "9", "--thinking")).exit_code == 0
+    )
+
+
 def test_each_mistake_is_one_line_and_the_chat_goes_on():
     result = talk(*MISTAKES, COUNT)
     for given, said in zip(errors(result), MISTAKES.values(), strict=True):
@@ -324,7 +332,8 @@ class Typist:
 def test_a_person_at_a_terminal(tmp_path):
     file = tmp_path / "chat.json"
     typist = Typist(0.15, "--seed", "7", "--canvas-length", "24", "--max-tokens", "72")
-    assert "Ctrl-D leaves" in typist.prompted("leaves")
+    started = typist.prompted("leaves")
+    assert started.startswith("loading the model ...") and "Ctrl-D leaves" in started
     typist.type("Count from 12 to x.", LEFT, "\x7f15", ENTER)  # the line is edited
     shown = typist.prompted("tokens/s")
     assert "canvas 1, step 1" in shown and "12 13 14 15" in shown

@@ -85,12 +85,32 @@ def test_a_prompt_is_an_argument_an_option_or_what_stdin_holds():
         result = invoke(generate, *words, "--seed", "1", stdin="Squares from 2 to 3.\n")
         assert result.stdout == TABLE_ANSWER, result.stderr
     assert_one_line(invoke(generate), "the prompt is empty")
-    assert_one_line(invoke(generate, "one", "--prompt", "two"), "the prompt is given twice")
+    assert_one_line(
+        invoke(generate, "one", "--prompt", "two"), "'one' as an argument, and 'two' with --prompt"
+    )
 
 
 def test_a_prompt_as_an_argument_is_taken_as_it_is():
     assert prompt_text(r"a\nb\t", None) == r"a\nb\t"
     assert prompt_text(None, r"a\nb\t") == "a\nb\t"
+
+
+def test_a_prompt_with_a_spelled_line_break_is_noted():
+    said = r"note: \n in this prompt is two characters; --prompt reads it as a line break"
+    for words, is_said in (((r"Sort: 2\n1",), True), (("Sort: 2\n1",), False),
+                           (("--prompt", r"Sort: 2\n1"), False)):  # fmt: skip
+        shown = invoke(generate, *words, "--seed", "1", "--max-denoising-steps", "1").stderr
+        assert (said in shown.splitlines()) == is_said
+
+
+def test_a_limit_on_thoughts_is_taken_where_there_may_be_some():
+    limit = ("--max-thinking-tokens", "9", "--max-denoising-steps", "1", "--seed", "1")
+    for more in (
+        ("--thinking",),
+        ("--ignore-chat-template",),
+        ("--chat-template-config", '{"enable_thinking": true}'),
+    ):
+        assert invoke(generate, "Sort: 2 1", *limit, *more).exit_code == 0
 
 
 def test_json_is_one_object_per_line_and_its_text_is_the_answer():
@@ -173,6 +193,16 @@ def test_a_response_that_is_begun_is_continued():
         (("--chat-template-config", "[1]"), "must be a JSON object"),
         (("--extra-eos-token", "two words"), "'two words' is not one token"),
         (("--prompt", " "), "the prompt is empty"),
+        (("--max-thinking-tokens", "9"), "--max-thinking-tokens has no effect without --thinking"),
+        *(
+            (("--ignore-chat-template", *idle), f"{idle[0]} has no effect with --ignore-chat-")
+            for idle in (
+                ("--system-prompt", "x"),
+                ("--thinking",),
+                ("--chat-template-config", '{"a": 1}'),
+                ("--allow-special-tokens",),
+            )
+        ),
         (("--prompt", "x" * 3000), "positions are free"),
         (("--revision", "main", "--model", str(bundled_model())), "revision"),
     ],
@@ -206,7 +236,8 @@ def test_usage_errors_keep_typers_form():
 
 def test_info_prints_the_parameters_and_as_json_the_same():
     plain, as_json = invoke(info), invoke(info, "--json")
-    assert "1,696,196 parameters" in plain.stdout and "memory at 32K context" in plain.stdout
+    assert "1,696,196 parameters" in plain.stdout and "memory at 2K context" in plain.stdout
+    assert "\nvision: not loaded yet\n" in plain.stdout
     assert json.loads(as_json.stdout)["parameters"] == 1_696_196
     assert_one_line(invoke(info, "--model", "./no-such-folder"), "no folder ./no-such-folder")
 
