@@ -70,6 +70,12 @@ def test_help_keeps_the_panels_and_the_whole_sentences_of_subcommands(monkeypatc
     assert "print its folder on stdout." in help_of("models")
 
 
+def test_the_help_of_doctor_says_that_it_loads_no_model_by_default():
+    assert "no model is loaded" in " ".join(help_of("doctor").split())
+    assert "by default the small model" not in " ".join(help_of("doctor").split())
+    assert "by default the small model" in " ".join(help_of("generate").split())
+
+
 def options_of_mlx_lm() -> set[tuple[str, str]]:
     """(our command, option) for every option of mlx-lm's command of the same use."""
     folder = Path(pytest.importorskip("mlx_lm").__file__).parent
