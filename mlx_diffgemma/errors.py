@@ -2,9 +2,9 @@
 
 import json
 import platform
+import re
 from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 
 class DiffGemmaError(Exception):
@@ -117,9 +117,11 @@ def _installed_from() -> tuple[str, str]:
     """Return (where to run pip, what it is to install again), for a message."""
     try:
         origin = Distribution.from_name("mlx-diffgemma").read_text("direct_url.json")
-        url = urlsplit(json.loads(origin or "{}").get("url", ""))
+        url = str(json.loads(origin or "{}").get("url", ""))
     except (PackageNotFoundError, ValueError):
         return "", "mlx-diffgemma"
-    if url.scheme == "file" and (folder := Path(unquote(url.path))).is_dir():
+    plain = re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes.fromhex(m[1].decode()), url.encode())
+    folder = Path(plain.decode("utf-8", "replace").removeprefix("file://"))
+    if url.startswith("file://") and folder.is_dir():
         return f" in {folder}", "."
     return "", "mlx-diffgemma"

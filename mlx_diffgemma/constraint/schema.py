@@ -112,8 +112,8 @@ def _notes(reader: Alternatives, writer: Writer, cuts: Cuts) -> list[str]:
     notes = []
     if writer.notes.pop("values of any type", 0) is None:
         notes.append(
-            f"values of any type hold {cuts.depth} levels of objects and lists at most; where they "
-            'are those of keys without a schema, "additionalProperties": false leaves them out'
+            f"values of any type hold {cuts.depth} levels of objects and lists at most; "
+            '"additionalProperties": false in a schema leaves out keys with such values'
         )
     if reader.cuts:
         named = ", ".join(sorted(pointer or "#" for pointer in reader.cuts))

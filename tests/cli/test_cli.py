@@ -103,6 +103,13 @@ def test_a_prompt_with_a_spelled_line_break_is_noted():
         assert (said in shown.splitlines()) == is_said
 
 
+def test_what_a_constraint_leaves_out_is_a_note():
+    done = invoke(generate, "Sort: 2 1", "--json-object", "--seed", "1", "--max-tokens", "20")
+    (note,) = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert "values of any type hold 2 levels" in note and '"additionalProperties": false' in note
+    assert done.exit_code == 0 and "cut" not in done.stderr
+
+
 def test_a_limit_on_thoughts_is_taken_where_there_may_be_some():
     limit = ("--max-thinking-tokens", "9", "--max-denoising-steps", "1", "--seed", "1")
     for more in (

@@ -52,6 +52,13 @@ def test_a_conversion_ends_in_a_summary_and_verify_and_a_second_run_agree(source
     assert "one denoise step" in verified.stdout
 
 
+def test_a_summary_has_no_column_of_errors_where_nothing_is_packed(source, out):
+    assert run("--hf-path", source, "--mlx-path", out, "-q").exit_code == 0
+    result = run("--hf-path", out, "--mlx-path", out.with_name("plain"), "--dequantize")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0].split() == ["part", "stored", "as", "bytes", "bits/weight"]
+
+
 def test_dry_run_sums_up_the_plan_and_writes_nothing(source, out):
     result = run("--hf-path", source, "--mlx-path", out, "-q", "--dry-run")
     assert result.exit_code == 0, result.output
