@@ -854,13 +854,6 @@ FAULTS = (
         (DECODE,),
     ),
     Fault(
-        "strings: drawn edges without what follows",
-        "constraint/marginals.py",
-        "ways = np.exp(ways - self.later[i, states[-1]])",
-        "ways = np.exp(0 * ways)",
-        (DECODE,),
-    ),
-    Fault(
         "classes: the first block of a class",
         "denoise/classes.py",
         "blocks[maxima[i, blocks].argmax()]",
@@ -912,8 +905,8 @@ FAULTS = (
     Fault(
         "bound: every canvas has the whole budget",
         "denoise/row.py",
-        "return CanvasConstraint(self._constraint, state, self._left, len(first), pad)",
-        "return CanvasConstraint(self._constraint, state, 10**6, len(first), pad)",
+        "return [CanvasConstraint(self._constraint, state, self._left, len(first), pad)]",
+        "return [CanvasConstraint(self._constraint, state, 10**6, len(first), pad)]",
         (BOUND,),
     ),
     Fault(
@@ -933,8 +926,8 @@ FAULTS = (
     Fault(
         "bound: all canvases get the choice of the first",
         "denoise/constrained.py",
-        "pieces = np.split(flat, np.cumsum(sizes)[:-1])",
-        "pieces = [flat[: sizes[0]]] * len(sizes)",
+        "pieces = iter(np.split(flat, np.cumsum([one.size for one in numbers])[:-1]))",
+        "pieces = iter([flat[: numbers[0].size]] * len(numbers))",
         (BOUND,),
     ),
     Fault(
@@ -947,15 +940,15 @@ FAULTS = (
     Fault(
         "bound: the model's own draft",
         "denoise/constrained.py",
-        "        draft=_wide(look, draft, pad),\n",
+        "        draft=_put(part, seen.draft, draft),\n",
         "",
         (BOUND,),
     ),
     Fault(
         "bound: each row waits for its own numbers",
         "denoise/constrained.py",
-        "flat = np.array(mx.concatenate([part.reshape(-1) for part in parts]))",
-        "flat = np.concatenate([np.array(part).reshape(-1) for part in parts])",
+        "flat = np.array(mx.concatenate([one.reshape(-1) for one in numbers]))",
+        "flat = np.concatenate([np.array(one).reshape(-1) for one in numbers])",
         (BOUND,),
     ),
     Fault(

@@ -40,14 +40,6 @@ class Marginals:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Draw:
-    """A string of L tokens up to the choice of a token of each class."""
-
-    classes: np.ndarray  # int64 [L]
-    states: np.ndarray  # int64 [L + 1], from the first state to the last
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Strings:
     """The distribution of strings with one token per position that lead from one state to allowed
     ones: that of the model under this condition."""
@@ -118,30 +110,6 @@ class Strings:
         masses = self.masses * factors
         entropy = -(factors * products + masses * logs).sum(axis=1)
         return Marginals(factors, masses, np.maximum(entropy, 0.0))
-
-    def sample(self, uniforms: np.ndarray) -> Draw:
-        """Draw a whole string; its tokens are then drawn from the classes, each as likely as the
-        model has it.
-
-        Args:
-          uniforms: float [L, 2], uniform in [0, 1).
-
-        Source: forward filtering, backward sampling, with time reversed.
-        """
-        automaton, states, classes = self.automaton, [self.start], []
-        borders = automaton.first_edges.tolist()
-        for i, (for_edge, for_class) in enumerate(uniforms.tolist()):
-            edge, last = borders[states[-1]], borders[states[-1] + 1]
-            if last - edge > 1:
-                ways = self.later[i + 1].take(automaton.targets[edge:last])
-                ways = np.exp(ways - self.later[i, states[-1]])
-                ways *= self.of_sets[i].take(automaton.sets[edge:last])
-                edge += _drawn(np.cumsum(ways), for_edge)
-            members = automaton.classes_of(automaton.sets[edge])
-            sums = np.cumsum(self.masses[i].take(members))
-            classes.append(int(members[_drawn(sums, for_class)]))
-            states.append(int(automaton.targets[edge]))
-        return Draw(np.array(classes, np.int64), np.array(states))
 
     def _factors_of_sets(self) -> np.ndarray:
         """Return for each position and set, over all edges that take it, the sum of the probability

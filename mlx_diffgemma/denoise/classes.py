@@ -32,7 +32,6 @@ class Blocks:
 
     columns: tuple[mx.array, ...]  # int32 [n, size], one per size: the tokens of blocks, ascending
     tokens: mx.array  # int32 [N, 512]: the same, -1 behind the end of smaller blocks
-    classes: mx.array  # int32 [V]: the class of each token
     by_class: Groups  # K - 1 groups of blocks, of all classes but DEAD
     starts: np.ndarray  # int64 [K + 1]: where each class's blocks begin in `members`
     members: np.ndarray  # int64 [N]: blocks, those of a class by their tokens
@@ -64,7 +63,6 @@ class Blocks:
         return cls(
             tuple(mx.array(one) for one in parts),
             mx.array(tokens),
-            mx.array(automaton.classes.astype(np.int32)),
             Groups.of(firsts[DEAD + 1 :], members),
             firsts,
             members,
@@ -199,37 +197,6 @@ def draw_of(
     logits = scaled_logits(values, heat, cap)
     logits = mx.where(tokens < 0, -mx.inf, logits + gumbels)
     return _picked(tokens, mx.argmax(logits, axis=-1, keepdims=True))
-
-
-def ratio_factors(factors: np.ndarray, confidence: np.ndarray) -> mx.array:
-    """Return factors of ratios in place of probabilities, for `under_constraint`: float32
-    [1, L, K].
-
-    Args:
-      factors: float64 [L, K], see `Marginals`.
-      confidence: [L], the probability of the likeliest token.
-    """
-    scaled = factors * confidence.astype(np.float64)[:, None]
-    return mx.array(np.minimum(scaled, np.finfo(np.float32).max).astype(np.float32))[None]
-
-
-def under_constraint(
-    ratios: mx.array, factors: mx.array, draft: mx.array, blocks: Blocks
-) -> mx.array:
-    """Return the probabilities of tokens under the constraint, [1, W, V], of the ratios' type.
-
-    Args:
-      ratios: [1, W, V], see `Statistics`.
-      factors: float32 [1, W, K], from `ratio_factors`.
-      draft: int32 [1, W]: tokens that get all of the probability where every possible token has
-        less than a float32 can say.
-      blocks: of the constraint.
-    """
-    columns = mx.broadcast_to(blocks.classes[None, None], ratios.shape)
-    found = ratios.astype(mx.float32) * mx.take_along_axis(factors, columns, axis=-1)
-    is_lost = found.max(axis=-1, keepdims=True) == 0
-    only = mx.arange(ratios.shape[-1]) == draft[..., None]
-    return mx.where(is_lost, only.astype(mx.float32), found).astype(ratios.dtype)
 
 
 def _reduced(x: mx.array, blocks: Blocks, reduce: Callable[[mx.array], mx.array]) -> mx.array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -26,8 +26,6 @@ from .classes import (
     class_sums,
     draw_of,
     likeliest_of,
-    ratio_factors,
-    under_constraint,
 )
 from .sampler import Statistics, probability_of
 
@@ -38,10 +36,6 @@ class TokenConstraint:
 
     automaton: TokenAutomaton
     blocks: Blocks
-    # Proposals: each position by itself, or a whole string that fits.
-    draws: Literal["positions", "strings"] = "positions"
-    # What self-conditioning gets: the model's own distribution, or that under the constraint.
-    belief: Literal["model", "constrained"] = "model"
 
     @classmethod
     def of(cls, automaton: TokenAutomaton) -> TokenConstraint:
@@ -119,7 +113,7 @@ class Look(NamedTuple):
     free: Choice  # what would be chosen without them, of the statistics of the outputs
     heat: mx.array
     cap: float
-    # For draws: uniform numbers, float64 [L, 3], and Gumbel noise, float32 [1, L, 512]; None where
+    # For draws: uniform numbers, float64 [L, 2], and Gumbel noise, float32 [1, L, 512]; None where
     # the likeliest string is the proposal.
     noise: tuple[np.ndarray, mx.array] | None
 
@@ -202,7 +196,7 @@ def _choose(part: _Part, numbers: np.ndarray, before: Choice) -> Choice:
     )
     proposal, probability = draft, certainty
     if part.noise is not None:
-        classes, proposal = _drawn(part, part.noise, strings, found, sums)
+        classes, proposal = _drawn(part, part.noise, found, sums)
         probability = _certainty(proposal, classes, found, thought)
     is_decided = before.is_decided
     if isinstance(bound, Span):
@@ -216,8 +210,6 @@ def _choose(part: _Part, numbers: np.ndarray, before: Choice) -> Choice:
         entropy=_put(part, seen.entropy, mx.array(found.entropy[None].astype(np.float32))),
         confidence=_put(part, seen.confidence, certainty),
     )
-    if row.belief == "constrained":
-        seen = _with_belief(part, seen, draft, found, numbers[:, -1])
     return Choice(
         seen,
         _put(part, before.proposal, proposal),
@@ -238,18 +230,15 @@ def _filled(choice: Choice, token: int) -> Choice:
 def _drawn(
     part: _Part,
     noise: tuple[np.ndarray, mx.array],
-    strings: Strings,
     found: Marginals,
     sums: np.ndarray,
 ) -> tuple[np.ndarray, mx.array]:
-    """Return the classes and the tokens, int32 [1, n], of a proposal that is drawn."""
-    row, (uniforms, gumbels) = part.bound.row, noise
-    if row.draws == "strings":
-        classes = strings.sample(uniforms[:, :2]).classes
-    else:
-        classes = found.draw(uniforms[:, 0])
-    chosen = _row(row.blocks.drawn(sums, classes, uniforms[:, 2]))
-    tokens = draw_of(part.outputs, chosen, gumbels, row.blocks, part.heat, part.cap)
+    """Return the classes and the tokens, int32 [1, n], of a proposal that is drawn, each position
+    by itself."""
+    blocks, (uniforms, gumbels) = part.bound.row.blocks, noise
+    classes = found.draw(uniforms[:, 0])
+    chosen = _row(blocks.drawn(sums, classes, uniforms[:, 1]))
+    tokens = draw_of(part.outputs, chosen, gumbels, blocks, part.heat, part.cap)
     return classes, tokens
 
 
@@ -260,17 +249,6 @@ def _certainty(
     factors = found.factors[np.arange(len(classes)), classes]
     factors = np.minimum(factors, np.finfo(np.float32).max).astype(np.float32)
     return mx.minimum(probability_of(tokens, cut) * mx.array(factors[None]), 1)
-
-
-def _with_belief(
-    part: _Part, seen: Statistics, draft: mx.array, found: Marginals, confidence: np.ndarray
-) -> Statistics:
-    """Return statistics whose weights are probabilities under the constraint, in its columns."""
-    factors = ratio_factors(found.factors, confidence)
-    own = under_constraint(part.thought.ratios, factors, draft, part.bound.row.blocks)
-    weights = _put(part, seen.weights, own.astype(seen.weights.dtype))
-    ones = mx.ones((1, part.columns.stop - part.columns.start))
-    return seen._replace(weights=weights, total=_put(part, seen.total, ones))
 
 
 def _put(part: _Part, whole: mx.array, own: mx.array) -> mx.array:

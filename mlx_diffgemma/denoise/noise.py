@@ -64,10 +64,10 @@ class SeededNoise:
         self, canvas_index: int, step: int, length: int, most: int
     ) -> tuple[np.ndarray, mx.array]:
         """Return the noise of a proposal under a constraint: uniform numbers in [0, 1), float64
-        [length, 3], and Gumbel noise, float32 [1, length, most]."""
+        [length, 2], and Gumbel noise, float32 [1, length, most]."""
         uniforms = np.random.default_rng(self._words((canvas_index, step, _CONSTRAINED)))
         key = self._key((canvas_index, step, _INSIDE))
-        return uniforms.random((length, 3)), mx.random.gumbel((1, length, most), key=key)
+        return uniforms.random((length, 2)), mx.random.gumbel((1, length, most), key=key)
 
     def renoise(
         self, canvas_index: int, step: int, shape: tuple[int, int], vocab_size: int

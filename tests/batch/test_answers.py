@@ -159,7 +159,7 @@ def _write_on(path: str, source: str, total: int) -> None:
 
 def test_killed_at_any_moment_it_goes_on_without_half_or_doubled_lines(tmp_path):
     """`python -m tests.batch.kills` does so with the program."""
-    source, path, total = tmp_path / "in.jsonl", tmp_path / "out.jsonl", 400
+    source, path, total = tmp_path / "in.jsonl", tmp_path / "out.jsonl", 3000
     source.write_text("{}\n" * total)
     processes, rng = multiprocessing.get_context("fork"), random.Random(3)
     kills = 0

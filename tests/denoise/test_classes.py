@@ -19,8 +19,6 @@ from mlx_diffgemma.denoise.classes import (
     class_sums,
     draw_of,
     likeliest_of,
-    ratio_factors,
-    under_constraint,
 )
 from mlx_diffgemma.denoise.sampler import statistics
 from tests.constraint.automata import but, dfa, either, many, one_of, row
@@ -147,29 +145,22 @@ def test_a_class_without_probability_is_drawn_by_its_tokens():
     assert (AUTOMATON.classes[np.array(tokens)[0]] == number).all()
 
 
-@pytest.mark.parametrize("kind", [mx.float32, mx.bfloat16])
-def test_probabilities_under_the_constraint_are_the_marginals(kind):
+def test_probabilities_under_the_constraint_are_the_marginals():
     x = outputs(mx.float32, 5)
     seen = statistics(x, HEAT, CAP)
     confidence = np.array(seen.confidence)[0]
     r, products = (np.array(one)[0] for one in block_sums(seen.ratios, BLOCKS))
     P, N = class_sums(r, products, confidence, BLOCKS)
     found = Strings.of(AUTOMATON, P, endings(AUTOMATON, 0)).marginals(N)
-    factors = ratio_factors(found.factors, confidence)
-    q = under_constraint(seen.ratios.astype(kind), factors, seen.draft, BLOCKS)
-    assert q.dtype == kind
-    q = np.array(q.astype(mx.float32), np.float64)[0]
-    tolerance = 1e-5 if kind == mx.float32 else 5e-3
-    np.testing.assert_allclose(q.sum(axis=1), 1, atol=tolerance)
     expected = np.exp(log_p(x)) * found.factors[:, AUTOMATON.classes]
-    np.testing.assert_allclose(q, expected, rtol=tolerance * 2, atol=1e-9)
+    np.testing.assert_allclose(expected.sum(axis=1), 1, atol=1e-5)
     entropy = -np.where(expected > 0, expected * np.log(np.maximum(expected, 1e-300)), 0).sum(
         axis=1
     )
     np.testing.assert_allclose(found.entropy, entropy, atol=1e-4)
 
 
-def test_where_every_possible_token_is_out_of_range_the_draft_has_all_of_the_probability():
+def test_where_every_possible_token_is_out_of_range_the_draft_fits_all_the_same():
     outside = int(np.flatnonzero(AUTOMATON.classes == DEAD)[0])
     x = mx.where(mx.arange(V) == outside, 1e4, mx.zeros((1, W, V)))
     seen = statistics(x)
@@ -185,7 +176,3 @@ def test_where_every_possible_token_is_out_of_range_the_draft_has_all_of_the_pro
     P, N = class_sums(r, products, confidence, BLOCKS)
     marginals = Strings.of(AUTOMATON, P, endings(AUTOMATON, 0)).marginals(N)
     np.testing.assert_allclose(marginals.masses.sum(axis=1), 1, atol=1e-9)
-    factors = ratio_factors(marginals.factors, confidence)
-    q = np.array(under_constraint(seen.ratios, factors, draft, BLOCKS))[0]
-    np.testing.assert_array_equal(q.argmax(axis=1), np.array(draft)[0])
-    np.testing.assert_array_equal(q.sum(axis=1), 1)

@@ -183,6 +183,20 @@ def test_a_full_queue_says_so_and_takes_requests_again_later():
         assert len(list(engine.submit(REQUESTS[0]))) > 3
 
 
+def memory_after_first_requests(engine: Engine) -> int:
+    """Return MLX's bytes once that is there which is made once for each shape."""
+    alone(REQUESTS[0])
+    for requests in ([REQUESTS[0]], [LONG, LONG]):
+        with held(engine):
+            runs = [engine.submit(request) for request in requests]
+        for run in runs:
+            assert [next(run) for _ in range(4)]
+            run.cancel()
+    assert eventually(lambda: is_idle(engine))
+    gc.collect()
+    return mx.get_active_memory()
+
+
 def test_a_cancelled_run_ends_within_the_step_and_frees_its_memory(engine, monkeypatch):
     step, steps, runs = DiffusionGemma.canvas_states, [], []
 
@@ -192,9 +206,7 @@ def test_a_cancelled_run_ends_within_the_step_and_frees_its_memory(engine, monke
             runs[0].cancel()
         return step(model, canvases, opened, **more)
 
-    list(engine.submit(REQUESTS[0]))
-    gc.collect()
-    before = mx.get_active_memory()
+    before = memory_after_first_requests(engine)
     monkeypatch.setattr(DiffusionGemma, "canvas_states", cancels)
     with held(engine):
         runs.append(engine.submit(LONG))
@@ -316,8 +328,7 @@ def test_an_error_of_the_model_ends_all_with_the_reason_and_the_engine_goes_on(
             raise RuntimeError("out of memory")
         return real(model, given, *rest, **more)
 
-    gc.collect()
-    before = mx.get_active_memory()
+    before = memory_after_first_requests(engine)
     monkeypatch.setattr(DiffusionGemma, place, fails_once)
     with held(engine):
         runs = [engine.submit(LONG) for _ in range(2)]

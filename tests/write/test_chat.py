@@ -22,7 +22,7 @@ from mlx_diffgemma import (
     load,
     stream_generate,
 )
-from mlx_diffgemma.errors import ChatError, ConfigError, SourceError, TemplateError
+from mlx_diffgemma.errors import ChatError, ConfigError, ConstraintError, SourceError
 from mlx_diffgemma.events import (
     BrokenToolCall,
     CanvasCommitted,
@@ -130,7 +130,7 @@ def test_one_answer_is_held_to_a_constraint_and_the_next_is_free():
 def test_a_constraint_that_cannot_be_kept_leaves_the_message_unsent(talked):
     chat, _ = talked
     long = Constraint.regex("[a-z]{30}")
-    with pytest.raises(TemplateError, match="allow at least 31"):
+    with pytest.raises(ConstraintError, match="allow at least 31"):
         list(chat.send(SQUARES, constraint=long))
     assert chat.unsent == SQUARES and len(chat.turns) == 2
     assert text_of(chat.retry(constraint=Constraint.choices(["3 4 5"]))) == "3 4 5"

@@ -108,20 +108,6 @@ def test_a_run_without_a_constraint_says_so(loaded):
     assert last.constraint is None
 
 
-@pytest.mark.parametrize("draws", ["positions", "strings"])
-@pytest.mark.parametrize("belief", ["model", "constrained"])
-def test_every_way_to_draw_and_to_believe_fits(loaded, monkeypatch, draws, belief):
-    real = constrained.TokenConstraint.of.__func__
-    monkeypatch.setattr(
-        constrained.TokenConstraint,
-        "of",
-        classmethod(lambda cls, a: replace(real(cls, a), draws=draws, belief=belief)),
-    )
-    constraint = Constraint.regex(r"[0-9]{2,30}(\.[0-9]+)?")  # a new one, lifted anew
-    text = generate(*loaded, "Sort: 5 2 4 1", settings=SHORT, constraint=constraint)
-    assert constraint.accepts(text)
-
-
 def test_a_draft_is_the_likeliest_of_all_choices(loaded, monkeypatch):
     """Against every choice's own score, from the probabilities of the same step."""
     model, tokenizer = loaded
