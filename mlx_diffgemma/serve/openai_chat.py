@@ -103,9 +103,8 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
     check_choices(limits, body.n or 1)
     stop = check_stops(limits, body.stops)
     messages = messages_of(body.messages, limits)
-    plan = await _tools(state, body)
-    constraint = await _constraint(state, body, plan)
-    if constraint is not None and stop:
+    plan = await _tools(state, body, await _form(state, body))
+    if plan.constraint is not None and stop:
         raise refused("stop", "not together with response_format, constraint or required tools")
     return Asked(
         prompt=messages,
@@ -118,7 +117,7 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
             seed=body.seed,
         ),
         stop=stop,
-        constraint=constraint,
+        constraint=plan.constraint,
         count=body.n or 1,
         drafts=bool(body.diffusing),
         one_call=plan.one_call,
@@ -143,27 +142,26 @@ def _thinking(state: State, body: ChatRequest) -> bool:
     return state.thinking
 
 
-async def _tools(state: State, body: ChatRequest) -> ToolPlan:
-    tools, choice = tools_of(body.tools), body.tool_choice or "auto"
+async def _tools(state: State, body: ChatRequest, form: Constraint | None) -> ToolPlan:
+    tools, choice, only = tools_of(body.tools), body.tool_choice or "auto", None
     parallel = body.parallel_tool_calls is not False
-    if isinstance(choice, str):
-        return await tool_plan(state, tools, choice, parallel=parallel)
-    if choice.type != "function" or choice.function is None:
-        raise refused("tool_choice", "it is none, auto, required, or a function")
-    return await tool_plan(state, tools, "required", only=choice.function.name, parallel=parallel)
+    if isinstance(choice, ToolChoice):
+        if choice.type != "function" or choice.function is None:
+            raise refused("tool_choice", "it is none, auto, required, or a function")
+        only = choice.function.name
+    mode = "required" if isinstance(choice, ToolChoice) else choice
+    return await tool_plan(state, tools, mode, only=only, parallel=parallel, answer=form)
 
 
-async def _constraint(state: State, body: ChatRequest, plan: ToolPlan) -> Constraint | None:
+async def _form(state: State, body: ChatRequest) -> Constraint | None:
+    """Return what the answer must be where it is no call."""
     form = body.response_format
-    wants_json = form is not None and form.type != "text"
-    if wants_json and plan.shown:
-        raise refused("response_format", "not together with tools, unless tool_choice is none")
-    if body.constraint is not None and (wants_json or plan.shown):
-        raise refused("constraint", "not together with response_format or tools")
     if body.constraint is not None:
+        if form is not None and form.type != "text":
+            raise refused("constraint", "not together with response_format")
         return await extension(state, body.constraint)
     if form is None or form.type == "text":
-        return plan.constraint
+        return None
     if form.type == "json_object":
         return await json_object(state, "response_format")
     if form.json_schema is None:

@@ -169,6 +169,24 @@ def test_a_required_tool_is_called_as_declared(client):
     assert arguments["city"] in ("Oslo", "Rome") and set(arguments) <= {"city", "days"}
 
 
+def test_with_a_format_an_answer_fits_it_or_is_calls():
+    """As pydantic-ai asks with `NativeOutput` and tools."""
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    with serving(model=scripted('{"n": 2, "ok": true}', CALL, "n", CALL)) as running:
+        client = client_of(running)
+        fields = {"tools": [WEATHER], "max_tokens": 48}
+        written, called = (create(client, response_format=form, **fields) for _ in range(2))
+        chosen = create(client, extra_body={"constraint": {"choices": ["yes", "no"]}}, **fields)
+        forced = create(client, response_format=form, tool_choice="required", **fields)
+    written, called, chosen, forced = (
+        answer.choices[0].message for answer in (written, called, chosen, forced)
+    )
+    assert (json.loads(written.content), written.tool_calls) == ({"n": 2, "ok": True}, None)
+    assert json.loads(called.tool_calls[0].function.arguments) == {"city": "Rome", "days": 2}
+    assert called.content is forced.content is None and forced.tool_calls
+    assert chosen.tool_calls or chosen.content in ("yes", "no")
+
+
 def test_a_named_tool_is_called_and_no_other(client):
     choice = {"type": "function", "function": {"name": "time"}}
     answer = create(client, tools=[WEATHER, TIME], tool_choice=choice)
@@ -291,7 +309,6 @@ REFUSED = [
     ({"stop": ["x"] * 17}, "stop"),
     ({"tool_choice": "required"}, "tools"),
     ({"tools": [WEATHER, WEATHER]}, "tools"),
-    ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
     ({"response_format": {"type": "json_object"}, "stop": "x"}, "stop"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"extra_body": {"diffusing": True}}, "diffusing"),
