@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..constraint.constraint import Constraint
@@ -47,6 +48,7 @@ class ChatRequest(Common):
 
     messages: list[Message]
     max_completion_tokens: Count | None = None
+    n_predict: Annotated[int, Field(ge=-1, le=2**31)] | None = None  # llama.cpp's; 0 warms up
     tools: list[ToolField] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -79,6 +81,8 @@ async def respond(state: State, request: Request, body: ChatRequest) -> Response
       ApiError: names what is wrong with it.
     """
     asked = await asked_of(state, body)
+    if body.n_predict == 0 and not body.stream:  # the prompt that follows will go on differently
+        return JSONResponse(_nothing(state.model(body.model).name))
     if not body.stream:
         return await answer(request, start(state, asked), completion)
     options = body.stream_options
@@ -112,7 +116,7 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
         options=PromptOptions(thinking=_thinking(state, body), tools=plan.shown),
         settings=settings_of(
             state,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            max_tokens=body.max_completion_tokens or body.max_tokens or _most(body.n_predict),
             temperature=body.temperature,
             seed=body.seed,
         ),
@@ -132,6 +136,10 @@ def _refuse_unsupported(body: ChatRequest) -> None:
     refuse(body.modalities, (["text"],), "modalities", "answers are text")
     refuse(body.audio, (), "audio", "answers are text")
     refuse(body.web_search_options, (), "web_search_options", "the server searches nothing")
+
+
+def _most(n_predict: int | None) -> int | None:
+    return n_predict if n_predict is not None and n_predict > 0 else None
 
 
 def _thinking(state: State, body: ChatRequest) -> bool:
@@ -175,22 +183,31 @@ async def _form(state: State, body: ChatRequest) -> Constraint | None:
 
 def completion(written: list[Written], answers: Answers) -> dict[str, Any]:
     """Return the object of whole answers."""
+    choices = [
+        _choice(index, _message(each), each.finish_reason) for index, each in enumerate(written)
+    ]
+    return _object(answers.served.name, choices, usage_of(answers.usage))
+
+
+def _nothing(model: str) -> dict[str, Any]:
+    """Return the object of an answer of no tokens."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    return _object(model, [_choice(0, _message(Written()), "length")], usage)
+
+
+def _object(model: str, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": new_id("chatcmpl-"),
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": answers.served.name,
-        "choices": [
-            {
-                "index": index,
-                "message": _message(each),
-                "logprobs": None,
-                "finish_reason": each.finish_reason,
-            }
-            for index, each in enumerate(written)
-        ],
-        "usage": usage_of(answers.usage),
+        "model": model,
+        "choices": choices,
+        "usage": usage,
     }
+
+
+def _choice(index: int, message: dict[str, Any], reason: str) -> dict[str, Any]:
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
 
 def _message(written: Written) -> dict[str, Any]:
