@@ -23,6 +23,7 @@ import typer
 from typer.main import get_command
 
 from mlx_diffgemma import GenerationSettings
+from mlx_diffgemma.cli.options import app_of as made_app
 from mlx_diffgemma.config.entry import Entry, choices, kinds, range_of
 from mlx_diffgemma.config.generation import POLICIES, decider_of
 from mlx_diffgemma.config.serving import Limits
@@ -237,9 +238,7 @@ def app_of(name: str) -> typer.Typer:
     module = import_module(f"mlx_diffgemma.cli.{name}")
     if hasattr(module, "app"):
         return module.app
-    app = typer.Typer(add_completion=False)
-    app.command()(getattr(module, name))
-    return app
+    return made_app(getattr(module, name))
 
 
 def parameters(name: str) -> list[Any]:

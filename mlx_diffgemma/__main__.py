@@ -15,6 +15,7 @@ from .cli.info import info
 from .cli.models import app as models
 from .cli.options import run
 from .cli.train import train
+from .cli.usage import Command
 
 
 def main() -> None:
@@ -22,20 +23,21 @@ def main() -> None:
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,
         help="DiffusionGemma on MLX: text that settles out of noise, 256 tokens at a time.",
     )
-    app.command()(generate)
-    app.command()(chat)
-    app.command()(fill)
-    app.command()(edit)
-    app.command()(decide)
-    app.command()(batch)
-    app.command()(info)
-    app.command()(doctor)
+    app.command(cls=Command)(generate)
+    app.command(cls=Command)(chat)
+    app.command(cls=Command)(fill)
+    app.command(cls=Command)(edit)
+    app.command(cls=Command)(decide)
+    app.command(cls=Command)(batch)
+    app.command(cls=Command)(info)
+    app.command(cls=Command)(doctor)
     app.add_typer(models, name="models")
-    app.command()(convert)
-    app.command()(train)
-    app.command()(fuse)
+    app.command(cls=Command)(convert)
+    app.command(cls=Command)(train)
+    app.command(cls=Command)(fuse)
     run(app, "python -m mlx_diffgemma")
 
 

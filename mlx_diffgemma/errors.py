@@ -1,6 +1,9 @@
 """Errors that a user can correct. Everything else is a bug and keeps its traceback."""
 
+import json
 import platform
+import re
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 
 
@@ -35,11 +38,12 @@ class PromptLengthError(PromptError):
 
 
 class TemplateError(DiffGemmaError):
-    """A template, selection or constraint that cannot be read or cannot be met."""
+    """A template or selection that cannot be read or cannot be met."""
 
 
 class ConstraintError(DiffGemmaError):
-    """A constraint that cannot be held, and where in it the reason lies.
+    """A constraint that cannot be held, or not within the tokens that an answer may have, and where
+    in it the reason lies.
 
     Attributes:
       keyword: the keyword of a JSON Schema that is the reason.
@@ -107,6 +111,11 @@ class BackendError(DiffGemmaError, ImportError):
     """MLX is not installed, or it has no backend for this machine."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, as in "1 token" or "1,200 tokens"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def backend_error(error: ImportError) -> BackendError | None:
     """Return the error for a failed import of MLX, or None if the failed import was another.
 
@@ -116,8 +125,23 @@ def backend_error(error: ImportError) -> BackendError | None:
     # If a shared library is missing, the name is "core", and the path shows that it is MLX's.
     if "mlx" not in ((error.name or "").split(".")[0], Path(error.path or "").parent.name):
         return None
+    where, package = _installed_from()
     if platform.system() == "Linux":
-        package = "'mlx-diffgemma[cpu]' (or 'mlx-diffgemma[cuda]' for NVIDIA cards)"
+        package = f"'{package}[cpu]' (or '{package}[cuda]' for NVIDIA cards)"
     else:
-        package = "mlx"
-    return BackendError(f"MLX cannot be used here ({error.msg}); run: pip install {package}")
+        where, package = "", "mlx"
+    return BackendError(f"MLX cannot be used here ({error.msg}); run{where}: pip install {package}")
+
+
+def _installed_from() -> tuple[str, str]:
+    """Return (where to run pip, what it is to install again), for a message."""
+    try:
+        origin = Distribution.from_name("mlx-diffgemma").read_text("direct_url.json")
+        url = str(json.loads(origin or "{}").get("url", ""))
+    except (PackageNotFoundError, ValueError):
+        return "", "mlx-diffgemma"
+    plain = re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes.fromhex(m[1].decode()), url.encode())
+    folder = Path(plain.decode("utf-8", "replace").removeprefix("file://"))
+    if url.startswith("file://") and folder.is_dir():
+        return f" in {folder}", "."
+    return "", "mlx-diffgemma"

@@ -47,9 +47,9 @@ WINGS = {
     "responses_store responses_items responses anthropic_types anthropic status app server",
     "batch": "lines answers run decisions requests",
     "convert": "recipe sources origin plan card journal shards record write verify",
-    "cli": "interrupt program options constraints render render_convert render_train render_watch "
-    "render_doctor render_chat render_batch output lines session lines_of_file convert generate "
-    "chat fill edit decide info doctor models train fuse batch serve",
+    "cli": "interrupt program usage options constraints render render_convert render_train "
+    "render_watch render_doctor render_chat render_batch output lines session lines_of_file "
+    "convert generate chat fill edit decide info doctor models train fuse batch serve",
     "__main__": "",
     "demo": "",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_diffgemma import DiffGemmaError
+from mlx_diffgemma import DiffGemmaError, errors
 from mlx_diffgemma.errors import BackendError, backend_error
 from tests.sampled import one_in
 
@@ -65,7 +66,7 @@ def test_a_command_without_mlx_says_in_one_line_what_to_install(command, error, 
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: MLX cannot be used here")
     if sys.platform == "linux":
-        assert "pip install 'mlx-diffgemma[cpu]' (or 'mlx-diffgemma[cuda]'" in line
+        assert "[cpu]' (or '" in line and "[cuda]' for NVIDIA cards)" in line
 
 
 @pytest.mark.parametrize("error", [MISSING, BROKEN], ids=["missing", "without a backend"])
@@ -81,7 +82,7 @@ def test_public_names_without_mlx_raise_an_error_of_both_kinds(error):
         "mlx_diffgemma.load"
     )
     assert len(set(done.stdout.splitlines())) == 1 and len(done.stdout.splitlines()) == 2
-    assert "run: pip install" in done.stdout
+    assert "pip install " in done.stdout
     trace = done.stderr.splitlines()
     assert trace[-1].startswith("mlx_diffgemma.errors.BackendError: MLX cannot be used here")
     assert len(trace) <= 8 and sum("Traceback" in line for line in trace) == 1
@@ -94,6 +95,35 @@ def test_other_imports_that_fail_keep_their_error():
     found = backend_error(ModuleNotFoundError("No module named 'mlx'", name="mlx"))
     assert isinstance(found, BackendError)
     assert isinstance(found, DiffGemmaError) and isinstance(found, ImportError)
+
+
+@pytest.mark.parametrize("origin", ["checkout", "index", "gone", "nothing"])
+def test_the_missing_backend_is_installed_from_where_the_package_came(
+    origin, tmp_path, monkeypatch
+):
+    """From the folder that pip was given, if it is still there, else from the index."""
+
+    class Installed:
+        def read_text(self, name):
+            folder = tmp_path / ("a b" if origin == "checkout" else "gone")
+            assert name == "direct_url.json"
+            return None if origin == "index" else json.dumps({"url": folder.as_uri()})
+
+    def from_name(name):
+        if origin == "nothing":
+            raise errors.PackageNotFoundError(name)
+        return Installed()
+
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setattr(errors.Distribution, "from_name", from_name)
+    monkeypatch.setattr(errors.platform, "system", lambda: "Linux")
+    said = str(backend_error(ModuleNotFoundError("No module named 'mlx'", name="mlx")))
+    if origin == "checkout":
+        assert said.endswith(
+            f"; run in {tmp_path}/a b: pip install '.[cpu]' (or '.[cuda]' for NVIDIA cards)"
+        )
+    else:
+        assert "; run: pip install 'mlx-diffgemma[cpu]' (or 'mlx-diffgemma[cuda]'" in said
 
 
 # --- torch ---

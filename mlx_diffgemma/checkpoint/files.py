@@ -174,9 +174,9 @@ def _download(
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise SourceError(
-            f"no folder {repo}; as a Hub repository{at} it is not, or not whole, in the local "
-            f"cache, and the Hub cannot be reached"
-            f"{' (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else ''}"
+            f"{repo} is no folder here, and the Hub cannot be reached"
+            f"{' (HF_HUB_OFFLINE is set)' if HF_HUB_OFFLINE else ''}; the local cache does not "
+            f"hold the whole repository{at}"
         ) from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

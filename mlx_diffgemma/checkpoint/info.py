@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.formats import source_of
-from ..config.model import ModelConfig
+from ..config.model import ModelConfig, TextConfig
 from .files import is_temporary
 from .headers import TYPES, TensorInfo
 from .memory import needed_bytes
@@ -88,9 +88,19 @@ def describe(folder: Path) -> Info:
         tensors=len(tensors),
         files=len(files),
         loaded_bytes=loaded,
-        needed_bytes={n: needed_bytes(text, loaded, n, config.canvas_length) for n in CONTEXTS},
+        needed_bytes={
+            n: needed_bytes(text, loaded, n, config.canvas_length) for n in contexts_of(text)
+        },
         vision=VISION if has_vision else "absent",
         config=config,
+    )
+
+
+def contexts_of(text: TextConfig) -> tuple[int, ...]:
+    """Return the tokens of context for which the needed memory is shown: those of `CONTEXTS` that
+    a model has positions for, or all of its positions."""
+    return tuple(n for n in CONTEXTS if n <= text.max_position_embeddings) or (
+        text.max_position_embeddings,
     )
 
 

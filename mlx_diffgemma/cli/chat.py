@@ -12,6 +12,7 @@ from .options import (
     ModelOptions,
     SystemPromptOption,
     command,
+    refuse_idle_limit,
     run,
     seeded,
     unescape,
@@ -52,10 +53,13 @@ def chat(
     if bound.reads_stdin:
         raise PromptError("stdin has the messages; give --json-schema a file, or the schema itself")
     constraint = bound.constraint()
+    if not thinking:
+        refuse_idle_limit(settings)
     view, is_drawn = ChatView(markdown=markdown), settings.seed is None
     settings, store = seeded(settings), contexts.store()
     lines = lines_of(list(COMMANDS))
-    loaded, tokenizer = model.load()
+    with view.loading():
+        loaded, tokenizer = model.load()
     from ..write.chat import Chat
 
     def reading(done: int, total: int) -> None:

@@ -4,22 +4,38 @@ import json
 import sys
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..checkpoint.choice import MODEL_VARIABLE
 from ..errors import ConfigError, SourceError
 from .options import ModelOptions, command, run
+from .program import model_names
 
+_MODEL_HELP = (
+    "Local folder, Hub repo id or short name of a model that is to answer too; without it, no "
+    "model is loaded."
+)
 _PARTS = ("machine", "checks", "speed", "answers")
+
+
+@dataclass(frozen=True)
+class PatientOptions(ModelOptions):
+    """The options for the model whose answers are examined."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(help=_MODEL_HELP, envvar=MODEL_VARIABLE, autocompletion=model_names),
+    ] = None
 
 
 @command
 def doctor(
     *,
-    model: ModelOptions,
+    model: PatientOptions,
     only: Annotated[
         list[str] | None,
         typer.Option(

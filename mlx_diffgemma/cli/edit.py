@@ -117,7 +117,8 @@ def edit(
             content = read_file(file)
             document = decoded(file, content)
         selection = _selected(document, select, match)
-        loaded, tokenizer = model.load()
+        with view.loading():
+            loaded, tokenizer = model.load()
         from ..language.prompt import PromptOptions
         from ..write.edit import edit as rewrite
 
@@ -176,7 +177,7 @@ def _deliver(
     for line in notes:
         view.note(line)
     if not output.is_json:
-        view.about(edited.filled)
+        view.about(edited.filled, "new part")
     if result.in_place:
         from ..checkpoint.files import write_whole
 

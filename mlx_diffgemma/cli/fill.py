@@ -72,7 +72,8 @@ def fill(
             if slot.kind in ("match", "json"):
                 slot_dfa(slot)  # refused here, before the model is loaded
         request = None if prompt is None else unescape(prompt)
-        loaded, tokenizer = model.load()
+        with view.loading():
+            loaded, tokenizer = model.load()
         from ..language.prompt import PromptOptions
         from ..write.fill import stream_fill
 

@@ -15,6 +15,7 @@ from .options import (
     SystemPromptOption,
     command,
     prompt_text,
+    refuse_idle_limit,
     run,
     seeded,
     unescape,
@@ -72,6 +73,25 @@ class ChatOptions:
             raise ConfigError(f"--chat-template-config must be a JSON object, got {text}")
         return value
 
+    def check(self, settings: GenerationSettings) -> None:
+        """Refuse options that have no effect.
+
+        Raises:
+          ConfigError: if there is one.
+        """
+        variables = self.variables()
+        if self.ignore_chat_template:
+            of_the_template = {
+                "--system-prompt": self.system_prompt is not None,
+                "--thinking": self.thinking,
+                "--chat-template-config": bool(variables),
+                "--allow-special-tokens": self.allow_special_tokens,
+            }
+            for flag in (flag for flag, is_given in of_the_template.items() if is_given):
+                raise ConfigError(f"{flag} has no effect with --ignore-chat-template")
+        elif not (self.thinking or "enable_thinking" in variables):
+            refuse_idle_limit(settings)
+
     def stop_strings(self) -> tuple[str, ...]:
         """Return the values of --stop."""
         from ..language.stops import stop_strings
@@ -125,12 +145,17 @@ def generate(
             raise PromptError("stdin is the schema of --json-schema; give the prompt in quotes")
         message, constraint = prompt_text(text, prompt), bound.constraint()
         stop = chat.stop_strings()
-        chat.variables()  # quick checks come before the model is loaded
+        chat.check(settings)  # quick checks come before the model is loaded
         notes = model.notes()
+        if text and "\\n" in text and "\n" not in text:
+            notes.append(
+                r"note: \n in this prompt is two characters; --prompt reads it as a line break"
+            )
         if settings.seed is None:
             settings = seeded(settings)
             notes.append(f"seed {settings.seed}")
-        loaded, tokenizer = model.load()
+        with view.loading():
+            loaded, tokenizer = model.load()
         from ..language.prompt import single_tokens, special_tokens
         from ..view.pages import model_name
 
@@ -179,7 +204,7 @@ def _answer(
 
     stopwatch, view, is_empty = Stopwatch(), run.view, True
     if constraint is not None:
-        notes = [*notes, *(f"the constraint is cut: {note}" for note in constraint.notes)]
+        notes = [*notes, *(f"note: {note}" for note in constraint.notes)]
     events = stream_generate(
         model,
         run.tokenizer,

@@ -14,12 +14,16 @@ class Lines(Protocol):
 
     is_terminal: bool
 
-    def read(self, prompt: str, default: str = "") -> str | None:
-        """Return the next one, or None at the end. `default` is text to begin with.
+    def read(self, prompt: str) -> str | None:
+        """Return the next one, or None at the end.
 
         Raises:
           PromptError: if it cannot be read; the next one may be.
         """
+
+    def change(self, prompt: str, text: str) -> str | None:
+        """Return a text after a person has changed it; None if the change is given up. Only where
+        `is_terminal`."""
 
 
 def lines_of(commands: Sequence[str]) -> Lines:
@@ -38,7 +42,7 @@ class StreamLines:
     def __init__(self) -> None:
         self._is_first = True
 
-    def read(self, prompt: str, default: str = "") -> str | None:
+    def read(self, prompt: str) -> str | None:
         parts: list[bytes] = []
         while raw := sys.stdin.buffer.readline() if sys.stdin is not None else b"":
             line = raw.removesuffix(b"\n").removesuffix(b"\r")
@@ -46,6 +50,9 @@ class StreamLines:
                 return self._text([*parts, line])
             parts.append(line[:-1])
         return self._text(parts) if parts else None
+
+    def change(self, prompt: str, text: str) -> str | None:
+        raise NotImplementedError("a stream has nobody who could change a text")
 
     def _text(self, parts: Sequence[bytes]) -> str:
         try:
@@ -76,14 +83,20 @@ class EditedLines:
             enable_suspend=True,
         )
 
-    def read(self, prompt: str, default: str = "") -> str | None:
+    def read(self, prompt: str) -> str | None:
         while True:
             try:
-                return str(self._session.prompt(prompt, default=default))
+                return str(self._session.prompt(prompt))
             except KeyboardInterrupt:  # drops what was typed
                 print("(Ctrl-D or /quit leaves)", file=sys.stderr)
             except EOFError:
                 return None
+
+    def change(self, prompt: str, text: str) -> str | None:
+        try:
+            return str(self._session.prompt(prompt, default=text))
+        except (KeyboardInterrupt, EOFError):  # Ctrl-C, or Ctrl-D on an empty line
+            return None
 
 
 def _keys() -> Any:

@@ -10,10 +10,12 @@ import typer
 from ..errors import SourceError
 from .options import REVISION_HELP, friendly_errors, run
 from .program import model_names
+from .usage import Command
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="List the DiffusionGemma models in the Hub's local cache, fetch one, or remove one.",
 )
 _NAME_HELP = (
@@ -30,7 +32,7 @@ def models(context: typer.Context, as_json: JsonOption = False) -> None:
         show(as_json=as_json)
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def show(as_json: JsonOption = False) -> None:
     """List the cached models with sizes. This is the default subcommand."""
     with friendly_errors():
@@ -57,7 +59,7 @@ def show(as_json: JsonOption = False) -> None:
             typer.echo("no models are cached; mlx_diffgemma.models pull 4bit fetches one", err=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def pull(
     name: NameArgument,
     revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
@@ -71,7 +73,7 @@ def pull(
         typer.echo(str(resolve(name, revision)))
 
 
-@app.command()
+@app.command(cls=Command)
 def rm(
     name: NameArgument,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,

@@ -7,10 +7,12 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
@@ -23,11 +25,12 @@ from typer.completion import completion_init
 from typer.main import get_command
 
 from ..checkpoint.choice import MODEL_VARIABLE
-from ..config.entry import Entry, kinds
+from ..config.entry import Entry, entries, kinds
 from ..config.generation import GenerationSettings, decider_of
 from ..errors import ConfigError, DiffGemmaError, PromptError, TemplateError, backend_error
 from .interrupt import ended_in_order, leave
 from .program import Shell, among, install, model_names, scripts, variable, version
+from .usage import Command, as_given
 
 MODEL_HELP = (
     "Local folder, Hub repo id, or short name of a published one (4bit, 5bit, 6bit, 8bit, mxfp4, "
@@ -80,6 +83,12 @@ def decoded(file: Path, content: bytes) -> str:
 def seeded(settings: GenerationSettings) -> GenerationSettings:
     """Return settings with the given seed, or with a fresh one that can be printed."""
     return settings if settings.seed is not None else replace(settings, seed=secrets.randbits(32))
+
+
+def refuse_idle_limit(settings: GenerationSettings) -> None:
+    """Refuse a limit on thoughts, where there are none."""
+    if settings.max_thinking_tokens is not None:
+        raise ConfigError("--max-thinking-tokens has no effect without --thinking")
 
 
 def gap_bounds(text: str | None) -> tuple[int, int] | None:
@@ -195,6 +204,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """
     parameters: list[Parameter] = []
     blocks: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    flags: dict[str, str] = {}  # setting -> its option
     for parameter in signature(function, eval_str=True).parameters.values():
         kind = parameter.annotation
         base, *extra = get_args(kind) if get_origin(kind) is Annotated else (kind,)
@@ -205,20 +215,38 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         assert isinstance(settings, type)
         options = _options_of(settings, function.__name__)
         blocks[parameter.name] = base, [option.name for option in options]
+        for name, entry in entries(settings).items():
+            flags[name] = entry.flags[0] if entry.flags else f"--{name.replace('_', '-')}"
         parameters.extend(options)
 
     @wraps(function)
     def run_with_blocks(**given: Any) -> None:  # typer calls it with every option by name
         with friendly_errors(), ended_in_order():
-            made = {}
+            made: dict[str, Any] = {}
+            named: dict[str, str] = {}
             for name, (make, options) in blocks.items():
                 values = {option: given.pop(option) for option in options}
-                made[name] = make(**{k: v for k, v in values.items() if v is not None})
-            function(**given, **made)
+                values = {k: v for k, v in values.items() if v is not None}
+                named |= {k: flags[k] for k in values if k in flags}
+                with _named(named):
+                    made[name] = make(**values)
+            with _named(named):
+                function(**given, **made)
 
     run_with_blocks.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run_with_blocks.__annotations__ = {p.name: p.annotation for p in parameters}
     return run_with_blocks
+
+
+@contextmanager
+def _named(given: Mapping[str, str]) -> Iterator[None]:
+    """Let errors of settings name the options that were given."""
+    try:
+        yield
+    except ConfigError as error:
+        if (message := as_given(str(error), given)) == str(error):
+            raise
+        raise ConfigError(message) from error
 
 
 def _options_of(block: type, command_name: str) -> list[Parameter]:
@@ -257,8 +285,8 @@ def prompt_text(argument: str | None, option: str | None) -> str:
     """Return the prompt: the argument unchanged, --prompt unescaped, or stdin."""
     if argument is not None and option is not None:
         raise PromptError(
-            f"the prompt is given twice: {argument!r} as an argument, and with --prompt; "
-            "options such as --stop take one value, and may be repeated"
+            f"the prompt is given twice: {argument!r} as an argument, and {option!r} with "
+            "--prompt; give one of the two"
         )
     given = argument if option is None else option
     if given == "-" or (given is None and not _is_terminal(sys.stdin)):
@@ -318,31 +346,46 @@ def friendly_errors() -> Iterator[None]:
     try:
         yield
     except DiffGemmaError as error:
-        typer.echo(f"error: {error}", err=True)
+        _say_error(error)
         raise typer.Exit(2) from error
     except ImportError as error:
         if (explained := backend_error(error)) is None:
             raise
-        typer.echo(f"error: {explained}", err=True)
+        _say_error(explained)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
+
+
+def _say_error(error: Exception) -> None:
+    """Print an error in one line on stderr; a terminal breaks it between words."""
+    line = f"error: {error}"
+    if _is_terminal(sys.stderr):
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    typer.echo(line, err=True)
 
 
 def run(command: Callable[..., None] | typer.Typer, name: str | None = None) -> None:
     """Run a command as a program, with the options that every program has."""
     # No command needs torch. Where it is installed, transformers would import it, for seconds.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    program = get_command(command if isinstance(command, typer.Typer) else app_of(command))
-    program.params += get_command(app_of(_every_program)).params
+    program = program_of(command)
     completion_init()  # Typer calls it for its own options of completion
     program(prog_name=name, complete_var=variable(Path(sys.argv[0]).name))
 
 
+def program_of(command: Callable[..., None] | typer.Typer) -> Any:
+    """Return a command as a program, with the options that every program has."""
+    program = get_command(command if isinstance(command, typer.Typer) else app_of(command))
+    program.params += get_command(app_of(_every_program)).params
+    return program
+
+
 def app_of(command: Callable[..., None]) -> typer.Typer:
     """Return an app of one command."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(cls=Command)(command)
     return app
 
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 from rich.text import Text as Styled
 
 from ..checkpoint.cache import CachedModel
@@ -101,10 +103,24 @@ class View:
         self._write(json.dumps(value) + "\n")
 
     def note(self, line: str) -> None:
-        """Print one line about the run on stderr."""
+        """Print one line about the run on stderr, on a terminal broken between words."""
         if self._verbose:
             self._erase()
-            self._console.print(line, style="dim", markup=False, soft_wrap=True)
+            self._console.print(
+                printable(line), style="dim", markup=False, soft_wrap=not self.is_live
+            )
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Say on a terminal that the model is being loaded, for as long as it is."""
+        if not self.is_live:
+            yield
+            return
+        self._console.print("loading the model ...", style="dim", end="\r")
+        try:
+            yield
+        finally:
+            self._console.control(Control((ControlType.ERASE_IN_LINE, 2)))
 
     def summary(self, line: str) -> None:
         """Print the numbers at the end, on a terminal only."""
@@ -119,11 +135,12 @@ class View:
             what = "denoising the canvas" if self._is_final else "looking for lengths"
             self._draw(f"{what}, step {event.step + 1}")
 
-    def about(self, filled: Filled) -> None:
-        """Print notes and certainties of a filled template on stderr."""
+    def about(self, filled: Filled, name: str | None = None) -> None:
+        """Print notes and certainties of a filled template on stderr; `name` is that of its only
+        slot."""
         from ..view.report import filled_lines  # imports mlx
 
-        for line in filled_lines(filled):
+        for line in filled_lines(filled, name):
             self.note(line)
 
     def result(self, text: str) -> None:
@@ -271,7 +288,7 @@ def show_info(info: Info) -> None:
         f"{text.max_position_embeddings:,} positions",
         f"{info.disk_bytes:,} bytes on disk in {info.files} weight file{'s' * (info.files > 1)}, "
         f"{info.tensors:,} tensors",
-        f"vision: {info.vision}",
+        f"vision: {info.vision.removeprefix('vision is ')}",
         "",
         f"{'part':<20}{'parameters':>16}{'bytes':>18}{'bits/weight':>13}",
     ]
@@ -281,7 +298,8 @@ def show_info(info: Info) -> None:
     ]
     lines.append("")
     for tokens, nbytes in info.needed_bytes.items():
-        lines.append(f"memory at {tokens // 1024}K context: about {nbytes / 1e9:.2f} GB (estimate)")
+        size = f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,} tokens of"
+        lines.append(f"memory at {size} context: about {nbytes / 1e9:.2f} GB (estimate)")
     print("\n".join(lines))
 
 

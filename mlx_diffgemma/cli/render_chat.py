@@ -59,11 +59,6 @@ class ChatView(View):
         self._has_printed = False
         super().close()
 
-    def note(self, line: str) -> None:
-        """Print a note, on a terminal broken between words."""
-        self._erase()
-        self._console.print(printable(line), style="dim", markup=False, soft_wrap=not self.is_live)
-
     def listing(self, rows: Sequence[tuple[str, str]]) -> None:
         """Print names and what they do, in two columns."""
         indent = max(len(name) for name, _ in rows) + 2
@@ -72,9 +67,12 @@ class ChatView(View):
             self.note(f"{name:<{indent}}" + f"\n{'':<{indent}}".join(lines))
 
     def error(self, line: str) -> None:
-        """Print what could not be done, in one line on stderr."""
+        """Print what could not be done, in one line on stderr; on a terminal broken between
+        words."""
         self.close()
-        self._console.print(f"error: {printable(line)}", style="red", markup=False, soft_wrap=True)
+        self._console.print(
+            f"error: {printable(line)}", style="red", markup=False, soft_wrap=not self.is_live
+        )
 
     def _print_rest(self) -> None:
         if self._is_markdown:

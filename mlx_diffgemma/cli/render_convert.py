@@ -19,7 +19,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-from ..checkpoint.info import CONTEXTS
+from ..checkpoint.info import contexts_of
+from ..errors import counted
 
 if TYPE_CHECKING:
     from mlx_diffgemma.convert.plan import Plan
@@ -134,11 +135,11 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
     bits = 8 * plan.tensor_bytes / sum(move.parameters for move in plan.moves)
     sizes = f"{_size(before):>10}{_size(plan.tensor_bytes):>10}{bits:>12.3f}"
     print(f"{'all':<17}{len(plan.moves):>8} {'':<22}{sizes}")
-    print(f"result: {plan.tensor_bytes:,} bytes of tensors in {_count(len(plan.shards), 'file')}")
+    print(f"result: {plan.tensor_bytes:,} bytes of tensors in {counted(len(plan.shards), 'file')}")
     _show_left(plan, verbose=verbose)
     for reason, count in Counter(plan.checkpoint.ignored.values()).items():
-        print(f"left out: {_count(count, 'tensor')} ({reason})")
-    tokens = CONTEXTS[0]
+        print(f"left out: {counted(count, 'tensor')} ({reason})")
+    tokens = contexts_of(plan.model.text)[0]
     print(
         f"memory to run the result with {tokens:,} tokens of context: "
         f"about {_size(plan.running_bytes(tokens))}"
@@ -165,7 +166,7 @@ def _show_left(plan: Plan, *, verbose: bool) -> None:
         rest = f" and {more} more (--dry-run --verbose lists them)" if more else ""
         print(
             f"not packed, since groups do not divide their width: "
-            f"{_count(len(plan.left), 'module')}: {', '.join(shown)}{rest}"
+            f"{counted(len(plan.left), 'module')}: {', '.join(shown)}{rest}"
         )
 
 
@@ -180,10 +181,6 @@ def _size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def show_summary(summary: Summary) -> None:
     """Print the result of a conversion."""
     if summary.was_there:
@@ -193,7 +190,9 @@ def show_summary(summary: Summary) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
-    resumed = f", {summary.resumed_moves} tensors from an earlier run" * bool(summary.resumed_moves)
+    resumed = ""
+    if summary.resumed_moves:
+        resumed = f", {counted(summary.resumed_moves, 'tensor')} from an earlier run"
     print(
         f"{summary.folder}: {summary.seconds:.1f} s, "
         f"peak resident memory {peak / 1e9:.2f} GB{resumed}"
@@ -220,12 +219,13 @@ def _show_parts(plan: Plan, errors: dict[str, float]) -> None:
         nbytes[move.part] += sum(output.nbytes for output in move.outputs)
         parameters[move.part] += move.parameters
         kinds[move.part].add(move.describe())
-    print(f"{'part':<20}{'stored as':<22}{'bytes':>18}{'bits/weight':>13}{'error':>10}")
+    last = f"{'relative error':>16}" if errors else ""
+    print(f"{'part':<20}{'stored as':<22}{'bytes':>18}{'bits/weight':>13}{last}")
     for part in sorted(nbytes, key=lambda part: -nbytes[part]):
         bits = 8 * nbytes[part] / parameters[part]
-        error = f"{errors[part]:.5f}" if part in errors else ""
+        error = f"{errors[part]:>16.5f}" if part in errors else ""
         kind = ", ".join(sorted(kinds[part]))
-        print(f"{part:<20}{kind:<22}{nbytes[part]:>18,}{bits:>13.3f}{error:>10}")
+        print(f"{part:<20}{kind:<22}{nbytes[part]:>18,}{bits:>13.3f}{error}")
     total, bits = plan.tensor_bytes, 8 * plan.tensor_bytes / sum(parameters.values())
     print(f"{'all':<42}{total:>18,}{bits:>13.3f}")
     _show_left(plan, verbose=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ..errors import SourceError
+from ..errors import SourceError, counted
 from ..train.fuse import Fused
 from ..train.trainer import Event, Saved, Trained, Validated
 
@@ -25,7 +25,7 @@ class TrainView:
         total, trainable = session.parameters, session.trainable
         self._say(
             f"{settings.fine_tune_type}: {trainable:,} of {total:,} weights trained "
-            f"({trainable / total:.2%}); {len(trainer.train_set):,} examples, "
+            f"({trainable / total:.2%}); {counted(len(trainer.train_set), 'example')}, "
             f"{len(trainer.valid_set):,} for validation"
         )
         if trainer.iteration:
@@ -81,7 +81,7 @@ class TrainView:
 
 def show_fused(fused: Fused) -> None:
     """Print the result of a fusion, and the error of packing again."""
-    print(f"{fused.folder}: {fused.nbytes:,} bytes, {fused.changed} modules changed")
+    print(f"{fused.folder}: {fused.nbytes:,} bytes, {counted(fused.changed, 'module')} changed")
     if fused.errors:
         worst = max(fused.errors, key=lambda path: fused.errors[path])
         mean = sum(fused.errors.values()) / len(fused.errors)

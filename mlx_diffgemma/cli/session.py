@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from ..config.entry import entries, kinds
 from ..config.generation import GenerationSettings
-from ..errors import ChatError, DiffGemmaError
+from ..errors import ChatError, ConfigError, DiffGemmaError, counted
 from .constraints import ConstraintOptions
 from .interrupt import stopping
 from .lines import Lines
 from .output import Follower
+from .usage import as_given
 
 if TYPE_CHECKING:
     from ..constraint.constraint import Constraint
@@ -35,7 +36,10 @@ COMMANDS = {
     "/save": ("FILE", "write the conversation to a file"),
     "/load": ("FILE", "continue the conversation in a file"),
     "/seed": ("[N]", "show the seed, or draw from a new one"),
-    "/set": ("[NAME [VALUE]]", "show settings, or change one; the value default leaves it open"),
+    "/set": (
+        "[NAME [VALUE]]",
+        "show settings, or change one; the value default undoes changes",
+    ),
     "/constraint": (
         "[KIND [VALUE] | off]",
         "show what answers must be, or set it: json-schema FILE, json-object, regex PATTERN, "
@@ -43,7 +47,7 @@ COMMANDS = {
     ),
     "/image": ("FILE", "not supported yet; a later version will read images"),
     "/stats": ("", "show numbers of the last answer and of the session"),
-    "/quit": ("", "leave; Ctrl-D does too"),
+    "/quit": ("", "leave; /exit and Ctrl-D do too"),
 }
 _TYPING = (
     "Alt-Enter begins a new line, and so does Enter behind a backslash. Ctrl-C stops an answer and "
@@ -72,6 +76,7 @@ class Session:
         self._bound = ConstraintOptions()
         self._held: Constraint | None = None
         self._held_as = ""
+        self._started_with = chat.settings
         self._is_stopping = False
         self.has_failed = False
 
@@ -130,6 +135,8 @@ class Session:
             self._chat.answer_tool(calls[0], line)
             if not self._chat.open_calls:
                 self._turn(self._chat.resume(constraint=self._held))
+        elif text in ("exit", "quit") and self._lines.is_terminal:
+            self._view.note("/quit or Ctrl-D leaves; this word alone is not sent")
         elif text:
             self._turn(self._chat.send(line, constraint=self._held))
         return True
@@ -198,7 +205,7 @@ class Session:
         totals.answers += 1
         totals.new_tokens += summary.new_tokens
         self._view.summary(
-            f"{summary.new_tokens} tokens, {summary.steps} steps, "
+            f"{counted(summary.new_tokens, 'token')}, {counted(summary.steps, 'step')}, "
             f"{summary.tokens_per_second:.1f} tokens/s"
         )
         for call in self._chat.open_calls:
@@ -246,11 +253,19 @@ class Session:
                 raise ChatError("/edit needs N TEXT where there is no terminal")
             if not 1 <= place <= len(turns):
                 next(self._chat.edit(place, "x"))  # says which there are
-            edited = self._lines.read(f"{place}> ", turns[place - 1])
+            self._view.note("Enter answers the changed message; Ctrl-C leaves it as it was")
+            edited = self._lines.change(f"{place}> ", _typed(turns[place - 1]))
             if not (edited or "").strip():
                 self._view.note("nothing is changed")
                 return
             text = str(edited)
+        if (bare := text.strip()).startswith("//"):
+            text = bare[1:]
+        elif bare.startswith("/"):
+            raise ChatError(
+                "nothing is changed: a message that begins with / is written with two, as in "
+                f"/{_short(bare)}"
+            )
         self._turn(self._chat.edit(place, text, constraint=self._held))
 
     def _save(self, file: str) -> None:
@@ -263,9 +278,26 @@ class Session:
             self._keep(None, "")
             self._view.note("the constraint to tool calls is off: the tools are others")
         turns = self._chat.turns
-        self._view.note(f"loaded {len(turns)} message{'s' * (len(turns) != 1)}")
+        self._view.note(f"loaded {counted(len(turns), 'message')}")
+        is_shown = self._lines.is_terminal  # stdout gets new answers alone where it is none
         for number, text in enumerate(turns, 1):
-            self._view.note(f"{number}> {_short(text)}")
+            is_last = is_shown and number == len(turns)
+            self._view.note(f"{number}> {text if is_last else _short(text)}")
+        if is_shown and turns:
+            self._show_last_answer()
+
+    def _show_last_answer(self) -> None:
+        """Show what the conversation holds behind the last message of the user."""
+        messages = self._chat.messages
+        last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+        for message in messages[last + 1 :]:
+            if message["role"] == "assistant" and message["content"].strip():
+                self._view.answer(message["content"])
+                self._view.close()
+            for call in message.get("tool_calls", ()):
+                self._view.remark(f"tool call {call['id']}: {call['function']['name']}")
+            if message["role"] == "tool":
+                self._view.remark(f"result: {_short(str(message['content']))}")
 
     def _seed(self, text: str) -> None:
         if text:
@@ -276,26 +308,35 @@ class Session:
         given, value = _first_word(argument)
         if not given:
             for name in entries(GenerationSettings):
-                if getattr(self._chat.settings, name) is not None:
+                if self._is_given(name):
                     self._show_setting(name)
             return
         name = setting_named(given)
         if value:
-            self._change(name, value)
+            try:
+                self._change(name, value)
+            except ConfigError as error:
+                raise ConfigError(as_given(str(error), {name: given})) from error
         self._show_setting(name)
 
     def _change(self, name: str, text: str) -> None:
-        value = value_of(name, text)
+        is_back = text == "default"
+        value = getattr(self._started_with, name) if is_back else value_of(name, text)
         if name == "seed":
             self._chat.reseed(value)
         else:
             self._chat.settings = replace(self._chat.settings, **{name: value})
 
+    def _is_given(self, name: str) -> bool:
+        """Whether a setting has another value than it has where nothing is said of it."""
+        default = entries(GenerationSettings)[name].command_default
+        return getattr(self._chat.settings, name) not in (None, default)
+
     def _show_setting(self, name: str) -> None:
         resolved = self._chat.settings.resolve(self._model.config)
-        is_open = getattr(self._chat.settings, name) is None
-        value = "fresh" if is_open and name == "seed" else getattr(resolved, name)
-        self._view.note(f"{name} {value}{' (default)' * is_open}")
+        is_drawn = name == "seed" and self._chat.settings.seed is None
+        value = "fresh" if is_drawn else getattr(resolved, name)
+        self._view.note(f"{name} {value}{' (default)' * (not self._is_given(name))}")
 
     def _constraint(self, argument: str) -> None:
         kind, value = _first_word(argument)
@@ -328,7 +369,7 @@ class Session:
     def _keep(self, constraint: Constraint | None, shown: str) -> None:
         self._held, self._held_as = constraint, shown
         for note in constraint.notes if constraint is not None else ():
-            self._view.note(f"the constraint is cut: {note}")
+            self._view.note(f"note: {note}")
 
     def _image(self, file: str) -> None:
         raise ChatError(f"{file} is not read: images are not supported yet, but in a later version")
@@ -340,8 +381,10 @@ class Session:
         else:
             self._view.note(f"last answer: {totals.last.line()}")
         self._view.note(
-            f"session: {totals.answers} answers, {totals.new_tokens:,} new tokens, "
-            f"{totals.read_tokens:,} prompt tokens read, {totals.cached_tokens:,} known already"
+            f"session: {counted(totals.answers, 'answer')}, "
+            f"{counted(totals.new_tokens, 'new token')}, "
+            f"{counted(totals.read_tokens, 'prompt token')} read, "
+            f"{totals.cached_tokens:,} known already"
         )
         if store is not None:
             kept, most = store.nbytes / 1e6, store.max_bytes / 1e6
@@ -363,6 +406,7 @@ def setting_named(given: str) -> str:
     for name, entry in entries(GenerationSettings).items():
         names |= {flag.lstrip("-"): name for flag in entry.flags}
         names |= {name: name, name.replace("_", "-"): name}
+    names |= {spelled.replace("-", "_"): name for spelled, name in names.items()}
     wanted = given.lstrip("-")
     if wanted not in names:
         close = difflib.get_close_matches(wanted.replace("-", "_"), names, n=1)
@@ -372,11 +416,9 @@ def setting_named(given: str) -> str:
 
 
 def value_of(name: str, text: str) -> Any:
-    """Return a setting's value from its text; None for `default`. What cannot be read stays text,
-    which the settings refuse."""
+    """Return a setting's value from its text. What cannot be read stays text, which the settings
+    refuse."""
     kind = kinds(GenerationSettings)[name]
-    if text == "default":
-        return None
     if get_origin(kind) is Literal:
         return next((value for value in get_args(kind) if str(value) == text), text)
     if kind is bool:
@@ -391,6 +433,11 @@ def _first_word(text: str) -> tuple[str, str]:
     """Return a text's first word, and what stands behind it."""
     word, *rest = text.split(maxsplit=1) or [""]
     return word, rest[0].strip() if rest else ""
+
+
+def _typed(message: str) -> str:
+    """Return a message as it is typed: with two / where it begins with one."""
+    return f"/{message}" if message.startswith("/") else message
 
 
 def _short(text: str) -> str:

@@ -32,21 +32,23 @@ def train(
 
 def _run(job: TrainJob, settings: TrainSettings) -> None:
     from ..train.session import Session
+    from .render import View
     from .render_train import TrainView
 
     assert job.model is not None and job.data is not None
-    session = Session.open(
-        job.model,
-        job.data,
-        Path(job.adapter_path),
-        settings,
-        revision=job.revision,
-        trains=job.train,
-        tests=job.test,
-        resumes=job.resume,
-        start_file=job.resume_adapter_file,
-        tests_adapters=job.adapter_path != "",
-    )
+    with View(verbose=True).loading():
+        session = Session.open(
+            job.model,
+            job.data,
+            Path(job.adapter_path),
+            settings,
+            revision=job.revision,
+            trains=job.train,
+            tests=job.test,
+            resumes=job.resume,
+            start_file=job.resume_adapter_file,
+            tests_adapters=job.adapter_path != "",
+        )
     view = TrainView()
     view.start(session)
     if job.train:

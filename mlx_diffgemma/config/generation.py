@@ -189,7 +189,7 @@ class _Settings(Generic[Open]):
     policy: Policy | Open = _setting(
         Entry(
             help="How to save work: 'reference' saves none and follows transformers step by step; "
-            "'fast' is the best set of the settings below.",
+            "'fast' sets those that save most steps.",
             default="reference",
             commands=_ALL,
         )
@@ -353,8 +353,11 @@ class GenerationSettings(_Settings[None]):
                 continue
             other, wanted = entry.only_with
             if values[other] != wanted:
+                is_policys = getattr(self, other) is None and other in POLICIES[values["policy"]]
+                which = f", which policy {values['policy']!r} sets" * is_policys
                 raise ConfigError(
-                    f"{name} has no effect with {other} {values[other]!r}, only with {wanted!r}"
+                    f"{name} has no effect with {other} {values[other]!r}{which}, only with "
+                    f"{wanted!r}"
                 )
 
     @classmethod

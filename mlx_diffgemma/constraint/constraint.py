@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 from ..errors import ConstraintError, TemplateError
 from ..language.template import Slot, Template
 from . import parts, regex
-from .dfa import DFA
+from .dfa import DFA, NOWHERE
 from .dialect import validator_of
 from .net import DEFAULT_SECONDS, DEFAULT_STATES, Limits
 from .python_types import schema_of
@@ -100,8 +100,11 @@ class Constraint:
         `mlx_diffgemma.constraint.regex`. `states` and `seconds` are as in `json_schema`.
 
         Raises:
-          ConstraintError: with `position`, if the expression cannot be held.
+          ConstraintError: with `position`, if the expression cannot be held; also if it matches
+            nothing but the empty text.
         """
+        if not isinstance(pattern, str):
+            raise ConstraintError(f"an expression is a text, got {type(pattern).__name__}")
         return cls("regex", (), _some(regex.regex(pattern, Limits(states, seconds)), "expression"))
 
     @classmethod
@@ -127,6 +130,11 @@ class Constraint:
         """
         if isinstance(template, str):
             template = Template.parse(template)
+        if not isinstance(template, Template):
+            raise TemplateError(
+                "a template is a string or comes from Template.parse, got "
+                f"{type(template).__name__}"
+            )
         pieces = [part if isinstance(part, str) else slot_dfa(part) for part in template.parts]
         return cls("template", (), parts.in_a_row(pieces))
 
@@ -285,6 +293,8 @@ def slot_dfa(slot: Slot) -> DFA:
 def _some(dfa: DFA, what: str) -> DFA:
     if not dfa.accepting.any():
         raise ConstraintError(f"no text fits this {what}")
+    if (dfa.table == NOWHERE).all():
+        raise ConstraintError(f"only the empty text fits this {what}, so there is nothing to write")
     return dfa
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import NumbersError, TemplateError
+from ..errors import ConstraintError, NumbersError
 from .dfa import NOWHERE
 from .tokens import FAR, TokenAutomaton
 
@@ -32,13 +32,13 @@ def check_budget(automaton: TokenAutomaton, budget: int, state: int = 0) -> int:
       state: where the answer stands.
 
     Raises:
-      TemplateError: if these are too few, or no string of tokens fits.
+      ConstraintError: if these are too few, or no string of tokens fits.
     """
     least = FAR if state == NOWHERE else int(automaton.distance[state])
     if least == FAR:
-        raise TemplateError("no text of this checkpoint's tokens fits the constraint")
+        raise ConstraintError("no text of this checkpoint's tokens fits the constraint")
     if least > budget:
-        raise TemplateError(
+        raise ConstraintError(
             f"the shortest answer that fits the constraint has {least} tokens with its end, and "
             f"at most {budget} may be written; allow at least {least}"
         )

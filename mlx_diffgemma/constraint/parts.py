@@ -17,7 +17,7 @@ def choices(texts: Sequence[str], limits: Limits | None = None) -> DFA:
     Raises:
       ConstraintError: if there is none, or one is empty or no text.
     """
-    if isinstance(texts, str) or not texts:
+    if isinstance(texts, str) or not isinstance(texts, Iterable) or not texts:
         raise ConstraintError(f"choices are a list of texts with one in it at least, got {texts!r}")
     net = Net(limits)
     start, end = net.state(), net.state()

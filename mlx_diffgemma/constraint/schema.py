@@ -111,7 +111,10 @@ def _compiled(reader: Alternatives, writer: Writer, cuts: Cuts, limits: Limits) 
 def _notes(reader: Alternatives, writer: Writer, cuts: Cuts) -> list[str]:
     notes = []
     if writer.notes.pop("values of any type", 0) is None:
-        notes.append(f"values of any type hold {cuts.depth} levels of objects and lists at most")
+        notes.append(
+            f"values of any type hold {cuts.depth} levels of objects and lists at most; "
+            '"additionalProperties": false in a schema leaves out keys with such values'
+        )
     if reader.cuts:
         named = ", ".join(sorted(pointer or "#" for pointer in reader.cuts))
         notes.append(f"{named} is followed {cuts.recursion} times within itself at most")

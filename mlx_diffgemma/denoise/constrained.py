@@ -49,7 +49,7 @@ class TokenConstraint:
         return cls(automaton, Blocks.of(automaton))
 
     def check_budget(self, budget: int) -> None:
-        """Raise `TemplateError` if so many tokens are too few for any answer."""
+        """Raise `ConstraintError` if so many tokens are too few for any answer."""
         check_budget(self.automaton, budget)
 
     def after(self, tokens: np.ndarray, state: int) -> int:

@@ -71,7 +71,7 @@ class Row:
         Raises:
           PromptLengthError: if the text leaves no room for a canvas.
           ConfigError: if the noise does not suit the settings.
-          TemplateError: if the budget is too small for any answer that fits the constraint.
+          ConstraintError: if the budget is too small for any answer that fits the constraint.
         """
         before = context.length if context is not None else 0
         count = 0 if tokens is None else len(tokens)

@@ -121,9 +121,13 @@ class Engine:
         """Queue a request and return its run.
 
         Raises:
-          EngineError: if the queue is full or the engine is closed.
+          EngineError: if the queue is full, the engine is closed, or the task is none.
           DiffGemmaError: if the request cannot be used.
         """
+        if not callable(getattr(task, "job", None)):
+            raise EngineError(
+                f"an engine takes a Request or another task, got {type(task).__name__}"
+            )
         with self._encoding:  # tokenizers are not safe in several threads
             job = task.job(self.model, self.tokenizer)
         channel = Channel()

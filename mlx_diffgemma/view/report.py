@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import counted
 from ..events import (
     BrokenToolCall,
     CanvasCommitted,
@@ -54,8 +55,9 @@ class Summary:
             else f"{self.peak_bytes / 1e6:.0f} MB"
         )
         return (
-            f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens_per_second:.1f} tokens/s"
-            f" | {self.new_tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
+            f"prompt {counted(self.prompt_tokens, 'token')}, "
+            f"{self.prompt_tokens_per_second:.1f} tokens/s"
+            f" | {counted(self.new_tokens, 'token')}, {self.tokens_per_second:.1f} tokens/s"
             f" | {self.canvases} canvas{'es' if self.canvases != 1 else ''}"
             f" x {self.steps_per_canvas:.1f} steps, {self.tokens_per_forward:.1f} tokens/forward,"
             f" {self.ms_per_step:.1f} ms/step"
@@ -241,18 +243,20 @@ def filled_object(filled: Filled) -> dict[str, Any]:
     }
 
 
-def filled_lines(filled: Filled) -> list[str]:
-    """Return a report on a filled template, in lines: notes, then slots, then the work."""
+def filled_lines(filled: Filled, name: str | None = None) -> list[str]:
+    """Return a report on a filled template, in lines: notes, then slots, then the work.
+
+    Args:
+      filled: the result.
+      name: of its only slot, for a reader who has made none.
+    """
     lines = [*filled.notes]
     for slot in filled.slots.values():
-        count = len(slot.tokens)
-        line = (
-            f"slot {slot.name}: {count} token{'s' * (count != 1)}, certainty {slot.certainty:.0%}"
-        )
+        size = counted(len(slot.tokens), "token")
+        line = f"{name or f'slot {slot.name}'}: {size}, certainty {slot.certainty:.0%}"
         others = sorted(slot.lengths.items(), key=lambda pair: -pair[1])[:4]
         if len(others) > 1:
             chances = ", ".join(f"{n}: {chance:.1%}" for n, chance in others)
             line += f"; likely lengths {chances}"
         lines.append(line)
-    steps = f"{filled.steps} step{'s' * (filled.steps != 1)}"
-    return [*lines, f"{steps}, {filled.positions:,} rows x steps"]
+    return [*lines, f"{counted(filled.steps, 'step')}, {filled.positions:,} rows x steps"]

@@ -24,7 +24,7 @@ from ..language.tools import declared
 from ..model import DiffusionGemma
 from .chat_file import SavedChat, read_chat, write_chat
 from .generate import Request
-from .job import Job, Task, run_jobs
+from .job import Job, Task, refuse_other, run_jobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -193,6 +193,7 @@ class Chat:
 
     @settings.setter
     def settings(self, settings: GenerationSettings) -> None:
+        refuse_other("settings", settings, GenerationSettings, "GenerationSettings(seed=7)")
         settings.resolve(self._model.config)
         self._settings = settings
 

@@ -59,8 +59,7 @@ def over_tokens(
       thinking: whether a thought may stand before the answer.
 
     Raises:
-      ConstraintError: if the checkpoint has no tokens for it.
-      TemplateError: if no string of its tokens fits.
+      ConstraintError: if the checkpoint has no tokens for it, or no string of them fits.
     """
     kept = _LIFTED.setdefault(tokenizer, _Lifted())
     size, pad = model.config.text.vocab_size, settings.pad_token_id

@@ -78,8 +78,10 @@ class Selection:
             raise TemplateError("the text to match is empty")
         starts = [found.start() for found in re.finditer(f"(?={re.escape(part)})", text)]
         if (count := len(starts)) != 1:
-            found = "is not in the document" if not count else f"occurs {count} times in it"
-            raise TemplateError(f"{part!r} {found}; the selection must be one place")
+            found = "is not" if not count else f"occurs {count} times"
+            raise TemplateError(
+                f"{part!r} {found} in the document; the selection must be one place"
+            )
         return cls(starts[0], starts[0] + len(part))
 
 

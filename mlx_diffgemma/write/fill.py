@@ -17,7 +17,7 @@ from ..events import Event
 from ..language.prompt import Prompt, PromptOptions, encode_prompt, special_tokens
 from ..language.template import Template
 from ..model import DiffusionGemma
-from .job import Job, run_jobs
+from .job import Job, refuse_other, run_jobs
 from .regions import Regions
 from .writer import Writer, least_tokens, may_be_cut
 
@@ -153,6 +153,7 @@ class FillTask:
                 "a template is a string or comes from Template.parse, got "
                 f"{type(template).__name__}"
             )
+        refuse_other("settings", self.settings, GenerationSettings, "GenerationSettings(seed=7)")
         resolved = self.settings.resolve(model.config)
         L, ends = resolved.canvas_length, turn_ends(tokenizer, resolved)
         regions = Regions(model, tokenizer, resolved, ends)

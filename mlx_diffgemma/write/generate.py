@@ -22,7 +22,7 @@ from ..language.text import TextStream
 from ..language.tools import CallEvent
 from ..model import DiffusionGemma
 from .constrained import check_answer, over_tokens
-from .job import Ask, Job, run_jobs
+from .job import Ask, Job, refuse_other, run_jobs
 from .verbose import Printed, PrintedBatch
 
 if TYPE_CHECKING:
@@ -64,6 +64,12 @@ class Request:
           DiffGemmaError: if the prompt, the stop strings, the settings or the constraint cannot be
             used.
         """
+        refuse_other("settings", self.settings, GenerationSettings, "GenerationSettings(seed=7)")
+        made = "PromptOptions(thinking=True)"
+        refuse_other("prompt_options", self.prompt_options, PromptOptions, made)
+        if self.constraint is not None:
+            made = 'Constraint.regex("[0-9]+")'
+            refuse_other("a constraint", self.constraint, Constraint, made)
         resolved = self.settings.resolve(model.config)
         strings = stop_strings(self.stop)
         bound = None
@@ -260,6 +266,10 @@ def batch_generate(
     jobs, listed = [], _listed(prompts)
     if constraints is None:
         constraints = [None] * len(listed)
+    if isinstance(constraints, str) or not isinstance(constraints, Sequence):
+        raise ConfigError(
+            f"constraints must be a list with one for each prompt, got {type(constraints).__name__}"
+        )
     if len(constraints) != len(listed):
         raise ConfigError(
             f"{len(constraints)} constraints for {len(listed)} prompts; give each one"
@@ -299,6 +309,7 @@ def batch_generate(
 
 
 def _limited(settings: GenerationSettings, max_tokens: int | None) -> GenerationSettings:
+    refuse_other("settings", settings, GenerationSettings, "GenerationSettings(seed=7)")
     if max_tokens is None:
         return settings
     if settings.max_new_tokens is not None:

@@ -13,6 +13,7 @@ from ..checkpoint.memory import generation_limits
 from ..denoise.loop import RowFailed, Rows, check_thread
 from ..denoise.row import Row
 from ..denoise.store import Store
+from ..errors import ConfigError
 from ..events import LoopEvent
 from ..model import DiffusionGemma
 
@@ -39,6 +40,24 @@ class Task(Protocol):
         Raises:
           DiffGemmaError: if the task cannot be done.
         """
+
+
+def refuse_other(name: str, value: Any, kind: type, made: str) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+      name: of the argument.
+      value: what was given.
+      kind: what it must be.
+      made: how to make one.
+
+    Raises:
+      ConfigError: if the value is no `kind`.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"{name} must be a {kind.__name__}, such as {made}, got {type(value).__name__}"
+        )
 
 
 class Running:

@@ -359,8 +359,8 @@ def test_only_needed_files_come_over_a_connection_that_breaks_and_offline_they_a
     assert offline[0] == ("folder", folder)
     for kind, message in offline[1:]:
         assert kind == "error"
-        assert "in the local cache" in message and "(HF_HUB_OFFLINE is set)" in message
-    assert "owner/name; as a Hub repository at revision v1" in offline[2][1]
+        assert "the local cache does not hold" in message and "(HF_HUB_OFFLINE is set)" in message
+    assert "does not hold the whole repository at revision v1" in offline[2][1]
 
 
 @pytest.mark.parametrize("revision", ["v1", OLD])
@@ -381,7 +381,7 @@ def test_what_the_hub_refuses_is_said_in_one_line_each(hub, tmp_path):
     assert "no folder and no Hub repository owner/missing" in missing
     assert "did you mean owner/missing1?" in missing
     assert "owner/gated asks you to accept its terms" in gated and "hf auth login" in gated
-    assert "no folder owner/broken" in broken and "the Hub cannot be reached" in broken
+    assert "owner/broken is no folder here" in broken and "the Hub cannot be reached" in broken
     assert revision == "owner/name has no revision v9"
     assert "owner/bad--name, and it is not a valid Hub repo id" in invalid
     assert hub.files == []
@@ -390,7 +390,10 @@ def test_what_the_hub_refuses_is_said_in_one_line_each(hub, tmp_path):
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
     [(kind, message)] = resolve_elsewhere("http://127.0.0.1:9", tmp_path, ("owner/name", None))
     assert kind == "error"
-    assert "not, or not whole, in the local cache, and the Hub cannot be reached" in message
+    assert message == (
+        "owner/name is no folder here, and the Hub cannot be reached; the local cache does not "
+        "hold the whole repository"
+    )
     assert "HF_HUB_OFFLINE" not in message
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlx_diffgemma import bundled_model
-from mlx_diffgemma.checkpoint.info import as_object, describe
-from mlx_diffgemma.checkpoint.memory import context_bytes
+from mlx_diffgemma.checkpoint.info import as_object, contexts_of, describe
+from mlx_diffgemma.checkpoint.memory import context_bytes, needed_bytes
 from mlx_diffgemma.config.model import ModelConfig
 
 
@@ -81,7 +82,17 @@ def test_memory_grows_with_the_context_by_its_keys_and_values():
     extra = context_bytes(text, 32768) - context_bytes(text, 4096)
     # and by the scores of one full layer and their softmax: 4 heads, 2,048 queries at a time
     extra += 2 * 4 * 2048 * (32768 - 4096) * 2
-    assert info.needed_bytes[32768] - info.needed_bytes[4096] == extra > 0
+    needed = [needed_bytes(text, info.loaded_bytes, n, 64) for n in (4096, 32768)]
+    assert needed[1] - needed[0] == extra > 0
+
+
+def test_memory_is_told_for_contexts_that_the_model_has_positions_for():
+    info = describe(bundled_model())
+    assert info.config.text.max_position_embeddings == 2048
+    assert list(info.needed_bytes) == [2048]
+    text = info.config.text
+    for positions, contexts in ((4096, (4096,)), (5000, (4096,)), (32768, (4096, 32768))):
+        assert contexts_of(replace(text, max_position_embeddings=positions)) == contexts
 
 
 def test_context_memory_is_that_of_the_published_model(published):
@@ -106,5 +117,5 @@ def test_the_json_form_holds_the_same_numbers():
     info = describe(bundled_model())
     plain = as_object(info)
     assert plain["parameters"] == info.parameters == 1_696_196
-    assert plain["needed_bytes"]["4096"] == info.needed_bytes[4096]
+    assert plain["needed_bytes"]["2048"] == info.needed_bytes[2048]
     assert sum(part["parameters"] for part in plain["parts"]) == info.parameters

@@ -143,12 +143,13 @@ MISTAKES = {
     "/load missing.json": "missing.json cannot be read: No such file or directory",
     "/save /dev/null": "/dev/null is no saved chat: it is no ordinary file; it is not replaced",
     "/set tempp 1": "there is no setting 'tempp'; did you mean temp?",
-    "/set temp hot": "temperature must be a number at least 0, got 'hot'",
-    "/set max-tokens 0": "max_new_tokens must be a whole number at least 1, got 0",
+    "/set temp hot": "temp must be a number at least 0, got 'hot'",
+    "/set max-tokens 0": "max-tokens must be a whole number at least 1, got 0",
     "/set max_new_tokens 1.5": "max_new_tokens must be a whole number at least 1, got '1.5'",
     "/set policy slow": "policy must be 'reference' or 'fast', got 'slow'",
     "/set canvas_width answer": "stop_on must be 'answer' too",
     "/set canvas_length 9999": "canvas_length 9999 is longer",
+    "/set max_tokens x": "max_tokens must be a whole number at least 1, got 'x'",
     "/seed -1": "seed must be a whole number at least 0",
     "/constraint person.json": "there is no constraint 'person.json'; there are json-schema, json-",
     "/constraint regex": "regex needs something behind it",
@@ -162,12 +163,29 @@ MISTAKES = {
 }
 
 
+def test_a_limit_on_thoughts_needs_thinking():
+    idle = talk(COUNT, options=(*QUICK, "--max-thinking-tokens", "9"))
+    assert errors(idle) == ["error: --max-thinking-tokens has no effect without --thinking"]
+    assert (
+        talk("/quit", options=(*QUICK, "--max-thinking-tokens", "9", "--thinking")).exit_code == 0
+    )
+
+
 def test_each_mistake_is_one_line_and_the_chat_goes_on():
     result = talk(*MISTAKES, COUNT)
     for given, said in zip(errors(result), MISTAKES.values(), strict=True):
         assert said in given
     assert result.stdout == "12 13 14 15\n"  # the last line was answered as if nothing had been
     assert result.exit_code == 2
+
+
+def test_an_edited_message_begins_with_two_slashes_or_none():
+    result = talk(COUNT, "/edit 1 /quit", "/edit 1 //quit", "/save /dev/null")
+    assert (
+        "nothing is changed: a message that begins with / is written with two, as in //quit"
+        in (errors(result)[0])
+    )
+    assert len(errors(result)) == 2  # the second is /save's: the edit with two was answered
 
 
 def test_a_line_that_is_no_text_is_one_error():
@@ -187,8 +205,18 @@ def test_settings_are_shown_changed_and_opened_again():
     assert result.stderr.splitlines()[2:] == [
         "temperature 0.5", "temperature 0.5", "temperature 1.0 (default)",
         "max_new_tokens 24", "seed 7", "max_denoising_steps 6", "canvas_length 24",
-        "policy fast", "seed 3", "seed 3", "seed fresh (default)",
+        "policy fast", "seed 3", "seed 3", "seed 7",
     ]  # fmt: skip
+
+
+def test_default_gives_back_what_the_command_started_with():
+    given = ("/set max-tokens 8", "/set max-tokens default", "/set temp 1", "/set temp default")
+    result = talk("/set", *given, options=("--seed", "7", "--temp", "0.5"))
+    assert result.stderr.splitlines()[2:] == [
+        "temperature 0.5", "seed 7", "max_new_tokens 8", "max_new_tokens 1024 (default)",
+        "temperature 1.0", "temperature 0.5",
+    ]  # fmt: skip
+    assert "max_new_tokens 24" in talk("/set max-tokens 8", "/set max-tokens default").stderr
 
 
 def test_contexts_in_a_folder_are_known_after_a_restart(tmp_path):
@@ -250,8 +278,9 @@ def test_the_help_names_the_default_size_of_the_context_cache():
 
 def test_help_names_every_command_and_stats_the_numbers():
     result = talk("/stats", COUNT, "/stats", "/help")
-    for word in ("no answer yet", "last answer: prompt", "session: 1 answers", "contexts: ",
-                 "/edit N [TEXT]", "/image FILE", "Alt-Enter", "backslash"):  # fmt: skip
+    for word in ("no answer yet", "last answer: prompt", "session: 1 answer, ", "contexts: ",
+                 "/exit and Ctrl-D", "/edit N [TEXT]", "/image FILE",
+                 "Alt-Enter", "backslash"):  # fmt: skip
         assert word in result.stderr, word
 
 
@@ -277,9 +306,8 @@ def test_a_file_with_open_calls_takes_the_next_lines_as_results(tmp_path):
 def test_names_and_values_of_settings():
     assert setting_named("--temp") == setting_named("temperature") == "temperature"
     assert setting_named("max-tokens") == setting_named("max-new-tokens") == "max_new_tokens"
-    assert (value_of("seed", "3"), value_of("temperature", "3"), value_of("seed", "default")) == (
-        3, 3.0, None,
-    )  # fmt: skip
+    assert setting_named("max_tokens") == setting_named("--max_tokens") == "max_new_tokens"
+    assert (value_of("seed", "3"), value_of("temperature", "3")) == (3, 3.0)
     with pytest.raises(ChatError, match="no setting 'x'"):
         setting_named("x")
 
@@ -354,7 +382,8 @@ class Typist:
 def test_a_person_at_a_terminal(tmp_path):
     file = tmp_path / "chat.json"
     typist = Typist(0.15, "--seed", "7", "--canvas-length", "24", "--max-tokens", "72")
-    assert "Ctrl-D leaves" in typist.prompted("leaves")
+    started = typist.prompted("leaves")
+    assert started.startswith("loading the model ...") and "Ctrl-D leaves" in started
     typist.type("Count from 12 to x.", LEFT, "\x7f15", ENTER)  # the line is edited
     shown = typist.prompted("tokens/s")
     assert "canvas 1, step 1" in shown and "12 13 14 15" in shown
@@ -373,6 +402,11 @@ def test_a_person_at_a_terminal(tmp_path):
     assert "did you mean /undo?" in typist.prompted("/undo?")
     typist.type("half a line", CTRL_C)
     assert "leaves" in typist.prompted("leaves)")
+    for leave in (CTRL_C, "\x15" + CTRL_D):  # on an empty line
+        typist.type("/edit 1", ENTER)
+        assert "Ctrl-C leaves it as it" in typist.wait_for("1> Count from 12 to 15.")
+        typist.type("6", leave)
+        assert "Ctrl-D or /quit" not in typist.prompted("nothing is changed")
     typist.type("/edit 1", ENTER)
     typist.wait_for("1> Count from 12 to 15.")
     typist.type("\x7f\x7f8.", ENTER)
@@ -380,7 +414,10 @@ def test_a_person_at_a_terminal(tmp_path):
     typist.type("/undo", ENTER)
     assert "took back: Count from 12 to 18." in typist.prompted("18.")
     typist.type(f"/load {file}", ENTER)
-    assert "1> Count from 12 to 15." in typist.prompted("15.")
+    loaded = typist.prompted("12 13 14 15")
+    assert "1> Count from 12 to 15.\n12 13 14 15\n" in loaded
+    typist.type("exit", ENTER)
+    assert "/quit or Ctrl-D leaves; this word alone is not sent" in typist.prompted("sent")
     saved = json.loads(file.read_text())["messages"]
     assert [message["content"] for message in saved] == [COUNT, "12 13 14 15"]
     # A stopped answer with text: the text stays.

@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from mlx_diffgemma import GenerationSettings, bundled_model
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.cli.info import info
-from mlx_diffgemma.cli.options import prompt_text
+from mlx_diffgemma.cli.options import app_of, prompt_text
 from mlx_diffgemma.config.entry import entries
 from mlx_diffgemma.config.generation import default_of
 
@@ -30,9 +29,7 @@ WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
 
 def invoke(command, *arguments: str, stdin: str | bytes | None = None):
     """In this process; exit code, stdout and stderr as a program would give them."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    return CliRunner().invoke(app, list(arguments), input=stdin, env=WIDE)
+    return CliRunner().invoke(app_of(command), list(arguments), input=stdin, env=WIDE)
 
 
 def program(*arguments: str, **options) -> subprocess.Popen:
@@ -88,12 +85,39 @@ def test_a_prompt_is_an_argument_an_option_or_what_stdin_holds():
         result = invoke(generate, *words, "--seed", "1", stdin="Squares from 2 to 3.\n")
         assert result.stdout == TABLE_ANSWER, result.stderr
     assert_one_line(invoke(generate), "the prompt is empty")
-    assert_one_line(invoke(generate, "one", "--prompt", "two"), "the prompt is given twice")
+    assert_one_line(
+        invoke(generate, "one", "--prompt", "two"), "'one' as an argument, and 'two' with --prompt"
+    )
 
 
 def test_a_prompt_as_an_argument_is_taken_as_it_is():
     assert prompt_text(r"a\nb\t", None) == r"a\nb\t"
     assert prompt_text(None, r"a\nb\t") == "a\nb\t"
+
+
+def test_a_prompt_with_a_spelled_line_break_is_noted():
+    said = r"note: \n in this prompt is two characters; --prompt reads it as a line break"
+    for words, is_said in (((r"Sort: 2\n1",), True), (("Sort: 2\n1",), False),
+                           (("--prompt", r"Sort: 2\n1"), False)):  # fmt: skip
+        shown = invoke(generate, *words, "--seed", "1", "--max-denoising-steps", "1").stderr
+        assert (said in shown.splitlines()) == is_said
+
+
+def test_what_a_constraint_leaves_out_is_a_note():
+    done = invoke(generate, "Sort: 2 1", "--json-object", "--seed", "1", "--max-tokens", "20")
+    (note,) = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert "values of any type hold 2 levels" in note and '"additionalProperties": false' in note
+    assert done.exit_code == 0 and "cut" not in done.stderr
+
+
+def test_a_limit_on_thoughts_is_taken_where_there_may_be_some():
+    limit = ("--max-thinking-tokens", "9", "--max-denoising-steps", "1", "--seed", "1")
+    for more in (
+        ("--thinking",),
+        ("--ignore-chat-template",),
+        ("--chat-template-config", '{"enable_thinking": true}'),
+    ):
+        assert invoke(generate, "Sort: 2 1", *limit, *more).exit_code == 0
 
 
 def test_json_is_one_object_per_line_and_its_text_is_the_answer():
@@ -116,7 +140,11 @@ def test_a_policy_and_its_settings_are_flags():
     result = invoke(generate, *TABLE, "--policy", "fast")
     assert result.exit_code == 0 and result.stdout.startswith("|n|n*n|\n|-|-|\n")
     result = invoke(generate, *TABLE, "--policy", "fast", "--entropy-bound", "1")
-    assert result.exit_code == 2 and "entropy_bound has no effect" in result.stderr
+    said = "--entropy-bound has no effect with acceptance 'confidence', which policy 'fast' sets"
+    assert result.exit_code == 2 and said in result.stderr
+    result = invoke(generate, *TABLE, "--acceptance", "confidence", "--entropy-bound", "1")
+    said = "--entropy-bound has no effect with acceptance 'confidence', only with 'entropy'"
+    assert result.exit_code == 2 and said in result.stderr
     result = invoke(generate, *TABLE, "--policy", "fastest")
     assert result.exit_code == 2 and "policy" in result.stderr
 
@@ -160,18 +188,28 @@ def test_a_response_that_is_begun_is_continued():
         (("--model", "./no-such-folder"), "no folder ./no-such-folder"),
         (("--model", str(ROOT / "README.md")), "is a file"),
         (("--model", str(ROOT / "tests")), "has no config.json"),
-        (("--canvas-length", "65"), "canvas_length 65 is longer than the checkpoint's 64"),
+        (("--canvas-length", "65"), "--canvas-length 65 is longer than the checkpoint's 64"),
         (("--model", ""), "the name of the model is empty"),
         (("--temp", "1e-9"), "0 is the greedy limit"),
-        (("--temp", "-1"), "temperature must be a number at least 0, got -1.0"),
-        (("--temp", "nan"), "temperature must be a number"),
-        (("--max-tokens", "0"), "max_new_tokens must be a whole number at least 1, got 0"),
-        (("--entropy-bound", "-0.5"), "entropy_bound"),
-        (("--t-min", "0.9"), "t_min 0.9 is above t_max 0.8"),
+        (("--temp", "-1"), "--temp must be a number at least 0, got -1.0"),
+        (("--temp", "nan"), "--temp must be a number"),
+        (("--max-tokens", "0"), "--max-tokens must be a whole number at least 1, got 0"),
+        (("--entropy-bound", "-0.5"), "--entropy-bound must be"),
+        (("--t-min", "0.9"), "--t-min 0.9 is above t_max 0.8"),
         (("--chat-template-config", "{"), "--chat-template-config is not valid JSON"),
         (("--chat-template-config", "[1]"), "must be a JSON object"),
         (("--extra-eos-token", "two words"), "'two words' is not one token"),
         (("--prompt", " "), "the prompt is empty"),
+        (("--max-thinking-tokens", "9"), "--max-thinking-tokens has no effect without --thinking"),
+        *(
+            (("--ignore-chat-template", *idle), f"{idle[0]} has no effect with --ignore-chat-")
+            for idle in (
+                ("--system-prompt", "x"),
+                ("--thinking",),
+                ("--chat-template-config", '{"a": 1}'),
+                ("--allow-special-tokens",),
+            )
+        ),
         (("--prompt", "x" * 3000), "positions are free"),
         (("--revision", "main", "--model", str(bundled_model())), "revision"),
     ],
@@ -205,7 +243,8 @@ def test_usage_errors_keep_typers_form():
 
 def test_info_prints_the_parameters_and_as_json_the_same():
     plain, as_json = invoke(info), invoke(info, "--json")
-    assert "1,696,196 parameters" in plain.stdout and "memory at 32K context" in plain.stdout
+    assert "1,696,196 parameters" in plain.stdout and "memory at 2K context" in plain.stdout
+    assert "\nvision: not loaded yet\n" in plain.stdout
     assert json.loads(as_json.stdout)["parameters"] == 1_696_196
     assert_one_line(invoke(info, "--model", "./no-such-folder"), "no folder ./no-such-folder")
 

@@ -116,7 +116,7 @@ def test_watch_shows_the_steps_of_the_text_where_there_is_no_terminal():
         ([r"{{match: (a)\1}}"], "back-references are not supported: \\1"),
         (['{{json: {"type": "x"}}}'], "column 3: slot 1: json: "),
         (["{{gap}}", "--prompt", ""], "the prompt is empty"),
-        (["{{gap}}", "--canvas-length", "65"], "canvas_length 65 is longer"),
+        (["{{gap}}", "--canvas-length", "65"], "--canvas-length 65 is longer"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message):

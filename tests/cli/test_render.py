@@ -20,11 +20,13 @@ ROOT = Path(__file__).parents[2]
 ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def run_in_terminal(*arguments: str, stdout_too: bool) -> tuple[bytes, bytes]:
+def run_in_terminal(
+    *arguments: str, stdout_too: bool, columns: int = 80, code: int = 0
+) -> tuple[bytes, bytes]:
     """What the terminal received, and what a pipe on stdout did where stdout is no terminal."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
     master, slave = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": str(columns)}
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_diffgemma", "generate", *arguments],
         stdin=subprocess.DEVNULL,
@@ -40,7 +42,7 @@ def run_in_terminal(*arguments: str, stdout_too: bool) -> tuple[bytes, bytes]:
     except OSError:  # Linux ends a closed terminal so
         pass
     piped = process.stdout.read() if process.stdout else b""
-    assert process.wait() == 0, seen
+    assert process.wait() == code, seen
     return seen, piped
 
 
@@ -49,7 +51,7 @@ def test_a_terminal_sees_the_canvas_settle_then_the_answer_and_one_line_of_numbe
     plain = ESCAPE.sub(b"", seen).replace(b"\r", b"")
     assert b"canvas 1, step 1" in plain
     assert b"|n|n*n|\n|-|-|\n|2|4|\n|3|9|\n" in plain
-    last = plain.rstrip().splitlines()[-1]
+    last = plain.rpartition(b"|3|9|\n")[2].replace(b"\n", b" ")
     for fact in (
         b"tokens/s",
         b"canvas",
@@ -68,6 +70,20 @@ def test_a_pipe_gets_the_bytes_of_the_answer_while_the_terminal_shows_the_canvas
     )
     assert piped == b"|n|n*n|\n|-|-|\n|2|4|\n|3|9|\n"
     assert b"canvas 1, step 1" in ESCAPE.sub(b"", seen)
+
+
+def test_at_60_columns_notes_numbers_and_errors_break_between_words():
+    words = ("--prompt", "Squares from 2 to 3.", "--seed", "1")
+    seen, _ = run_in_terminal(*words, stdout_too=True, columns=60)
+    plain = ESCAPE.sub(b"", seen).replace(b"\r", b"")
+    assert plain.startswith(b"loading the model ...")
+    assert b"trained on \nsmall puzzles" in plain or b"trained on\nsmall puzzles" in plain
+    assert all(len(line) <= 60 for line in plain.rpartition(b"|3|9|\n")[2].splitlines())
+    seen, _ = run_in_terminal(*words, "--model", "./there-is-no-such-folder", stdout_too=True,
+                              columns=60, code=2)  # fmt: skip
+    error = ESCAPE.sub(b"", seen).replace(b"\r", b"").partition(b"error: ")[2]
+    assert all(len(line) <= 60 for line in error.splitlines())
+    assert b"there-is-no-such-folder" in error
 
 
 def test_control_characters_of_a_draft_do_not_reach_the_terminal():

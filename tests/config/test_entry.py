@@ -146,7 +146,7 @@ def test_a_setting_that_is_added_in_one_place_is_an_option_and_is_resolved(tmp_p
     for value, code in (("9", 0), ("10", 2)):
         ran = python("-m", "mlx_diffgemma", "generate", "Squares from 2 to 3.", "--made-up", value)
         assert ran.returncode == code, ran.stderr
-    assert "made_up must be a whole number at least 2 and at most 9, got 10" in ran.stderr
+    assert "--made-up must be a whole number at least 2 and at most 9, got 10" in ran.stderr
     resolved = python(
         "-c",
         "from mlx_diffgemma import GenerationSettings, bundled_model\n"

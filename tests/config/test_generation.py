@@ -238,7 +238,7 @@ def test_a_policy_fills_in_what_the_user_leaves_open():
         ({"acceptance_share": 0.5}, "acceptance_share has no effect with acceptance 'entropy'"),
         (
             {"policy": "fast", "entropy_bound": 0.2},
-            "entropy_bound has no effect with acceptance 'confidence', only with 'entropy'",
+            "'confidence', which policy 'fast' sets, only with 'entropy'",
         ),
         ({"canvas_width": "answer"}, "stop_on must be 'answer' too"),
         (

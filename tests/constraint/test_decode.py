@@ -12,7 +12,7 @@ from mlx_diffgemma.constraint.decode import LEAST, best, check_budget, endings
 from mlx_diffgemma.constraint.dfa import NOWHERE
 from mlx_diffgemma.constraint.marginals import Strings
 from mlx_diffgemma.constraint.tokens import TokenAutomaton, lift
-from mlx_diffgemma.errors import NumbersError, TemplateError
+from mlx_diffgemma.errors import ConstraintError, NumbersError
 from tests.constraint.automata import dfa, either, many, one_of, person, times
 from tests.constraint.cases import (
     END,
@@ -156,7 +156,7 @@ def test_every_budget_from_the_least_on_finishes_in_canvases_of_four(expression)
             written += width
             assert written <= budget
     with pytest.raises(
-        TemplateError, match=f"has {least} tokens .* at most {least - 1} .* at least {least}"
+        ConstraintError, match=f"has {least} tokens .* at most {least - 1} .* at least {least}"
     ):
         check_budget(automaton, least - 1)
     with pytest.raises(ValueError, match="no string"):
@@ -171,9 +171,9 @@ def test_every_budget_from_the_least_on_finishes_in_canvases_of_four(expression)
 
 def test_a_constraint_that_no_token_spells_is_refused():
     automaton = lift(dfa("x"), vocabulary(["a"]))
-    with pytest.raises(TemplateError, match="no text of this checkpoint's tokens fits"):
+    with pytest.raises(ConstraintError, match="no text of this checkpoint's tokens fits"):
         check_budget(automaton, 100)
-    with pytest.raises(TemplateError, match="no text"):
+    with pytest.raises(ConstraintError, match="no text"):
         check_budget(answer(), 100, NOWHERE)
 
 

@@ -40,7 +40,7 @@ def test_a_conversion_ends_in_a_summary_and_verify_and_a_second_run_agree(source
     result = run("--hf-path", source, "--mlx-path", out, "-q")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["part", "stored", "as", "bytes", "bits/weight", "error"]
+    assert lines[0].split() == ["part", "stored", "as", "bytes", "bits/weight", "relative", "error"]
     (experts,) = [line for line in lines if line.startswith("experts")]
     assert re.match(r"experts +4-bit affine g64 +[\d,]+ +4\.500 +0\.0\d+$", experts)
     assert re.match(rf"{out}: [\d.]+ s, peak resident memory [\d.]+ GB$", lines[-1])
@@ -50,6 +50,13 @@ def test_a_conversion_ends_in_a_summary_and_verify_and_a_second_run_agree(source
     assert verified.exit_code == 0, verified.output
     assert "checksums and sources are right" in verified.stdout
     assert "one denoise step" in verified.stdout
+
+
+def test_a_summary_has_no_column_of_errors_where_nothing_is_packed(source, out):
+    assert run("--hf-path", source, "--mlx-path", out, "-q").exit_code == 0
+    result = run("--hf-path", out, "--mlx-path", out.with_name("plain"), "--dequantize")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0].split() == ["part", "stored", "as", "bytes", "bits/weight"]
 
 
 def test_dry_run_sums_up_the_plan_and_writes_nothing(source, out):
@@ -69,7 +76,7 @@ def test_dry_run_sums_up_the_plan_and_writes_nothing(source, out):
     assert int(total[0]) == len(plan.moves) == sum(int(row[0]) for row in rows.values())
     assert total[1:3] == [f"{stored / 1e3:.2f}", "kB"] and total[4] == "kB"
     assert f"result: {plan.tensor_bytes:,} bytes of tensors in 1 file" in lines
-    assert lines[-1].startswith("memory to run the result with 4,096 tokens of context: about ")
+    assert lines[-1].startswith("memory to run the result with 1,024 tokens of context: about ")
     assert list(out.parent.iterdir()) == []
 
 

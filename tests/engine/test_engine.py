@@ -163,6 +163,8 @@ def test_a_store_of_another_model_is_refused():
 def test_a_request_that_cannot_be_used_is_refused_where_it_is_submitted(engine):
     with pytest.raises(PromptError):
         engine.submit(Request([]))
+    with pytest.raises(EngineError, match="takes a Request or another task, got str"):
+        engine.submit("Sort: 2 1")
     assert is_idle(engine)
 
 

@@ -25,7 +25,7 @@ from mlx_diffgemma import (
     load_model,
     load_tokenizer,
 )
-from mlx_diffgemma.errors import TemplateError
+from mlx_diffgemma.errors import ConstraintError
 from mlx_diffgemma.events import CanvasCommitted, Finished, StepDone, Text, ToolCall
 from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.write.constrained import over_tokens
@@ -174,7 +174,7 @@ def compare(seed: int, told: Told) -> None:
             too_small = Request("Sort: 3 1", fewer, constraint=constraint)
             try:
                 too_small.job(model, tokenizer())
-            except TemplateError as error:
+            except ConstraintError as error:
                 if str(least) not in str(error):
                     told.findings.append(f"{where}: {error}")
             else:

@@ -1,6 +1,7 @@
 """Answers under constraints, from the prompt to the text."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ from mlx_diffgemma import (
 )
 from mlx_diffgemma.cli.generate import generate as generate_command
 from mlx_diffgemma.denoise import constrained, step
-from mlx_diffgemma.errors import ConfigError, ConstraintError, NumbersError, TemplateError
+from mlx_diffgemma.errors import ConfigError, ConstraintError, NumbersError
 from mlx_diffgemma.events import CanvasCommitted, Finished, Text
 from mlx_diffgemma.write.constrained import check_answer
 from tests.write.constrained_runs import Told, compare
@@ -167,7 +168,7 @@ def test_several_canvases_go_on_from_the_state_that_is_reached(loaded):
 
 def test_a_budget_below_the_shortest_answer_is_refused_before_anything_is_computed(loaded):
     constraint = Constraint.regex("[0-9]{30}")
-    with pytest.raises(TemplateError, match=r"has 31 tokens with its end, and at most 30 .* 31"):
+    with pytest.raises(ConstraintError, match=r"has 31 tokens with its end, and at most 30 .* 31"):
         Request("Count.", replace(SHORT, max_new_tokens=30), constraint=constraint).job(*loaded)
 
 
@@ -204,6 +205,11 @@ def test_what_would_cut_or_replay_is_refused(loaded, changes, more, message):
         (lambda: Constraint.json_schema("3"), None, None, None),
         (lambda: Constraint.json_schema({"type": "integer", "enum": ["x"]}), None, None, None),
         (lambda: Constraint.choices([]), None, None, None),
+        (lambda: Constraint.choices(5), None, None, None),
+        (lambda: Constraint.regex(re.compile("a")), None, None, None),
+        (lambda: Constraint.regex(""), None, None, None),
+        (lambda: Constraint.regex("()(?:)?"), None, None, None),
+        (lambda: Constraint.template(5), None, None, None),
         (lambda: Constraint.choices([""]), None, None, None),
         (lambda: Constraint.template("{{gap:3}}"), None, None, None),
         (lambda: Constraint.tool_call([]), None, None, None),
@@ -225,6 +231,28 @@ def test_whole_numbers_of_any_length_are_read(digits):
     text = "9" * (digits - 1) + "3"
     constraint = Constraint.json_schema({"type": "array", "items": {"type": "integer"}})
     assert constraint.parse(f"[{text}, -{text}, 0]") == [number, -number, 0]
+
+
+def test_an_expression_may_match_the_empty_text_beside_others():
+    assert Constraint.regex("a?").accepts("") and Constraint.regex("a?").accepts("a")
+
+
+@pytest.mark.parametrize("wrong", ["[0-9]+", re.compile("a"), {"type": "object"}, 5])
+def test_what_is_no_constraint_is_refused_by_its_type(loaded, wrong):
+    kind = type(wrong).__name__
+    said = re.escape(f'must be a Constraint, such as Constraint.regex("[0-9]+"), got {kind}')
+    with pytest.raises(ConfigError, match=said):
+        generate(*loaded, "Count.", constraint=wrong)
+    with pytest.raises(ConfigError, match=said):
+        batch_generate(*loaded, ["Count."], constraints=[wrong])
+    with pytest.raises(ConfigError, match=said):
+        Request("Count.", constraint=wrong).job(*loaded)
+
+
+@pytest.mark.parametrize("wrong", ["a", Constraint.regex("a"), 5])
+def test_constraints_of_a_batch_are_a_list(loaded, wrong):
+    with pytest.raises(ConfigError, match="a list with one for each prompt, got"):
+        batch_generate(*loaded, ["Count."], constraints=wrong)
 
 
 def test_parse_refuses_what_does_not_fit():
@@ -325,6 +353,7 @@ def test_the_command_reads_schemas_from_a_file_and_from_stdin(tmp_path):
         (["x", "--json-schema", "{"], "--json-schema: the JSON Schema is not JSON"),
         (["x", "--json-schema", '{"$ref": "http://x"}'], "$ref"),
         (["x", "--regex", "("], "--regex: "),
+        (["x", "--regex", ""], "--regex: only the empty text fits this expression"),
         (["x", "--choices", "a,,b"], "--choices: choice 2"),
         (["x", "--json-indent", "2"], "need --json-schema or --json-object"),
         (["--json-schema", "-"], "stdin is the schema"),

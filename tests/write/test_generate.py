@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -249,6 +250,21 @@ def test_what_apply_chat_template_returns_is_a_prompt(loaded):
 def test_what_is_no_list_of_prompts_is_refused(loaded, prompts, said):
     with pytest.raises(PromptError, match=re.escape(said)):
         mlx_diffgemma.batch_generate(*loaded, prompts)
+
+
+def test_settings_and_prompt_options_of_another_type_are_refused(loaded):
+    said = r"settings must be a GenerationSettings, such as GenerationSettings\(seed=7\), got dict"
+    wrong: Any = {"seed": 7}
+    for run in (
+        lambda: mlx_diffgemma.generate(*loaded, TABLE, settings=wrong),
+        lambda: mlx_diffgemma.batch_generate(*loaded, [TABLE], settings=wrong),
+        lambda: mlx_diffgemma.fill(*loaded, "a {{gap}}", settings=wrong),
+        lambda: mlx_diffgemma.Chat(*loaded, settings=wrong),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run()
+    with pytest.raises(ConfigError, match=r"prompt_options must be a PromptOptions, .* got dict"):
+        mlx_diffgemma.generate(*loaded, TABLE, prompt_options=wrong)
 
 
 def test_a_batch_may_be_a_tuple_or_an_array_of_ids(loaded):
