@@ -286,7 +286,7 @@ def test_a_request_picks_its_model_and_never_a_file(client):
         for name, text in (("tuned", "two"), ("bundled", "one")):
             answer = both.chat.completions.create(model=name, messages=SORT)
             assert (answer.model, answer.choices[0].message.content) == (name, text)
-    for name in ("/etc", "mlx_diffgemma/demo", ""):
+    for name in ("/etc", "mlx_diffgemma/demo", " "):
         with pytest.raises(openai.NotFoundError) as error:
             client.chat.completions.create(model=name, messages=SORT)
         assert error.value.param == "model"
