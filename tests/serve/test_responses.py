@@ -237,10 +237,11 @@ def test_formats_are_kept(quick):
 
 
 def test_with_a_format_an_answer_fits_it_or_is_a_call():
-    with serving(model=scripted('{"n": 2}', CALL)) as running:
+    with serving(model=scripted('{"n": 2}', CALL, '{"n": 7}')) as running:
         fields = {"tools": [WEATHER], "text": FORMAT}
-        written, called = (create(client_of(running), **fields) for _ in range(2))
+        written, called, mended = (create(client_of(running), **fields) for _ in range(3))
     assert json.loads(written.output_text) == {"n": 2}
+    assert mended.output_text.replace(" ", "") in ('{"n":1}', '{"n":2}', '{"n":3}')
     assert [item.type for item in called.output] == ["function_call"]
 
 
