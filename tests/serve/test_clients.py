@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import pytest
 import yaml
 
 from mlx_diffgemma import GenerationSettings
-from tests.serve.cases import SORTED, ask, get, post, scripted, serving
+from tests.serve.cases import SORTED, Running, ask, get, post, scripted, serving
 
 PACKAGES = ("llm==0.36", "litellm==1.110.2", "pydantic-ai-slim[openai]==2.68.0")
+AIDER = "aider-chat==0.86.2"  # wants another litellm
 PROGRAM = Path(__file__).with_name("client_calls.py")
 # What pip says where there is no registry.
 UNREACHABLE = ("connection broken", "NameResolutionError", "Failed to establish", "timed out")
@@ -26,9 +29,13 @@ NUMBER = {"n", "ok"}
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """The programs of an environment with the clients."""
-    folder = tmp_path_factory.mktemp("clients")
+    return environment(tmp_path_factory.mktemp("clients"), *PACKAGES)
+
+
+def environment(folder: Path, *packages: str) -> Path:
+    """Make an environment with some packages; return the folder of its programs."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    words = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PACKAGES]
+    words = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *packages]
     done = subprocess.run(words, env=clean(), capture_output=True, text=True)
     if done.returncode and any(word in done.stderr for word in UNREACHABLE):
         pytest.skip(f"no package registry: {done.stderr.strip().splitlines()[-1]}")
@@ -111,6 +118,36 @@ def test_an_agent_of_pydantic_ai_calls_a_tool_and_answers_in_a_form(installed):
     assert not running.bugs
 
 
+@pytest.mark.long
+def test_aider_edits_a_file(tmp_path):
+    programs = environment(tmp_path / "aider", AIDER)
+    work = tmp_path / "work"
+    work.mkdir()
+    file = work / "hello.py"
+    file.write_text("print('before')\n")
+    said = "hello.py\n```\nprint('after')\n```\n"
+    with reading_long_prompts(said) as running:
+        env = clean(OPENAI_API_BASE=running.url, OPENAI_API_KEY="none", HOME=str(work))
+        quiet = ("--yes-always", "--no-git", "--no-check-update", "--analytics-disable")
+        words = [programs / "aider", "--model", "openai/bundled", "--message", "Say after.", *quiet]
+        done = subprocess.run(
+            [*words, file.name], cwd=work, env=env, stdin=subprocess.DEVNULL, capture_output=True
+        )
+    assert done.returncode == 0 and not running.bugs, done.stderr
+    assert file.read_text() == "print('after')\n"
+
+
+@contextmanager
+def reading_long_prompts(*texts: str) -> Iterator[Running]:
+    """Serve a model that answers with these texts, to prompts of any length."""
+    model, tokenizer = scripted(*texts)
+    text = replace(model.config.text, max_position_embeddings=1 << 20)  # letters are tokens
+    model.config = replace(model.config, text=text)
+    settings = GenerationSettings(prefill_step_size=1 << 20)  # the script reads a prompt at once
+    with serving(model=(model, tokenizer), settings=settings) as running:
+        yield running
+
+
 # Open WebUI, from its backend: routers/openai.py, routers/tasks.py, utils/payload.py.
 TASK = """### Task:
 Generate a concise title summarizing the chat history.
@@ -126,11 +163,7 @@ TITLE = '{ "title": "Sorting" }'
 
 def test_open_webuis_requests_are_answered():
     """It lists models, streams a chat with its settings and usage, and asks for a title."""
-    model, tokenizer = scripted(SORTED, TITLE)
-    text = replace(model.config.text, max_position_embeddings=1 << 20)  # letters are tokens
-    model.config = replace(model.config, text=text)
-    settings = GenerationSettings(prefill_step_size=1 << 20)
-    with serving(model=(model, tokenizer), settings=settings) as running:
+    with reading_long_prompts(SORTED, TITLE) as running:
         (listed,) = get(running, "/v1/models", Authorization="Bearer none").json["data"]
         assert (listed["id"], listed["object"]) == ("bundled", "model")
         spoken = {
