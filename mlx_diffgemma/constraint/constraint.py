@@ -41,6 +41,7 @@ class Constraint:
     _type: Any = None
     _tools: tuple[Any, ...] = ()
     _bounds: Mapping[str, Any] = field(default_factory=dict)  # of tool calls
+    _answer: Constraint | None = None  # what may stand instead of them
 
     @classmethod
     def json_schema(
@@ -144,6 +145,7 @@ class Constraint:
         *,
         required: bool = True,
         most: int | None = 1,
+        answer: Constraint | None = None,
         states: int = DEFAULT_STATES,
         seconds: float = DEFAULT_SECONDS,
     ) -> Constraint:
@@ -154,21 +156,27 @@ class Constraint:
           required: there must be a call and nothing else; otherwise text, and perhaps calls
             behind it.
           most: calls at most; None for any number.
+          answer: what a text must be that stands instead of calls, where none is required; there
+            is no text before calls then.
           states: as in `json_schema`.
           seconds: as in `json_schema`.
 
         Raises:
           ConstraintError: if a tool's parameters cannot be held.
         """
+        if answer is not None and (required or answer.kind == "tool_call"):
+            raise ConstraintError("an answer stands instead of calls that are not required")
         # The ids do not matter for what can be held.
         bounds: dict[str, Any] = {
             "required": required,
             "most": most,
             "states": states,
             "seconds": seconds,
+            "answer": None if answer is None else answer.dfa(),
         }
         found = tool_calls(tools, CallTokens(0, 1, 2), **bounds)
-        return cls("tool_call", found.notes, _tools=tuple(tools), _bounds=bounds)
+        notes = found.notes if answer is None else (*answer.notes, *found.notes)
+        return cls("tool_call", notes, _tools=tuple(tools), _bounds=bounds, _answer=answer)
 
     @property
     def is_required(self) -> bool:
@@ -193,6 +201,8 @@ class Constraint:
     def accepts(self, text: str) -> bool:
         """Return whether a whole text fits. A tool call is no text, so that only what stands beside
         one can fit."""
+        if self._answer is not None:
+            return self._answer.accepts(text)
         if self._dfa is None:
             return not self.is_required
         return self._dfa.accepts(text)
@@ -204,6 +214,8 @@ class Constraint:
         Raises:
           ConstraintError: if the text does not fit, or an independent validator refuses it.
         """
+        if self._answer is not None:
+            return self._answer.parse(text)
         if not self.accepts(text):
             _refuse(text, "it is not in the language of the constraint")
         if self.kind != "json_schema":
@@ -214,15 +226,17 @@ class Constraint:
             _refuse(text, f"{error.json_path}: {error.message}")
         return value if self._type is None else _instance(self._type, value)
 
-    def check_calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    def check_calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]], text: str = "") -> None:
         """Check names and arguments of the calls of an answer under a constraint to calls with an
-        independent validator.
+        independent validator; `text` stands beside them.
 
         Raises:
           ConstraintError: if they do not fit.
         """
         if self.is_required and not calls:
             _refuse("", "there is no tool call")
+        if self._answer is not None and calls and text:
+            _refuse(text, "it stands beside a call")
         schemas = {}
         for tool in self._tools:
             function = tool.get("function", tool)

@@ -80,6 +80,7 @@ def tool_calls(
     *,
     required: bool = True,
     most: int | None = 1,
+    answer: DFA | None = None,
     states: int = DEFAULT_STATES,
     seconds: float = DEFAULT_SECONDS,
 ) -> Compiled:
@@ -91,6 +92,7 @@ def tool_calls(
       required: there must be a call, and nothing else; otherwise there may be a text, and calls
         behind it.
       most: calls at most; None for any number.
+      answer: the texts that may stand instead of calls, and not before them; None for any.
       states: the most states.
       seconds: the most processor time.
 
@@ -109,7 +111,9 @@ def tool_calls(
     start, end = net.state(), net.state()
     at = net.state()
     net.skip(start, at)
-    if not required:
+    if answer is not None:
+        net.put(start, answer, end)
+    elif not required:
         net.move(at, SCALARS, at)
         net.skip(at, end)
     for _ in range(most or 1):

@@ -81,11 +81,10 @@ async def asked_of(state: State, body: MessagesRequest) -> Asked:
     body.refuse_unsupported()
     stop = check_stops(state.limits, body.stop_sequences or (), "stop_sequences")
     conversation = conversation_of(body, state.limits)
-    plan = await _tools(state, body)
-    constraint = await _constraint(state, body, plan)
-    if constraint is not None and stop:
+    plan = await _tools(state, body, await _form(state, body))
+    if plan.constraint is not None and stop:
         raise refused("stop_sequences", "not together with a format, strict tools or required ones")
-    if constraint is not None and conversation.prefix:
+    if plan.constraint is not None and conversation.prefix:
         raise refused(
             f"messages[{len(body.messages) - 1}]",
             "an answer that must fit a format or a tool cannot be begun by the client",
@@ -103,7 +102,7 @@ async def asked_of(state: State, body: MessagesRequest) -> Asked:
             more={} if budget is None else {"max_thinking_tokens": budget},
         ),
         stop=stop,
-        constraint=constraint,
+        constraint=plan.constraint,
         one_call=plan.one_call,
     )
 
@@ -139,7 +138,7 @@ def _options(
     return PromptOptions(thinking=thinking, response_prefix=conversation.prefix, tools=plan.shown)
 
 
-async def _tools(state: State, body: Counted) -> ToolPlan:
+async def _tools(state: State, body: Counted, form: Constraint | None = None) -> ToolPlan:
     tools, choice = tools_of(body.tools), body.tool_choice or ToolChoice(type="auto")
     if choice.type == "tool" and choice.name is None:
         raise ApiError(400, "tool_choice.name is missing", param="tool_choice.name")
@@ -149,17 +148,17 @@ async def _tools(state: State, body: Counted) -> ToolPlan:
         _MODES[choice.type],
         only=choice.name if choice.type == "tool" else None,
         parallel=not choice.disable_parallel_tool_use,
+        answer=form,
     )
 
 
-async def _constraint(state: State, body: Counted, plan: ToolPlan) -> Constraint | None:
+async def _form(state: State, body: Counted) -> Constraint | None:
+    """Return what the answer must be where it is no call."""
     param, form = "output_config.format", body.output_config and body.output_config.format
     if not form:
         param, form = "output_format", body.output_format
     if not form:
-        return plan.constraint
-    if plan.shown:
-        raise refused(param, "not together with tools, unless tool_choice is none")
+        return None
     return await json_schema(state, form.schema_, f"{param}.schema")
 
 

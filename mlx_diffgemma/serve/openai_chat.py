@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..constraint.constraint import Constraint
@@ -47,6 +48,7 @@ class ChatRequest(Common):
 
     messages: list[Message]
     max_completion_tokens: Count | None = None
+    n_predict: Annotated[int, Field(ge=-1, le=2**31)] | None = None  # llama.cpp's; 0 warms up
     tools: list[ToolField] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -79,6 +81,8 @@ async def respond(state: State, request: Request, body: ChatRequest) -> Response
       ApiError: names what is wrong with it.
     """
     asked = await asked_of(state, body)
+    if body.n_predict == 0 and not body.stream:  # the prompt that follows will go on differently
+        return JSONResponse(_nothing(state.model(body.model).name))
     if not body.stream:
         return await answer(request, start(state, asked), completion)
     options = body.stream_options
@@ -103,9 +107,8 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
     check_choices(limits, body.n or 1)
     stop = check_stops(limits, body.stops)
     messages = messages_of(body.messages, limits)
-    plan = await _tools(state, body)
-    constraint = await _constraint(state, body, plan)
-    if constraint is not None and stop:
+    plan = await _tools(state, body, await _form(state, body))
+    if plan.constraint is not None and stop:
         raise refused("stop", "not together with response_format, constraint or required tools")
     return Asked(
         prompt=messages,
@@ -113,12 +116,12 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
         options=PromptOptions(thinking=_thinking(state, body), tools=plan.shown),
         settings=settings_of(
             state,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            max_tokens=body.max_completion_tokens or body.max_tokens or _most(body.n_predict),
             temperature=body.temperature,
             seed=body.seed,
         ),
         stop=stop,
-        constraint=constraint,
+        constraint=plan.constraint,
         count=body.n or 1,
         drafts=bool(body.diffusing),
         one_call=plan.one_call,
@@ -135,6 +138,10 @@ def _refuse_unsupported(body: ChatRequest) -> None:
     refuse(body.web_search_options, (), "web_search_options", "the server searches nothing")
 
 
+def _most(n_predict: int | None) -> int | None:
+    return n_predict if n_predict is not None and n_predict > 0 else None
+
+
 def _thinking(state: State, body: ChatRequest) -> bool:
     if body.chat_template_kwargs and body.chat_template_kwargs.enable_thinking is not None:
         return body.chat_template_kwargs.enable_thinking
@@ -143,27 +150,26 @@ def _thinking(state: State, body: ChatRequest) -> bool:
     return state.thinking
 
 
-async def _tools(state: State, body: ChatRequest) -> ToolPlan:
-    tools, choice = tools_of(body.tools), body.tool_choice or "auto"
+async def _tools(state: State, body: ChatRequest, form: Constraint | None) -> ToolPlan:
+    tools, choice, only = tools_of(body.tools), body.tool_choice or "auto", None
     parallel = body.parallel_tool_calls is not False
-    if isinstance(choice, str):
-        return await tool_plan(state, tools, choice, parallel=parallel)
-    if choice.type != "function" or choice.function is None:
-        raise refused("tool_choice", "it is none, auto, required, or a function")
-    return await tool_plan(state, tools, "required", only=choice.function.name, parallel=parallel)
+    if isinstance(choice, ToolChoice):
+        if choice.type != "function" or choice.function is None:
+            raise refused("tool_choice", "it is none, auto, required, or a function")
+        only = choice.function.name
+    mode = "required" if isinstance(choice, ToolChoice) else choice
+    return await tool_plan(state, tools, mode, only=only, parallel=parallel, answer=form)
 
 
-async def _constraint(state: State, body: ChatRequest, plan: ToolPlan) -> Constraint | None:
+async def _form(state: State, body: ChatRequest) -> Constraint | None:
+    """Return what the answer must be where it is no call."""
     form = body.response_format
-    wants_json = form is not None and form.type != "text"
-    if wants_json and plan.shown:
-        raise refused("response_format", "not together with tools, unless tool_choice is none")
-    if body.constraint is not None and (wants_json or plan.shown):
-        raise refused("constraint", "not together with response_format or tools")
     if body.constraint is not None:
+        if form is not None and form.type != "text":
+            raise refused("constraint", "not together with response_format")
         return await extension(state, body.constraint)
     if form is None or form.type == "text":
-        return plan.constraint
+        return None
     if form.type == "json_object":
         return await json_object(state, "response_format")
     if form.json_schema is None:
@@ -177,22 +183,31 @@ async def _constraint(state: State, body: ChatRequest, plan: ToolPlan) -> Constr
 
 def completion(written: list[Written], answers: Answers) -> dict[str, Any]:
     """Return the object of whole answers."""
+    choices = [
+        _choice(index, _message(each), each.finish_reason) for index, each in enumerate(written)
+    ]
+    return _object(answers.served.name, choices, usage_of(answers.usage))
+
+
+def _nothing(model: str) -> dict[str, Any]:
+    """Return the object of an answer of no tokens."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    return _object(model, [_choice(0, _message(Written()), "length")], usage)
+
+
+def _object(model: str, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": new_id("chatcmpl-"),
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": answers.served.name,
-        "choices": [
-            {
-                "index": index,
-                "message": _message(each),
-                "logprobs": None,
-                "finish_reason": each.finish_reason,
-            }
-            for index, each in enumerate(written)
-        ],
-        "usage": usage_of(answers.usage),
+        "model": model,
+        "choices": choices,
+        "usage": usage,
     }
+
+
+def _choice(index: int, message: dict[str, Any], reason: str) -> dict[str, Any]:
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
 
 def _message(written: Written) -> dict[str, Any]:

@@ -117,7 +117,9 @@ def _thinking(state: State, body: Counted) -> bool:
     return body.reasoning.effort not in ("none", "minimal")
 
 
-async def _plan(state: State, body: Counted, tools: Tools) -> ToolPlan:
+async def _plan(
+    state: State, body: Counted, tools: Tools, form: Constraint | None = None
+) -> ToolPlan:
     choice, told, only = body.tool_choice or "auto", tools.told, None
     mode = choice if isinstance(choice, str) else "required"
     if isinstance(choice, ToolChoice) and choice.type == "allowed_tools":
@@ -130,15 +132,14 @@ async def _plan(state: State, body: Counted, tools: Tools) -> ToolPlan:
     if mode == "required" and (held := sorted(callable_ & tools.grammars)):
         raise refused("tool_choice", f"the grammar of the custom tool {held[0]!r} cannot be held")
     parallel = body.parallel_tool_calls is not False
-    return await tool_plan(state, told, mode, only=only, parallel=parallel)
+    return await tool_plan(state, told, mode, only=only, parallel=parallel, answer=form)
 
 
-async def _constraint(state: State, body: Counted, plan: ToolPlan) -> Constraint | None:
+async def _form(state: State, body: Counted) -> Constraint | None:
+    """Return what the answer must be where it is no call."""
     form = body.text.format if body.text else None
     if form is None or form.type == "text":
-        return plan.constraint
-    if plan.shown:
-        raise refused("text.format", "not together with tools, unless tool_choice is none")
+        return None
     if form.type == "json_object":
         return await json_object(state, "text.format")
     if form.schema_ is None:
@@ -167,7 +168,7 @@ class Reply:
         state.model(body.model)
         body.refuse_unsupported()
         self._input = _messages(state, self._store, body)
-        plan = await _plan(state, body, self._tools)
+        plan = await _plan(state, body, self._tools, await _form(state, body))
         return Asked(
             prompt=with_instructions(self._input, body.instructions),
             model=body.model,
@@ -178,7 +179,7 @@ class Reply:
                 temperature=body.temperature,
                 seed=body.seed,
             ),
-            constraint=await _constraint(state, body, plan),
+            constraint=plan.constraint,
             one_call=plan.one_call,
             param="input",
         )

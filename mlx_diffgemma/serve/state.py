@@ -85,14 +85,14 @@ class State:
             raise busy("the model is being loaded; try again in a moment")
 
     def model(self, name: str | None) -> Served:
-        """Return the model of a name, or the default one for None.
+        """Return the model of a name, or the default one for None and "", which llama.vim sends.
 
         Raises:
           ApiError: 404 if there is none, 503 as `check_ready`.
         """
         self.check_ready()
         default = next(iter(self.models.values()))
-        if name is None or name in self.aliases:
+        if not name or name in self.aliases:
             return default
         if name not in self.models:
             if any("*" in alias and fnmatchcase(name, alias) for alias in self.aliases):

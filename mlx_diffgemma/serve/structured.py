@@ -40,7 +40,8 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True)
 class ToolPlan:
-    """What a request's tools mean: what the prompt shows, and what the answer must be."""
+    """What a request's tools and format mean: what the prompt shows, and what the answer must
+    be."""
 
     shown: tuple[dict[str, Any], ...] = ()
     constraint: Constraint | None = None
@@ -88,6 +89,7 @@ async def tool_plan(
     *,
     only: str | None = None,
     parallel: bool = True,
+    answer: Constraint | None = None,
     param: str = "tools",
 ) -> ToolPlan:
     """Return what a request's tools mean.
@@ -98,6 +100,7 @@ async def tool_plan(
       mode: whether the model may call, or must.
       only: the name of the tool that it must call; the mode is then "required".
       parallel: whether there may be several calls.
+      answer: what the answer must be where it is no call.
       param: the field of the tools, for errors.
 
     Raises:
@@ -112,18 +115,20 @@ async def tool_plan(
     if mode == "required" and not tools:
         raise ApiError(400, "tool_choice asks for a call, and there are no tools", param=param)
     if mode == "none" or not tools:
-        return ToolPlan()
+        return ToolPlan(constraint=answer)
     for number, tool in enumerate(tools):
         check_schema(state.limits, tool.parameters or {}, f"{param}[{number}]")
     shown = tuple(tool.declaration() for tool in tools)
-    if mode == "auto" and not any(tool.strict for tool in tools):
+    if mode == "auto" and answer is None and not any(tool.strict for tool in tools):
         return ToolPlan(shown=shown, one_call=not parallel)
     callable_ = [d for d in shown if only in (None, d["function"]["name"])]
     most = None if parallel and only is None else 1
 
     def compile_() -> Constraint:
+        required = mode == "required"
+        text = None if required else answer
         return Constraint.tool_call(
-            callable_, required=mode == "required", most=most, **_bounds(state)
+            callable_, required=required, most=most, answer=text, **_bounds(state)
         )
 
     return ToolPlan(shown=shown, constraint=await _compiled(state, compile_, param))

@@ -110,8 +110,8 @@ def check_answer(
       ConstraintError: if it does not fit: an error of this program, since every string of tokens
         that a row may write fits.
     """
-    if constraint.kind == "tool_call":
-        constraint.check_calls(calls)
+    if constraint.kind == "tool_call" and (calls or constraint.is_required):
+        constraint.check_calls(calls, text)
     else:
         constraint.parse(text)
 

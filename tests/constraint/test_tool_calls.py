@@ -8,6 +8,7 @@ import pytest
 from mlx_diffgemma import bundled_model, load_tokenizer
 from mlx_diffgemma.constraint.dfa import NOWHERE, SPECIAL
 from mlx_diffgemma.constraint.dialect import validator_of
+from mlx_diffgemma.constraint.regex import regex
 from mlx_diffgemma.constraint.tool_calls import CallTokens, tool_calls
 from mlx_diffgemma.errors import ConstraintError, PromptError
 from mlx_diffgemma.events import ToolCall
@@ -101,6 +102,15 @@ def test_a_text_or_calls_where_none_is_required():
     assert not accepts(forced, one * 2)
     many = tool_calls([CLOCK, WEATHER], TOKENS, most=None).dfa
     assert accepts(many, one * 7) and not accepts(many, "")
+
+
+def test_a_text_of_a_form_stands_instead_of_calls_and_not_before_them():
+    one = "<|tool_call>call:clock{}<tool_call|>"
+    either = tool_calls([CLOCK], TOKENS, required=False, most=2, answer=regex("[0-9]+")).dfa
+    for text in ("12", one, one * 2):
+        assert accepts(either, text)
+    for text in ("", "It is late.", "12" + one, one + "12", one * 3):
+        assert not accepts(either, text)
 
 
 def test_drawn_calls_are_read_with_valid_arguments():

@@ -186,7 +186,7 @@ def test_a_full_queue_says_so_and_takes_requests_again_later():
 def memory_after_first_requests(engine: Engine) -> int:
     """Return MLX's bytes once that is there which is made once for each shape."""
     alone(REQUESTS[0])
-    for requests in ([REQUESTS[0]], [LONG, LONG]):
+    for requests in ([REQUESTS[0]], [LONG], [LONG, LONG]):
         with held(engine):
             runs = [engine.submit(request) for request in requests]
         for run in runs:

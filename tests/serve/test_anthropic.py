@@ -269,6 +269,15 @@ def test_a_format_is_kept(quick):
     assert strict.stop_reason in ("end_turn", "max_tokens", "tool_use")
 
 
+def test_with_a_format_an_answer_fits_it_or_is_a_call():
+    with serving(model=scripted('{"n": 2}', CALL, '{"n": 7}')) as running:
+        fields = {"tools": [WEATHER], "output_config": FORMAT}
+        written, called, mended = (create(client_of(running), **fields) for _ in range(3))
+    assert json.loads(written.content[0].text) == {"n": 2}
+    assert json.loads(mended.content[0].text)["n"] in (1, 2, 3)
+    assert [block.type for block in called.content] == ["tool_use"]
+
+
 class Number(BaseModel):
     n: Literal[1, 2, 3]
 
@@ -384,7 +393,6 @@ REFUSED = [
     ({"tools": [WEATHER, WEATHER]}, "weather"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
     ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
-    ({"tools": [WEATHER], "output_config": FORMAT}, "output_config.format"),
     ({"output_config": FORMAT, "stop_sequences": ["x"]}, "stop_sequences"),
     ({"messages": [{"role": "cook", "content": "x"}]}, "messages[0].role"),
 ]

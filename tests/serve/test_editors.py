@@ -14,7 +14,7 @@ from mlx_diffgemma.serve.fim import Gap, gap_of
 from mlx_diffgemma.serve.state import FILL_PROMPT
 from tests.engine.cases import eventually, is_idle, loaded
 from tests.sampled import first
-from tests.serve.cases import LONG, ask, connected, post, serving
+from tests.serve.cases import LONG, ask, chat, connected, post, serving
 from tests.serve.test_openai import client_of
 
 # The bundled model has learned this task, under this request.
@@ -195,6 +195,29 @@ def test_llama_vims_request_is_answered(editor):
         "id_slot": 0,
     }
     assert infill(editor, **more).json["content"] == WRITTEN
+
+
+def test_llama_vim_as_it_is_set_up_by_default(editor):
+    """It sends an empty model and key, and asks for no tokens before what it will ask for."""
+    default = {"model": "", "id_slot": 0, "cache_prompt": True}
+    before = editor.steps
+    cached = {"input_extra": [], "prompt": "", "n_predict": 0, "temperature": 0.0, "samplers": []}
+    limits = {"t_max_prompt_ms": 1, "t_max_predict_ms": 1, "stream": False, "response_fields": [""]}
+    empty = {"input_prefix": "", "input_suffix": "", **cached, **limits, **default}
+    sent = post("/infill", empty, Authorization="Bearer ")
+    assert ask(editor, sent).json["content"] == ""
+    told = {**chat(), **default}
+    warm = {**told, "samplers": [], "n_predict": 0, "stream": False, "response_fields": [""]}
+    answer = ask(editor, post("/v1/chat/completions", warm, Authorization="Bearer ")).json
+    (choice,) = answer["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("", "length")
+    assert answer["usage"]["total_tokens"] == 0 and editor.steps == before
+    drawn = {"min_p": 0.1, "temperature": 0.1, "samplers": ["min_p", "temperature"], "stream": True}
+    events = ask(editor, post("/v1/chat/completions", {**told, **drawn})).events
+    text = "".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1])
+    assert text and editor.steps > before
+    short = ask(editor, post("/v1/chat/completions", {**told, "n_predict": 3})).json
+    assert short["usage"]["completion_tokens"] == 3
 
 
 def test_a_time_limit_gives_the_draft():

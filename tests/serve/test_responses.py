@@ -236,6 +236,15 @@ def test_formats_are_kept(quick):
     assert create(quick, text={"format": {"type": "text"}}).text.format.type == "text"
 
 
+def test_with_a_format_an_answer_fits_it_or_is_a_call():
+    with serving(model=scripted('{"n": 2}', CALL, '{"n": 7}')) as running:
+        fields = {"tools": [WEATHER], "text": FORMAT}
+        written, called, mended = (create(client_of(running), **fields) for _ in range(3))
+    assert json.loads(written.output_text) == {"n": 2}
+    assert mended.output_text.replace(" ", "") in ('{"n":1}', '{"n":2}', '{"n":3}')
+    assert [item.type for item in called.output] == ["function_call"]
+
+
 class Number(BaseModel):
     n: Literal[1, 2, 3]
 
@@ -433,7 +442,6 @@ REFUSED = [
     ({"tools": [WEATHER, WEATHER]}, "tools"),
     ({"tools": [{"type": "code_interpreter", "container": "c"}]}, "tools[0]"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
-    ({"tools": [WEATHER], "text": FORMAT}, "text.format"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
 ]
 

@@ -27,6 +27,7 @@ from mlx_diffgemma.cli.generate import generate as generate_command
 from mlx_diffgemma.denoise import constrained, step
 from mlx_diffgemma.errors import ConfigError, ConstraintError, NumbersError
 from mlx_diffgemma.events import CanvasCommitted, Finished, Text
+from mlx_diffgemma.write.constrained import check_answer
 from tests.write.constrained_runs import Told, compare
 
 SHORT = GenerationSettings(seed=3, max_new_tokens=70, max_denoising_steps=4)
@@ -253,6 +254,22 @@ def test_parse_refuses_what_does_not_fit():
     for wrong_calls in ([], [("g", {})], [("f", {"a": 1})]):
         with pytest.raises(ConstraintError):
             calls.check_calls(wrong_calls)
+
+
+def test_an_answer_or_calls():
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+    person = Constraint.json_schema(PERSON)
+    either = Constraint.tool_call([tool], required=False, answer=person)
+    assert either.parse('{"n": 1, "ok": true}') == {"n": 1, "ok": True}
+    check_answer(either, '{"n": 1, "ok": true}', [])
+    check_answer(either, "", [("f", {"a": "x"})])
+    for text, called in (("", []), ("so", []), ("", [("f", {"a": 1})]), ("so", [("f", {})])):
+        with pytest.raises(ConstraintError, match="does not fit its constraint"):
+            check_answer(either, text, called)
+    check_answer(Constraint.tool_call([tool], required=False), "so", [("f", {})])
+    for required, answer in ((True, person), (False, Constraint.tool_call([tool]))):
+        with pytest.raises(ConstraintError, match="instead of calls"):
+            Constraint.tool_call([tool], required=required, answer=answer)
 
 
 def test_an_answer_that_does_not_fit_is_an_error_and_no_silent_half(loaded, monkeypatch):
