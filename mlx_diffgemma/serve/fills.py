@@ -3,6 +3,7 @@ between."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -94,8 +95,9 @@ class _Gap:
         before, after = _near(tokenizer, asked.before, asked.after, asked.window)
         parts = [part for part in (before, Slot(_NAME, "gap"), after) if part != ""]
         files = "".join(f"{name}:\n\n{text}\n\n" for name, text in asked.files)
-        told = asked.prompt.replace("{files}", files)
-        told = told.replace("{code}", f"{before}{SHOWN_BLANK}{after}")
+        shown = {"{files}": files, "{code}": f"{before}{SHOWN_BLANK}{after}"}
+        # In one pass: a file may hold "{code}" itself.
+        told = re.sub("|".join(map(re.escape, shown)), lambda found: shown[found[0]], asked.prompt)
         least, most = 1, min(canvas, asked.most or canvas)
         if asked.old is not None:
             count = len(encode_text(tokenizer, asked.old))

@@ -8,10 +8,12 @@ import openai
 import pytest
 
 from mlx_diffgemma import GenerationSettings, Template, bundled_model, fill, load
+from mlx_diffgemma.serve import fills
 from mlx_diffgemma.serve.errors import ApiError
 from mlx_diffgemma.serve.fills import AskedFill, _between, _near
 from mlx_diffgemma.serve.fim import Gap, gap_of
 from mlx_diffgemma.serve.state import FILL_PROMPT
+from mlx_diffgemma.write.fill import FillTask
 from tests.engine.cases import eventually, is_idle, loaded
 from tests.sampled import first
 from tests.serve.cases import LONG, ask, chat, connected, post, serving
@@ -287,6 +289,27 @@ def test_a_gap_without_text_around_it_is_refused(editor):
 
 def test_the_prompt_around_the_code_has_its_places():
     assert FILL_PROMPT.count("{code}") == FILL_PROMPT.count("{files}") == 1
+
+
+def test_what_files_hold_is_no_place_for_code(monkeypatch):
+    told = []
+
+    class Seen(FillTask):
+        def job(self, *loaded):
+            told.append(self.prompt)
+            return super().job(*loaded)
+
+    monkeypatch.setattr(fills, "FillTask", Seen)
+    asked = AskedFill(
+        before="a",
+        after="b",
+        prompt="{files}In {code}:",
+        settings=GenerationSettings(),
+        window=100,
+        files=[("x.py", "{code} {files}")],
+    )
+    asked.task(0, lambda seconds: None).job(*loaded())
+    assert told == ["x.py:\n\n{code} {files}\n\nIn a____b:"]
 
 
 # Inception's edits
