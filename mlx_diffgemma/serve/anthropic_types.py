@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..config.serving import Limits
-from .body import Fields, refuse
+from .body import Fields, Many, refuse
 from .errors import ApiError, refused
 from .limits import check_length
 from .openai_types import Count, Name, Seed
@@ -39,11 +39,11 @@ class Block(Fields):
     name: Name | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None  # of a tool_result
-    content: str | list[Block] | None = None
+    content: str | Many[Block] | None = None
     is_error: bool | None = None
 
 
-Content = str | list[Block]
+Content = str | Many[Block]
 
 
 class Message(Fields):
@@ -96,9 +96,9 @@ class Counted(Fields):
     """The body of a request for the number of its tokens."""
 
     model: str
-    messages: list[Message]
+    messages: Many[Message]
     system: Content | None = None
-    tools: list[ToolField] | None = None
+    tools: Many[ToolField] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -123,7 +123,7 @@ class MessagesRequest(Counted):
     """The body of a request for a message."""
 
     max_tokens: Count
-    stop_sequences: list[str] | None = None
+    stop_sequences: Many[str] | None = None
     stream: bool | None = None
     temperature: Temperature | None = None
     seed: Seed | None = None  # not Anthropic's

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from ..events import Finished, Text
 from ..language.prompt import PromptOptions
-from .body import read, refuse
+from .body import Many, read, refuse
 from .errors import ApiError, openai_form, refused
 from .fills import AskedFill
 from .fim import Gap, gap_of
@@ -32,7 +32,7 @@ _NO_SUFFIX = "<|endoftext|>"
 class CompletionRequest(Common):
     """The body of a request."""
 
-    prompt: str | list[str] | list[int]
+    prompt: str | Many[str] | Many[int]
     suffix: str | None = None
     # Known fields that cannot be honoured.
     echo: Any = None

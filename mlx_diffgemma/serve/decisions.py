@@ -16,7 +16,7 @@ from ..events import PrefillDone
 from ..language.given import Message
 from ..write.decide import Decisions, DecisionTask
 from ..write.questions import MOST_QUESTIONS, Question, text_of
-from .body import Fields, read
+from .body import Fields, Many, read
 from .errors import ApiError, busy, from_error
 from .limits import check_length
 from .runs import Usage, beside
@@ -29,8 +29,8 @@ _ROLES = {"user": "user", "developer": "system", "system": "system", "assistant"
 class DecisionRequest(Fields):
     """The body of a request."""
 
-    input: str | list[dict[str, Any]]
-    questions: list[dict[str, Any]]
+    input: str | Many[dict[str, Any]]
+    questions: Many[dict[str, Any]]
     model: str | None = None
 
 

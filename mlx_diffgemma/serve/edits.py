@@ -5,6 +5,7 @@ have the form of chats."""
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,14 +22,7 @@ from .runs import Asked, Asking, settings_of, start
 from .sse import Stream, answer
 from .state import State
 
-_FILE = re.compile(r"<\|current_file_content\|>\n?(.*?)\n?<\|/current_file_content\|>", re.DOTALL)
-_PART = re.compile(r"<\|code_to_edit\|>\n?(.*?)\n?<\|/code_to_edit\|>", re.DOTALL)
 _PATH = re.compile(r"\Acurrent_file_path:[^\n]*\n")
-_APPLY = re.compile(
-    r"<\|original_code\|>\n?(.*?)\n?<\|/original_code\|>.*?"
-    r"<\|update_snippet\|>\n?(.*?)\n?<\|/update_snippet\|>",
-    re.DOTALL,
-)
 _CURSOR = "<|cursor|>"
 _FENCE = "```"
 # What the model is told. Braces that are no name stay as they are.
@@ -71,6 +65,26 @@ async def _respond(state: State, request: Request, body: ChatRequest, asked: Ask
     )
 
 
+class _Marked(NamedTuple):
+    """A part between two marks."""
+
+    start: int  # of the first mark
+    stop: int  # behind the second one
+    text: str  # without the line breaks beside the marks
+
+
+def _marked(text: str, name: str, start: int = 0) -> _Marked | None:
+    """Return the first part that is marked with a name, from a place on. Every character is looked
+    at once; an expression would go back for each mark without its end."""
+    opening, closing = f"<|{name}|>", f"<|/{name}|>"
+    at = text.find(opening, start)
+    end = text.find(closing, at + len(opening)) if at >= 0 else -1
+    if end < 0:
+        return None
+    inside = text[at + len(opening) : end].removeprefix("\n").removesuffix("\n")
+    return _Marked(at, end + len(closing), inside)
+
+
 def edited(state: State, body: ChatRequest) -> Asking:
     """Return the request for the marked part of a file; the answer stands in a fence.
 
@@ -78,19 +92,20 @@ def edited(state: State, body: ChatRequest) -> Asking:
       ApiError: names what is wrong with it.
     """
     told = _text(state, body)
-    file = _FILE.search(told)
-    content = _PATH.sub("", file[1]) if file is not None else told
-    part = _PART.search(content)
+    file = _marked(told, "current_file_content")
+    content = _PATH.sub("", file.text) if file is not None else told
+    part = _marked(content, "code_to_edit")
     if part is None:
         raise ApiError(
             400, "messages: there is no <|code_to_edit|> part to rewrite", param="messages"
         )
-    before, after = content[: part.start()], content[part.end() :]
-    old = part[1].replace(_CURSOR, "")
+    before, after = content[: part.start], content[part.stop :]
+    old = part.text.replace(_CURSOR, "")
     return AskedFill(
         before=before.replace(_CURSOR, ""),
         after=after.replace(_CURSOR, ""),
-        prompt=EDIT_PROMPT.replace("{request}", told),
+        prompt=EDIT_PROMPT,
+        request=told,
         settings=settings_of(
             state, max_tokens=body.max_tokens, temperature=body.temperature, seed=body.seed
         ),
@@ -110,13 +125,15 @@ def applied(state: State, body: ChatRequest) -> Asking:
     Raises:
       ApiError: names what is wrong with it.
     """
-    found = _APPLY.search(_text(state, body))
-    if found is None:
+    text = _text(state, body)
+    original = _marked(text, "original_code")
+    update = None if original is None else _marked(text, "update_snippet", original.stop)
+    if original is None or update is None:
         raise ApiError(
             400, "messages: there are no <|original_code|> and <|update_snippet|>", param="messages"
         )
-    original, update = found.groups()
-    prompt = APPLY_PROMPT.replace("{original}", original).replace("{update}", update)
+    shown = {"{original}": original.text, "{update}": update.text}
+    prompt = re.sub("|".join(map(re.escape, shown)), lambda found: shown[found[0]], APPLY_PROMPT)
     return Asked(
         prompt=prompt,
         model=body.model,

@@ -34,6 +34,7 @@ class AskedFill:
       after: the text behind it.
       prompt: what the model is told; {code} is the code with a blank, {files} other files.
       files: name and text of other files.
+      request: text of the client's that {request} in the prompt stands for.
       most: tokens of the gap at most; None leaves it to the model.
       old: the text that was there; the gap has from half of its tokens to twice as many and 8 more.
       window: tokens of the text around the gap that the model sees.
@@ -48,6 +49,7 @@ class AskedFill:
     settings: GenerationSettings
     window: int
     files: Sequence[tuple[str, str]] = ()
+    request: str = ""
     most: int | None = None
     old: str | None = None
     indent: int = 0
@@ -95,7 +97,8 @@ class _Gap:
         before, after = _near(tokenizer, asked.before, asked.after, asked.window)
         parts = [part for part in (before, Slot(_NAME, "gap"), after) if part != ""]
         files = "".join(f"{name}:\n\n{text}\n\n" for name, text in asked.files)
-        shown = {"{files}": files, "{code}": f"{before}{SHOWN_BLANK}{after}"}
+        code = f"{before}{SHOWN_BLANK}{after}"
+        shown = {"{files}": files, "{code}": code, "{request}": asked.request}
         # In one pass: a file may hold "{code}" itself.
         told = re.sub("|".join(map(re.escape, shown)), lambda found: shown[found[0]], asked.prompt)
         least, most = 1, min(canvas, asked.most or canvas)
@@ -106,7 +109,8 @@ class _Gap:
                     f"the part to rewrite has {count} tokens, and a canvas holds {canvas}; mark "
                     "less"
                 )
-            least, most = max(1, count // 2), min(2 * count + 8, canvas)
+            most = min(2 * count + 8, most)
+            least = min(max(1, count // 2), most)
         task = FillTask(
             template=Template(tuple(parts)),
             prompt=told,

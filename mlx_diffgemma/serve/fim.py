@@ -16,7 +16,7 @@ _MARKERS = (
     ("<PRE>", "<SUF>", "<MID>"),  # codellama
     ("[PREFIX]", "[SUFFIX]", ""),  # codestral, the text behind the cursor first
 )
-_FILE = re.compile(r"<\|file_sep\|>([^\n]*)\n|<filename>([^\n]*)\n")
+_FILE = re.compile(r"<\|file_sep\|>([^\n]{0,1000})\n|<filename>([^\n]{0,1000})\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .body import Fields, read, refuse
+from .body import Fields, Many, read, refuse
 from .fills import AskedFill
 from .limits import check_choices, check_length, check_stops
 from .openai_types import Seed, Temperature
@@ -34,7 +34,7 @@ class InfillRequest(Fields):
     input_prefix: str = ""
     input_suffix: str = ""
     prompt: str = ""  # the line up to the cursor
-    input_extra: list[Extra] = Field(default=[])
+    input_extra: Many[Extra] = Field(default=[])
     n_predict: Annotated[int, Field(ge=-1, le=2**31)] = -1
     n_indent: Annotated[int, Field(ge=0, le=10_000)] = 0
     n_cmpl: Annotated[int, Field(ge=1)] = 1
@@ -42,7 +42,7 @@ class InfillRequest(Fields):
     t_max_predict_ms: Milliseconds = 0
     temperature: Temperature | None = None
     seed: Seed | None = None
-    stop: list[str] = Field(default=[])
+    stop: Many[str] = Field(default=[])
     stream: bool = False
 
 

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from ..constraint.constraint import Constraint
 from ..events import Finished, Text, ToolCall
 from ..language.prompt import PromptOptions
-from .body import Fields, read, refuse
+from .body import Fields, Many, read, refuse
 from .errors import ApiError, openai_form, refused
 from .limits import check_choices, check_stops
 from .openai_types import (
@@ -46,10 +46,10 @@ class TemplateOptions(Fields):
 class ChatRequest(Common):
     """The body of a request."""
 
-    messages: list[Message]
+    messages: Many[Message]
     max_completion_tokens: Count | None = None
     n_predict: Annotated[int, Field(ge=-1, le=2**31)] | None = None  # llama.cpp's; 0 warms up
-    tools: list[ToolField] | None = None
+    tools: Many[ToolField] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

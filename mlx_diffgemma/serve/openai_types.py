@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..config.serving import Limits
-from .body import Fields, refuse
+from .body import Fields, Many, refuse
 from .errors import ApiError, refused
 from .limits import check_length
 from .runs import Usage
@@ -55,8 +55,8 @@ class Message(Fields):
     """A message of any role."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    tool_calls: list[Call] | None = None
+    content: str | Many[Part] | None = None
+    tool_calls: Many[Call] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -120,7 +120,7 @@ class Common(Fields):
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     temperature: Temperature | None = None
     max_tokens: Count | None = None
     stream: bool | None = None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..config.serving import Limits
-from .body import Fields, checked, refuse
+from .body import Fields, Many, checked, refuse
 from .errors import ApiError, refused
 from .limits import check_length
 from .openai_types import Count, Name, Seed, Temperature
@@ -38,7 +38,7 @@ class Part(Fields):
     refusal: str | None = None
 
 
-Content = str | list[Part]
+Content = str | Many[Part]
 
 
 class Item(Fields):
@@ -48,7 +48,7 @@ class Item(Fields):
     id: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: Content | None = None
-    summary: list[Part] | None = None
+    summary: Many[Part] | None = None
     call_id: str | None = None
     name: Name | None = None
     namespace: str | None = None
@@ -74,7 +74,7 @@ class ToolField(Fields):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
     format: Grammar | None = None  # of a custom tool
-    tools: list[ToolField] | None = None  # of a namespace
+    tools: Many[ToolField] | None = None  # of a namespace
 
 
 class NamedTool(Fields):
@@ -89,7 +89,7 @@ class ToolChoice(NamedTool):
     """A tool that must be called, or those that may be."""
 
     mode: Literal["auto", "required"] | None = None
-    tools: list[NamedTool] | None = None
+    tools: Many[NamedTool] | None = None
 
 
 class Format(Fields):
@@ -118,10 +118,10 @@ class Counted(Fields):
     """The body of a request for the number of its tokens."""
 
     model: str | None = None
-    input: str | list[Item] | None = None
+    input: str | Many[Item] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: list[ToolField] | None = None
+    tools: Many[ToolField] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
@@ -148,7 +148,7 @@ class ResponsesRequest(Counted):
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
     metadata: dict[str, str] | None = None
-    include: list[str] | None = None
+    include: Many[str] | None = None
     seed: Seed | None = None  # not OpenAI's
     # Known fields that cannot be honoured.
     top_p: Any = None

@@ -190,6 +190,8 @@ class Answers:
         self._called: set[int] = set()
         self._pumps = [asyncio.create_task(self._pump(i, run)) for i, run in enumerate(runs)]
         self._stay = state.when_ending(self._end)
+        if state.is_ending:  # since it was submitted
+            self._end()
 
     async def pieces(
         self, seconds: float, first: float | None = None

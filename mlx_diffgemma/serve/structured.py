@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..constraint.constraint import Constraint
-from .body import Fields
+from .body import Fields, Many
 from .errors import ApiError
 from .limits import check_length, check_schema
 from .runs import beside
@@ -18,7 +18,7 @@ from .state import State
 class ConstraintField(Fields):
     """The extension field `constraint`; one of its fields is given."""
 
-    choices: list[str] | None = None
+    choices: Many[str] | None = None
     regex: str | None = None
 
 
