@@ -39,6 +39,11 @@ class Region:
     right: bytes = b""
     borders: int = 0  # tokens that this text has by itself
 
+    def own(self, length: int) -> int:
+        """Return the tokens of the slot in a region of some length; one that holds text beside the
+        slot too counts as the slot's where nothing else is left."""
+        return max(1, length - self.borders)
+
     def inside(self, spellings: Sequence[bytes]) -> tuple[bytes, slice]:
         """Return the text of the slot, and which of the region's tokens it has a part in.
 
@@ -131,6 +136,8 @@ class Regions:
             self._ends,
         )
         lengths = part.lengths(self._most)
+        if not lengths and (before or behind):  # it may fit without the tokens beside it
+            return self._region(slot, None, None, gap_tokens)
         if not lengths:
             raise TemplateError(
                 f"{slot.label}: no text that fits it has at most {self._most} tokens, "
@@ -184,6 +191,8 @@ class Regions:
         low, high = gap_tokens or (1, L)
         low, high = slot.low or low, min(slot.high or high, L)
         asked = slot.high or (gap_tokens[1] if gap_tokens else None)
+        if low < 1 or (asked is not None and asked < low):
+            raise TemplateError(f"{slot.label}: a gap cannot have {low} to {asked} tokens")
         if low > L:
             raise TemplateError(
                 f"{slot.label} is to have at least {low} tokens, and a canvas holds {L}; "

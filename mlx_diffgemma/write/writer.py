@@ -133,7 +133,7 @@ class Writer:
         """Commit the text before the next slot, unless one canvas holds the whole rest with as many
         tokens as are asked for: so a window shows as much of the text after it as possible."""
         asked = (
-            max(0, piece.asked - piece.lengths[0])
+            max(0, piece.asked + piece.borders - piece.lengths[0])
             for piece in self.rest
             if isinstance(piece, Region) and piece.asked is not None
         )
@@ -185,7 +185,9 @@ class Writer:
         for region, (start, stop), found in zip(regions, places, chances, strict=True):
             tokens = draft[start:stop].tolist()
             self.rest[self.rest.index(region)] = tokens
-            likely = {n - region.borders: chance for n, chance in found.items()}
+            likely: dict[int, float] = {}
+            for n, chance in found.items():
+                likely[region.own(n)] = likely.get(region.own(n), 0.0) + chance
             if len(region.lengths) == 1:
                 likely = {}
             self.done.append(Written(region, tuple(tokens), certainty[start:stop], likely))
@@ -206,7 +208,8 @@ class Writer:
         the text after them must be visible: a slot that fills the window would suit any text."""
         L = self.settings.canvas_length
         inside = _fitting(self.rest, L)
-        before = sum(len(p) for p in self.rest[:inside] if isinstance(p, list))
+        last = _last_region(self.rest[:inside])
+        before = sum(len(p) for p in self.rest[:last] if isinstance(p, list))
         return L - before - self._visible(inside)
 
     def _visible(self, inside: int) -> int:
@@ -277,7 +280,7 @@ class Writer:
             self.canvases,
             tuple(region.name for region in regions),
             tuple(
-                None if length is None else length - region.borders
+                None if length is None else region.own(length)
                 for region, length in zip(regions, lengths, strict=True)
             ),
             mx.array(given.tokens[None] >= 0),

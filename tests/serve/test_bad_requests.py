@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from mlx_diffgemma.serve import edits
+from mlx_diffgemma.serve.body import checked
+from mlx_diffgemma.serve.errors import ApiError
+from mlx_diffgemma.serve.openai_chat import ChatRequest
+from mlx_diffgemma.serve.state import State
 from tests.serve import bad_requests
 from tests.serve.cases import ask, chat, connected, post, read
 
@@ -72,3 +79,25 @@ def test_a_length_that_is_too_small_makes_no_second_request(server):
     with connected(server) as connection:
         connection.sendall(request)
         assert read(connection).status == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/v1/apply/completions", "<|original_code|>" * 9000 + "<|/original_code|>" * 9000),
+        ("/v1/edit/completions", "<|code_to_edit|>" * 20_000),
+    ],
+)
+def test_marks_without_ends_cost_no_more_than_their_length(path, content):
+    asked = ChatRequest.model_validate({"messages": [{"role": "user", "content": content}]})
+    started = time.process_time()
+    with pytest.raises(ApiError):
+        (edits.edited if "edit" in path else edits.applied)(State(), asked)
+    assert time.process_time() - started < 1
+
+
+def test_a_list_of_wrong_entries_ends_at_the_first():
+    started = time.process_time()
+    with pytest.raises(ApiError, match=r"messages\[0\]"):
+        checked(ChatRequest, {"messages": [0] * 500_000})
+    assert time.process_time() - started < 1

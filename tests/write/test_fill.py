@@ -459,3 +459,24 @@ def test_a_string_is_a_template_and_what_is_none_is_refused():
     for wrong in (None, b"a {{gap}}", ["a {{gap}}"], Slot("1", "gap")):
         with pytest.raises(TemplateError, match=f"Template.parse, got {type(wrong).__name__}"):
             next(stream_fill(*bundled(), wrong))
+
+
+def test_a_slot_that_fits_a_canvas_alone_fits_it_between_letters():
+    number = "9" * 16
+    short = GenerationSettings(seed=1, canvas_length=16, max_denoising_steps=2)
+    filled = fill(*bundled(), f"x{{{{one of: {number}}}}}y", prompt="Fill.", settings=short)
+    assert filled.text == f"x{number}y"
+
+
+def test_no_bound_is_noted_where_all_that_is_asked_for_fits():
+    short = GenerationSettings(seed=1, max_denoising_steps=1)
+    filled = fill(
+        *bundled(), "The {{gap:1..28}}cat dog sun sky red ", settings=short, prompt="Fill."
+    )
+    assert not any("were possible" in note for note in filled.notes)
+
+
+@pytest.mark.parametrize("bounds", [(5, 2), (0, 0), (0, 3), (-1, 4)])
+def test_bounds_of_gaps_that_cannot_be_are_refused(bounds):
+    with pytest.raises(TemplateError, match=f"a gap cannot have {bounds[0]} to {bounds[1]} tokens"):
+        fill(*bundled(), "a {{gap}} b", prompt="Fill.", gap_tokens=bounds)
