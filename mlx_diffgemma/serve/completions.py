@@ -158,6 +158,7 @@ class CompletionWire:
             "model": answers.served.name,
         }
         self._written = [Written() for _ in range(answers.asked.count)]
+        self._shown = [""] * answers.asked.count  # with drafts, each text replaces the one before
 
     def begin(self) -> Iterable[bytes]:
         return ()
@@ -166,14 +167,17 @@ class CompletionWire:
         written = self._written[index]
         written.observe(piece)
         if isinstance(piece, Draft):
+            self._shown[index] = piece.answer
             yield self._chunk(index, piece.answer)
         elif isinstance(piece, Text) and piece.channel == "answer":
+            if self._drafts:
+                self._shown[index] = written.text
             yield self._chunk(index, written.text if self._drafts else piece.piece)
         elif isinstance(piece, Finished):
-            yield self._chunk(index, "", _reason(written))
+            yield self._chunk(index, self._shown[index], _reason(written))
 
     def keep_alive(self) -> Iterator[bytes]:
-        yield self._chunk(0, "")
+        yield self._chunk(0, self._shown[0])
 
     def end(self, usage: Usage) -> Iterator[bytes]:
         if self._with_usage:

@@ -66,6 +66,16 @@ def test_a_stream_of_a_gap(client):
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("fields", [{"suffix": AFTER}, {"prompt": "Count from 12 to 20."}])
+def test_with_drafts_the_last_text_replaces_all_before(client, fields):
+    asked = {**FIXED, "max_tokens": 1 if "suffix" in fields else 12, **fields}
+    whole = complete(client, **asked).choices[0].text
+    drafts = {"stream": True, "extra_body": {"diffusing": True}}
+    chunks = list(complete(client, **asked, **drafts))
+    assert chunks[-1].choices[0].finish_reason is not None
+    assert chunks[-1].choices[0].text == whole != ""
+
+
 def test_several_proposals_are_rows(client):
     answer = complete(client, suffix=AFTER, n=3, **FIXED)
     assert [(choice.index, choice.text) for choice in answer.choices] == [
