@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from .groups import Groups
-from .tokens import DEAD, FAR, TokenAutomaton
+from .tokens import DEAD, TokenAutomaton, distances
 
 _Edge = tuple[int, int, np.ndarray]  # source, target, classes
 
@@ -201,18 +201,5 @@ def _made(classes: np.ndarray, edges: list[_Edge], states: int) -> TokenAutomato
         Groups.of(set_starts, set_classes),
         Groups.of(np.searchsorted(set_classes[by_class], np.arange(1, K + 1)), set_of[by_class]),
         np.searchsorted(sources, np.arange(states + 1)),
-        _distances(sources, targets, states),
+        distances(sources, targets, states),
     )
-
-
-def _distances(sources: np.ndarray, targets: np.ndarray, states: int) -> np.ndarray:
-    """Return the fewest tokens from each state to the last one, int32 [S]."""
-    distance = np.full(states, FAR, np.int32)
-    distance[-1] = steps = 0
-    is_here = distance == steps
-    while is_here.any():
-        steps += 1
-        found = sources[is_here[targets]]
-        distance[found] = np.minimum(distance[found], steps)
-        is_here = distance == steps
-    return distance

@@ -204,13 +204,22 @@ def _other_maps(
 
 def _distances(maps: np.ndarray) -> np.ndarray:
     """Return the fewest tokens from each state to the last one, int32 [S]."""
-    S = maps.shape[1]
     targets = np.sort(maps.T, axis=1)
     is_way = targets != NOWHERE
     is_way[:, 1:] &= targets[:, 1:] != targets[:, :-1]
     sources, _ = np.nonzero(is_way)
-    targets = targets[is_way]
-    distance = np.full(S, FAR, np.int32)
+    return distances(sources, targets[is_way], maps.shape[1])
+
+
+def distances(sources: np.ndarray, targets: np.ndarray, states: int) -> np.ndarray:
+    """Return the fewest edges from each of some states to the last one, int32 [states].
+
+    Args:
+      sources: int [E], of edges.
+      targets: int [E], of the same edges.
+      states: their number.
+    """
+    distance = np.full(states, FAR, np.int32)
     distance[-1] = steps = 0
     is_here = distance == steps
     while is_here.any():
