@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ConstraintError, NumbersError
-from .dfa import NOWHERE
 from .tokens import FAR, TokenAutomaton
 
 LEAST = -100.0  # every token has at least this log probability, so that forced ones stay possible
@@ -18,23 +17,21 @@ class Path:
     """A string of L tokens up to the choice of a token of each class."""
 
     classes: np.ndarray  # int64 [L]: the class of each token
-    sets: np.ndarray  # int64 [L]: the set of classes with which the same states are reached
     states: np.ndarray  # int64 [L + 1]: from the first state to the last
     score: float  # log probability of the likeliest tokens of these classes, each at least LEAST
 
 
-def check_budget(automaton: TokenAutomaton, budget: int, state: int = 0) -> int:
-    """Return the fewest tokens from a state to the end, end token included.
+def check_budget(automaton: TokenAutomaton, budget: int) -> int:
+    """Return the fewest tokens of an answer, end token included.
 
     Args:
       automaton: of the constraint.
       budget: how many tokens may be written.
-      state: where the answer stands.
 
     Raises:
       ConstraintError: if these are too few, or no string of tokens fits.
     """
-    least = FAR if state == NOWHERE else int(automaton.distance[state])
+    least = int(automaton.distance[0])
     if least == FAR:
         raise ConstraintError("no text of this checkpoint's tokens fits the constraint")
     if least > budget:
@@ -113,7 +110,7 @@ def _followed(
 ) -> Path:
     """Return the best path that the values of states promise."""
     L = len(maxima)
-    states, classes, sets = [start], [], []
+    states, classes = [start], []
     borders = automaton.first_edges.tolist()
     for i in range(L):
         edge, last = borders[states[-1]], borders[states[-1] + 1]
@@ -124,10 +121,9 @@ def _followed(
         number = int(automaton.sets[edge])
         members = automaton.classes_of(number)
         classes.append(int(members[maxima[i].take(members).argmax()]))
-        sets.append(number)
         states.append(int(automaton.targets[edge]))
     score = float(values[0, start])
-    return Path(np.array(classes, np.int64), np.array(sets, np.int64), np.array(states), score)
+    return Path(np.array(classes, np.int64), np.array(states), score)
 
 
 def certain(automaton: TokenAutomaton, length: int, endings: np.ndarray) -> np.ndarray:

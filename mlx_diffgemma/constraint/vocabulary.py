@@ -77,7 +77,8 @@ class Vocabulary:
         pad_token_id: int,
     ) -> Vocabulary:
         """Return the vocabulary of tokens in SentencePiece's spelling: a block for a space,
-        `<0x0A>` for a byte.
+        `<0x0A>` for a byte. The byte token of an ASCII character counts only where no other token
+        is that character: a tokenizer does not write it otherwise, and a text has one spelling less.
 
         Args:
           spellings: of every token that may write text; placeholders such as `<unused7>` do not.
@@ -95,6 +96,11 @@ class Vocabulary:
                 f"end tokens {ends} and pad token {pad_token_id} must be tokens below {size}"
             )
         outside = {*ends, pad_token_id}
+        characters = {
+            text.replace("▁", " ")
+            for token, text in spellings.items()
+            if len(text) == 1 and token not in outside
+        }
         texts: list[tuple[str, int]] = []
         beyond: dict[int, int] = {}
         for token, spelling in spellings.items():
@@ -104,10 +110,10 @@ class Vocabulary:
                 texts.append((spelling.replace("▁", " "), token))
             elif byte := _BYTE.fullmatch(spelling):
                 value = int(byte[1], 16)
-                if value < 0x80:
-                    texts.append((chr(value), token))
-                else:
+                if value >= 0x80:
                     beyond[token] = value
+                elif chr(value) not in characters:
+                    texts.append((chr(value), token))
             elif not _PLACEHOLDER.fullmatch(spelling):
                 texts.append((spelling.replace("▁", " "), token))
         alphabet, levels = _trie(texts)

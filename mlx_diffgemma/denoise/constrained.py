@@ -80,7 +80,6 @@ class Span:
     ends: np.ndarray  # bool [S]: the states that may stand behind the last column
     # Called in each step with the strings that fit; the canvas has settled where it says so.
     watch: Callable[[Strings], bool] | None = None
-    start: int = 0
 
     def columns(self, width: int) -> slice:
         """Return the columns."""
@@ -182,7 +181,8 @@ def _choose(part: _Part, numbers: np.ndarray, before: Choice) -> Choice:
         return before
     blocks, outputs = row.blocks, part.outputs
     maxima, sums, products = np.split(numbers[:, :-1], 3, axis=1)
-    ends, start = bound.endings(part.width), bound.start
+    ends = bound.endings(part.width)
+    start = 0 if isinstance(bound, Span) else bound.start
     by_class = blocks.joined(np.maximum, maxima, -np.inf)
     path = best(row.automaton, by_class, ends, start)
     masses, products = class_sums(sums, products, numbers[:, -1], blocks)

@@ -19,7 +19,7 @@ from ..language.template import Template
 from ..model import DiffusionGemma
 from .job import Job, refuse_other, run_jobs
 from .regions import Regions
-from .writer import Writer, least_tokens, may_be_cut
+from .writer import Writer, least_lead, may_be_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,10 +162,10 @@ class FillTask:
         prompt, notes = _told(self.prompt, template, is_long, self.is_shown)
         ids = encode_prompt(tokenizer, prompt, self.prompt_options)
         limit = model.config.text.max_position_embeddings
-        if len(ids) + (least := least_tokens(pieces)) + L > limit:
+        if len(ids) + (lead := least_lead(pieces, L)) + L > limit:
             raise TemplateError(
-                f"the prompt has {len(ids)} tokens and the template at least {least}; with a "
-                f"canvas of {L} they do not fit into {limit} positions"
+                f"the prompt has {len(ids)} tokens and the template {lead} or more before its last "
+                f"canvas; with that canvas of {L} they do not fit into {limit} positions"
             )
         tokens = checked_tokens(ids, model.config)
         writer = Writer(model, resolved, ends, TokenSet(regions.text_tokens), pieces)

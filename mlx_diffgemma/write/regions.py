@@ -125,9 +125,11 @@ class Regions:
         """Return the region of a slot. Border tokens that it takes leave the given tokens."""
         if slot.kind == "gap":
             return self._gap(slot, left, right, gap_tokens)
-        before, behind = (self._border(left, -1), self._border(right, 0))
         if slot.kind == "one of":
             self._check_options(slot)
+            if len(set(slot.options)) == 1 and slot.options[0]:
+                return self._only(slot)
+        before, behind = (self._border(left, -1), self._border(right, 0))
         part, constraint = over_part(
             (slot.kind, slot.options, slot.pattern, slot.schema, before, behind),
             lambda: concatenate([before, _not_empty(slot), behind]),
@@ -157,6 +159,14 @@ class Regions:
             behind.encode(),
             bool(before) + bool(behind),
         )
+
+    def _only(self, slot: Slot) -> Region:
+        """Return the region of a slot with one option: its tokens, as given text has them."""
+        line = Line(self._size)
+        for at, token in enumerate(tokens := encode_text(self._tokenizer, slot.options[0])):
+            line.token(at, token, line.state())
+        part = line.part(len(tokens))
+        return Region(slot.name, [len(tokens)], None, part, TokenConstraint.of(part.automaton))
 
     def _border(self, tokens: list[int] | None, at: int) -> str:
         """Return the text of a given token beside a slot; nothing if it is no whole text."""

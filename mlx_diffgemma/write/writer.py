@@ -132,14 +132,9 @@ class Writer:
     def _advance(self) -> Job[Event]:
         """Commit the text before the next slot, unless one canvas holds the whole rest with as many
         tokens as are asked for: so a window shows as much of the text after it as possible."""
-        asked = (
-            max(0, piece.asked + piece.borders - piece.lengths[0])
-            for piece in self.rest
-            if isinstance(piece, Region) and piece.asked is not None
-        )
-        if least_tokens(self.rest) + sum(asked) <= self.settings.canvas_length:
+        if _holds(self.rest, self.settings.canvas_length):
             return
-        first = next(i for i, piece in enumerate(self.rest) if isinstance(piece, Region))
+        first = _first_region(self.rest)
         lead = [token for piece in self.rest[:first] for token in cast(list[int], piece)]
         self.rest = self.rest[first:]
         if lead:
@@ -342,12 +337,40 @@ def least_tokens(pieces: Sequence[Piece]) -> int:
     return 1 + sum(len(p) if isinstance(p, list) else p.lengths[0] for p in pieces)
 
 
+def least_lead(pieces: Sequence[Piece], canvas_length: int) -> int:
+    """Return the tokens that are read before the last canvas, with each slot as short as it may
+    be."""
+    lead, rest = 0, pieces
+    while not _holds(rest, canvas_length):
+        first = _first_region(rest)
+        lead, rest = lead + least_tokens(rest[:first]) - 1, rest[first:]
+        inside = _fitting(rest, canvas_length)
+        if all(isinstance(piece, list) for piece in rest[inside:]):
+            break
+        lead, rest = lead + least_tokens(rest[:inside]) - 1, rest[inside:]
+    return lead
+
+
 def may_be_cut(pieces: Sequence[Piece], canvas_length: int) -> bool:
     """Return whether some possible length pushes text out of the canvas."""
     literal = sum(len(piece) for piece in pieces if isinstance(piece, list))
     last = _last_region(pieces)
     is_long = least_tokens(pieces) > canvas_length
     return is_long or (least_tokens(pieces[last + 1 :]) > canvas_length // 2 and literal > 0)
+
+
+def _holds(pieces: Sequence[Piece], canvas_length: int) -> bool:
+    """Return whether one canvas holds everything with as many tokens as are asked for."""
+    asked = (
+        max(0, piece.asked + piece.borders - piece.lengths[0])
+        for piece in pieces
+        if isinstance(piece, Region) and piece.asked is not None
+    )
+    return least_tokens(pieces) + sum(asked) <= canvas_length
+
+
+def _first_region(pieces: Sequence[Piece]) -> int:
+    return next(i for i, piece in enumerate(pieces) if not isinstance(piece, list))
 
 
 def _last_region(pieces: Sequence[Piece]) -> int:

@@ -214,12 +214,23 @@ def test_the_tokens_of_a_checkpoint_have_the_text_that_they_decode_to():
     tokenizer = load_tokenizer(bundled_model())
     made = Vocabulary.of_tokenizer(tokenizer, 400, (1, 16, 9), 0)
     lifted = lift(dfa(FREE), made)
+    vocab = tokenizer.get_vocab()
     texts = {
         t: text for t, text in token_bytes(tokenizer).items() if not text.startswith(b"<unused")
     }
+    # A byte token of an ASCII character counts where no other token is that character.
+    second = {
+        vocab[f"<0x{byte:02X}>"]
+        for byte in range(0x80)
+        if chr(byte).replace(" ", "▁") in vocab and f"<0x{byte:02X}>" in vocab
+    }
+    assert len(second) > 90
     for token, spelled in texts.items():
         where = lifted.after([token])
-        assert where == 0 if spelled[0] < 0x80 else where != 0, (token, spelled)
+        if token in second:
+            assert where == NOWHERE
+        else:
+            assert where == 0 if spelled[0] < 0x80 else where != 0, (token, spelled)
     others = set(range(400)) - set(texts)
     assert all(lifted.after([token]) == NOWHERE for token in others - {1, 16, 9})
     a, z = tokenizer.convert_tokens_to_ids(["a", "z"])
@@ -229,7 +240,7 @@ def test_the_tokens_of_a_checkpoint_have_the_text_that_they_decode_to():
         if spelled[0] < 0x80:
             assert decoded == f"a{spelled.decode()}z"
         assert (one_by_one.after([a, token, z, 1]) == one_by_one.end) is (
-            len(decoded) == 3 and spelled[0] < 0x80
+            len(decoded) == 3 and spelled[0] < 0x80 and token not in second
         )
 
 

@@ -22,7 +22,7 @@ from mlx_diffgemma.denoise.pinned import FREE, Pinned, TokenSet
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.errors import TemplateError
 from mlx_diffgemma.events import CanvasCommitted, StepDone, TrialStarted
-from mlx_diffgemma.language.prompt import encode_text, token_bytes
+from mlx_diffgemma.language.prompt import encode_prompt, encode_text, token_bytes
 from mlx_diffgemma.language.template import Slot
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
@@ -318,7 +318,7 @@ def test_the_same_seed_fills_the_same():
         ("{{json: 1 2}}", "line 1, column 11: there is more than one JSON text in this slot"),
         ("{{gap:99999999999}}", "at least 99999999999 tokens, and a canvas holds 64"),
         ("{{one of: a▁b | c}}", "cannot spell 'a▁b'"),
-        ("x" * 2048 + "{{gap}}", "they do not fit into 2048 positions"),
+        ("x" * 1990 + "{{gap}}", "they do not fit into 2048 positions"),
     ],
 )
 def test_a_template_that_cannot_be_placed_is_refused(text, message):
@@ -422,6 +422,27 @@ def test_a_span_across_two_canvases_is_refused():
     chosen = GenerationSettings(max_new_tokens=128)
     with pytest.raises(TemplateError, match="crosses the border of two canvases, at position 64"):
         list(denoise_tokens(model, mx.array([[5, 6]]), chosen, pinned=pinned))
+
+
+def test_a_slot_with_one_possible_text_is_not_denoised():
+    filled = fill_bundled("It is {{n = one of: yes}} or {{match: no?}}.", None)
+    assert filled.slots["n"].text == "yes" and filled.slots["n"].certainty == 1
+    alone = fill_bundled("It is {{one of: yes}}.", None)
+    assert (alone.text, alone.steps, alone.canvases) == ("It is yes.", 0, 1)
+    spelled = fill_bundled("It is {{match: yes}}.", None)
+    assert (spelled.text, spelled.steps) == ("It is yes.", 0)
+
+
+def test_a_template_may_reach_the_last_position():
+    """One canvas of 64 behind the prompt, the end of the text in the last positions."""
+    model, tokenizer = bundled()
+    prompt = "x" * 1900
+    room = model.config.text.max_position_embeddings - 64
+    prompt += "x" * (room - len(encode_prompt(tokenizer, prompt)))
+    text = "ab {{gap:2}}" + "c" * 20
+    assert fill_bundled(text, prompt).text.endswith("c" * 20)
+    with pytest.raises(DiffGemmaError, match="they do not fit into 2048 positions"):
+        fill_bundled(text, prompt + "x")
 
 
 def test_options_of_different_lengths_are_judged_by_what_they_say():
