@@ -78,7 +78,7 @@ class Vocabulary:
     ) -> Vocabulary:
         """Return the vocabulary of tokens in SentencePiece's spelling: a block for a space,
         `<0x0A>` for a byte. The byte token of an ASCII character counts only where no other token
-        is that character: a tokenizer does not write it otherwise, and a text has one spelling less.
+        is that character: a tokenizer writes the other one, and a text has one spelling less.
 
         Args:
           spellings: of every token that may write text; placeholders such as `<unused7>` do not.
