@@ -31,7 +31,12 @@ def _without_advice() -> Iterator[None]:
 
 # Other files import transformers for type checkers only, so that this import is the first.
 with _without_advice():
-    from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import (
+        AddedToken,
+        GemmaTokenizer,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
     from transformers.utils import get_json_schema
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,
@@ -47,6 +52,15 @@ _CONTROL_TOKENS = frozenset(
 
 
 _PROCESSOR_TEMPLATE = "chat_template.json"
+
+# What transformers' AutoTokenizer makes of the names in a tokenizer_config.json. It reads the
+# model's configuration first, which imports torch where it is installed: seconds, for a name.
+_CLASSES: dict[str, type[PreTrainedTokenizerBase]] = {
+    "GemmaTokenizer": GemmaTokenizer,
+    "GemmaTokenizerFast": GemmaTokenizer,
+    "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
+    "TokenizersBackend": PreTrainedTokenizerFast,
+}
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -65,7 +79,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise SourceError(f"{folder} has no tokenizer.json and no tokenizer.model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _class_of(folder).from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises nothing more specific
@@ -74,12 +88,33 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template and (folder / _PROCESSOR_TEMPLATE).is_file():
         tokenizer.chat_template = _processor_template(folder / _PROCESSOR_TEMPLATE)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    unmarked = sorted(tokenizer.get_vocab().keys() & _CONTROL_TOKENS - special)
+    unmarked = sorted(t for t in _CONTROL_TOKENS - special if _is_known(tokenizer, t))
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in unmarked],
         special_tokens=True,
     )
     return tokenizer
+
+
+def _is_known(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    """Return whether a token is in the vocabulary, which is not copied for that."""
+    number = tokenizer.convert_tokens_to_ids(token)
+    return isinstance(number, int) and tokenizer.convert_ids_to_tokens(number) == token
+
+
+def _class_of(folder: Path) -> Any:
+    """Return the class of a checkpoint's tokenizer; AutoTokenizer where its files name another one
+    or none."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = None  # AutoTokenizer says what is wrong
+    name = config.get("tokenizer_class") if isinstance(config, dict) else None
+    if isinstance(name, str) and name in _CLASSES and "auto_map" not in config:
+        return _CLASSES[name]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _processor_template(path: Path) -> str | dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from mlx_diffgemma import (
     DiffGemmaError,
@@ -317,3 +318,25 @@ def test_a_damaged_tokenizer_model_is_one_line(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"garbage" * 10)
     assert f"the tokenizer in {folder} cannot be read" in refusal(SourceError, folder)
+
+
+# --- what loading costs ---
+
+
+def test_a_tokenizer_with_a_known_class_is_loaded_without_the_models_configuration(folder):
+    """AutoTokenizer reads it first, and imports torch for that where it is installed."""
+    for name in ("PreTrainedTokenizerFast", "GemmaTokenizer"):
+        text = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(text | {"tokenizer_class": name}))
+        code = (
+            "import sys; from mlx_diffgemma import load_tokenizer; "
+            f"print(type(load_tokenizer({str(folder)!r})).__name__, 'torch' in sys.modules)"
+        )
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        auto = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        assert found.stdout.split() == [type(auto).__name__, "False"], found.stderr
+        ours = load_tokenizer(folder)
+        assert ours.special_tokens_map == auto.special_tokens_map
+        assert ours.padding_side == auto.padding_side
+        for line in TEXTS:
+            assert ours.encode(line) == auto.encode(line)
