@@ -54,6 +54,7 @@ SCHEMA, CALLS = "tests/constraint/test_schema.py", "tests/constraint/test_tool_c
 DECIDE, LINES = "tests/write/test_decide.py", "tests/batch/test_requests.py"
 ANSWER_FILE, BATCH_CLI = "tests/batch/test_answers.py", "tests/cli/test_batch.py"
 SERVE_SECURITY, SERVE_STREAMS = "tests/serve/test_security.py", "tests/serve/test_streams.py"
+SERVE_THREADS = "tests/serve/test_threads.py"
 SERVE_OPENAI, SERVE_EDITORS = "tests/serve/test_openai.py", "tests/serve/test_editors.py"
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
 MESSAGES, RESPONSES = "tests/serve/test_anthropic.py", "tests/serve/test_responses.py"
@@ -2065,9 +2066,30 @@ FAULTS = (
     Fault(
         "server: constraints compile in the event loop",
         "serve/runs.py",
-        "return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)",
+        "return await threads.run(work)",
         "return work()",
         (SERVE_SECURITY,),
+    ),
+    Fault(
+        "server: threads of clients that have left are not counted",
+        "serve/threads.py",
+        "return await asyncio.shield(doing)",
+        "return await doing",
+        (SERVE_THREADS,),
+    ),
+    Fault(
+        "server: any number of constraints wait",
+        "serve/threads.py",
+        "if self._free.locked() and self._waiting >= self._most_waiting:",
+        "if False:",
+        (SERVE_THREADS,),
+    ),
+    Fault(
+        "server: a client that leaves while its constraint compiles is not noticed",
+        "serve/openai_chat.py",
+        "asked = await attended(request.receive, asked_of(state, body))",
+        "asked = await asked_of(state, body)",
+        (SERVE_THREADS,),
     ),
     Fault(
         "server: any model's name is taken",

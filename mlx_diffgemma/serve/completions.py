@@ -21,7 +21,7 @@ from .limits import check_choices, check_stops
 from .openai_types import Common, new_id, usage_of
 from .pieces import Draft, Piece
 from .runs import Answers, Asked, Asking, Usage, Written, settings_of, start
-from .sse import Stream, answer, frame
+from .sse import Stream, answer, attended, frame
 from .state import State
 from .structured import extension
 
@@ -44,7 +44,7 @@ def routes(state: State) -> list[Route]:
 
     async def create(request: Request) -> Response:
         body = await read(request, state.limits, CompletionRequest)
-        asked = await asked_of(state, body)
+        asked = await attended(request.receive, asked_of(state, body))
         if not body.stream:
             return await answer(request, start(state, asked), completion)
         options = body.stream_options

@@ -32,7 +32,7 @@ from .openai_types import (
 )
 from .pieces import Draft, Piece
 from .runs import Answers, Asked, Usage, Written, settings_of, start
-from .sse import Stream, answer, frame
+from .sse import Stream, answer, attended, frame
 from .state import State
 from .structured import ToolPlan, extension, json_object, json_schema, tool_plan
 
@@ -80,7 +80,7 @@ async def respond(state: State, request: Request, body: ChatRequest) -> Response
     Raises:
       ApiError: names what is wrong with it.
     """
-    asked = await asked_of(state, body)
+    asked = await attended(request.receive, asked_of(state, body))
     if body.n_predict == 0 and not body.stream:  # the prompt that follows will go on differently
         return JSONResponse(_nothing(state.model(body.model).name))
     if not body.stream:

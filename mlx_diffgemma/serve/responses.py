@@ -44,7 +44,7 @@ def routes(state: State) -> list[Route]:
     async def create(request: Request) -> Response:
         body = await read(request, state.limits, ResponsesRequest)
         reply = Reply(state, store, body)
-        asked = await reply.asked()
+        asked = await attended(request.receive, reply.asked())
         if not body.stream:
             return await answer(request, start(state, asked), reply.whole)
         return Stream(

@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
-from anyio import to_thread
-
 from ..config.generation import GenerationSettings
 from ..constraint.constraint import Constraint
 from ..engine.run import Run
@@ -323,11 +321,11 @@ async def beside(
       compiles: whether it compiles a constraint.
 
     Raises:
-      ApiError: for a DiffGemmaError.
+      ApiError: for a DiffGemmaError; 429 if too many wait.
     """
-    limiter = state.compilers if compiles else state.threads
+    threads = state.compilers if compiles else state.encoders
     try:
-        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+        return await threads.run(work)
     except DiffGemmaError as error:
         raise from_error(error, param) from error
 
