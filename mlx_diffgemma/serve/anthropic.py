@@ -57,7 +57,6 @@ def routes(state: State) -> list[Route]:
             request,
             start(state, asked),
             lambda answers: MessagesWire(answers, hides_thoughts=is_hidden),
-            send_seconds=state.limits.send_seconds,
         )
 
     async def count(request: Request) -> Response:

@@ -53,7 +53,6 @@ def routes(state: State) -> list[Route]:
             request,
             start(state, asked),
             lambda answers: CompletionWire(answers, with_usage=with_usage),
-            send_seconds=state.limits.send_seconds,
         )
 
     paths = ("/v1/completions", "/completions", "/v1/fim/completions")

@@ -61,7 +61,6 @@ async def _respond(state: State, request: Request, body: ChatRequest, asked: Ask
         request,
         start(state, asked),
         lambda answers: ChatWire(answers, with_usage=False),
-        send_seconds=state.limits.send_seconds,
     )
 
 

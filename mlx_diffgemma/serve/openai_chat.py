@@ -91,7 +91,6 @@ async def respond(state: State, request: Request, body: ChatRequest) -> Response
         request,
         start(state, asked),
         lambda answers: ChatWire(answers, with_usage=with_usage),
-        send_seconds=state.limits.send_seconds,
     )
 
 

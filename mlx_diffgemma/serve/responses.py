@@ -51,7 +51,6 @@ def routes(state: State) -> list[Route]:
             request,
             start(state, asked),
             lambda answers: ResponsesWire(reply, answers),
-            send_seconds=state.limits.send_seconds,
         )
 
     async def count(request: Request) -> Response:
