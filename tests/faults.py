@@ -2164,7 +2164,8 @@ FAULTS = (
     Fault(
         "server: drafts pile up",
         "serve/pieces.py",
-        "            if isinstance(last, Draft):\n                waiting.pop()",
+        "            if isinstance(last, Draft) and not isinstance(piece, Expired):\n"
+        "                waiting.pop()",
         "            if False:\n                waiting.pop()",
         (SERVE_STREAMS,),
     ),
@@ -2229,6 +2230,27 @@ FAULTS = (
         "serve/runs.py",
         "wait = _LONG if seconds is None else seconds",
         "wait = _LONG",
+        (SERVE_EDITORS,),
+    ),
+    Fault(
+        "server: each proposal has a time limit of its own",
+        "serve/runs.py",
+        "if isinstance(piece, PrefillDone) and not is_read:",
+        "if isinstance(piece, PrefillDone):",
+        (SERVE_EDITORS,),
+    ),
+    Fault(
+        "server: the end of a time limit drops the last draft",
+        "serve/pieces.py",
+        "if isinstance(last, Draft) and not isinstance(piece, Expired):",
+        "if isinstance(last, Draft):",
+        (SERVE_STREAMS,),
+    ),
+    Fault(
+        "server: a text that is cut is called whole",
+        "serve/infill.py",
+        '"truncated": written.is_shortened',
+        '"truncated": False',
         (SERVE_EDITORS,),
     ),
     Fault(

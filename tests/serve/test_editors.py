@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from mlx_diffgemma import GenerationSettings, Template, bundled_model, fill, load
+from mlx_diffgemma.config.serving import Limits
+from mlx_diffgemma.events import PrefillDone
 from mlx_diffgemma.serve import fills
 from mlx_diffgemma.serve.errors import ApiError
 from mlx_diffgemma.serve.fills import AskedFill, _between, _near
 from mlx_diffgemma.serve.fim import Gap, gap_of
-from mlx_diffgemma.serve.state import FILL_PROMPT
+from mlx_diffgemma.serve.runs import Answers
+from mlx_diffgemma.serve.state import FILL_PROMPT, State
 from mlx_diffgemma.write.fill import FillTask
-from tests.engine.cases import eventually, is_idle, loaded
+from tests.engine.cases import PATIENCE, eventually, is_idle, loaded
 from tests.sampled import first
 from tests.serve.cases import LONG, ask, chat, connected, post, serving
 from tests.serve.test_openai import client_of
@@ -240,6 +245,36 @@ def test_a_time_limit_gives_the_draft():
         assert answer.json["content"]
         assert eventually(lambda: is_idle(running.engine)) and running.steps < 200
         assert infill(running, t_max_prompt_ms=0.001).json["content"] == ""
+
+
+def test_a_time_limit_is_that_of_all_proposals():
+    """Their prompts are read one after the other; the first one counts."""
+
+    class Slow:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def __aiter__(self):
+            await asyncio.sleep(0.2 * self.number)
+            yield PrefillDone(1, 0, 0.0, 0)
+            await asyncio.sleep(PATIENCE)
+
+        def cancel(self) -> None:
+            pass
+
+    async def seconds() -> float:
+        start, runs = time.monotonic(), [Slow(number) for number in range(10)]
+        answers = Answers(State(), None, SimpleNamespace(one_call=False), runs)
+        await answers.whole(write_seconds=0.5)
+        return time.monotonic() - start
+
+    assert 0.4 < asyncio.run(seconds()) < 1.5
+
+
+def test_a_text_that_is_cut_is_told():
+    with serving(limits=Limits(max_fill_tokens=16)) as running:
+        assert infill(running).json["truncated"] is True
+        assert infill(running, input_prefix="a ").json["truncated"] is False
 
 
 @pytest.mark.long

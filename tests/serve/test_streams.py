@@ -14,7 +14,7 @@ from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.events import Finished, Text
 from mlx_diffgemma.serve import server as server_module
 from mlx_diffgemma.serve import sse
-from mlx_diffgemma.serve.pieces import Draft, Outbox
+from mlx_diffgemma.serve.pieces import Draft, Expired, Outbox
 from tests.engine.cases import eventually, held, is_idle
 from tests.sampled import first
 from tests.serve.cases import (
@@ -332,6 +332,11 @@ def test_the_box_keeps_the_last_draft_alone():
     assert box_of((0, one), (0, two)) == [(0, two)]
     assert box_of((0, one), (1, other), (0, two)) == [(1, other), (0, two)]
     assert box_of((0, one), (0, Text("x", "answer"))) == [(0, Text("x", "answer"))]
+
+
+def test_the_end_of_a_time_limit_leaves_the_last_draft():
+    draft, over = Draft("a", ""), Expired()
+    assert box_of((0, draft), (0, over)) == [(0, draft), (0, over)]
 
 
 def test_the_box_joins_settled_text_and_drops_none():
