@@ -2254,6 +2254,20 @@ FAULTS = (
         (SERVE_EDITORS,),
     ),
     Fault(
+        "server: edits ignore what they cannot honour",
+        "serve/edits.py",
+        "    body.refuse_unsupported()\n",
+        "",
+        (SERVE_EDITORS,),
+    ),
+    Fault(
+        "server: edits have their own name for the most tokens",
+        "serve/edits.py",
+        "most=body.most_tokens",
+        "most=body.max_tokens",
+        (SERVE_EDITORS,),
+    ),
+    Fault(
         "spans: the best token of each place, whatever the string",
         "denoise/row.py",
         "return () if given is None else given.spans",

@@ -395,6 +395,66 @@ def test_an_update_is_applied_to_a_whole_text(editor):
     assert answer.status == 200 and "```" not in answer.json["choices"][0]["message"]["content"]
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+UPDATE = (
+    "<|original_code|>\na = 1\n<|/original_code|>\n\n<|update_snippet|>\na\n<|/update_snippet|>"
+)
+EDITS = [("/v1/edit/completions", FILE), ("/v1/apply/completions", UPDATE)]
+
+
+@pytest.mark.parametrize(("path", "told"), EDITS)
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        ("logprobs", {"logprobs": True}),
+        ("top_logprobs", {"top_logprobs": 2}),
+        ("top_p", {"top_p": 0.5}),
+        ("logit_bias", {"logit_bias": {"1": 2}}),
+        ("tools", {"tools": [TOOL]}),
+        ("tool_choice", {"tool_choice": "required"}),
+        ("functions", {"functions": [{"name": "f"}]}),
+        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("constraint", {"constraint": {"regex": "a"}}),
+        ("n", {"n": 9}),
+        ("diffusing", {"diffusing": True}),  # without stream
+        ("stop", {"stop": "x" * 300}),
+        ("reasoning_effort", {"reasoning_effort": "high"}),
+        ("chat_template_kwargs", {"chat_template_kwargs": {"enable_thinking": True}}),
+    ],
+)
+def test_edits_refuse_by_name_as_chats_do(editor, path, told, param, fields):
+    before = editor.steps
+    answer = rewrite(editor, path, told, **fields)
+    assert answer.status == 400 and answer.error["param"] == param
+    assert editor.steps == before
+
+
+HARMLESS = {
+    "logprobs": False,
+    "top_p": 1,
+    "tools": [],
+    "tool_choice": "auto",
+    "response_format": {"type": "text"},
+    "reasoning_effort": "none",
+    "frequency_penalty": 0.5,
+}
+
+
+@pytest.mark.parametrize(("path", "told"), EDITS)
+def test_edits_honour_what_chats_do(editor, path, told):
+    fields = {**HARMLESS, "n": 2, "max_completion_tokens": 1, "temperature": 0}
+    whole = rewrite(editor, path, told, **fields).json
+    texts = [choice["message"]["content"] for choice in whole["choices"]]
+    assert len(texts) == 2 and whole["usage"]["completion_tokens"] == 2
+    fields |= {"stream": True, "diffusing": True, "stream_options": {"include_usage": True}}
+    *told, usage, done = rewrite(editor, path, told, **fields).events
+    assert done == "[DONE]" and usage["usage"]["completion_tokens"] == 2
+    last: dict[int, str] = {}
+    for choice in (event["choices"][0] for event in told):
+        last[choice["index"]] = choice["delta"].get("content", last.get(choice["index"], ""))
+    assert [last[0], last[1]] == texts  # each draft replaced the one before
+
+
 @pytest.mark.parametrize("path", ["/v1/edit/completions", "/v1/apply/completions"])
 def test_without_its_marks_a_request_is_refused(editor, path):
     answer = rewrite(editor, path, "rewrite this")

@@ -165,7 +165,7 @@ def test_a_client_that_reads_nothing_is_closed_in_the_end(monkeypatch):
     with serving(limits=limits, model=scripted(big)) as running, connected(running) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         monkeypatch.setattr(sse, "frame", _large)
-        monkeypatch.setattr("mlx_diffgemma.serve.openai_chat.frame", _large)
+        monkeypatch.setattr("mlx_diffgemma.serve.openai_types.frame", _large)
         connection.sendall(post(PATH, chat(stream=True, diffusing=True)))
         assert eventually(lambda: bool(running.lines))
         assert eventually(lambda: is_idle(running.engine))
