@@ -54,6 +54,7 @@ SCHEMA, CALLS = "tests/constraint/test_schema.py", "tests/constraint/test_tool_c
 DECIDE, LINES = "tests/write/test_decide.py", "tests/batch/test_requests.py"
 ANSWER_FILE, BATCH_CLI = "tests/batch/test_answers.py", "tests/cli/test_batch.py"
 SERVE_SECURITY, SERVE_STREAMS = "tests/serve/test_security.py", "tests/serve/test_streams.py"
+SERVE_THREADS = "tests/serve/test_threads.py"
 SERVE_OPENAI, SERVE_EDITORS = "tests/serve/test_openai.py", "tests/serve/test_editors.py"
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
 MESSAGES, RESPONSES = "tests/serve/test_anthropic.py", "tests/serve/test_responses.py"
@@ -1995,15 +1996,15 @@ FAULTS = (
     Fault(
         "server: slow heads are waited for",
         "serve/server.py",
-        "self.loop.call_later(limits.header_seconds, self.transport.close)",
-        "self.loop.call_later(1e6, self.transport.close)",
+        "wait = limits.header_seconds\n",
+        "wait = 1e6\n",
         (SERVE_SECURITY,),
     ),
     Fault(
         "server: bytes buy a slow head time",
         "serve/server.py",
-        "            elif self._timer is None:\n",
-        "            else:\n",
+        "elif self._head_timer is None and not self.transport.is_closing():\n",
+        "elif not (_stop(self._head_timer) or self.transport.is_closing()):\n",
         (SERVE_SECURITY,),
     ),
     Fault(
@@ -2065,9 +2066,30 @@ FAULTS = (
     Fault(
         "server: constraints compile in the event loop",
         "serve/runs.py",
-        "return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)",
+        "return await threads.run(work)",
         "return work()",
         (SERVE_SECURITY,),
+    ),
+    Fault(
+        "server: threads of clients that have left are not counted",
+        "serve/threads.py",
+        "return await asyncio.shield(doing)",
+        "return await doing",
+        (SERVE_THREADS,),
+    ),
+    Fault(
+        "server: any number of constraints wait",
+        "serve/threads.py",
+        "if self._free.locked() and self._waiting >= self._most_waiting:",
+        "if False:",
+        (SERVE_THREADS,),
+    ),
+    Fault(
+        "server: a client that leaves while its constraint compiles is not noticed",
+        "serve/openai_chat.py",
+        "asked = await attended(request.receive, asked_of(state, body))",
+        "asked = await asked_of(state, body)",
+        (SERVE_THREADS,),
     ),
     Fault(
         "server: any model's name is taken",
@@ -2099,15 +2121,51 @@ FAULTS = (
     ),
     Fault(
         "server: a client that reads nothing is waited for",
-        "serve/sse.py",
-        "await asyncio.wait_for(send(message), self._send_seconds)",
-        "await send(message)",
+        "serve/server.py",
+        "            self._time_reader()\n\n        def resume_writing",
+        "\n        def resume_writing",
+        (SERVE_STREAMS,),
+    ),
+    Fault(
+        "server: a connection that nobody reads waits for its end",
+        "serve/server.py",
+        "self.transport.abort()",
+        "self.transport.close()",
+        (SERVE_STREAMS,),
+    ),
+    Fault(
+        "server: the end of an answer is waited for",
+        "serve/server.py",
+        "transport.set_write_buffer_limits(high=0)",
+        "transport.set_write_buffer_limits(high=10**9)",
+        (SERVE_STREAMS,),
+    ),
+    Fault(
+        "server: a slow reader is closed",
+        "serve/server.py",
+        "if self.transport.get_write_buffer_size() < unread:",
+        "if False:",
+        (SERVE_STREAMS,),
+    ),
+    Fault(
+        "server: a second answer must come as fast as a head",
+        "serve/server.py",
+        "if self.conn.trailing_data[0]:",
+        "if self.loop.call_later(limits.header_seconds, self.transport.close):",
+        (SERVE_STREAMS,),
+    ),
+    Fault(
+        "server: a second head has any time",
+        "serve/server.py",
+        "if self.conn.trailing_data[0]:",
+        "if False:",
         (SERVE_STREAMS,),
     ),
     Fault(
         "server: drafts pile up",
         "serve/pieces.py",
-        "            if isinstance(last, Draft):\n                waiting.pop()",
+        "            if isinstance(last, Draft) and not isinstance(piece, Expired):\n"
+        "                waiting.pop()",
         "            if False:\n                waiting.pop()",
         (SERVE_STREAMS,),
     ),
@@ -2172,6 +2230,41 @@ FAULTS = (
         "serve/runs.py",
         "wait = _LONG if seconds is None else seconds",
         "wait = _LONG",
+        (SERVE_EDITORS,),
+    ),
+    Fault(
+        "server: each proposal has a time limit of its own",
+        "serve/runs.py",
+        "if isinstance(piece, PrefillDone) and not is_read:",
+        "if isinstance(piece, PrefillDone):",
+        (SERVE_EDITORS,),
+    ),
+    Fault(
+        "server: the end of a time limit drops the last draft",
+        "serve/pieces.py",
+        "if isinstance(last, Draft) and not isinstance(piece, Expired):",
+        "if isinstance(last, Draft):",
+        (SERVE_STREAMS,),
+    ),
+    Fault(
+        "server: a text that is cut is called whole",
+        "serve/infill.py",
+        '"truncated": written.is_shortened',
+        '"truncated": False',
+        (SERVE_EDITORS,),
+    ),
+    Fault(
+        "server: edits ignore what they cannot honour",
+        "serve/edits.py",
+        "    body.refuse_unsupported()\n",
+        "",
+        (SERVE_EDITORS,),
+    ),
+    Fault(
+        "server: edits have their own name for the most tokens",
+        "serve/edits.py",
+        "most=body.most_tokens",
+        "most=body.max_tokens",
         (SERVE_EDITORS,),
     ),
     Fault(

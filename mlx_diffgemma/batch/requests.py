@@ -220,10 +220,12 @@ async def call(app: ASGIApp, method: str, url: str, body: bytes) -> tuple[int, b
     }
     status, content = 500, bytearray()
     asked = [{"type": "http.request", "body": body, "more_body": False}]
-    stays = asyncio.get_running_loop().create_future()
+    stays = asyncio.Event()  # never set
 
     async def receive() -> Message:
-        return asked.pop() if asked else await stays  # the client waits for its answer
+        if not asked:
+            await stays.wait()  # the client waits for its answer
+        return asked.pop()
 
     async def send(message: Message) -> None:
         nonlocal status

@@ -47,6 +47,9 @@ class Limits:
     max_schema_depth: int = _count(32, "Objects and lists within each other in a JSON Schema.")
     max_schema_states: int = _count(2000, "States of a constraint's automaton.", at_most=10_000)
     schema_seconds: float = _amount(5.0, "Processor seconds in which a constraint must compile.")
+    max_waiting: int = _count(
+        64, "Requests that wait for their constraint to be compiled, or their prompt encoded."
+    )
     max_kept_responses: int = _count(
         256, "Responses kept for requests that follow them with previous_response_id."
     )

@@ -45,7 +45,7 @@ def routes(state: State) -> list[Route]:
 
     async def create(request: Request) -> Response:
         body = await read(request, state.limits, MessagesRequest)
-        asked = await asked_of(state, body)
+        asked = await attended(request.receive, asked_of(state, body))
         is_hidden = body.thinking is not None and body.thinking.display == "omitted"
         if not body.stream:
             return await answer(
@@ -57,7 +57,6 @@ def routes(state: State) -> list[Route]:
             request,
             start(state, asked),
             lambda answers: MessagesWire(answers, hides_thoughts=is_hidden),
-            send_seconds=state.limits.send_seconds,
         )
 
     async def count(request: Request) -> Response:

@@ -14,14 +14,14 @@ from starlette.routing import Route
 from ..events import Finished, Text
 from ..language.prompt import PromptOptions
 from .body import Many, read, refuse
-from .errors import ApiError, openai_form, refused
+from .errors import ApiError, refused
 from .fills import AskedFill
 from .fim import Gap, gap_of
 from .limits import check_choices, check_stops
-from .openai_types import Common, new_id, usage_of
+from .openai_types import Common, OpenAiWire, new_id, usage_of
 from .pieces import Draft, Piece
-from .runs import Answers, Asked, Asking, Usage, Written, settings_of, start
-from .sse import Stream, answer, frame
+from .runs import Answers, Asked, Asking, Written, settings_of, start
+from .sse import Stream, answer, attended
 from .state import State
 from .structured import extension
 
@@ -44,7 +44,7 @@ def routes(state: State) -> list[Route]:
 
     async def create(request: Request) -> Response:
         body = await read(request, state.limits, CompletionRequest)
-        asked = await asked_of(state, body)
+        asked = await attended(request.receive, asked_of(state, body))
         if not body.stream:
             return await answer(request, start(state, asked), completion)
         options = body.stream_options
@@ -53,7 +53,6 @@ def routes(state: State) -> list[Route]:
             request,
             start(state, asked),
             lambda answers: CompletionWire(answers, with_usage=with_usage),
-            send_seconds=state.limits.send_seconds,
         )
 
     paths = ("/v1/completions", "/completions", "/v1/fim/completions")
@@ -146,18 +145,11 @@ def _reason(written: Written) -> str:
     return "length" if written.finish_reason == "length" else "stop"
 
 
-class CompletionWire:
+class CompletionWire(OpenAiWire):
     """A stream of texts, then why it ended."""
 
     def __init__(self, answers: Answers, *, with_usage: bool) -> None:
-        self._with_usage, self._drafts = with_usage, answers.asked.drafts
-        self._head = {
-            "id": new_id("cmpl-"),
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": answers.served.name,
-        }
-        self._written = [Written() for _ in range(answers.asked.count)]
+        super().__init__(answers, "cmpl-", "text_completion", with_usage=with_usage)
         self._shown = [""] * answers.asked.count  # with drafts, each text replaces the one before
 
     def begin(self) -> Iterable[bytes]:
@@ -179,13 +171,5 @@ class CompletionWire:
     def keep_alive(self) -> Iterator[bytes]:
         yield self._chunk(0, self._shown[0])
 
-    def end(self, usage: Usage) -> Iterator[bytes]:
-        if self._with_usage:
-            yield frame({**self._head, "choices": [], "usage": usage_of(usage)})
-        yield frame("[DONE]")
-
-    def error(self, error: ApiError) -> Iterator[bytes]:
-        yield frame(openai_form(error))
-
     def _chunk(self, index: int, text: str, reason: str | None = None) -> bytes:
-        return frame({**self._head, "choices": [_choice(index, text, reason)]})
+        return self._choices(_choice(index, text, reason))

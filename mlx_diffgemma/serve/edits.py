@@ -12,14 +12,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..language.prompt import PromptOptions
-from .body import read
-from .errors import ApiError
+from .body import read, refuse
+from .errors import ApiError, refused
 from .fills import AskedFill
-from .limits import check_stops
-from .openai_chat import ChatRequest, ChatWire, completion
+from .limits import check_choices, check_stops
+from .openai_chat import ChatRequest, respond
 from .openai_types import messages_of
-from .runs import Asked, Asking, settings_of, start
-from .sse import Stream, answer
+from .runs import Asked, Asking, settings_of
 from .state import State
 
 _PATH = re.compile(r"\Acurrent_file_path:[^\n]*\n")
@@ -42,27 +41,16 @@ def routes(state: State) -> list[Route]:
 
     async def edit(request: Request) -> Response:
         body = await read(request, state.limits, ChatRequest)
-        return await _respond(state, request, body, edited(state, body))
+        return await respond(state, request, body, edited(state, body))
 
     async def apply(request: Request) -> Response:
         body = await read(request, state.limits, ChatRequest)
-        return await _respond(state, request, body, applied(state, body))
+        return await respond(state, request, body, applied(state, body))
 
     return [
         Route("/v1/edit/completions", edit, methods=["POST"]),
         Route("/v1/apply/completions", apply, methods=["POST"]),
     ]
-
-
-async def _respond(state: State, request: Request, body: ChatRequest, asked: Asking) -> Response:
-    if not body.stream:
-        return await answer(request, start(state, asked), completion)
-    return Stream(
-        request,
-        start(state, asked),
-        lambda answers: ChatWire(answers, with_usage=False),
-        send_seconds=state.limits.send_seconds,
-    )
 
 
 class _Marked(NamedTuple):
@@ -85,7 +73,7 @@ def _marked(text: str, name: str, start: int = 0) -> _Marked | None:
     return _Marked(at, end + len(closing), inside)
 
 
-def edited(state: State, body: ChatRequest) -> Asking:
+async def edited(state: State, body: ChatRequest) -> Asking:
     """Return the request for the marked part of a file; the answer stands in a fence.
 
     Raises:
@@ -107,19 +95,21 @@ def edited(state: State, body: ChatRequest) -> Asking:
         prompt=EDIT_PROMPT,
         request=told,
         settings=settings_of(
-            state, max_tokens=body.max_tokens, temperature=body.temperature, seed=body.seed
+            state, max_tokens=body.most_tokens, temperature=body.temperature, seed=body.seed
         ),
         window=state.limits.max_fill_tokens,
         old=old,
-        most=body.max_tokens,
+        most=body.most_tokens,
         stop=check_stops(state.limits, body.stops),
         fence=_FENCE,
         model=body.model,
+        count=body.n or 1,
+        drafts=bool(body.diffusing),
         param="messages",
     )
 
 
-def applied(state: State, body: ChatRequest) -> Asking:
+async def applied(state: State, body: ChatRequest) -> Asking:
     """Return the request for a text with a change put into it.
 
     Raises:
@@ -139,15 +129,34 @@ def applied(state: State, body: ChatRequest) -> Asking:
         model=body.model,
         options=PromptOptions(response_prefix=f"{_FENCE}\n"),
         settings=settings_of(
-            state, max_tokens=body.max_tokens, temperature=body.temperature, seed=body.seed
+            state, max_tokens=body.most_tokens, temperature=body.temperature, seed=body.seed
         ),
         stop=(f"\n{_FENCE}", *check_stops(state.limits, body.stops)),
+        count=body.n or 1,
+        drafts=bool(body.diffusing),
     )
 
 
 def _text(state: State, body: ChatRequest) -> str:
-    """Return the last user's message."""
+    """Check a request but for its marks; return the last user's message.
+
+    Raises:
+      ApiError: names what is wrong with it.
+    """
     state.model(body.model)
+    # Penalties have nothing to do with code that is written anew, and Continue sends some.
+    body.frequency_penalty = body.presence_penalty = None
+    body.refuse_unsupported()
+    check_choices(state.limits, body.n or 1)
+    code = "the answer is code"
+    refuse(body.tools, ([],), "tools", code)
+    refuse(body.tool_choice, ("none", "auto"), "tool_choice", code)
+    refuse(body.constraint, (), "constraint", code)
+    form = body.response_format and body.response_format.type
+    refuse(form, ("text",), "response_format", code)
+    if body.thinking:
+        param = "reasoning_effort" if body.reasoning_effort else "chat_template_kwargs"
+        raise refused(param, "code is written without a thought")
     messages = messages_of(body.messages, state.limits)
     texts = [message["content"] for message in messages if message["role"] == "user"]
     if not texts:

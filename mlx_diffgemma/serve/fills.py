@@ -19,7 +19,7 @@ from ..language.text import draft_pieces
 from ..write.fill import Filled, FillTask
 from ..write.job import Ask, Job, Task
 from .errors import ApiError
-from .pieces import Draft, OnStep, Piece
+from .pieces import Draft, OnStep, Piece, Shortened
 from .runs import seeded
 
 _NAME = "gap"
@@ -124,7 +124,8 @@ class _Gap:
             pieces = draft_pieces(tokenizer, step, ends)
             return _between("".join(text for text, _ in pieces), before, after)
 
-        teller = _Teller(asked, text_of, self.on_step)
+        is_shortened = (before, after) != (asked.before, asked.after)
+        teller = _Teller(asked, text_of, self.on_step, is_shortened)
         return _told(task.job(model, tokenizer), teller)
 
 
@@ -135,12 +136,15 @@ class _Teller:
     asked: AskedFill
     text_of: Callable[[StepDone], str]
     on_step: OnStep
+    is_shortened: bool
     is_final: bool = False  # whether the text is written now, and not a length looked for
     last: float = field(default_factory=time.perf_counter)
 
     def pieces(self, said: Event | Filled) -> Iterator[Piece]:
         """Yield what a client is told of an event."""
         if isinstance(said, PrefillDone):
+            if self.is_shortened:
+                yield Shortened()
             yield said
         elif isinstance(said, TrialStarted):
             self.is_final, self.last = said.is_final, time.perf_counter()

@@ -112,7 +112,7 @@ def _object(written: Written, answers: Answers | None, model: str) -> dict[str, 
         "tokens_predicted": tokens,
         "tokens_cached": usage.cached_tokens if usage is not None else 0,
         "tokens_evaluated": usage.prompt_tokens if usage is not None else 0,
-        "truncated": False,
+        "truncated": written.is_shortened,
         "timings": {
             "prompt_n": usage.prompt_tokens - usage.cached_tokens if usage is not None else 0,
             "prompt_ms": round(1e3 * usage.prefill_seconds, 1) if usage is not None else 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -16,12 +16,13 @@ from ..constraint.constraint import Constraint
 from ..events import Finished, Text, ToolCall
 from ..language.prompt import PromptOptions
 from .body import Fields, Many, read, refuse
-from .errors import ApiError, openai_form, refused
+from .errors import ApiError, refused
 from .limits import check_choices, check_stops
 from .openai_types import (
     Common,
     Count,
     Message,
+    OpenAiWire,
     ResponseFormat,
     ToolChoice,
     ToolField,
@@ -31,8 +32,8 @@ from .openai_types import (
     usage_of,
 )
 from .pieces import Draft, Piece
-from .runs import Answers, Asked, Usage, Written, settings_of, start
-from .sse import Stream, answer, frame
+from .runs import Answers, Asked, Asking, Written, settings_of, start
+from .sse import Stream, answer, attended
 from .state import State
 from .structured import ToolPlan, extension, json_object, json_schema, tool_plan
 
@@ -63,24 +64,57 @@ class ChatRequest(Common):
     audio: Any = None
     web_search_options: Any = None
 
+    @property
+    def most_tokens(self) -> int | None:
+        """New tokens at most, under any of their names; None leaves it to the server."""
+        told = self.n_predict if self.n_predict is not None and self.n_predict > 0 else None
+        return self.max_completion_tokens or self.max_tokens or told
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model thinks; None leaves it to the server."""
+        if self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking is not None:
+            return self.chat_template_kwargs.enable_thinking
+        if self.reasoning_effort is not None:
+            return self.reasoning_effort not in ("none", "minimal")
+        return None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        refuse(self.top_logprobs, (0,), "top_logprobs", "a canvas has no true log-probabilities")
+        refuse(self.functions, ([],), "functions", "use tools")
+        refuse(self.function_call, ("none", "auto"), "function_call", "use tool_choice")
+        refuse(self.modalities, (["text"],), "modalities", "answers are text")
+        refuse(self.audio, (), "audio", "answers are text")
+        refuse(self.web_search_options, (), "web_search_options", "the server searches nothing")
+
 
 def routes(state: State) -> list[Route]:
     """Return the dialect's routes."""
 
     async def create(request: Request) -> Response:
-        return await respond(state, request, await read(request, state.limits, ChatRequest))
+        body = await read(request, state.limits, ChatRequest)
+        return await respond(state, request, body, asked_of(state, body))
 
     paths = ("/v1/chat/completions", "/chat/completions")
     return [Route(path, create, methods=["POST"]) for path in paths]
 
 
-async def respond(state: State, request: Request, body: ChatRequest) -> Response:
+async def respond(
+    state: State, request: Request, body: ChatRequest, asking: Awaitable[Asking]
+) -> Response:
     """Answer a chat request.
+
+    Args:
+      state: of the server.
+      request: the one that is answered.
+      body: of it.
+      asking: checks it.
 
     Raises:
       ApiError: names what is wrong with it.
     """
-    asked = await asked_of(state, body)
+    asked = await attended(request.receive, asking)
     if body.n_predict == 0 and not body.stream:  # the prompt that follows will go on differently
         return JSONResponse(_nothing(state.model(body.model).name))
     if not body.stream:
@@ -91,7 +125,6 @@ async def respond(state: State, request: Request, body: ChatRequest) -> Response
         request,
         start(state, asked),
         lambda answers: ChatWire(answers, with_usage=with_usage),
-        send_seconds=state.limits.send_seconds,
     )
 
 
@@ -102,7 +135,7 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
       ApiError: names what is wrong with it.
     """
     state.model(body.model)
-    _refuse_unsupported(body)
+    body.refuse_unsupported()
     limits = state.limits
     check_choices(limits, body.n or 1)
     stop = check_stops(limits, body.stops)
@@ -113,10 +146,12 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
     return Asked(
         prompt=messages,
         model=body.model,
-        options=PromptOptions(thinking=_thinking(state, body), tools=plan.shown),
+        options=PromptOptions(
+            thinking=state.thinking if body.thinking is None else body.thinking, tools=plan.shown
+        ),
         settings=settings_of(
             state,
-            max_tokens=body.max_completion_tokens or body.max_tokens or _most(body.n_predict),
+            max_tokens=body.most_tokens,
             temperature=body.temperature,
             seed=body.seed,
         ),
@@ -126,28 +161,6 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
         drafts=bool(body.diffusing),
         one_call=plan.one_call,
     )
-
-
-def _refuse_unsupported(body: ChatRequest) -> None:
-    body.refuse_unsupported()
-    refuse(body.top_logprobs, (0,), "top_logprobs", "a canvas has no true log-probabilities")
-    refuse(body.functions, ([],), "functions", "use tools")
-    refuse(body.function_call, ("none", "auto"), "function_call", "use tool_choice")
-    refuse(body.modalities, (["text"],), "modalities", "answers are text")
-    refuse(body.audio, (), "audio", "answers are text")
-    refuse(body.web_search_options, (), "web_search_options", "the server searches nothing")
-
-
-def _most(n_predict: int | None) -> int | None:
-    return n_predict if n_predict is not None and n_predict > 0 else None
-
-
-def _thinking(state: State, body: ChatRequest) -> bool:
-    if body.chat_template_kwargs and body.chat_template_kwargs.enable_thinking is not None:
-        return body.chat_template_kwargs.enable_thinking
-    if body.reasoning_effort is not None:
-        return body.reasoning_effort not in ("none", "minimal")
-    return state.thinking
 
 
 async def _tools(state: State, body: ChatRequest, form: Constraint | None) -> ToolPlan:
@@ -231,18 +244,11 @@ def _arguments(call: ToolCall) -> str:
     return json.dumps(call.arguments, ensure_ascii=False)
 
 
-class ChatWire:
+class ChatWire(OpenAiWire):
     """A stream of chunks: a role, then content, thoughts and calls, then why it ended."""
 
     def __init__(self, answers: Answers, *, with_usage: bool) -> None:
-        self._with_usage, self._drafts = with_usage, answers.asked.drafts
-        self._head = {
-            "id": new_id("chatcmpl-"),
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": answers.served.name,
-        }
-        self._written = [Written() for _ in range(answers.asked.count)]
+        super().__init__(answers, "chatcmpl-", "chat.completion.chunk", with_usage=with_usage)
         self._shown: list[tuple[str, str]] = [("", "") for _ in self._written]
 
     def begin(self) -> Iterator[bytes]:
@@ -275,14 +281,6 @@ class ChatWire:
     def keep_alive(self) -> Iterator[bytes]:
         yield self._chunk(0, {})
 
-    def end(self, usage: Usage) -> Iterator[bytes]:
-        if self._with_usage:
-            yield frame({**self._head, "choices": [], "usage": usage_of(usage)})
-        yield frame("[DONE]")
-
-    def error(self, error: ApiError) -> Iterable[bytes]:
-        yield frame(openai_form(error))
-
     def _whole(self, index: int, answer: str, thought: str) -> Iterator[bytes]:
         """Tell the whole text so far, where it has changed."""
         before, self._shown[index] = self._shown[index], (answer, thought)
@@ -293,7 +291,7 @@ class ChatWire:
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return frame({**self._head, "choices": [choice]})
+        return self._choices(choice)
 
 
 def _delta(piece: Text) -> dict[str, str]:

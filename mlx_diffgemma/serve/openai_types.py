@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ..config.serving import Limits
 from .body import Fields, Many, refuse
-from .errors import ApiError, refused
+from .errors import ApiError, openai_form, refused
 from .limits import check_length
-from .runs import Usage
+from .runs import Answers, Usage, Written
+from .sse import frame
 from .structured import ConstraintField, Tool
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:/-]+$")]
@@ -259,6 +262,39 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "diffusion": usage.diffusion(),
     }
+
+
+class OpenAiWire:
+    """What the streams of OpenAI's dialects share: the fields of every chunk, and the end."""
+
+    def __init__(self, answers: Answers, prefix: str, kind: str, *, with_usage: bool) -> None:
+        """Begin a stream.
+
+        Args:
+          answers: that are streamed.
+          prefix: of the stream's id.
+          kind: the `object` of its chunks.
+          with_usage: whether a chunk tells the usage.
+        """
+        self._with_usage, self._drafts = with_usage, answers.asked.drafts
+        self._head = {
+            "id": new_id(prefix),
+            "object": kind,
+            "created": int(time.time()),
+            "model": answers.served.name,
+        }
+        self._written = [Written() for _ in range(answers.asked.count)]
+
+    def end(self, usage: Usage) -> Iterator[bytes]:
+        if self._with_usage:
+            yield frame({**self._head, "choices": [], "usage": usage_of(usage)})
+        yield frame("[DONE]")
+
+    def error(self, error: ApiError) -> Iterator[bytes]:
+        yield frame(openai_form(error))
+
+    def _choices(self, choice: dict[str, Any]) -> bytes:
+        return frame({**self._head, "choices": [choice]})
 
 
 def new_id(prefix: str) -> str:

@@ -47,7 +47,14 @@ class Expired:
     """The end of the time that a request has."""
 
 
-Piece = Expired | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """The model is shown only a part of what the client sent."""
+
+
+Piece = (
+    Expired | Shortened | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
+)
 OnStep = Callable[[float], None]
 
 
@@ -118,7 +125,7 @@ class Outbox:
         waiting = self._waiting
         if waiting and waiting[-1][0] == index:
             last = waiting[-1][1]
-            if isinstance(last, Draft):
+            if isinstance(last, Draft) and not isinstance(piece, Expired):
                 waiting.pop()
             elif (
                 isinstance(last, Text) and isinstance(piece, Text) and last.channel == piece.channel

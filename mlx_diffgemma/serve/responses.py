@@ -44,14 +44,13 @@ def routes(state: State) -> list[Route]:
     async def create(request: Request) -> Response:
         body = await read(request, state.limits, ResponsesRequest)
         reply = Reply(state, store, body)
-        asked = await reply.asked()
+        asked = await attended(request.receive, reply.asked())
         if not body.stream:
             return await answer(request, start(state, asked), reply.whole)
         return Stream(
             request,
             start(state, asked),
             lambda answers: ResponsesWire(reply, answers),
-            send_seconds=state.limits.send_seconds,
         )
 
     async def count(request: Request) -> Response:

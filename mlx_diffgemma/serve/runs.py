@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
-from anyio import to_thread
-
 from ..config.generation import GenerationSettings
 from ..constraint.constraint import Constraint
 from ..engine.run import Run
@@ -20,7 +18,7 @@ from ..language.prompt import PromptOptions
 from ..write.generate import Request
 from ..write.job import Task
 from .errors import ApiError, busy, from_error
-from .pieces import Answer, Draft, Expired, Failed, OnStep, Outbox, Piece
+from .pieces import Answer, Draft, Expired, Failed, OnStep, Outbox, Piece, Shortened
 from .state import Served, State
 
 SEEDS = 2**63
@@ -145,14 +143,14 @@ class Written:
     broken: list[BrokenToolCall] = field(default_factory=list)
     finished: Finished | None = None
     draft: str = ""  # where drafts are asked for
-    is_read: bool = False  # whether the prompt is
+    is_shortened: bool = False  # whether the model was shown only a part of the request
 
     def observe(self, piece: Piece) -> None:
         """Add a piece."""
         if isinstance(piece, Draft):
             self.draft = piece.answer
-        elif isinstance(piece, PrefillDone):
-            self.is_read = True
+        elif isinstance(piece, Shortened):
+            self.is_shortened = True
         if isinstance(piece, Text) and piece.channel == "answer":
             self.text += piece.piece
         elif isinstance(piece, Text):
@@ -232,21 +230,21 @@ class Answers:
 
         Args:
           read_seconds: in which the prompt must be read.
-          write_seconds: in which the answers must be written then.
+          write_seconds: in which the answers must be written, once the first one's prompt is read.
 
         Raises:
           ApiError: as `pieces`.
         """
         written = [Written() for _ in self._runs]
-        timer = self._expire_after(read_seconds)
+        timer, is_read = self._expire_after(read_seconds), False
         try:
             async for some in self.pieces(_LONG):
                 for index, piece in some:
                     if isinstance(piece, Expired):
                         return [each.as_it_is() for each in written]
-                    if isinstance(piece, PrefillDone) and not written[index].is_read:
+                    if isinstance(piece, PrefillDone) and not is_read:
                         timer.cancel()
-                        timer = self._expire_after(write_seconds)
+                        timer, is_read = self._expire_after(write_seconds), True
                     written[index].observe(piece)
         finally:
             timer.cancel()
@@ -323,11 +321,11 @@ async def beside(
       compiles: whether it compiles a constraint.
 
     Raises:
-      ApiError: for a DiffGemmaError.
+      ApiError: for a DiffGemmaError; 429 if too many wait.
     """
-    limiter = state.compilers if compiles else state.threads
+    threads = state.compilers if compiles else state.encoders
     try:
-        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+        return await threads.run(work)
     except DiffGemmaError as error:
         raise from_error(error, param) from error
 

@@ -31,32 +31,42 @@ _HEAD_BYTES = 65_536  # of a request's line and headers
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
-    """Return the protocol of a connection: uvicorn's, with a bound on the number of connections and
-    on the time in which a request's head must arrive."""
+    """Return the protocol of a connection: uvicorn's, with bounds on the number of connections, on
+    the time in which a request's head must arrive, and on that for which a client may read
+    nothing."""
 
     class Connection(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
+        _head_timer: asyncio.TimerHandle | None = None  # while a head is waited for
+        _reader_timer: asyncio.TimerHandle | None = None  # while the client does not read
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # or an unread end would be no pause
             if len(self.connections) > limits.max_connections:
                 transport.close()
-            self._wait()
+            self._time_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
+            _stop(self._head_timer)
+            _stop(self._reader_timer)
             super().connection_lost(exc)
 
-        def handle_events(self) -> None:
-            super().handle_events()
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop()
-            elif self._timer is None:
-                self._wait()
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._time_head()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._wait()
+            if self.conn.trailing_data[0]:  # a part of the next head; without it, the client idles
+                self._time_head()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._time_reader()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            _stop(self._reader_timer)
 
         def send_400_response(self, msg: str) -> None:
             error = ApiError(400, f"this is no HTTP request: {msg}", code="invalid_http")
@@ -72,18 +82,34 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                     self.transport.write(self.conn.send(event) or b"")
             self.transport.close()
 
-        def _wait(self) -> None:
+        def _time_head(self) -> None:
             """Close the connection unless a head arrives in time."""
-            self._stop()
-            if not self.transport.is_closing():
-                self._timer = self.loop.call_later(limits.header_seconds, self.transport.close)
+            if self.cycle is not None and not self.cycle.response_complete:
+                _stop(self._head_timer)
+                self._head_timer = None
+            elif self._head_timer is None and not self.transport.is_closing():
+                wait = limits.header_seconds
+                self._head_timer = self.loop.call_later(wait, self.transport.close)
 
-        def _stop(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+        def _time_reader(self) -> None:
+            """Drop the connection unless the client reads something in time. Closed, it would wait
+            until all is read."""
+            unread = self.transport.get_write_buffer_size()
+
+            def check() -> None:
+                if self.transport.get_write_buffer_size() < unread:
+                    self._time_reader()
+                else:
+                    self.transport.abort()
+
+            self._reader_timer = self.loop.call_later(limits.send_seconds, check)
 
     return Connection
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class Server(uvicorn.Server):

@@ -127,9 +127,6 @@ class Stream(Response):
         request: Request,
         starting: Awaitable[Answers],
         wire: Callable[[Answers], Wire],
-        *,
-        send_seconds: float,
-        keep_alive_seconds: float | None = None,
     ) -> None:
         """Make a response.
 
@@ -137,13 +134,9 @@ class Stream(Response):
           request: the one that is answered.
           starting: of `runs.start`.
           wire: makes the dialect's frames.
-          send_seconds: how long the client may read nothing.
-          keep_alive_seconds: after which time without a piece something is sent.
         """
         super().__init__()
         self._request, self._starting, self._wire = request, starting, wire
-        self._send_seconds = send_seconds
-        self._keep_alive = keep_alive_seconds or KEEP_ALIVE_SECONDS
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -158,10 +151,7 @@ class Stream(Response):
             if not (content := b"".join(frames)):
                 return
             message = {"type": "http.response.body", "body": content, "more_body": True}
-            try:
-                await asyncio.wait_for(send(message), self._send_seconds)
-            except TimeoutError:
-                raise ClientGoneError from None  # it is there, and reads nothing
+            await send(message)
 
         async def begin() -> None:
             self._has_begun = True
@@ -170,7 +160,7 @@ class Stream(Response):
             await write(wire.begin())
 
         try:
-            async for some in answers.pieces(self._keep_alive, _FIRST_SECONDS):
+            async for some in answers.pieces(KEEP_ALIVE_SECONDS, _FIRST_SECONDS):
                 if not self._has_begun:
                     await begin()
                     if not some:

@@ -9,13 +9,12 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from anyio import CapacityLimiter
-
 from ..config.generation import GenerationSettings
 from ..config.serving import Limits
 from ..engine.engine import Engine
 from .errors import ApiError, busy
 from .metrics import Metrics
+from .threads import Threads
 
 # What the model is told of code with a gap. {code} is the code, with ____ for the gap; {files} are
 # other files that the editor sends, or nothing.
@@ -23,8 +22,7 @@ FILL_PROMPT = (
     "{files}Fill in the blank ____ in this code. Write the whole code again, with the blank "
     "replaced and all else unchanged:\n\n{code}"
 )
-_THREADS = 4  # that encode prompts
-_COMPILERS = 2
+_ENCODERS, _COMPILERS = 4, 2  # threads
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,6 @@ class State:
       fill_prompt: what the model is told of code with a gap; see FILL_PROMPT.
       models: name -> model, the default one first; empty while they are loaded.
       aliases: further names of the default model; `*` in one stands for any characters.
-      threads: limits the threads that encode prompts beside the event loop.
-      compilers: limits those that compile constraints.
       is_ending: whether new requests are refused, and those under way end.
     """
 
@@ -69,9 +65,17 @@ class State:
     aliases: tuple[str, ...] = ()
     metrics: Metrics = field(default_factory=Metrics)
     is_ending: bool = False
-    threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_THREADS))
-    compilers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_COMPILERS))
     _on_end: set[Callable[[], Any]] = field(default_factory=set)
+
+    @cached_property
+    def encoders(self) -> Threads:
+        """The threads that encode prompts."""
+        return Threads(_ENCODERS, self.limits.max_waiting, "their prompts to be encoded")
+
+    @cached_property
+    def compilers(self) -> Threads:
+        """The threads that compile constraints."""
+        return Threads(_COMPILERS, self.limits.max_waiting, "their constraints to be compiled")
 
     def check_ready(self) -> None:
         """Refuse requests while models are loaded and once the server ends.

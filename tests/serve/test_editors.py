@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from mlx_diffgemma import GenerationSettings, Template, bundled_model, fill, load
+from mlx_diffgemma.config.serving import Limits
+from mlx_diffgemma.events import PrefillDone
 from mlx_diffgemma.serve import fills
 from mlx_diffgemma.serve.errors import ApiError
 from mlx_diffgemma.serve.fills import AskedFill, _between, _near
 from mlx_diffgemma.serve.fim import Gap, gap_of
-from mlx_diffgemma.serve.state import FILL_PROMPT
+from mlx_diffgemma.serve.runs import Answers
+from mlx_diffgemma.serve.state import FILL_PROMPT, State
 from mlx_diffgemma.write.fill import FillTask
-from tests.engine.cases import eventually, is_idle, loaded
+from tests.engine.cases import PATIENCE, eventually, is_idle, loaded
 from tests.sampled import first
 from tests.serve.cases import LONG, ask, chat, connected, post, serving
 from tests.serve.test_openai import client_of
@@ -242,6 +247,36 @@ def test_a_time_limit_gives_the_draft():
         assert infill(running, t_max_prompt_ms=0.001).json["content"] == ""
 
 
+def test_a_time_limit_is_that_of_all_proposals():
+    """Their prompts are read one after the other; the first one counts."""
+
+    class Slow:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def __aiter__(self):
+            await asyncio.sleep(0.2 * self.number)
+            yield PrefillDone(1, 0, 0.0, 0)
+            await asyncio.sleep(PATIENCE)
+
+        def cancel(self) -> None:
+            pass
+
+    async def seconds() -> float:
+        start, runs = time.monotonic(), [Slow(number) for number in range(10)]
+        answers = Answers(State(), None, SimpleNamespace(one_call=False), runs)
+        await answers.whole(write_seconds=0.5)
+        return time.monotonic() - start
+
+    assert 0.4 < asyncio.run(seconds()) < 1.5
+
+
+def test_a_text_that_is_cut_is_told():
+    with serving(limits=Limits(max_fill_tokens=16)) as running:
+        assert infill(running).json["truncated"] is True
+        assert infill(running, input_prefix="a ").json["truncated"] is False
+
+
 @pytest.mark.long
 def test_a_client_that_goes_ends_its_gap():
     with serving(settings=LONG) as running:
@@ -358,6 +393,66 @@ def test_an_update_is_applied_to_a_whole_text(editor):
     )
     answer = rewrite(editor, "/v1/apply/completions", told, max_tokens=20)
     assert answer.status == 200 and "```" not in answer.json["choices"][0]["message"]["content"]
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+UPDATE = (
+    "<|original_code|>\na = 1\n<|/original_code|>\n\n<|update_snippet|>\na\n<|/update_snippet|>"
+)
+EDITS = [("/v1/edit/completions", FILE), ("/v1/apply/completions", UPDATE)]
+
+
+@pytest.mark.parametrize(("path", "told"), EDITS)
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        ("logprobs", {"logprobs": True}),
+        ("top_logprobs", {"top_logprobs": 2}),
+        ("top_p", {"top_p": 0.5}),
+        ("logit_bias", {"logit_bias": {"1": 2}}),
+        ("tools", {"tools": [TOOL]}),
+        ("tool_choice", {"tool_choice": "required"}),
+        ("functions", {"functions": [{"name": "f"}]}),
+        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("constraint", {"constraint": {"regex": "a"}}),
+        ("n", {"n": 9}),
+        ("diffusing", {"diffusing": True}),  # without stream
+        ("stop", {"stop": "x" * 300}),
+        ("reasoning_effort", {"reasoning_effort": "high"}),
+        ("chat_template_kwargs", {"chat_template_kwargs": {"enable_thinking": True}}),
+    ],
+)
+def test_edits_refuse_by_name_as_chats_do(editor, path, told, param, fields):
+    before = editor.steps
+    answer = rewrite(editor, path, told, **fields)
+    assert answer.status == 400 and answer.error["param"] == param
+    assert editor.steps == before
+
+
+HARMLESS = {
+    "logprobs": False,
+    "top_p": 1,
+    "tools": [],
+    "tool_choice": "auto",
+    "response_format": {"type": "text"},
+    "reasoning_effort": "none",
+    "frequency_penalty": 0.5,
+}
+
+
+@pytest.mark.parametrize(("path", "told"), EDITS)
+def test_edits_honour_what_chats_do(editor, path, told):
+    fields = {**HARMLESS, "n": 2, "max_completion_tokens": 1, "temperature": 0}
+    whole = rewrite(editor, path, told, **fields).json
+    texts = [choice["message"]["content"] for choice in whole["choices"]]
+    assert len(texts) == 2 and whole["usage"]["completion_tokens"] == 2
+    fields |= {"stream": True, "diffusing": True, "stream_options": {"include_usage": True}}
+    *told, usage, done = rewrite(editor, path, told, **fields).events
+    assert done == "[DONE]" and usage["usage"]["completion_tokens"] == 2
+    last: dict[int, str] = {}
+    for choice in (event["choices"][0] for event in told):
+        last[choice["index"]] = choice["delta"].get("content", last.get(choice["index"], ""))
+    assert [last[0], last[1]] == texts  # each draft replaced the one before
 
 
 @pytest.mark.parametrize("path", ["/v1/edit/completions", "/v1/apply/completions"])

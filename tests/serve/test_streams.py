@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 
 import pytest
 
@@ -11,9 +12,10 @@ from mlx_diffgemma import GenerationSettings
 from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.events import Finished, Text
+from mlx_diffgemma.serve import server as server_module
 from mlx_diffgemma.serve import sse
-from mlx_diffgemma.serve.pieces import Draft, Outbox
-from tests.engine.cases import eventually, is_idle
+from mlx_diffgemma.serve.pieces import Draft, Expired, Outbox
+from tests.engine.cases import eventually, held, is_idle
 from tests.sampled import first
 from tests.serve.cases import (
     COUNT,
@@ -159,15 +161,51 @@ def test_a_slow_client_gets_all_settled_text(server):
 
 def test_a_client_that_reads_nothing_is_closed_in_the_end(monkeypatch):
     big = 300 * "0123456789"
-    limits = Limits(send_seconds=0.3)
+    limits = Limits(send_seconds=0.3, max_connections=1)
     with serving(limits=limits, model=scripted(big)) as running, connected(running) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         monkeypatch.setattr(sse, "frame", _large)
-        monkeypatch.setattr("mlx_diffgemma.serve.openai_chat.frame", _large)
+        monkeypatch.setattr("mlx_diffgemma.serve.openai_types.frame", _large)
         connection.sendall(post(PATH, chat(stream=True, diffusing=True)))
         assert eventually(lambda: bool(running.lines))
         assert eventually(lambda: is_idle(running.engine))
         assert "went away" in running.lines[-1]
+        # Nor does it count any more, though it is still there.
+        assert eventually(lambda: _is_open(running))
+
+
+def test_a_client_that_does_not_read_a_whole_answer_is_closed_in_the_end():
+    limits = Limits(send_seconds=0.3, max_connections=1)
+    with serving(limits=limits, model=scripted("x")) as running, connected(running) as connection:
+        running.state.metrics.text = lambda gauges: "x" * 20_000_000
+        connection.sendall(post("/metrics", b"").replace(b"POST", b"GET", 1))
+        assert eventually(lambda: bool(running.lines)) and " 200 " in running.lines[0]
+        assert not _is_open(running)
+        assert eventually(lambda: _is_open(running))
+
+
+def test_a_client_that_reads_slowly_is_not_closed():
+    size = 20_000_000
+    with serving(limits=Limits(send_seconds=0.5), model=scripted("x")) as running:
+        running.state.metrics.text = lambda gauges: "x" * size
+        with connected(running) as connection:
+            connection.sendall(post("/metrics", b"").replace(b"POST", b"GET", 1))
+            content, start = 0, time.monotonic()
+            while piece := connection.recv(1_000_000):
+                content += len(piece)
+                if time.monotonic() - start < 1.5:
+                    time.sleep(0.1)
+    assert content > size
+
+
+def _is_open(running) -> bool:
+    """Whether another connection is served."""
+    with connected(running) as connection:
+        connection.sendall(post("/health", b"").replace(b"POST", b"GET", 1))
+        try:
+            return connection.recv(12) == b"HTTP/1.1 200"
+        except ConnectionResetError:
+            return False
 
 
 def _large(data, event=None) -> bytes:
@@ -183,6 +221,53 @@ def test_one_connection_serves_many_requests(server):
         while piece := connection.recv(65536):
             content += piece
     assert content.count(b"HTTP/1.1 200 OK") == 3
+
+
+def test_a_second_answer_may_take_longer_than_a_head():
+    with serving(limits=Limits(header_seconds=0.2), model=scripted("ok")) as running:
+        first = post("/health", b"", Connection="keep-alive").replace(b"POST", b"GET", 1)
+        with connected(running) as connection:
+            with held(running.engine):
+                connection.sendall(first + post(PATH, chat()))  # pipelined
+                assert eventually(lambda: running.engine.counts["waiting"] == 1)
+                time.sleep(0.5)
+            answers = _rest(connection)
+        assert answers.count(b"HTTP/1.1 200 OK") == 2 and b'"content":"ok"' in answers
+
+
+def test_a_connection_may_idle_longer_than_a_head_takes(monkeypatch):
+    monkeypatch.setattr(server_module, "_IDLE_SECONDS", 1)
+    request = post("/health", b"", Connection="keep-alive").replace(b"POST", b"GET", 1)
+    limits = Limits(header_seconds=0.2)
+    with serving(limits=limits, model=scripted("x")) as running, connected(running) as connection:
+        for _ in range(2):
+            connection.sendall(request)
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            time.sleep(0.5)
+            connection.recv(65536)
+        assert b"HTTP" not in _rest(connection)  # it is closed in the end
+
+
+@pytest.mark.parametrize("half", [b"GET /hea", b"GET /health HTTP/1.1\r\nHost: a\r\nX: "])
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_a_slow_second_head_is_given_up(half, pipelined):
+    request = post("/health", b"", Connection="keep-alive").replace(b"POST", b"GET", 1)
+    limits = Limits(header_seconds=0.3)
+    with serving(limits=limits, model=scripted("x")) as running, connected(running) as connection:
+        connection.sendall(request + half if pipelined else request)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        start = time.monotonic()
+        if not pipelined:
+            connection.sendall(half)
+        _rest(connection)
+        assert 0.2 < time.monotonic() - start < 5
+
+
+def _rest(connection: socket.socket) -> bytes:
+    content = b""
+    while piece := connection.recv(65536):
+        content += piece
+    return content
 
 
 def test_the_log_has_a_line_for_each_request():
@@ -247,6 +332,11 @@ def test_the_box_keeps_the_last_draft_alone():
     assert box_of((0, one), (0, two)) == [(0, two)]
     assert box_of((0, one), (1, other), (0, two)) == [(1, other), (0, two)]
     assert box_of((0, one), (0, Text("x", "answer"))) == [(0, Text("x", "answer"))]
+
+
+def test_the_end_of_a_time_limit_leaves_the_last_draft():
+    draft, over = Draft("a", ""), Expired()
+    assert box_of((0, draft), (0, over)) == [(0, draft), (0, over)]
 
 
 def test_the_box_joins_settled_text_and_drops_none():
