@@ -24,13 +24,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading formats generation quantization model training serving",
+    "config": "entry reading formats generation quantization vision model training serving",
     "language": "tokenizer controls tools pictures images given prompt template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "
     "constraint groups vocabulary utf8 tokens line decode marginals",
     "model": "backend elementary products layers rope masks context attention experts "
-    "self_conditioning diffusion_gemma fused",
+    "self_conditioning vision stack images diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
     "denoise": "schedule sampler classes constrained pinned noise stopping canvas store_format "

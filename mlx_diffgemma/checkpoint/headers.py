@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config.reading import read_json
 from ..errors import WeightsError
-from .files import other_things
+from .files import SIDECAR, other_things
 
 INDEX = "model.safetensors.index.json"
 # bits per element
@@ -141,6 +141,14 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                 f"{tensors[extra[0]].file.name} holds {extra[0]}, which {INDEX} does not list"
             )
     return tensors
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """Return the files in which some publishers keep the vision tower beside the shards, where
+    programs for text alone do not look."""
+    return sorted(
+        path for path in folder.glob(SIDECAR) if not path.name.startswith(("model", "adapter"))
+    )
 
 
 def _tensor(path: Path, name: str, entry: Any, offset: int) -> TensorInfo:

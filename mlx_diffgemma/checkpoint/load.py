@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..config.model import ModelConfig
+from ..config.vision import VisionConfig
+from ..errors import PromptError
 from ..language.tokenizer import load_tokenizer
 from ..model import DiffusionGemma
 from ..model.fused import fuse
+from ..model.stack import Vision
 from .adapters import load_adapters
 from .blas import slow_blas
 from .files import resolve
 from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
 from .tied import read_assigned
-from .weights import load_weights
+from .weights import load_vision, load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +35,7 @@ def load(
     revision: str | None = None,
     adapter_path: str | os.PathLike[str] | None = None,
     fused: bool = True,
+    vision: bool | None = None,
 ) -> tuple[DiffusionGemma, PreTrainedTokenizerBase]:
     """Load a checkpoint and its tokenizer, as `mlx_lm.load` does.
 
@@ -41,6 +45,7 @@ def load(
       revision: branch, tag or commit of a repository.
       adapter_path: as for `load_model`.
       fused: as for `load_model`.
+      vision: as for `load_model`.
 
     Raises:
       DiffGemmaError: one line that says what is wrong with the folder, its config, weights or
@@ -50,7 +55,8 @@ def load(
     # Quick checks come first, and our check of the config before transformers' own.
     config = ModelConfig.from_folder(folder)
     tokenizer = load_tokenizer(folder)
-    return build_model(folder, config, adapter_path=adapter_path, fused=fused), tokenizer
+    model = build_model(folder, config, adapter_path=adapter_path, fused=fused, vision=vision)
+    return model, tokenizer
 
 
 def load_model(
@@ -58,6 +64,7 @@ def load_model(
     *,
     adapter_path: str | os.PathLike[str] | None = None,
     fused: bool = True,
+    vision: bool | None = None,
 ) -> DiffusionGemma:
     """Load only the model, from a folder that may have no tokenizer. Warn if memory is short.
 
@@ -67,10 +74,15 @@ def load_model(
       fused: fuse queries, keys and values into one product after loading, and gate and up, unless
         they have an adapter; False keeps every module under its checkpoint's name, as training
         needs.
+      vision: True loads what reads images with the model, so that it can be trained; False never
+        does, and images are refused; by default the first image loads it.
+
+    Raises:
+      DiffGemmaError: as `load`; with vision True, also if the folder has no vision tower.
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
-    return build_model(folder, config, adapter_path=adapter_path, fused=fused)
+    return build_model(folder, config, adapter_path=adapter_path, fused=fused, vision=vision)
 
 
 def build_model(
@@ -79,11 +91,12 @@ def build_model(
     *,
     adapter_path: str | os.PathLike[str] | None = None,
     fused: bool = True,
+    vision: bool | None = None,
 ) -> DiffusionGemma:
     """Run `load_model` on a config that was read already, so that its warnings come once."""
     if mx.default_device() == mx.cpu and (hint := slow_blas(_in_memory(folder)[0])):
         warnings.warn(hint, stacklevel=2)
-    needed = loading_bytes(folder, config, _WARNED_AT_TOKENS)
+    needed = loading_bytes(folder, config, _WARNED_AT_TOKENS, vision=bool(vision))
     if needed > WARN_ABOVE * (available := recommended_bytes()):
         warnings.warn(
             f"{folder} needs about {needed / 1e9:.1f} GB, "
@@ -92,6 +105,10 @@ def build_model(
             stacklevel=2,
         )
     model = DiffusionGemma(config)
+    source = _Vision(config, folder, is_off=vision is False)
+    model.bring_vision = source
+    if vision:
+        model.take_vision(source.empty())
     load_weights(model, config, folder)
     if adapter_path is not None:
         load_adapters(model, adapter_path)
@@ -101,18 +118,50 @@ def build_model(
     return model
 
 
-def loading_bytes(folder: Path, config: ModelConfig, tokens: int) -> int:
+class _Vision:
+    """What reads images, loaded once, for all variants of a model."""
+
+    def __init__(self, config: ModelConfig, folder: Path, *, is_off: bool) -> None:
+        self._config, self._folder, self._is_off = config, folder, is_off
+        self._loaded: Vision | None = None
+
+    def __call__(self) -> Vision:
+        if self._loaded is None:
+            self._check()
+            self._loaded = load_vision(self._config, self._folder)
+        return self._loaded
+
+    def empty(self) -> Vision:
+        """Return it without weights."""
+        return Vision(self._check(), self._config.text.hidden_size)
+
+    def _check(self) -> VisionConfig:
+        if self._is_off:
+            raise PromptError(
+                f"{self._folder} was loaded without its vision tower (vision=False, --no-vision), "
+                "so that it reads no images"
+            )
+        if self._config.vision is None:
+            raise PromptError(
+                f"{self._folder} has no vision tower: its config.json has no vision_config, so "
+                "that it reads no images"
+            )
+        return self._config.vision
+
+
+def loading_bytes(folder: Path, config: ModelConfig, tokens: int, *, vision: bool = False) -> int:
     """Return an estimate of the bytes that a folder's model needs on this device, with a context of
-    `tokens`. Reads only headers."""
-    weights, element_bytes = _in_memory(folder)
+    `tokens`, and with what reads images or without. Reads only headers."""
+    weights, element_bytes = _in_memory(folder, vision=vision)
     return needed_bytes(
         config.text, weights, tokens, config.canvas_length, element_bytes=element_bytes
     )
 
 
-def _in_memory(folder: Path) -> tuple[int, int]:
+def _in_memory(folder: Path, *, vision: bool = False) -> tuple[int, int]:
     """Return the bytes of a folder's weights after loading, and of a number in computation."""
-    used = list(read_assigned(folder)[1].used.values())
+    assigned = read_assigned(folder)[1]
+    used = [*assigned.used.values(), *(assigned.vision.values() if vision else ())]
     weights = sum(info.nbytes for info in used)
     if mx.default_device() != mx.cpu:
         return weights, 2

@@ -21,6 +21,7 @@ from .reading import (
     refuse_unless,
     warn_unknown,
 )
+from .vision import VisionConfig
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
@@ -91,6 +92,7 @@ class TextConfig:
     rope: Mapping[LayerType, RopeConfig]
     rms_norm_eps: float = 1e-6
     final_logit_softcapping: float = 30.0
+    are_images_bidirectional: bool = True  # use_bidirectional_attention: "vision", not null
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> TextConfig:
@@ -104,7 +106,8 @@ class TextConfig:
                 "moe_intermediate_size max_position_embeddings"
             ).split()
         }
-        warn_unknown(raw, {f.name for f in fields(cls)} - {"layers", "rope"} | _INERT_TEXT, where)
+        made = {"layers", "rope", "are_images_bidirectional"}
+        warn_unknown(raw, {f.name for f in fields(cls)} - made | _INERT_TEXT, where)
         refuse_unless(
             raw, "hidden_activation", ("gelu_pytorch_tanh",), where, default="gelu_pytorch_tanh"
         )
@@ -147,6 +150,7 @@ class TextConfig:
             },
             rms_norm_eps=positive(raw, "rms_norm_eps", where, 1e-6),
             final_logit_softcapping=positive(raw, "final_logit_softcapping", where, 30.0),
+            are_images_bidirectional=raw.get("use_bidirectional_attention") == "vision",
         )
 
 
@@ -161,7 +165,8 @@ class ModelConfig:
     pad_token_id: int
     quantization: QuantizationConfig | None
     generation: GenerationSettings
-    has_vision: bool
+    vision: VisionConfig | None  # None: the model reads no images
+    image_token_id: int | None  # the soft token; one of `image_token_ids`
 
     @property
     def vocab_size(self) -> int:
@@ -211,6 +216,9 @@ class ModelConfig:
         image_ids = [(key, raw[key]) for key in image_keys if raw.get(key) is not None]
         for key, token in image_ids:
             refuse_other_tokens(token, text.vocab_size, f"{where}: {key}")
+        vision = raw.get("vision_config") or None
+        if not isinstance(vision, Mapping | None):
+            raise ConfigError(f"{where}: vision_config must be an object, got {vision!r}")
         quantization = mlx_block(raw)
         return cls(
             text=text,
@@ -222,7 +230,10 @@ class ModelConfig:
             if quantization
             else None,
             generation=GenerationSettings.from_dict(generation, where="generation_config.json"),
-            has_vision=bool(raw.get("vision_config")),
+            vision=None
+            if vision is None
+            else VisionConfig.from_dict(vision, where=f"{where}, vision_config"),
+            image_token_id=raw.get("image_token_id"),
         )
 
     @classmethod

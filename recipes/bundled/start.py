@@ -198,9 +198,10 @@ def tensors(text: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndar
 
 def vision(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """The tower's tensors, by the converter's list of them."""
+    from mlx_diffgemma.config.vision import VisionConfig
     from mlx_diffgemma.convert.plan import vision_shapes
 
-    shapes = vision_shapes({"vision_config": VISION}, HIDDEN)
+    shapes = vision_shapes(VisionConfig.from_dict(VISION, where="vision_config"), HIDDEN)
     return {
         name: np.ones(shape) if name.endswith("norm.weight") else rng.normal(0, 0.02, shape)
         for name, shape in shapes.items()
