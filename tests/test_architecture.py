@@ -24,8 +24,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading formats generation quantization vision model training serving",
-    "language": "tokenizer controls tools pictures images given prompt template stops text",
+    "config": "entry reading formats generation quantization vision images model training serving",
+    "language": "tokenizer controls tools pictures images video encoded given media prompt "
+    "template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "
     "constraint groups vocabulary utf8 tokens line decode marginals",

@@ -23,8 +23,11 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking %}"
     "{{ '<|turn>system\\n<|think|>\\n<turn|>\\n' }}{% endif %}"
     "{% for message in messages %}"
-    "{{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' "
-    "+ (message.content | trim) + '<turn|>\\n' }}{% endfor %}"
+    "{{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}"
+    "{% if message.content is iterable and message.content is not string "
+    "and message.content is not mapping %}{% for part in message.content %}"
+    "{{ part.text | trim if part.type == 'text' else '<|' + part.type + '|>' }}{% endfor %}"
+    "{% else %}{{ message.content | trim }}{% endif %}{{ '<turn|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"
 )
 ROPE = {
