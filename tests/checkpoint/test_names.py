@@ -120,7 +120,7 @@ def vision_spellings(module: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("leaf", ["weight", "scales", "biases"])
 def test_vision_has_one_name_however_programs_call_it(leaf):
     for name in official_names():
-        if "vision" in name and name.endswith("proj.weight") or name.endswith("linear.weight"):
+        if ("vision" in name and name.endswith("proj.weight")) or name.endswith("linear.weight"):
             module = name.removesuffix(".weight")
             for spelling in vision_spellings(module):
                 assert translate(f"{spelling}.{leaf}") == f"{module}.{leaf}", spelling

@@ -70,7 +70,9 @@ def draw_picture(rng: np.random.Generator, vision: dict[str, Any], least: int = 
     return Picture(patches, positions.astype(np.int32), across * down)
 
 
-def draw_turns(rng: np.random.Generator, config: dict[str, Any]) -> Iterator[tuple[str, list[Turn]]]:
+def draw_turns(
+    rng: np.random.Generator, config: dict[str, Any]
+) -> Iterator[tuple[str, list[Turn]]]:
     """The text before the canvas for each of `PLACES`: turns that are read one after another."""
     text, vision = config["text_config"], config["vision_config"]
 
@@ -91,10 +93,13 @@ def draw_turns(rng: np.random.Generator, config: dict[str, Any]) -> Iterator[tup
     yield "between", [turn(words(), picture(), words(), picture(), words())]
     yield "behind", [turn(words(), picture(), picture(), picture())]
     yield "longer than the window", [turn(words(), picture(window + 1), words(), picture())]
-    yield "second turn", [
-        turn(words(2 * window), picture(), words()),
-        turn(words(), picture(window), words(), picture(), words()),
-    ]
+    yield (
+        "second turn",
+        [
+            turn(words(2 * window), picture(), words()),
+            turn(words(), picture(window), words(), picture(), words()),
+        ],
+    )
 
 
 class LookingReference(Reference):
