@@ -15,13 +15,15 @@ from mlx.utils import tree_flatten
 
 from mlx_diffgemma.checkpoint.headers import TYPES
 from mlx_diffgemma.checkpoint.memory import needed_bytes
-from mlx_diffgemma.checkpoint.names import part_of
+from mlx_diffgemma.checkpoint.names import VISION, is_bound, part_of
 from mlx_diffgemma.config.formats import without_packing
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.config.quantization import Quantization
 from mlx_diffgemma.config.reading import read_json
+from mlx_diffgemma.config.vision import VisionConfig
 from mlx_diffgemma.errors import ConfigError, WeightsError
 from mlx_diffgemma.model import DiffusionGemma
+from mlx_diffgemma.model.stack import Vision
 
 from .origin import without_paths
 from .recipe import Recipe
@@ -31,9 +33,7 @@ SHARD_BYTES = 5_000_000_000
 SLICE_BYTES = 64 << 20  # of float32, read at a time
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_DTYPE = "bfloat16"
-_MOST_VISION_LAYERS = 1000  # bounds the lists that a damaged file makes us build
 _FORMAT = 1  # of plans and journals
-VISION = "vision"  # the part that text runs do not load
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +193,11 @@ def _check_targets(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Check that every parameter has one source of its shape; vision may be missing as a whole."""
     parameters = dict(tree_flatten(DiffusionGemma(config).parameters()))
     expected = {name: tuple(array.shape) for name, array in parameters.items()}
-    found = {name for name in checkpoint.tensors if not _is_clip(name)}
+    found = {name for name in checkpoint.tensors if not is_bound(name)}
     if any(part_of(name) == VISION for name in found):
-        expected |= vision_shapes(checkpoint.config, config.text.hidden_size)
+        if config.vision is None:
+            raise ConfigError("there are vision tensors, but config.json has no vision_config")
+        expected |= vision_shapes(config.vision, config.text.hidden_size)
     if missing := sorted(set(expected) - found):
         raise WeightsError(
             f"tensor {missing[0]} is missing in {checkpoint.folder}, "
@@ -210,58 +212,14 @@ def _check_targets(checkpoint: Checkpoint, config: ModelConfig) -> None:
     assert len(used) + len(checkpoint.ignored) == len(checkpoint.stored)
 
 
-def vision_shapes(config: Mapping[str, Any], text_width: int) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the vision tower and its projection.
-
-    Raises:
-      ConfigError: if vision_config does not determine them.
-    """
-    raw = config.get("vision_config")
-    if not isinstance(raw, Mapping):
-        raise ConfigError("there are vision tensors, but config.json has no vision_config")
-
-    def size(key: str) -> int:
-        value = raw.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise ConfigError(f"vision_config: {key} must be a whole number above 0, got {value!r}")
-        return value
-
-    width, inner, head = size("hidden_size"), size("intermediate_size"), size("head_dim")
-    queries, keys = size("num_attention_heads") * head, size("num_key_value_heads") * head
-    tower = "model.encoder.vision_tower"
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.encoder.embed_vision.embedding_projection.weight": (text_width, width),
-        f"{tower}.patch_embedder.input_proj.weight": (width, 3 * size("patch_size") ** 2),
-        f"{tower}.patch_embedder.position_embedding_table": (
-            2,
-            size("position_embedding_size"),
-            width,
-        ),
+def vision_shapes(config: VisionConfig, text_width: int) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the vision tower and its projection, without bounds."""
+    parameters = dict(tree_flatten(Vision(config, text_width).parameters()))
+    return {
+        f"model.encoder.{name}": tuple(array.shape)
+        for name, array in parameters.items()
+        if not is_bound(name)
     }
-    if raw.get("standardize"):
-        shapes |= {f"{tower}.std_bias": (width,), f"{tower}.std_scale": (width,)}
-    if size("num_hidden_layers") > _MOST_VISION_LAYERS:
-        raise ConfigError(f"vision_config: num_hidden_layers is {raw['num_hidden_layers']}")
-    for i in range(size("num_hidden_layers")):
-        layer = f"{tower}.encoder.layers.{i}"
-        norms = (
-            "input_layernorm post_attention_layernorm pre_feedforward_layernorm "
-            "post_feedforward_layernorm"
-        )
-        shapes |= {f"{layer}.{norm}.weight": (width,) for norm in norms.split()}
-        shapes |= {f"{layer}.self_attn.{n}_norm.weight": (head,) for n in "qk"}
-        shapes[f"{layer}.self_attn.q_proj.linear.weight"] = (queries, width)
-        shapes |= {f"{layer}.self_attn.{n}_proj.linear.weight": (keys, width) for n in "kv"}
-        shapes[f"{layer}.self_attn.o_proj.linear.weight"] = (width, queries)
-        shapes |= {f"{layer}.mlp.{n}_proj.linear.weight": (inner, width) for n in ("gate", "up")}
-        shapes[f"{layer}.mlp.down_proj.linear.weight"] = (width, inner)
-    return shapes
-
-
-def _is_clip(name: str) -> bool:
-    """Return whether a tensor is a calibration scalar of the vision tower, which a checkpoint may
-    lack."""
-    return name.rpartition(".")[2] in ("input_min", "input_max", "output_min", "output_max")
 
 
 def _check_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_diffgemma.checkpoint.headers import FLOATS, TensorInfo, read_headers
+from mlx_diffgemma.checkpoint.headers import FLOATS, TensorInfo
 from mlx_diffgemma.checkpoint.layouts import MLX, layout_of
 from mlx_diffgemma.checkpoint.names import ACTIVATIONS, Ignored, keep_as
-from mlx_diffgemma.checkpoint.tied import assign, check_copies
+from mlx_diffgemma.checkpoint.tied import assign, check_copies, read_stored
 from mlx_diffgemma.config.formats import mlx_block
 from mlx_diffgemma.config.quantization import Quantization, QuantizationConfig
 from mlx_diffgemma.config.reading import read_json
@@ -200,7 +200,7 @@ def open_checkpoint(folder: Path, *, compare: bool = True) -> Checkpoint:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if config is None:
         raise ConfigError(f"{folder} has no config.json; a checkpoint folder is expected")
-    stored = read_headers(folder)
+    stored = read_stored(folder)
     try:
         layout = layout_of(config, stored)
     except WeightsError as error:
@@ -215,7 +215,7 @@ def open_checkpoint(folder: Path, *, compare: bool = True) -> Checkpoint:
     experts: dict[tuple[str, int, str], dict[str, TensorInfo]] = defaultdict(dict)
     modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     names: dict[str, str] = {}  # our module -> stored module
-    for name, info in assigned.used.items():
+    for name, info in {**assigned.used, **assigned.vision}.items():
         if match := _OURS.fullmatch(name):
             experts[match[1], int(match[2]), match[3]][match[4]] = info
         else:

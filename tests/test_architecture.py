@@ -24,17 +24,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading formats generation quantization model training serving",
-    "language": "tokenizer controls tools given prompt template stops text",
+    "config": "entry reading formats generation quantization vision images model training serving",
+    "language": "tokenizer controls tools pictures images video encoded given media prompt "
+    "template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "
     "constraint groups vocabulary utf8 tokens line decode marginals",
     "model": "backend elementary products layers rope masks context attention experts "
-    "self_conditioning diffusion_gemma fused",
+    "self_conditioning vision stack images diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
-    "denoise": "schedule sampler classes constrained pinned noise stopping canvas store_format "
-    "store_files store row step loop",
+    "denoise": "schedule sampler classes constrained pinned noise stopping canvas images "
+    "store_format store_files store row step loop",
     "write": "job verbose constrained regions writer generate fill edit questions decide chat_file "
     "chat",
     "engine": "run engine",
@@ -269,6 +270,7 @@ def test_nothing_is_unpickled():
 # The tokenizers library raises a bare Exception for a damaged file, so nothing narrower catches it.
 ALLOWED_BROAD_EXCEPTS = {
     "mlx_diffgemma.language.tokenizer": 1,
+    "mlx_diffgemma.language.pictures": 1,  # so do Pillow's readers, of every kind
     # Listeners and jobs are other people's code; their errors end their own row or request.
     "mlx_diffgemma.denoise.loop": 1,
     "mlx_diffgemma.engine.engine": 3,

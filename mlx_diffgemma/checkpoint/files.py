@@ -19,6 +19,7 @@ from ..errors import SourceError
 from .choice import full_name
 
 _HEADERS = "mlx_diffgemma-headers-"
+SIDECAR = "*vision*.safetensors"  # where some publishers keep the vision tower
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _TEXT = (
     "generation_config.json",
@@ -55,7 +56,7 @@ _OTHER_THINGS = {
     "*.onnx": "{name} is an ONNX file; use a checkpoint of safetensors instead",
 }
 # The files of a repository that a text runtime needs; no pickle files, no code.
-PATTERNS = ("config.json", *_TEXT, *_WEIGHTS)
+PATTERNS = ("config.json", *_TEXT, *_WEIGHTS, SIDECAR)
 # The files that the converter copies unchanged from its source.
 SIDE_PATTERNS = (*_TEXT, *_IMAGES)
 

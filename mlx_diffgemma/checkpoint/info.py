@@ -13,7 +13,7 @@ from ..config.model import ModelConfig, TextConfig
 from .files import is_temporary
 from .headers import TYPES, TensorInfo
 from .memory import needed_bytes
-from .names import VISION, part_of
+from .names import FOREIGN_VISION, VISION, part_of
 from .tied import read_assigned
 
 CONTEXTS = (4096, 32768)  # tokens of context for which the needed memory is shown
@@ -46,7 +46,8 @@ class Info:
     files: int
     loaded_bytes: int  # of the tensors that a text run loads
     needed_bytes: dict[int, int]  # context tokens -> bytes, an estimate
-    vision: str  # "absent", or why it is not loaded
+    vision: str  # "absent", what it takes, or why it is never loaded
+    vision_bytes: int  # of its tensors, which the first image loads
     config: ModelConfig
 
 
@@ -65,10 +66,17 @@ def describe(folder: Path) -> Info:
         part = part_of(name)
         nbytes[part] += info.nbytes
         # A tied weight counts once, and scales of activations do not count.
-        if name not in assigned.copies and assigned.ignored.get(name, VISION) == VISION:
+        if (
+            name not in assigned.copies
+            and assigned.ignored.get(name, FOREIGN_VISION) == FOREIGN_VISION
+        ):
             parameters[part] += _parameters(name, ours.get(name, name), tensors, config)
     loaded = sum(info.nbytes for info in assigned.used.values())
-    has_vision = VISION in assigned.ignored.values()
+    vision_bytes = sum(info.nbytes for info in assigned.vision.values())
+    if vision_bytes:
+        vision = f"{vision_bytes:,} bytes, loaded with the first image"
+    else:
+        vision = FOREIGN_VISION if nbytes[VISION] else "absent"
     text = config.text
     idle_experts = parameters["experts"] * (text.num_experts - text.top_k_experts)
     files = {info.file for info in tensors.values()}
@@ -77,7 +85,7 @@ def describe(folder: Path) -> Info:
         folder=None if is_temporary(folder) else folder,
         parameters=sum(parameters.values()),
         active_parameters=sum(parameters.values())
-        - parameters["vision"]
+        - parameters[VISION]
         - idle_experts // text.num_experts,
         parts=tuple(
             Part(name, parameters[name], nbytes[name])
@@ -91,7 +99,8 @@ def describe(folder: Path) -> Info:
         needed_bytes={
             n: needed_bytes(text, loaded, n, config.canvas_length) for n in contexts_of(text)
         },
-        vision=VISION if has_vision else "absent",
+        vision=vision,
+        vision_bytes=vision_bytes,
         config=config,
     )
 
@@ -132,6 +141,7 @@ def as_object(info: Info) -> dict[str, Any]:
         "loaded_bytes": info.loaded_bytes,
         "needed_bytes": {str(tokens): nbytes for tokens, nbytes in info.needed_bytes.items()},
         "vision": info.vision,
+        "vision_bytes": info.vision_bytes,
         "layers": text.num_hidden_layers,
         "experts": text.num_experts,
         "experts_per_token": text.top_k_experts,

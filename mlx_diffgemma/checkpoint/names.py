@@ -17,6 +17,9 @@ from ..errors import WeightsError
 _STACK = r"model\.(?:decoder|encoder\.language_model)\."
 _LAYER = r"layers\.\d+\."
 _PACKED = r"\.(?:weight|scales|biases)"
+# Of the encoder alone. Some programs leave out the beginning, or the `linear` of projections.
+_VISION = r"(?:model\.)?(?:encoder\.)?"
+_TOWER = rf"{_VISION}(vision_tower\.encoder\.layers\.\d+\."
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class Ignored:
     reason: str
 
 
-VISION = "vision is not loaded yet"
+VISION = "vision"  # the part of the model that reads images
+FOREIGN_VISION = "vision in a form that does not load"
 ACTIVATIONS = "scales activations, which stay unquantized"
 KV_CACHE = "scales a quantized KV cache, which stays unquantized"
 
@@ -61,8 +65,27 @@ RULES = (
     Rule(rf"lm_head({_PACKED})", r"model.decoder.embed_tokens\1"),
     Rule(r"(model\.decoder\.self_conditioning\.pre_norm\.weight)", r"\1"),
     Rule(rf"(model\.decoder\.self_conditioning\.(?:gate|up|down)_proj{_PACKED})", r"\1"),
-    # Vision is left out as a whole, with its scales and calibration.
-    Rule(r"(?:model\.)?(?:encoder\.)?(?:vision_tower|embed_vision)\.[\w.]+", None, VISION),
+    Rule(
+        rf"{_TOWER}(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj))(?:\.linear)?({_PACKED})",
+        r"model.encoder.\1.linear\2",
+    ),
+    Rule(
+        rf"{_TOWER}(?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj\.(?:in|out)put_(?:min|max))",
+        r"model.encoder.\1",
+    ),
+    Rule(
+        rf"{_TOWER}(?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm"
+        r"|pre_feedforward_layernorm|post_feedforward_layernorm)\.weight)",
+        r"model.encoder.\1",
+    ),
+    Rule(
+        rf"{_VISION}(vision_tower\.(?:std_bias|std_scale|patch_embedder\.position_embedding_table"
+        rf"|patch_embedder\.input_proj{_PACKED}))",
+        r"model.encoder.\1",
+    ),
+    Rule(rf"{_VISION}(embed_vision\.embedding_projection{_PACKED})", r"model.encoder.\1"),
+    # What is left of vision does not keep the text from loading.
+    Rule(rf"{_VISION}(?:vision_tower|embed_vision)\.[\w.]+", None, FOREIGN_VISION),
     Rule(rf"{_STACK}({_LAYER}(?:\w+\.)+input_(?:global_)?scale)", None, ACTIVATIONS),
     Rule(
         rf"{_STACK}({_LAYER}self_attn\.(?:[qkv]_proj\.)?(?:[qkv]|kv)_(?:scale|zero_point))",
@@ -91,21 +114,27 @@ def translate(name: str) -> str | Ignored:
 
 
 def keep_as(name: str) -> str | Ignored:
-    """Return `translate`'s name for a converted copy, in which tensors that are not loaded yet keep
-    their names.
+    """Return `translate`'s name for a converted copy, in which tensors of vision that would not
+    load keep their names.
 
     Raises:
       WeightsError: if no rule knows the name.
     """
     target = translate(name)
-    return name if target == Ignored(VISION) else target
+    return name if target == Ignored(FOREIGN_VISION) else target
+
+
+def is_bound(name: str) -> bool:
+    """Return whether a tensor is a bound of the vision tower's numbers, which a checkpoint has, or
+    whose config says that they are not used."""
+    return name.rpartition(".")[2] in ("input_min", "input_max", "output_min", "output_max")
 
 
 def part_of(name: str) -> str:
     """Return the part of the model that a tensor, under its source name or ours, belongs to: a row
     of `info`'s table."""
     if "vision" in name:
-        return "vision"
+        return VISION
     if ".experts." in name:
         return "experts"
     if ".router." in name:

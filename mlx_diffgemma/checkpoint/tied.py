@@ -16,9 +16,9 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import WeightsError
-from .headers import FLOATS, TensorInfo, read_headers
+from .headers import FLOATS, TensorInfo, read_header, read_headers, sidecars
 from .layouts import check_loads
-from .names import Ignored, translate
+from .names import VISION, Ignored, part_of, translate
 
 _PIECE = 1 << 22  # elements compared at a time
 # Leaves that belong together: tied names must be packed alike.
@@ -31,7 +31,8 @@ _NUMPY = {"F16": np.float16, "F32": np.float32}
 class Assigned:
     """The use of every stored tensor, from headers alone."""
 
-    used: Mapping[str, TensorInfo]  # our name -> the tensor
+    used: Mapping[str, TensorInfo]  # our name -> the tensor, of all but vision
+    vision: Mapping[str, TensorInfo]  # our name -> the tensor, of what reads images
     sources: Mapping[str, str]  # our name -> stored name
     copies: Mapping[str, str]  # stored name -> stored name of the tensor that it must equal
     ignored: Mapping[str, str]  # stored name -> why it is left out; copies are not among them
@@ -71,7 +72,8 @@ def assign(
             if other is not kept:
                 copies |= _copies(other, kept, tensors)
     used = {target: tensors[stored] for target, stored in sources.items()}
-    return Assigned(used, sources, copies, ignored)
+    vision = {target: used.pop(target) for target in sources if part_of(target) == VISION}
+    return Assigned(used, vision, sources, copies, ignored)
 
 
 def read_assigned(folder: Path) -> tuple[dict[str, TensorInfo], Assigned]:
@@ -80,9 +82,28 @@ def read_assigned(folder: Path) -> tuple[dict[str, TensorInfo], Assigned]:
     Raises:
       WeightsError: as `assign`, or if the files are damaged, or in a format that does not load.
     """
-    tensors = read_headers(folder)
+    tensors = read_stored(folder)
     check_loads(tensors, folder)
     return tensors, assign(tensors)
+
+
+def read_stored(folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a folder, vision in a file of its own included.
+
+    Raises:
+      WeightsError: if files are missing or damaged, or such a file holds something else.
+    """
+    tensors = read_headers(folder)
+    if any(part_of(name) == VISION for name in tensors):
+        return tensors
+    for path in sidecars(folder):
+        for name, info in read_header(path).items():
+            if part_of(name) != VISION:
+                raise WeightsError(f"{path} holds {name}, which is no part of vision")
+            if name in tensors:
+                raise WeightsError(f"{name} is in {tensors[name].file.name} and in {path.name}")
+            tensors[name] = info
+    return tensors
 
 
 def check_copies(tensors: Mapping[str, TensorInfo], copies: Mapping[str, str]) -> None:

@@ -13,17 +13,21 @@ from mlx.utils import tree_flatten
 
 from ..config.model import ModelConfig
 from ..config.quantization import Quantization
-from ..errors import WeightsError
+from ..errors import PromptError, WeightsError
+from ..model import DiffusionGemma
+from ..model.stack import Vision
 from .headers import FLOATS, TensorInfo
-from .tied import check_copies, read_assigned
+from .names import FOREIGN_VISION, is_bound
+from .tied import Assigned, check_copies, read_assigned
 
 # Arrays are materialised in groups of this size: large enough to keep the disk busy, small enough
 # to bound the memory that is used twice.
 _GROUP_BYTES = 1 << 28
 
 
-def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
-    """Fill the model from a folder, and pack the modules that come with scales.
+def load_weights(model: DiffusionGemma, config: ModelConfig, folder: Path) -> None:
+    """Fill the model from a folder, and pack the modules that come with scales; vision only where
+    the model has it already.
 
     On the CPU backend all weights that are not packed become float32, the only type of its
     gathered product.
@@ -32,7 +36,34 @@ def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
       WeightsError: if a tensor is missing, unknown, or has the wrong shape or type, or is stored
       twice with different values; nothing is loaded then.
     """
-    tensors, sources, packed = fit_weights(model, config, folder)
+    _fill(model, *fit_weights(model, config, folder))
+
+
+def load_vision(config: ModelConfig, folder: Path) -> Vision:
+    """Return what reads images, from a folder whose config describes it.
+
+    Raises:
+      WeightsError: as `load_weights`.
+      PromptError: if the folder has no vision.
+    """
+    _, assigned = read_assigned(folder)
+    tensors = _of_vision(config, assigned, folder)
+    assert config.vision is not None
+    root, vision = nn.Module(), Vision(config.vision, config.text.hidden_size)
+    root.model = nn.Module()  # so that names are those of the whole model
+    root.model.encoder = vision
+    _fill(root, *_fit(root, config, tensors, assigned.sources))
+    vision.freeze()  # a tower that is to be trained is loaded with the model
+    return vision
+
+
+def _fill(
+    model: nn.Module,
+    tensors: Mapping[str, TensorInfo],
+    sources: Mapping[str, str],
+    packed: Mapping[str, Quantization],
+) -> None:
+    """Read the tensors into a model, of which everything is filled."""
     expected = dict(tree_flatten(model.parameters()))
     as_float32 = set()
     if mx.default_device() == mx.cpu:
@@ -47,7 +78,7 @@ def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
 
 
 def fit_weights(
-    model: nn.Module, config: ModelConfig, folder: Path
+    model: DiffusionGemma, config: ModelConfig, folder: Path
 ) -> tuple[Mapping[str, TensorInfo], Mapping[str, str], dict[str, Quantization]]:
     """Check a folder against the model, and pack the modules that come packed.
 
@@ -60,8 +91,42 @@ def fit_weights(
       WeightsError: if a tensor is missing, unknown, or has the wrong shape or type.
     """
     stored, assigned = read_assigned(folder)
-    tensors, sources = assigned.used, assigned.sources
-    packed = _packed_modules(sources, config)
+    tensors = assigned.used
+    if model.has_vision:
+        tensors = {**tensors, **_of_vision(config, assigned, folder)}
+    fitting = _fit(model, config, tensors, assigned.sources)
+    check_copies(stored, assigned.copies)
+    return fitting
+
+
+def vision_tensors(config: ModelConfig, folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of vision under our names, from headers alone.
+
+    Raises:
+      WeightsError: if files are damaged.
+      PromptError: if the folder has no vision.
+    """
+    return _of_vision(config, read_assigned(folder)[1], folder)
+
+
+def _of_vision(config: ModelConfig, assigned: Assigned, folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of vision that the config says are used."""
+    if config.vision is None or not assigned.vision:
+        other = [name for name, why in assigned.ignored.items() if why == FOREIGN_VISION]
+        found = f": {other[0]} is {FOREIGN_VISION}" if other else " in its files"
+        raise PromptError(f"{folder} has no vision tower{found}, so that it reads no images")
+    has_bounds = config.vision is not None and config.vision.use_clipped_linears
+    return {n: info for n, info in assigned.vision.items() if has_bounds or not is_bound(n)}
+
+
+def _fit(
+    model: nn.Module,
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    sources: Mapping[str, str],
+) -> tuple[Mapping[str, TensorInfo], Mapping[str, str], dict[str, Quantization]]:
+    """Check tensors against a model, and pack the modules that come packed."""
+    packed = _packed_modules({name: sources[name] for name in tensors}, config)
     if packed:
         _check_packed(model, tensors, packed)
         nn.quantize(
@@ -73,7 +138,6 @@ def fit_weights(
             ),
         )
     _check_fit(tensors, dict(tree_flatten(model.parameters())), packed)
-    check_copies(stored, assigned.copies)
     return tensors, sources, packed
 
 

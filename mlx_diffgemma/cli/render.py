@@ -288,7 +288,7 @@ def show_info(info: Info) -> None:
         f"{text.max_position_embeddings:,} positions",
         f"{info.disk_bytes:,} bytes on disk in {info.files} weight file{'s' * (info.files > 1)}, "
         f"{info.tensors:,} tensors",
-        f"vision: {info.vision.removeprefix('vision is ')}",
+        f"vision: {info.vision.removeprefix('vision ')}",
         "",
         f"{'part':<20}{'parameters':>16}{'bytes':>18}{'bits/weight':>13}",
     ]

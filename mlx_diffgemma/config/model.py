@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
 from .formats import foreign_format, mlx_block, refusal, source_of
 from .generation import GenerationSettings
+from .images import DEFAULT_BUDGET, budget_of
 from .quantization import QuantizationConfig
 from .reading import (
     LARGEST,
@@ -21,6 +22,7 @@ from .reading import (
     refuse_unless,
     warn_unknown,
 )
+from .vision import VisionConfig
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
@@ -91,6 +93,7 @@ class TextConfig:
     rope: Mapping[LayerType, RopeConfig]
     rms_norm_eps: float = 1e-6
     final_logit_softcapping: float = 30.0
+    are_images_bidirectional: bool = True  # use_bidirectional_attention: "vision", not null
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> TextConfig:
@@ -104,7 +107,8 @@ class TextConfig:
                 "moe_intermediate_size max_position_embeddings"
             ).split()
         }
-        warn_unknown(raw, {f.name for f in fields(cls)} - {"layers", "rope"} | _INERT_TEXT, where)
+        made = {"layers", "rope", "are_images_bidirectional"}
+        warn_unknown(raw, {f.name for f in fields(cls)} - made | _INERT_TEXT, where)
         refuse_unless(
             raw, "hidden_activation", ("gelu_pytorch_tanh",), where, default="gelu_pytorch_tanh"
         )
@@ -147,6 +151,7 @@ class TextConfig:
             },
             rms_norm_eps=positive(raw, "rms_norm_eps", where, 1e-6),
             final_logit_softcapping=positive(raw, "final_logit_softcapping", where, 30.0),
+            are_images_bidirectional=raw.get("use_bidirectional_attention") == "vision",
         )
 
 
@@ -161,7 +166,9 @@ class ModelConfig:
     pad_token_id: int
     quantization: QuantizationConfig | None
     generation: GenerationSettings
-    has_vision: bool
+    vision: VisionConfig | None  # None: the model reads no images
+    image_token_id: int | None  # the soft token; one of `image_token_ids`
+    image_tokens: int = DEFAULT_BUDGET  # the most of an image, from the processor's files
 
     @property
     def vocab_size(self) -> int:
@@ -211,6 +218,9 @@ class ModelConfig:
         image_ids = [(key, raw[key]) for key in image_keys if raw.get(key) is not None]
         for key, token in image_ids:
             refuse_other_tokens(token, text.vocab_size, f"{where}: {key}")
+        vision = raw.get("vision_config") or None
+        if not isinstance(vision, Mapping | None):
+            raise ConfigError(f"{where}: vision_config must be an object, got {vision!r}")
         quantization = mlx_block(raw)
         return cls(
             text=text,
@@ -222,12 +232,15 @@ class ModelConfig:
             if quantization
             else None,
             generation=GenerationSettings.from_dict(generation, where="generation_config.json"),
-            has_vision=bool(raw.get("vision_config")),
+            vision=None
+            if vision is None
+            else VisionConfig.from_dict(vision, where=f"{where}, vision_config"),
+            image_token_id=raw.get("image_token_id"),
         )
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read config.json and, if there is one, generation_config.json.
+        """Read config.json and, where they are, generation_config.json and the processor's files.
 
         Raises:
           ConfigError: if a file is missing, is not JSON, or holds an impossible value.
@@ -238,11 +251,12 @@ class ModelConfig:
                 f"{folder} has no config.json; a DiffusionGemma checkpoint folder is expected"
             )
         generation = folder / "generation_config.json"
-        return cls.from_dict(
+        config = cls.from_dict(
             read_json(path),
             read_json(generation) if generation.is_file() else None,
             where=str(path),
         )
+        return replace(config, image_tokens=budget_of(folder))
 
 
 def _layer_types(raw: Raw, count: int, where: str) -> tuple[LayerType, ...]:

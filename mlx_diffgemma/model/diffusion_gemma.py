@@ -1,5 +1,5 @@
-"""The stack of layers, and prefill, denoise and commit on it. One set of weights runs causally over
-text and bidirectionally over the canvas."""
+"""Prefill, denoise and commit on the stack of layers. One set of weights runs causally over text
+and bidirectionally over the canvas."""
 
 from __future__ import annotations
 
@@ -9,106 +9,28 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config.generation import default_of
-from ..config.model import LayerConfig, ModelConfig, TextConfig
-from .attention import Attention, Segment
+from ..config.model import ModelConfig
+from ..errors import PromptError
+from .attention import Segment
 from .backend import begin, compiled
 from .context import Context, LayerContext, OpenContext
-from .experts import Experts, Router
-from .layers import MLP, RMSNorm, softcap
+from .images import Seen, piece_ends, seen_at
+from .layers import softcap
 from .masks import Mask, canvas_mask, causal_mask
 from .products import head, weighted_rows
-from .self_conditioning import SelfConditioning
-
-
-class Layer(nn.Module):
-    """Attention, then a dense block and experts side by side."""
-
-    def __init__(self, config: TextConfig, layer: LayerConfig):
-        super().__init__()
-
-        def norm() -> RMSNorm:
-            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
-        self.router = Router(config)
-        self.experts = Experts(config)
-        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        self.pre_feedforward_layernorm, self.post_feedforward_layernorm_1 = (
-            norm(),
-            norm(),
-        )  # dense block
-        self.pre_feedforward_layernorm_2, self.post_feedforward_layernorm_2 = (
-            norm(),
-            norm(),
-        )  # experts
-        self.post_feedforward_layernorm = norm()
-        self.layer_scalar = mx.ones((1,))
-
-    def __call__(
-        self,
-        x: mx.array,
-        segments: Sequence[Segment],
-        scalar: mx.array,
-    ) -> tuple[mx.array, list[LayerContext]]:
-        attended, kept = self.self_attn(self.input_layernorm(x), segments)
-        h = self.post_attention_layernorm.added_to(x, attended)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
-        flat = h.reshape(-1, h.shape[-1])  # [T, M]
-        # The router reads the residual, the experts a normed copy of it.
-        mixed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).reshape(
-            h.shape
-        )
-        both = self.post_feedforward_layernorm_2.added_to(dense, mixed)
-        return self.post_feedforward_layernorm.added_to(h, both) * scalar, kept
-
+from .stack import Layer, Stack, Vision
+from .vision import VisionSource, VisionTower, by_soft_token
 
 RunLayer = Callable[..., tuple[mx.array, list[LayerContext]]]  # a layer, then its arguments
 
 
-class Decoder(nn.Module):
-    """All weights except the encoder's layer scalars, under their names on disk."""
-
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Layer(config, layer) for layer in config.layers]
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_conditioning = SelfConditioning(config)
-
-
-class LayerScalar(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer_scalar = mx.ones((1,))
-
-
-class EncoderText(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.layers = [LayerScalar() for _ in config.layers]
-
-
-class Encoder(nn.Module):
-    """The layer scalars of the causal pass; all its other weights are the decoder's."""
-
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.language_model = EncoderText(config)
-
-
-class Stack(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.decoder = Decoder(config)
-        self.encoder = Encoder(config)
-
-
 class DiffusionGemma(nn.Module):
-    """DiffusionGemma's text path. Weights are those of the checkpoint, under the checkpoint's
-    names.
+    """DiffusionGemma. Weights are those of the checkpoint, under the checkpoint's names.
+
+    Those of vision are not there before `see` needs them; `vision_source` brings them then.
 
     Source: transformers 5.23, models/diffusion_gemma/modeling_diffusion_gemma.py.
     """
@@ -117,6 +39,8 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = Stack(config.text)
+        self.vision_source: VisionSource = _NoVision()
+        self.vision_is_own = False
         # How a layer is run: directly, or, for gradient checkpointing, without keeping its inner
         # arrays.
         self.run_layer: RunLayer = _as_it_is
@@ -131,11 +55,68 @@ class DiffusionGemma(nn.Module):
         """The type of computation, outside the parts that are always float32."""
         return self.model.decoder.layers[-1].layer_scalar.dtype
 
+    @property
+    def has_vision(self) -> bool:
+        """Whether the weights that read images are loaded."""
+        return "vision_tower" in self.model.encoder
+
+    def take_vision(self, vision: Vision, *, is_own: bool = True) -> None:
+        """Read images with this from now on.
+
+        Args:
+          vision: what `load` made; it takes the model's type.
+          is_own: whether it may differ from what `vision_source` brings, as one that is trained.
+        """
+        self.vision_is_own = is_own
+        if vision.vision_tower.dtype != self.dtype:
+            vision.set_dtype(self.dtype)
+        self.model.encoder.vision_tower = vision.vision_tower
+        self.model.encoder.embed_vision = vision.embed_vision
+
+    def check_vision(self) -> None:
+        """Raise DiffGemmaError, which says why, if the model can read no images."""
+        if not self.has_vision:
+            self.vision_source.check()
+
+    def see(self, patches: mx.array, positions: mx.array) -> mx.array:
+        """Return the features of one image, which stand at the places of its tokens: [n, M] in the
+        model's type. The first image loads the vision tower, where `load` was not told otherwise.
+
+        Args:
+          patches: float32 [P, 3 p p] from 0 to 1: rows, columns and colours of each.
+          positions: int32 [P, 2], column and row of each patch, in any order.
+
+        Raises:
+          ValueError: if shapes disagree, or the patches are no whole picture.
+          DiffGemmaError: if the model has no vision tower, or it cannot be loaded.
+        """
+        if not self.has_vision:
+            self.take_vision(self.vision_source.bring(), is_own=False)
+        tower: VisionTower = self.model.encoder.vision_tower
+        wanted = (positions.shape[0], tower.config.patch_width)
+        if patches.shape != wanted:
+            raise ValueError(f"patches must be {wanted}, got {patches.shape}")
+        places = np.array(positions)
+        order = by_soft_token(places, tower.config)
+        return self.features(
+            patches[mx.array(order.astype(np.int32))][None],
+            mx.array(places[order].astype(np.int32))[None],
+        )[0]
+
+    def features(self, patches: mx.array, positions: mx.array) -> mx.array:
+        """Return the features of images of one size whose patches `by_soft_token` has put in order:
+        [I, P, 3 p p] and int32 [I, P, 2] -> [I, n, M]. Nothing is checked or read by the host, so
+        that it can be traced; the vision tower must be loaded."""
+        soft = self.model.encoder.vision_tower(patches, positions)
+        features: mx.array = self.model.encoder.embed_vision(soft)
+        return features.astype(self.dtype)
+
     def prefill(
         self,
         tokens: mx.array,
         context: Context | None = None,
         *,
+        images: Sequence[mx.array] | None = None,
         step_size: int = default_of("prefill_step_size"),
     ) -> Context:
         """Read tokens causally, after `context` if there is one, as one call on the whole text
@@ -144,10 +125,13 @@ class DiffusionGemma(nn.Module):
         Args:
           tokens: int32 [B, S], S >= 1; rows of equal length.
           context: the text before; it is not changed.
+          images: features [n, M] of each image, from `see`, for the image tokens in `tokens`, in
+            their order. Without it, image tokens are tokens like others.
           step_size: places read at a time; bounds the memory of masks and scores, not the result.
+            An image is read as a whole.
 
         Raises:
-          ValueError: if shapes disagree.
+          ValueError: if shapes disagree, or there are more or fewer image tokens than features.
         """
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens must be [B, S] with S >= 1, got {tokens.shape}")
@@ -158,13 +142,18 @@ class DiffusionGemma(nn.Module):
             context = Context((), 0, B)
         elif context.batch != B:
             raise ValueError(f"tokens have {B} rows, the context has {context.batch}")
-        for start in range(0, S, step_size):
-            _, (context,) = self.encode([tokens[:, start : start + step_size]], [context])
-            if (
-                start + step_size < S
-            ):  # each piece is computed and its scratch memory given back before the next
+        seen = None
+        if images is not None:
+            places = np.array(tokens == self.config.image_token_id)
+            seen = seen_at(places, images) if places.any() or images else None
+        start = 0
+        for stop in piece_ends(seen.places if seen else np.zeros((1, S), bool), step_size):
+            piece = seen.within(start, stop) if seen else None
+            _, (context,) = self.encode([tokens[:, start:stop]], [context], [piece])
+            if stop < S:  # each piece is computed and its scratch memory given back before the next
                 mx.eval(context.arrays)
                 mx.clear_cache()
+            start = stop
         return context
 
     def commit(self, canvas: mx.array, context: Context) -> Context:
@@ -311,7 +300,10 @@ class DiffusionGemma(nn.Module):
         return weighted_rows(self.model.decoder.embed_tokens, even)[0, 0]
 
     def encode(
-        self, pieces: Sequence[mx.array], contexts: Sequence[Context]
+        self,
+        pieces: Sequence[mx.array],
+        contexts: Sequence[Context],
+        images: Sequence[Seen | None] | None = None,
     ) -> tuple[mx.array, list[Context]]:
         """Read a piece of text for each of several rows in one pass: without self-conditioning and
         its norm, with the encoder's layer scalars.
@@ -319,13 +311,15 @@ class DiffusionGemma(nn.Module):
         Args:
           pieces: int32 [1, S] each; or one [B, S], in training.
           contexts: the text before each piece; empty if there is none.
+          images: those of each piece; all of an image is in one piece.
 
         Returns:
           The last layer's output for each token, [1, T, M], one piece behind another, before the
           norm and the head; and the longer contexts.
         """
         text = self.config.text
-        x = self.embed(pieces[0] if len(pieces) == 1 else mx.concatenate(list(pieces), axis=1))
+        pictures = images or [None] * len(pieces)
+        x = self._embed_all(pieces, pictures)
         scalars = self.model.encoder.language_model.layers
         masks: dict[tuple[int, bool], Mask] = {}  # a row's layers of a kind share one
         layers: list[list[LayerContext]] = [[] for _ in pieces]
@@ -337,12 +331,14 @@ class DiffusionGemma(nn.Module):
             before = self._shared_layer(context, depth, kept)
             kept += before.keys.shape[2] if before is not None else 0
             if (row, is_sliding) not in masks:
+                each = pictures[row] if text.are_images_bidirectional else None
                 masks[row, is_sliding] = causal_mask(
                     context.length,
                     count,
                     first_key=context.length - kept,
                     window=text.sliding_window if is_sliding else None,
                     padding=context.padding,
+                    blocks=None if each is None else each.blocks,
                 )
             place = partial(_joined, before)
             return Segment(count, past, place, masks[row, is_sliding], context.position)
@@ -371,6 +367,19 @@ class DiffusionGemma(nn.Module):
         # Quantized tables give their scales' type; everything after follows the model's.
         return self._scale_embedding(self.model.decoder.embed_tokens(tokens))
 
+    def _embed_all(self, pieces: Sequence[mx.array], images: Sequence[Seen | None]) -> mx.array:
+        """Return the embeddings of pieces of text, one behind another, [1, T, M], with the features
+        of images at their places."""
+        if not any(images):
+            return self.embed(
+                pieces[0] if len(pieces) == 1 else mx.concatenate(list(pieces), axis=1)
+            )
+        embedded = [
+            self.embed(piece) if seen is None else seen.embedded(self.embed(piece))
+            for piece, seen in zip(pieces, images, strict=True)
+        ]
+        return embedded[0] if len(embedded) == 1 else mx.concatenate(embedded, axis=1)
+
     def _scale_embedding(self, x: mx.array) -> mx.array:
         # A Python float takes the array's type: 53.0 in bfloat16 where sqrt(2816) is 53.066, as in
         # the reference.
@@ -378,6 +387,20 @@ class DiffusionGemma(nn.Module):
 
 
 _softcap = compiled(softcap)
+
+
+class _NoVision:
+    nbytes = 0
+
+    def check(self) -> None:
+        raise PromptError("this model has no vision tower, so that it reads no images")
+
+    def bring(self) -> Vision:
+        self.check()
+        raise AssertionError
+
+    def fingerprint(self) -> bytes:
+        return b""
 
 
 def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, list[LayerContext]]:

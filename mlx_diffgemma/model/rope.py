@@ -61,8 +61,8 @@ def rotate(x: mx.array, runs: Sequence[Run], rope: RopeConfig) -> list[mx.array]
         assert not others
         cosines, sines = _waves(rope, H, position[:, None, None, None], count)
     first, second = mx.split(x, 2, axis=-1)
-    turned = _turned(x, mx.concatenate([second, first], axis=-1), cosines, sines)
-    return _parts(turned, runs)
+    swapped = mx.concatenate([second, first], axis=-1)
+    return _parts(turned(x, swapped, cosines, sines), runs)
 
 
 def _parts(x: mx.array, runs: Sequence[Run]) -> list[mx.array]:
@@ -96,6 +96,7 @@ def _waves(
 
 
 @compiled
-def _turned(x: mx.array, swapped: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+def turned(x: mx.array, swapped: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    """Return x * cosines + swapped * sines; `swapped` has the other number of each pair."""
     # Sines and products are rounded to the model's type, as in the reference.
     return x * cosines.astype(x.dtype) + swapped * sines.astype(x.dtype)

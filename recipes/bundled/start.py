@@ -23,8 +23,11 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking %}"
     "{{ '<|turn>system\\n<|think|>\\n<turn|>\\n' }}{% endif %}"
     "{% for message in messages %}"
-    "{{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' "
-    "+ (message.content | trim) + '<turn|>\\n' }}{% endfor %}"
+    "{{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}"
+    "{% if message.content is iterable and message.content is not string "
+    "and message.content is not mapping %}{% for part in message.content %}"
+    "{{ part.text | trim if part.type == 'text' else '<|' + part.type + '|>' }}{% endfor %}"
+    "{% else %}{{ message.content | trim }}{% endif %}{{ '<turn|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"
 )
 ROPE = {
@@ -198,9 +201,10 @@ def tensors(text: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndar
 
 def vision(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """The tower's tensors, by the converter's list of them."""
+    from mlx_diffgemma.config.vision import VisionConfig
     from mlx_diffgemma.convert.plan import vision_shapes
 
-    shapes = vision_shapes({"vision_config": VISION}, HIDDEN)
+    shapes = vision_shapes(VisionConfig.from_dict(VISION, where="vision_config"), HIDDEN)
     return {
         name: np.ones(shape) if name.endswith("norm.weight") else rng.normal(0, 0.02, shape)
         for name, shape in shapes.items()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_diffgemma import load_model
+from mlx_diffgemma.config.vision import VisionConfig
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert.plan import vision_shapes
 from mlx_diffgemma.convert.verify import verify
@@ -132,7 +133,10 @@ def test_vision_that_is_packed_is_unpacked_and_copied(tmp_path, layout):
         }
     config["vision_config"] |= {"hidden_size": 64, "intermediate_size": 8, "head_dim": 64}
     path.write_text(json.dumps(config))
-    shapes = vision_shapes(config, config["text_config"]["hidden_size"])
+    shapes = vision_shapes(
+        VisionConfig.from_dict(config["vision_config"], where="vision_config"),
+        config["text_config"]["hidden_size"],
+    )
 
     def change(tensors):
         for n, shape in shapes.items():
