@@ -46,7 +46,7 @@ def bases() -> list[tuple[str, bytes]]:
     clear.putalpha(smooth.convert("L"))
     exif = Image.Exif()
     exif[0x0112] = 6
-    deep = Image.fromarray((np.asarray(smooth.convert("L")).astype(np.uint16) * 257))
+    deep = Image.fromarray(np.asarray(smooth.convert("L")).astype(np.uint16) * 257)
     frames = [smooth.convert("P"), smooth.transpose(Image.Transpose.ROTATE_180).convert("P")]
     made: list[tuple[str, Image.Image, dict]] = [
         ("JPEG", smooth, {"exif": exif}),
@@ -200,7 +200,7 @@ def peak_bytes() -> int:
 
 
 def run(count: int, seed: int = 0) -> dict:
-    """Read mutated files in a process of its own, whose memory is measured. A crash is a finding."""
+    """Read mutated files in a process whose memory is measured. A crash is a finding."""
     program = f"from tests.language.damaged import *\nprint(json.dumps(read_all({count}, {seed})))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ}
