@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from .controls import Marks, matching, split_at
 from .controls import special_tokens as special_tokens
 from .given import Message, given_ids, given_messages
 from .given import Prompt as Prompt
-from .tokenizer import declaration_of
+from .tokenizer import declaration_of, lock_of
 from .tools import calls_as_objects, declared
 
 if TYPE_CHECKING:
@@ -83,6 +83,53 @@ def encode_prompt(
             if options.use_chat_template
             else _encode_raw(tokenizer, prompt, options)
         )
+    return _without_media(tokenizer, ids)
+
+
+def encode_endings(
+    tokenizer: PreTrainedTokenizerBase,
+    told: Callable[[str], Prompt],
+    endings: Sequence[str],
+    options: PromptOptions = PromptOptions(),
+) -> tuple[list[int], list[list[int]]]:
+    """Return the token ids of prompts that differ in one text near their end: those of all that
+    stands before it, which is rendered and encoded once, and for each text those of itself and of
+    what stands behind it. The text begins with a token of its own.
+
+    Args:
+      tokenizer: as in `encode_prompt`.
+      told: makes a prompt of the text: a string, or messages.
+      endings: the texts, at least one, each without white space around it.
+      options: as in `encode_prompt`.
+
+    Raises:
+      PromptError: as `encode_prompt`.
+    """
+    first, last = (_parts(tokenizer, told(endings[i]), options) for i in (0, -1))
+    found = None if isinstance(first, str) else _around(first, endings[0])
+    if found is not None:
+        before, (lead, behind), after = found
+    if found is None or last != [*before, f"{lead}{endings[-1]}{behind}", *after]:
+        # The template does more with a text than to write it.
+        return [], [encode_prompt(tokenizer, told(text), options) for text in endings]
+    head, tail = _encode_parts(tokenizer, [*before, lead]), _encode_parts(tokenizer, after)
+    _without_media(tokenizer, head + tail)
+    return head, [encode_text(tokenizer, f"{text}{behind}") + tail for text in endings]
+
+
+def _around(
+    parts: list[str | int], text: str
+) -> tuple[list[str | int], tuple[str, str], list[str | int]] | None:
+    """Return what stands around the last place of a text: the parts before its own, what is before
+    and behind it there, and the parts behind; None if it is nowhere."""
+    for i, part in reversed(list(enumerate(parts))):
+        if isinstance(part, str) and text in part:
+            lead, _, behind = part.rpartition(text)
+            return parts[:i], (lead, behind), parts[i + 1 :]
+    return None
+
+
+def _without_media(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     specials = special_tokens(tokenizer)
     for name, said in _MEDIA_TOKENS.items():
         if specials.get(name) in ids:
@@ -108,6 +155,24 @@ def _encode_raw(
 def _encode_messages(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: PromptOptions
 ) -> list[int]:
+    parts = _parts(tokenizer, prompt, options)
+    if isinstance(parts, str):
+        return _encode(tokenizer, parts)
+    return _encode_parts(tokenizer, parts)
+
+
+def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str | int]) -> list[int]:
+    ids: list[int] = []
+    for part in parts:
+        ids += encode_text(tokenizer, part) if isinstance(part, str) else [part]
+    return ids
+
+
+def _parts(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: PromptOptions
+) -> str | list[str | int]:
+    """Return a rendered prompt: texts, in which spelled special tokens are text too, and the
+    special tokens between them. It is one string if all that it spells take effect."""
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             "this checkpoint has no chat template; "
@@ -124,7 +189,7 @@ def _encode_messages(
     specials = special_tokens(tokenizer)
     text = _render(tokenizer, messages, variables) + prefix
     if options.allow_special_tokens or not matching(specials).search(text):
-        return _encode(tokenizer, text)
+        return text
     # A template that the caller chose is a program, not text.
     program = {key: value for key, value in variables.items() if key == "chat_template"}
     texts = {key: value for key, value in variables.items() if key != "chat_template"}
@@ -135,10 +200,7 @@ def _encode_messages(
         [marks.message(message) for message in messages],
         marks.value(texts) | program,
     ) + marks.text(prefix)
-    ids: list[int] = []
-    for part in split_at(specials, text, marks.typed(text, marked)):
-        ids += encode_text(tokenizer, part) if isinstance(part, str) else [part]
-    return ids
+    return split_at(specials, text, marks.typed(text, marked))
 
 
 def _variables(options: PromptOptions) -> dict[str, Any]:
@@ -232,11 +294,12 @@ def _encode(
             f"the prompt is not Unicode text: {error}; was it typed or piped in something else "
             "than UTF-8?"
         ) from error
-    ids = list(
-        tokenizer.encode(
-            text, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens
-        )
-    )
+    options = {
+        "add_special_tokens": add_special_tokens,
+        "split_special_tokens": split_special_tokens,
+    }
+    with lock_of(tokenizer):
+        ids = list(tokenizer.encode(text, **options))
     return _spelled_out(tokenizer, ids) if split_special_tokens else ids
 
 

@@ -21,7 +21,7 @@ from ..errors import PromptError, QuestionError
 from ..events import Event, Finished, PrefillDone, StepDone
 from ..language.controls import THOUGHT_BEGIN, THOUGHT_END
 from ..language.given import Message, given_ids
-from ..language.prompt import PromptOptions, encode_prompt, encode_text, special_tokens
+from ..language.prompt import PromptOptions, encode_endings, encode_text, special_tokens
 from ..model import Context, DiffusionGemma
 from .fill import turn_ends
 from .job import Ask, Job, run_jobs
@@ -138,18 +138,30 @@ class DecisionTask:
         settings = GenerationSettings(
             seed=0, temperature=0, max_denoising_steps=1, max_new_tokens=1, canvas_length=width
         ).resolve(model.config)
-        asked = []
+        labelled, known = [], {}
         for question in self.questions:
-            labels = labels_of(tokenizer, question)
+            kind = (question.kind, len(question.options))  # labels depend on nothing else
+            if kind not in known:
+                known[kind] = labels_of(tokenizer, question)
+            labels = known[kind]
             if labels.positions > width:
                 raise QuestionError(
                     f"the labels of {len(question.options)} options take {labels.positions} "
                     f"positions, and the canvas has {width}"
                 )
-            ids = self._ids(tokenizer, question.shown(labels.texts, labels.ask))
-            check_room(model.config, settings, len(ids))
-            asked.append(_Asked(question, labels, checked_tokens(ids, model.config)))
-        return _decided(model, settings, asked, turn_ends(tokenizer, settings))
+            labelled.append((question, labels))
+        shown = [question.shown(labels.texts, labels.ask) for question, labels in labelled]
+        head, tails = self._ids(tokenizer, shown)
+        lead = checked_tokens(head, model.config)
+        digest = hashlib.blake2b(_bytes(lead), digest_size=8)
+        asked = []
+        for (question, labels), ids in zip(labelled, tails, strict=True):
+            check_room(model.config, settings, len(head) + len(ids))
+            tokens, seed = checked_tokens(ids, model.config), digest.copy()
+            seed.update(_bytes(tokens))
+            number = int.from_bytes(seed.digest(), "little")
+            asked.append(_Asked(question, labels, tokens, number))
+        return _decided(model, settings, lead, asked, turn_ends(tokenizer, settings))
 
     def _check_prompt(self) -> None:
         options = self.prompt_options
@@ -167,15 +179,22 @@ class DecisionTask:
             raise QuestionError(f"canvas_length must be a multiple of {WIDTH}, got {width}")
         return min(width, longest) if width == WIDTH else width
 
-    def _ids(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-        """Return the prompt's tokens: the input, the question and an empty thought."""
-        if isinstance(self.prompt, str):
-            told: Any = f"{self.prompt}\n\n{question}" if self.prompt.strip() else question
-        else:
-            told = [*self.prompt, {"role": "user", "content": question}]
-        ids = encode_prompt(tokenizer, told, self.prompt_options)
+    def _ids(
+        self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Return the tokens of the input, and for each question its own and an empty thought."""
+
+        def told(question: str) -> Any:
+            if not isinstance(self.prompt, str):
+                return [*self.prompt, {"role": "user", "content": question}]
+            return f"{self.prompt}\n\n{question}" if self.prompt.strip() else question
+
+        stripped = [question.strip() for question in questions]
+        head, tails = encode_endings(tokenizer, told, stripped, self.prompt_options)
         thought = empty_thought(tokenizer)
-        return ids if ids[len(ids) - len(thought) :] == thought else ids + thought
+        return head, [
+            ids if ids[len(ids) - len(thought) :] == thought else ids + thought for ids in tails
+        ]
 
 
 def empty_thought(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -237,18 +256,18 @@ def _spellings(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
-    """A question with its labels and its prompt."""
+    """A question with its labels."""
 
     question: Question
     labels: Labels
-    tokens: np.ndarray  # int32 [S]
+    tokens: np.ndarray  # int32 [S], of the prompt behind what all questions share
+    seed: int  # of the noise, from the whole prompt
 
     def canvas(self, width: int, ends: tuple[int, int], vocab_size: int) -> np.ndarray:
         """Return the canvas, int32 [1, W]: noise in the answer's slot, the end of the turn and the
         fill behind it. The prompt is the noise's seed; no label is drawn, so that none is favoured.
         """
-        digest = hashlib.blake2b(self.tokens.astype("<i4").tobytes(), digest_size=8).digest()
-        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+        rng = np.random.default_rng(self.seed)
         others = np.setdiff1d(np.arange(vocab_size), (*self.labels.readout.tokens, *ends))
         canvas = np.full((1, width), ends[1], np.int32)
         slot = self.labels.positions
@@ -286,16 +305,18 @@ class _Start(SeededNoise):
 def _decided(
     model: DiffusionGemma,
     settings: ResolvedSettings,
+    lead: np.ndarray,
     asked: Sequence[_Asked],
     ends: tuple[int, int],
 ) -> Job[Event | Decisions]:
-    """Read what all prompts begin with once, then take a step for each question behind it. Yield
-    PrefillDone for each text that is read, and Decisions last."""
+    """Read what all prompts begin with once, which is `lead` and perhaps more, then take a step for
+    each question behind it. Yield PrefillDone for each text that is read, and Decisions last."""
     width, vocab_size = settings.canvas_length, model.config.text.vocab_size
     shared: Context | None = None
     start = read = cached = 0
-    if len(asked) > 1 and (start := _common([each.tokens for each in asked])):
-        reader = Row(model, settings, asked[0].tokens[:start], only_reads=True)
+    if len(asked) > 1 and len(lead) + (start := _common([each.tokens for each in asked])):
+        lead = np.concatenate([lead, asked[0].tokens[:start]])
+        reader = Row(model, settings, lead, only_reads=True)
         yield Ask([reader])
         event = yield None
         assert isinstance(event, PrefillDone)
@@ -308,7 +329,9 @@ def _decided(
             Row(
                 model,
                 settings,
-                asked[i].tokens[start:],
+                asked[i].tokens[start:]
+                if shared is not None
+                else np.concatenate([lead, asked[i].tokens]),
                 number=i,
                 context=shared,
                 is_shared=shared is not None,
@@ -330,6 +353,10 @@ def _decided(
             elif isinstance(event, Finished):
                 left -= 1
     yield Decisions(tuple(answers[i] for i in range(len(asked))), read, cached, len(asked))
+
+
+def _bytes(tokens: np.ndarray) -> bytes:
+    return tokens.astype("<i4").tobytes()
 
 
 def _groups(count: int) -> Iterator[range]:
