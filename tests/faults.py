@@ -2268,6 +2268,27 @@ FAULTS = (
         (SERVE_EDITORS,),
     ),
     Fault(
+        "decision: the input is encoded for each question",
+        "language/prompt.py",
+        "if found is None or last != [",
+        "if True or last != [",
+        (DECIDE,),
+    ),
+    Fault(
+        "encoding: threads share a tokenizer without its lock",
+        "language/prompt.py",
+        "with lock_of(tokenizer):",
+        "if True:",
+        ("tests/language/test_prompt.py",),
+    ),
+    Fault(
+        "engine: each row counts the context that it shares",
+        "denoise/row.py",
+        "shared = self.shared.length if self.shared is not None else 0",
+        "shared = 0",
+        (ENGINE,),
+    ),
+    Fault(
         "spans: the best token of each place, whatever the string",
         "denoise/row.py",
         "return () if given is None else given.spans",

@@ -86,6 +86,7 @@ class Row:
         self.noise, self.pinned = _checked(noise, settings, constraint), pinned
         self._constraint, self._state = constraint, 0  # the state behind what is written
         self.context, self.is_shared = context, is_shared
+        self.shared = context if is_shared else None  # to know it by, until the row is done
         self.unread, self.prompt_tokens = tokens, count
         self.opened: list[OpenContext] = []  # the open context, while there is a canvas
         self.canvas: Canvas | None = None
@@ -112,8 +113,9 @@ class Row:
 
     @property
     def most_tokens(self) -> int:
-        """How many tokens the row's context may hold at its end."""
-        return self.model.config.text.max_position_embeddings - self._places + self._left
+        """How many tokens the row's context may hold at its end, without those that it shares."""
+        shared = self.shared.length if self.shared is not None else 0
+        return self.model.config.text.max_position_embeddings - self._places + self._left - shared
 
     def join(self, store: Store | None) -> None:
         """Prepare to be run: find what is known of the text already. A row that was given a context
@@ -178,7 +180,7 @@ class Row:
     def leave(self) -> None:
         """End the row where it is, and give its memory back."""
         self.is_done = True
-        self.unread = self.canvas = self.context = None
+        self.unread = self.canvas = self.context = self.shared = None
         self.opened, self._images = [], ()
 
     def begin_canvas(self) -> list[LoopEvent]:

@@ -6,7 +6,7 @@ import atexit
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..checkpoint.memory import (
     WARN_ABOVE,
     array_bytes,
+    context_bytes,
     generation_limits,
     recommended_bytes,
     row_bytes,
@@ -98,7 +99,6 @@ class Engine:
         self._owners: dict[Row, _Entry] = {}
         self._store = store
         self._rows = Rows(model, store, are_events_computed=True)
-        self._encoding = threading.Lock()
         self._thread = threading.Thread(
             target=copy_context().run,  # such as the choice of the graph
             args=(self._work,),
@@ -115,8 +115,7 @@ class Engine:
         Raises:
           PromptError: as `encode_prompt`.
         """
-        with self._encoding:
-            return encode_prompt(self.tokenizer, prompt, options, ImageForm.of(self.model.config))
+        return encode_prompt(self.tokenizer, prompt, options, ImageForm.of(self.model.config))
 
     def submit(self, task: Task) -> Run:
         """Queue a request and return its run.
@@ -129,8 +128,7 @@ class Engine:
             raise EngineError(
                 f"an engine takes a Request or another task, got {type(task).__name__}"
             )
-        with self._encoding:  # tokenizers are not safe in several threads
-            job = task.job(self.model, self.tokenizer)
+        job = task.job(self.model, self.tokenizer)
         channel = Channel()
         with self._changed:
             if self._is_closed:
@@ -232,7 +230,7 @@ class Engine:
         for entry in list(self._entries):
             while entry.waiting and len(self._rows.rows) < self.max_rows:
                 row = entry.waiting[0]
-                needed = self._bytes_of(row)
+                needed = self._bytes_of([row])
                 if needed > self.memory_bytes:
                     error = EngineError(
                         f"the request needs {_gigabytes(needed)} for {row.most_tokens} tokens, "
@@ -241,23 +239,20 @@ class Engine:
                     )
                     self._end(entry, Failure(error))
                     break
-                if needed + self._used() > self.memory_bytes:
+                if self._bytes_of([*self._rows.rows, row]) > self.memory_bytes:
                     return
                 entry.waiting.popleft()
                 entry.rows.append(row)
                 self._owners[row] = entry
                 self._rows.add(row)
 
-    def _used(self) -> int:
-        """Return the most bytes that the rows under way will need."""
-        return sum(self._bytes_of(row) for row in self._rows.rows)
-
-    def _bytes_of(self, row: Row) -> int:
-        return row_bytes(
-            self.model.config.text,
-            row.most_tokens,
-            row.settings.canvas_length,
-            element_bytes=self.model.dtype.size,
+    def _bytes_of(self, rows: Sequence[Row]) -> int:
+        """Return the most bytes that rows will need. A context that several share counts once."""
+        config, size = self.model.config.text, self.model.dtype.size
+        shared = {id(row.shared): row.shared.length for row in rows if row.shared is not None}
+        return sum(context_bytes(config, length, size) for length in shared.values()) + sum(
+            row_bytes(config, row.most_tokens, row.settings.canvas_length, element_bytes=size)
+            for row in rows
         )
 
     def _advance(self) -> None:

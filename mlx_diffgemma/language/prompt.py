@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +22,9 @@ from .controls import special_tokens as special_tokens
 from .encoded import EncodedPrompt, ImageForm
 from .given import Message, given_ids, given_messages
 from .given import Prompt as Prompt
+from .images import ImagePatches
 from .media import IMAGE, VIDEO, placed, read_media, without_media
-from .tokenizer import declaration_of
+from .tokenizer import declaration_of, lock_of
 from .tools import calls_as_objects, declared
 
 if TYPE_CHECKING:
@@ -104,9 +105,64 @@ def encode(
     if (ids := given_ids(prompt)) is not None:
         encoded = EncodedPrompt(ids)
     elif options.use_chat_template:
-        encoded = _encode_messages(tokenizer, prompt, options, form)
+        parts, images = _parts(tokenizer, prompt, options, form)
+        encoded = EncodedPrompt(_encode_parts(tokenizer, parts), tuple(images))
     else:
         encoded = EncodedPrompt(_encode_raw(tokenizer, prompt, options))
+    return _with_its_media(tokenizer, encoded)
+
+
+def encode_endings(
+    tokenizer: PreTrainedTokenizerBase,
+    told: Callable[[str], Prompt],
+    endings: Sequence[str],
+    options: PromptOptions = PromptOptions(),
+    form: ImageForm | None = None,
+) -> tuple[EncodedPrompt, list[EncodedPrompt]]:
+    """Return the tokens of prompts that differ in one text near their end: those of all that
+    stands before it, which is rendered and encoded once, and for each text those of itself and of
+    what stands behind it. The text begins with a token of its own.
+
+    Args:
+      tokenizer: as in `encode`.
+      told: makes a prompt of the text: a string, or messages.
+      endings: the texts, at least one, each without white space around it.
+      options: as in `encode`.
+      form: as in `encode`.
+
+    Raises:
+      PromptError: as `encode`.
+    """
+    first, images = _parts(tokenizer, told(endings[0]), options, form)
+    last, _ = _parts(tokenizer, told(endings[-1]), options, form)
+    found = None if isinstance(first, str) else _around(first, endings[0])
+    if found is not None:
+        before, (lead, behind), after = found
+    if found is None or last != [*before, f"{lead}{endings[-1]}{behind}", *after]:
+        # The template does more with a text than to write it.
+        whole = [encode(tokenizer, told(text), options, form) for text in endings]
+        return EncodedPrompt([]), whole
+    head, tail = _encode_parts(tokenizer, [*before, lead]), _encode_parts(tokenizer, after)
+    _with_its_media(tokenizer, EncodedPrompt(head + tail, tuple(images)))
+    return EncodedPrompt(head, tuple(images)), [
+        EncodedPrompt(encode_text(tokenizer, f"{text}{behind}") + tail) for text in endings
+    ]
+
+
+def _around(
+    parts: list[str | int], text: str
+) -> tuple[list[str | int], tuple[str, str], list[str | int]] | None:
+    """Return what stands around the last place of a text: the parts before its own, what is before
+    and behind it there, and the parts behind; None if it is nowhere."""
+    for i, part in reversed(list(enumerate(parts))):
+        if isinstance(part, str) and text in part:
+            lead, _, behind = part.rpartition(text)
+            return parts[:i], (lead, behind), parts[i + 1 :]
+    return None
+
+
+def _with_its_media(tokenizer: PreTrainedTokenizerBase, encoded: EncodedPrompt) -> EncodedPrompt:
+    """Return a prompt unless it asks for images that it does not have."""
     specials = special_tokens(tokenizer)
     if specials.get("<|audio|>") in encoded.ids:
         raise PromptError("the prompt holds <|audio|>; audio is not supported")
@@ -133,12 +189,26 @@ def _encode_raw(
     return _encode(tokenizer, raw, add_special_tokens=not has_bos)
 
 
-def _encode_messages(
+def _encode_parts(
+    tokenizer: PreTrainedTokenizerBase, parts: str | Sequence[str | int]
+) -> list[int]:
+    if isinstance(parts, str):
+        return _encode(tokenizer, parts)
+    ids: list[int] = []
+    for part in parts:
+        ids += encode_text(tokenizer, part) if isinstance(part, str) else [part]
+    return ids
+
+
+def _parts(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     options: PromptOptions,
     form: ImageForm | None,
-) -> EncodedPrompt:
+) -> tuple[str | list[str | int], list[ImagePatches]]:
+    """Return a rendered prompt: texts, in which spelled special tokens are text too, and the
+    special tokens between them, with those of its images. It is one string if all that it spells
+    take effect, and there are no images."""
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             "this checkpoint has no chat template; "
@@ -155,19 +225,13 @@ def _encode_messages(
     prefix = options.response_prefix or ""
     specials = special_tokens(tokenizer)
     text = _render(tokenizer, messages, variables) + prefix
-    if not matching(specials).search(text):
-        typed: list[bool] = []
-    elif options.allow_special_tokens:
-        if not media:
-            return EncodedPrompt(_encode(tokenizer, text))
+    if not media and (options.allow_special_tokens or not matching(specials).search(text)):
+        return text, []
+    if options.allow_special_tokens:
         typed = [False] * len(matching(specials).findall(text))
     else:
         typed = _typed(tokenizer, messages, variables, prefix, specials, text)
-    parts, images = placed(split_at(specials, text, typed), specials, media, form)
-    ids: list[int] = []
-    for part in parts:
-        ids += encode_text(tokenizer, part) if isinstance(part, str) else [part]
-    return EncodedPrompt(ids, tuple(images))
+    return placed(split_at(specials, text, typed), specials, media, form)
 
 
 def _typed(
@@ -283,11 +347,12 @@ def _encode(
             f"the prompt is not Unicode text: {error}; was it typed or piped in something else "
             "than UTF-8?"
         ) from error
-    ids = list(
-        tokenizer.encode(
-            text, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens
-        )
-    )
+    options = {
+        "add_special_tokens": add_special_tokens,
+        "split_special_tokens": split_special_tokens,
+    }
+    with lock_of(tokenizer):
+        ids = list(tokenizer.encode(text, **options))
     return _spelled_out(tokenizer, ids) if split_special_tokens else ids
 
 

@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..errors import PromptError, SourceError
 
@@ -61,6 +63,17 @@ _CLASSES: dict[str, type[PreTrainedTokenizerBase]] = {
     "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
     "TokenizersBackend": PreTrainedTokenizerFast,
 }
+
+
+_LOCKS: WeakKeyDictionary[Any, Lock] = WeakKeyDictionary()
+_making_locks = Lock()
+
+
+def lock_of(tokenizer: Any) -> Lock:
+    """Return the lock under which a tokenizer encodes. Whether special tokens are read as text is a
+    state of the tokenizer, so that another thread's text would be read in the wrong way."""
+    with _making_locks:
+        return _LOCKS.setdefault(tokenizer, Lock())
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -60,6 +60,7 @@ class AskedFill:
     drafts: bool = False
     one_call: bool = False
     param: str = "prompt"
+    compiles: bool = False
 
     def __post_init__(self) -> None:
         if not (self.before + self.after).strip():

@@ -36,6 +36,7 @@ class Asking(Protocol):
       drafts: whether the pieces have a Draft for each step.
       one_call: drop tool calls behind the first one.
       param: the field that names the prompt, for errors.
+      compiles: whether making a task lifts a constraint to tokens, which may take long.
     """
 
     @property
@@ -48,6 +49,8 @@ class Asking(Protocol):
     def one_call(self) -> bool: ...
     @property
     def param(self) -> str: ...
+    @property
+    def compiles(self) -> bool: ...
 
     def task(self, number: int, on_step: OnStep) -> Task:
         """Return the task of answer `number`, whose job says pieces."""
@@ -80,6 +83,10 @@ class Asked:
     drafts: bool = False
     one_call: bool = False
     param: str = "messages"
+
+    @property
+    def compiles(self) -> bool:
+        return self.constraint is not None
 
     def task(self, number: int, on_step: OnStep) -> Task:
         settings = seeded(self.settings, number)
@@ -318,7 +325,7 @@ async def beside(
       state: of the server.
       work: encodes a prompt, or compiles.
       param: the field that it is about, for errors.
-      compiles: whether it compiles a constraint.
+      compiles: whether it compiles a constraint, or lifts one.
 
     Raises:
       ApiError: for a DiffGemmaError; 429 if too many wait.
@@ -353,7 +360,7 @@ async def start(state: State, asked: Asking) -> Answers:
             raise
         return runs
 
-    runs = await beside(state, submit, asked.param)
+    runs = await beside(state, submit, asked.param, compiles=asked.compiles)
     return Answers(state, served, asked, runs)
 
 

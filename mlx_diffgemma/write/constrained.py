@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from ..config.generation import ResolvedSettings
@@ -25,6 +26,7 @@ from ..model import DiffusionGemma
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+K = TypeVar("K")
 _KEPT = 32  # lifted constraints of a tokenizer
 _MOST_INSIDE = 512  # states inside of characters that have no token, in a part of an answer
 
@@ -36,9 +38,31 @@ class _Lifted:
         self.vocabularies: dict[Any, Vocabulary] = {}
         self.constraints: dict[Any, TokenConstraint] = {}
         self.parts: dict[Any, tuple[Part, TokenConstraint]] = {}
+        self._lock = Lock()  # of all three; what is kept is made without it, but for vocabularies
+
+    def vocabulary(self, tokenizer: Any, size: int, ends: tuple[int, ...], pad: int) -> Vocabulary:
+        """Return the vocabulary with some end tokens, from the cache if it was made before."""
+        key = (size, ends, pad)
+        with self._lock:
+            if key not in self.vocabularies:
+                self.vocabularies[key] = Vocabulary.of_tokenizer(tokenizer, *key)
+            return self.vocabularies[key]
+
+    def keep(self, kept: dict[Any, K], key: Any, made: K) -> K:
+        """Keep what was made, unless another thread was first; return what is kept."""
+        with self._lock:
+            while len(kept) >= _KEPT:
+                kept.pop(next(iter(kept)))
+            return kept.setdefault(key, made)
 
 
 _LIFTED: WeakKeyDictionary[Any, _Lifted] = WeakKeyDictionary()
+_finding = Lock()
+
+
+def _lifted_of(tokenizer: Any) -> _Lifted:
+    with _finding:
+        return _LIFTED.setdefault(tokenizer, _Lifted())
 
 
 def over_tokens(
@@ -61,24 +85,20 @@ def over_tokens(
     Raises:
       ConstraintError: if the checkpoint has no tokens for it, or no string of them fits.
     """
-    kept = _LIFTED.setdefault(tokenizer, _Lifted())
+    kept = _lifted_of(tokenizer)
     size, pad = model.config.text.vocab_size, settings.pad_token_id
     of_tokens = (size, tuple(settings.eos_token_ids), pad)
     # Schemas are compiled once, so that equal ones share an automaton.
     identity = constraint if constraint.kind == "tool_call" else constraint.dfa()
     key = (identity, thinking, of_tokens)
-    if key not in kept.constraints:
-        if of_tokens not in kept.vocabularies:
-            kept.vocabularies[of_tokens] = Vocabulary.of_tokenizer(tokenizer, *of_tokens)
-        specials = special_tokens(tokenizer)
-        dfa = constraint.dfa(_call_tokens(specials))
-        if thinking:
-            dfa = _behind_a_thought(dfa, specials)
-        lifted = TokenConstraint.of(lift(dfa, kept.vocabularies[of_tokens]))
-        while len(kept.constraints) >= _KEPT:
-            kept.constraints.pop(next(iter(kept.constraints)))
-        kept.constraints[key] = lifted
-    return kept.constraints[key]
+    if (found := kept.constraints.get(key)) is not None:
+        return found
+    vocabulary = kept.vocabulary(tokenizer, *of_tokens)
+    specials = special_tokens(tokenizer)
+    dfa = constraint.dfa(_call_tokens(specials))
+    if thinking:
+        dfa = _behind_a_thought(dfa, specials)
+    return kept.keep(kept.constraints, key, TokenConstraint.of(lift(dfa, vocabulary)))
 
 
 def _call_tokens(specials: Mapping[str, int]) -> CallTokens | None:
@@ -133,14 +153,11 @@ def over_part(
       ends: the token that ends the answer, and the one that fills a canvas after it; neither is in
         the part.
     """
-    kept = _LIFTED.setdefault(tokenizer, _Lifted())
+    kept = _lifted_of(tokenizer)
     of_tokens = (model.config.text.vocab_size, ends[:1], ends[1])
     key = (identity, of_tokens)
-    if key not in kept.parts:
-        if of_tokens not in kept.vocabularies:
-            kept.vocabularies[of_tokens] = Vocabulary.of_tokenizer(tokenizer, *of_tokens)
-        automaton = lift(make(), kept.vocabularies[of_tokens], most_inside=_MOST_INSIDE)
-        while len(kept.parts) >= _KEPT:
-            kept.parts.pop(next(iter(kept.parts)))
-        kept.parts[key] = Part.of_lifted(automaton), TokenConstraint.of(automaton)
-    return kept.parts[key]
+    if (found := kept.parts.get(key)) is not None:
+        return found
+    automaton = lift(make(), kept.vocabulary(tokenizer, *of_tokens), most_inside=_MOST_INSIDE)
+    made = Part.of_lifted(automaton), TokenConstraint.of(automaton)
+    return kept.keep(kept.parts, key, made)

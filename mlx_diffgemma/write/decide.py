@@ -24,7 +24,7 @@ from ..language.encoded import EncodedPrompt, ImageForm
 from ..language.given import Message, given_ids, given_messages
 from ..language.images import ImagePatches
 from ..language.media import with_patches
-from ..language.prompt import PromptOptions, encode, encode_text, special_tokens
+from ..language.prompt import PromptOptions, encode_endings, encode_text, special_tokens
 from ..model import Context, DiffusionGemma
 from .fill import turn_ends
 from .job import Ask, Job, run_jobs
@@ -141,25 +141,34 @@ class DecisionTask:
         settings = GenerationSettings(
             seed=0, temperature=0, max_denoising_steps=1, max_new_tokens=1, canvas_length=width
         ).resolve(model.config)
-        form = ImageForm.of(model.config)
-        told = self.prompt
-        if not isinstance(told, str):  # its images are read once for all questions
-            told = with_patches(given_messages(told), form, self.prompt_options.images)
-        asked = []
+        labelled, known = [], {}
         for question in self.questions:
-            labels = labels_of(tokenizer, question)
+            kind = (question.kind, len(question.options))  # labels depend on nothing else
+            if kind not in known:
+                known[kind] = labels_of(tokenizer, question)
+            labels = known[kind]
             if labels.positions > width:
                 raise QuestionError(
                     f"the labels of {len(question.options)} options take {labels.positions} "
                     f"positions, and the canvas has {width}"
                 )
-            shown = question.shown(labels.texts, labels.ask)
-            encoded = self._encoded(tokenizer, told, shown, form)
-            images = encoded.images
-            check_room(model.config, settings, len(encoded.ids), images)
-            tokens = checked_tokens(encoded.ids, model.config, images)
-            asked.append(_Asked(question, labels, tokens, images))
-        return _decided(model, settings, asked, turn_ends(tokenizer, settings))
+            labelled.append((question, labels))
+        shown = [question.shown(labels.texts, labels.ask) for question, labels in labelled]
+        head, tails = self._encoded(model, tokenizer, shown)
+        lead = checked_tokens(head.ids, model.config, head.images)
+        digest = hashlib.blake2b(_bytes(lead), digest_size=8)
+        asked = []
+        for (question, labels), tail in zip(labelled, tails, strict=True):
+            images = head.images + tail.images
+            check_room(model.config, settings, len(head.ids) + len(tail.ids), images)
+            tokens = checked_tokens(tail.ids, model.config, tail.images)
+            seed = digest.copy()
+            for image in images:
+                seed.update(image.digest)
+            seed.update(_bytes(tokens))
+            number = int.from_bytes(seed.digest(), "little")
+            asked.append(_Asked(question, labels, tokens, images, number))
+        return _decided(model, settings, lead, asked, turn_ends(tokenizer, settings))
 
     def _check_prompt(self) -> None:
         options = self.prompt_options
@@ -178,21 +187,27 @@ class DecisionTask:
         return min(width, longest) if width == WIDTH else width
 
     def _encoded(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        told: str | Sequence[Message],
-        question: str,
-        form: ImageForm | None,
-    ) -> EncodedPrompt:
-        """Return the prompt: the input, the question and an empty thought."""
-        if isinstance(told, str):
-            prompt: Any = f"{told}\n\n{question}" if told.strip() else question
-        else:
-            prompt = [*told, {"role": "user", "content": question}]
-        encoded = encode(tokenizer, prompt, self.prompt_options, form)
-        ids, thought = encoded.ids, empty_thought(tokenizer)
-        has_one = ids[len(ids) - len(thought) :] == thought
-        return encoded if has_one else EncodedPrompt(ids + thought, encoded.images)
+        self, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]
+    ) -> tuple[EncodedPrompt, list[EncodedPrompt]]:
+        """Return the tokens of the input, and for each question its own and an empty thought."""
+        form, messages = ImageForm.of(model.config), self.prompt
+        if not isinstance(messages, str):  # its images are read once for all questions
+            messages = with_patches(given_messages(messages), form, self.prompt_options.images)
+
+        def told(question: str) -> Any:
+            if not isinstance(messages, str):
+                return [*messages, {"role": "user", "content": question}]
+            return f"{messages}\n\n{question}" if messages.strip() else question
+
+        stripped = [question.strip() for question in questions]
+        head, tails = encode_endings(tokenizer, told, stripped, self.prompt_options, form)
+        thought = empty_thought(tokenizer)
+        return head, [
+            tail
+            if tail.ids[len(tail.ids) - len(thought) :] == thought
+            else EncodedPrompt(tail.ids + thought, tail.images)
+            for tail in tails
+        ]
 
 
 def empty_thought(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -254,19 +269,19 @@ def _spellings(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
-    """A question with its labels and its prompt."""
+    """A question with its labels."""
 
     question: Question
     labels: Labels
-    tokens: np.ndarray  # int32 [S]
-    images: Sequence[ImagePatches] = ()  # in the tokens
+    tokens: np.ndarray  # int32 [S], of the prompt behind what all questions share
+    images: Sequence[ImagePatches]  # of the whole prompt
+    seed: int  # of the noise, from the whole prompt
 
     def canvas(self, width: int, ends: tuple[int, int], vocab_size: int) -> np.ndarray:
         """Return the canvas, int32 [1, W]: noise in the answer's slot, the end of the turn and the
         fill behind it. The prompt is the noise's seed; no label is drawn, so that none is favoured.
         """
-        digest = hashlib.blake2b(self.tokens.astype("<i4").tobytes(), digest_size=8).digest()
-        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+        rng = np.random.default_rng(self.seed)
         others = np.setdiff1d(np.arange(vocab_size), (*self.labels.readout.tokens, *ends))
         canvas = np.full((1, width), ends[1], np.int32)
         slot = self.labels.positions
@@ -304,17 +319,18 @@ class _Start(SeededNoise):
 def _decided(
     model: DiffusionGemma,
     settings: ResolvedSettings,
+    lead: np.ndarray,
     asked: Sequence[_Asked],
     ends: tuple[int, int],
 ) -> Job[Event | Decisions]:
-    """Read what all prompts begin with once, then take a step for each question behind it. Yield
-    PrefillDone for each text that is read, and Decisions last."""
+    """Read what all prompts begin with once, which is `lead` and perhaps more, then take a step for
+    each question behind it. Yield PrefillDone for each text that is read, and Decisions last."""
     width, vocab_size = settings.canvas_length, model.config.text.vocab_size
     shared: Context | None = None
     start = read = cached = 0
-    if len(asked) > 1 and (start := _common([each.tokens for each in asked])):
-        first = asked[0]
-        reader = Row(model, settings, first.tokens[:start], images=first.images, only_reads=True)
+    if len(asked) > 1 and len(lead) + (start := _common([each.tokens for each in asked])):
+        lead = np.concatenate([lead, asked[0].tokens[:start]])
+        reader = Row(model, settings, lead, images=asked[0].images, only_reads=True)
         yield Ask([reader])
         event = yield None
         assert isinstance(event, PrefillDone)
@@ -327,7 +343,9 @@ def _decided(
             Row(
                 model,
                 settings,
-                asked[i].tokens[start:],
+                asked[i].tokens[start:]
+                if shared is not None
+                else np.concatenate([lead, asked[i].tokens]),
                 images=asked[i].images if shared is None else (),
                 number=i,
                 context=shared,
@@ -350,6 +368,10 @@ def _decided(
             elif isinstance(event, Finished):
                 left -= 1
     yield Decisions(tuple(answers[i] for i in range(len(asked))), read, cached, len(asked))
+
+
+def _bytes(tokens: np.ndarray) -> bytes:
+    return tokens.astype("<i4").tobytes()
 
 
 def _groups(count: int) -> Iterator[range]:

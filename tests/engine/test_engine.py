@@ -11,8 +11,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import Engine, GenerationSettings, Request, Store
-from mlx_diffgemma.checkpoint.memory import row_bytes
+from mlx_diffgemma import (
+    Constraint,
+    DecisionTask,
+    Engine,
+    GenerationSettings,
+    Question,
+    Request,
+    Store,
+    encode_prompt,
+)
+from mlx_diffgemma.checkpoint.memory import context_bytes, row_bytes
 from mlx_diffgemma.denoise import loop
 from mlx_diffgemma.denoise.loop import Rows
 from mlx_diffgemma.denoise.row import Row
@@ -21,11 +30,13 @@ from mlx_diffgemma.events import Finished, StepDone
 from mlx_diffgemma.model import Context, DiffusionGemma
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.model.context import LayerContext
+from mlx_diffgemma.write import constrained
 from mlx_diffgemma.write.fill import FillTask
 from mlx_diffgemma.write.job import Ask
 from tests.checkpoints import load_drawn
 from tests.engine.cases import (
     LONG,
+    PATIENCE,
     REQUESTS,
     Made,
     alone,
@@ -127,6 +138,40 @@ def test_rows_are_admitted_while_their_memory_fits(passes):
             runs = [engine.submit(request) for request in asked]
         assert all(isinstance(list(run)[-1], Finished) for run in runs)
     assert widest(passes) == 2
+
+
+def test_a_shared_context_counts_once(passes):
+    """Each question alone needs it, and all of them are together beside it."""
+    text, questions = "7 " * 600, [Question.predicate(f"Is it {n}?") for n in range(8)]
+    task = DecisionTask(prompt=text, questions=tuple(questions))
+    model = loaded()[0]
+    shared = context_bytes(model.config.text, 1200, 4)
+    assert shared > 1 << 20
+    with Engine(*loaded(), memory_bytes=4 * shared) as engine:
+        answers = list(engine.submit(task))[-1].answers
+    assert len(answers) == 8 and widest(passes) == 8
+
+
+def test_lifting_a_constraint_holds_up_nobody(monkeypatch):
+    begun, go_on, lift = threading.Event(), threading.Event(), constrained.lift
+
+    def slow(*arguments, **more):
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        return lift(*arguments, **more)
+
+    monkeypatch.setattr(constrained, "lift", slow)
+    request = Request("x", GenerationSettings(seed=1), constraint=Constraint.regex("[q-z]{3}"))
+    with Engine(*loaded()) as engine:
+        results: list = []
+        thread = threading.Thread(target=lambda: results.extend(engine.submit(request)))
+        thread.start()
+        assert begun.wait(PATIENCE)
+        assert in_thread(lambda: engine.encode("Sort: 1")) == encode_prompt(loaded()[1], "Sort: 1")
+        assert isinstance(in_thread(lambda: list(engine.submit(REQUESTS[0])))[-1], Finished)
+        go_on.set()
+        thread.join(PATIENCE)
+    assert results[-1].constraint == "kept"
 
 
 def test_a_request_larger_than_the_budget_says_what_it_needs_and_leaves_the_others():

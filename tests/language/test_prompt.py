@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_diffgemma import PromptOptions, bundled_model, encode_prompt, load_tokenizer
 from mlx_diffgemma.errors import PromptError
 from mlx_diffgemma.language.controls import special_tokens
-from mlx_diffgemma.language.prompt import single_tokens
+from mlx_diffgemma.language.prompt import encode_endings, encode_text, single_tokens
 
 # Shows all that published templates do: strips thoughts from answers, joins parts without a
 # separator, writes tool calls with nested arguments.
@@ -426,3 +430,64 @@ def test_text_that_was_not_utf_8_is_refused(options):
 def test_a_prompt_of_every_hieroglyph_is_refused():
     everything = "".join(map(chr, range(0x13000, 0x13400)))
     assert "hieroglyph" in refusal(BUNDLED, everything)
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer(bundled_model())
+
+
+@pytest.mark.parametrize("lead", ["a text", "a <|turn> typed", "ends with a line\n", "question"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        "{% for m in messages %}{{ '<|turn>' + m.content + m.content }}{% endfor %}",
+        "{% for m in messages %}{{ '<|turn>' + m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_prompts_that_differ_at_their_end_are_those_of_each_alone(
+    lead, template, tokenizer, monkeypatch
+):
+    if template is not None:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    endings = ["question", "<turn|> typed", "a question and a question", "?"]
+    for told in (
+        lambda text: f"{lead}\n\n{text}",
+        lambda text: [{"role": "user", "content": lead}, {"role": "user", "content": text}],
+    ):
+        head, tails = encode_endings(tokenizer, told, endings)
+        whole = [encode_prompt(tokenizer, told(text)) for text in endings]
+        assert [head + tail for tail in tails] == whole
+
+
+def test_threads_that_encode_do_not_change_what_others_read(tokenizer):
+    """Whether special tokens are text is a state of the tokenizer."""
+    typed, interval = "<|turn>user <turn|>", sys.getswitchinterval()
+    raw = PromptOptions(use_chat_template=False)
+    expected = encode_text(tokenizer, typed), encode_prompt(tokenizer, typed, raw)
+    assert expected[0] != expected[1]
+    wrong, end = [], time.monotonic() + 1
+
+    def text() -> None:
+        while time.monotonic() < end:
+            if encode_text(tokenizer, typed) != expected[0]:
+                wrong.append("text")
+
+    def control() -> None:
+        while time.monotonic() < end:
+            if encode_prompt(tokenizer, typed, raw) != expected[1]:
+                wrong.append("control")
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for work in (text, control)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong

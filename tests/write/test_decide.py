@@ -152,7 +152,7 @@ def test_no_label_is_drawn_as_noise():
     _, tokenizer = bundled()
     labels = labels_of(tokenizer, QUESTIONS[4])  # all letters
     for n in range(100):
-        asked = decided._Asked(QUESTIONS[4], labels, np.array([n], np.int32))
+        asked = decided._Asked(QUESTIONS[4], labels, np.array([n], np.int32), (), n)
         drawn = asked.canvas(16, (2, 1), 384)[0, :2].tolist()
         assert not {*drawn} & {*labels.readout.tokens, 1, 2}
 
@@ -172,9 +172,9 @@ def test_what_the_prompts_begin_with_is_read_once_and_kept_once(monkeypatch):
     read, contexts = [], []
     encode, began = DiffusionGemma.encode, Row.begin_canvas
 
-    def reads(self, pieces, contexts):
+    def reads(self, pieces, contexts, images):
         read.append(sum(piece.shape[1] for piece in pieces))
-        return encode(self, pieces, contexts)
+        return encode(self, pieces, contexts, images)
 
     def begins(row):
         contexts.append(row.context)
@@ -192,6 +192,23 @@ def test_what_the_prompts_begin_with_is_read_once_and_kept_once(monkeypatch):
     for context in contexts:
         assert context.length > shared.length
         assert context.nbytes < shared.nbytes / 3, "the shared text was copied"
+
+
+@pytest.mark.parametrize("as_messages", [True, False])
+def test_what_the_prompts_begin_with_is_encoded_once(monkeypatch, as_messages):
+    model, tokenizer = bundled()
+    text, questions = "7 " * 300, [Question.predicate(f"Is it {n}?") for n in "abcdefghij"]
+    encoded, encode = [], type(tokenizer).encode
+
+    def counted(self, text, **options):
+        encoded.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", counted)
+    prompt = [{"role": "user", "content": text}] if as_messages else text
+    task = DecisionTask(prompt=prompt, questions=tuple(questions))
+    task.job(model, tokenizer)
+    assert len(text) < sum(encoded) < len(text) + 2000
 
 
 def test_a_shared_context_gives_what_a_context_of_its_own_gives_on_long_texts():
@@ -318,7 +335,7 @@ def test_codes_of_two_positions_are_read_jointly():
         ("AA", "AB", "BA"), "code", (((3, 4), (3,)), ((3, 4), (5,)), ((5,), (3,)))
     )
     question = Question.choice("?", ["x", "y", "z"])
-    asked = decided._Asked(question, labels, np.array([1], np.int32))
+    asked = decided._Asked(question, labels, np.array([1], np.int32), (), 1)
     read = np.log([[0.2, 0.1, 0.5], [0.6, 0.05, 0.3]])  # tokens 3, 4, 5 at two positions
     answer = asked.answer(read)
     joint = np.array([0.3 * 0.6, 0.3 * 0.3, 0.5 * 0.6])
@@ -342,10 +359,13 @@ def test_the_empty_thought_stands_in_the_prompt_once(monkeypatch):
         "{% if add_generation_prompt %}{{ '<|channel>thought\n<channel|>' }}{% endif %}"
     )
     prompts = []
-    checked = decided.checked_tokens
-    monkeypatch.setattr(
-        decided, "checked_tokens", lambda ids, config: prompts.append(ids) or checked(ids, config)
-    )
+    checked = decided._decided
+
+    def seen(model, settings, lead, asked, ends):
+        prompts.append([*lead.tolist(), *asked[0].tokens.tolist()])
+        return checked(model, settings, lead, asked, ends)
+
+    monkeypatch.setattr(decided, "_decided", seen)
     for template in (knows, adds):
         monkeypatch.setattr(tokenizer, "chat_template", template)
         assert empty_thought(tokenizer) == thought
