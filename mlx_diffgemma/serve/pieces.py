@@ -42,12 +42,19 @@ class Failed:
     error: Exception
 
 
+class Passing:
+    """A piece that a slow reader may miss: of those of one answer the oldest are dropped."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Expired:
     """The end of the time that a request has."""
 
 
-Piece = Expired | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
+_PASSING = 64  # of an answer, that wait at most
+Piece = Passing | Expired | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
 OnStep = Callable[[float], None]
 
 
@@ -129,6 +136,10 @@ class Outbox:
             stale = [each for each in waiting if each[0] == index and isinstance(each[1], Draft)]
             for each in stale:
                 waiting.remove(each)
+        if isinstance(piece, Passing):
+            passing = [each for each in waiting if each[0] == index and isinstance(each[1], Passing)]
+            if len(passing) >= _PASSING:
+                waiting.remove(passing[0])
         waiting.append((index, piece))
         self._changed.set()
 
