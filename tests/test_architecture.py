@@ -42,8 +42,8 @@ WINGS = {
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
     "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",
-    "serve": "errors limits metrics pieces state page page_settings runs log sse body security structured "
-    "openai_types openai_chat decisions fills fim completions infill edits responses_types "
+    "serve": "errors limits metrics pieces state page runs log sse body security structured "
+    "openai_types page_settings openai_chat decisions fills fim completions infill edits responses_types "
     "responses_store responses_items responses anthropic_types anthropic status steps forms events app "
     "server",
     "batch": "lines answers run decisions requests",

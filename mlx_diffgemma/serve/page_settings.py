@@ -11,6 +11,7 @@ from starlette.routing import Route
 from ..config.entry import choices, entries, kinds
 from ..config.generation import GenerationSettings
 from ..errors import ConfigError
+from .openai_types import _MEDIA
 from .state import Served, State
 
 # Settings of a run that a page may set, in the order in which it shows them, with the most that
@@ -45,8 +46,8 @@ def routes(state: State) -> list[Route]:
 
 
 def sees(served: Served) -> bool:
-    """Return whether the model reads images."""
-    return bool(served.engine.model.config.has_vision)
+    """Return whether the model reads images, and this server takes them."""
+    return bool(served.engine.model.config.has_vision) and "image_url" not in _MEDIA
 
 
 def settings_from(given: dict[str, Any], served: Served) -> dict[str, Any]:
