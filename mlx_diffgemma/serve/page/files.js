@@ -15,12 +15,17 @@ export async function chosenFile(accept) {
     }
   }
   return new Promise((resolve) => {
-    const field = h("input", {type: "file", accept, hidden: true});
-    field.addEventListener("change", () => resolve(field.files[0] ? {file: field.files[0], handle: null} : null));
-    field.addEventListener("cancel", () => resolve(null));
+    const field = h("input", {type: "file", accept, className: "unseen", tabIndex: -1, ariaLabel: "File"});
+    field.addEventListener("change", () => {
+      field.remove();
+      resolve(field.files[0] ? {file: field.files[0], handle: null} : null);
+    });
+    field.addEventListener("cancel", () => {
+      field.remove();
+      resolve(null);
+    });
     document.body.append(field);
     field.click();
-    field.remove();
   });
 }
 
