@@ -204,5 +204,7 @@ class Person:
         )
 
     def complaints(self) -> list[str]:
-        """What Chromium's console has to say since it was asked last."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        """What Chromium's console has to say since it was asked last, but for answers that are
+        errors, which a person is told of."""
+        told = [entry["message"] for entry in self.driver.get_log("browser")]
+        return [message for message in told if "Failed to load resource" not in message]

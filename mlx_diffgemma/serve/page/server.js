@@ -94,7 +94,7 @@ class Server extends EventTarget {
         for (const block of blocks) {
           if (!block.startsWith("data: ")) continue;
           const event = JSON.parse(block.slice(6));
-          if (event.event === "error") throw new ServerError(event.error.code === "unavailable" ? 503 : 400, event.error.message, event.error.code);
+          if (event.event === "error") throw this.#told(event.error);
           ended ||= event.event === "end";
           yield event;
         }
@@ -110,6 +110,13 @@ class Server extends EventTarget {
       this.watch("gone");
       throw new ServerError(0, "The server went away.");
     }
+  }
+
+  // Returns the error that ends a stream. A server that ends is waited for.
+  #told(error) {
+    if (error.code !== "unavailable") return new ServerError(400, error.message, error.code);
+    this.watch("gone");
+    return new ServerError(503, "The server went away.", error.code);
   }
 
   set(state) {
