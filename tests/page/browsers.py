@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -108,6 +109,11 @@ class Person:
 
     def __init__(self, driver: WebDriver, port: int) -> None:
         self.driver, self.address = driver, f"http://127.0.0.1:{port}/"
+
+    def keep(self, **values: Any) -> None:
+        """Have settings of runs from an earlier visit; the page is loaded anew for them."""
+        kept = json.dumps({"values": values})
+        self.js("localStorage['mlx_diffgemma.settings'] = arguments[0]", kept)
 
     def open(self, part: str = "chat", *, ready: bool = True) -> None:
         """Load the page anew at a part."""

@@ -10,11 +10,7 @@ from tests.page.browsers import Person, until
 
 COUNT_UP = "12 13 14 {{gap}} 18 19 20"
 WHOLE = "12 13 14 15 16 17 18 19 20"
-FEW = {"values": {"seed": 1, "max_denoising_steps": 4}}
-
-
-def setting(person: Person, **values) -> None:
-    person.js("localStorage['mlx_diffgemma.settings'] = arguments[0]", json.dumps(values))
+FEW = {"seed": 1, "max_denoising_steps": 4}
 
 
 def pane(person: Person) -> str:
@@ -49,7 +45,7 @@ def test_slots_are_filled_between_pinned_text_and_accepted(person, slow):
 
 
 def test_a_selection_gets_proposals_side_by_side(person):
-    setting(person, **FEW)
+    person.keep(**FEW)
     person.open("document")
     text = "Größe 𝒳: 12 13 xx 15 and so on."
     person.write("#pane", text)
@@ -77,7 +73,7 @@ def test_a_selection_gets_proposals_side_by_side(person):
 
 
 def test_a_proposal_may_be_refused_and_a_wish_is_needed(person):
-    setting(person, **FEW)
+    person.keep(**FEW)
     person.open("document")
     person.write("#pane", "12 13 xx 15")
     person.select("#pane", 6, 8)
@@ -91,7 +87,7 @@ def test_a_proposal_may_be_refused_and_a_wish_is_needed(person):
 
 
 def test_the_cursor_is_a_place_to_write_at(person):
-    setting(person, **FEW)
+    person.keep(**FEW)
     person.open("document")
     person.write("#pane", "12 13  15 16")
     person.select("#pane", 6, 6)
@@ -122,7 +118,7 @@ def test_a_run_of_a_document_stops(person, slow):
 
 
 def test_a_document_of_200_000_characters_is_edited(person):
-    setting(person, **FEW)
+    person.keep(**FEW)
     person.open("document")
     person.js(
         "const line = 'All work and no play, said number '; let text = '';"
@@ -184,7 +180,7 @@ def test_a_picker_is_used_where_the_browser_has_one(person):
 
 
 def test_an_object_fills_with_its_structure_given(person, slow):
-    setting(person, **FEW)
+    person.keep(**FEW)
     person.open("form")
     person.one("#schema-example").send_keys("A list")
     person.see("document.getElementById('schema').value.includes('is_sorted')")
@@ -245,7 +241,7 @@ def test_a_question_that_cannot_be_asked_is_told(person):
 
 
 def test_the_last_run_is_stepped_back_and_forth(person):
-    setting(person, values={"seed": 1, "top_candidates": 3})
+    person.keep(seed=1, top_candidates=3)
     person.open("inside")
     assert "Nothing has run" in person.text(".inside")
     person.go("chat")
