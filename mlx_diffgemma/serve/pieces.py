@@ -54,7 +54,9 @@ class Expired:
 
 
 _PASSING = 64  # of an answer, that wait at most
-Piece = Passing | Expired | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
+Piece = (
+    Passing | Expired | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
+)
 OnStep = Callable[[float], None]
 
 
@@ -137,7 +139,7 @@ class Outbox:
             for each in stale:
                 waiting.remove(each)
         if isinstance(piece, Passing):
-            passing = [each for each in waiting if each[0] == index and isinstance(each[1], Passing)]
+            passing = [at for at in waiting if at[0] == index and isinstance(at[1], Passing)]
             if len(passing) >= _PASSING:
                 waiting.remove(passing[0])
         waiting.append((index, piece))

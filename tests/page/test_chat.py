@@ -68,12 +68,12 @@ def test_retry_and_edit_keep_the_versions_before(person):
     person.ask(SORT)
     assert person.answered() == "1 3 6 7"
     person.click("Retry")
-    person.see("document.querySelector('.turn.assistant .versions')?.textContent === '‹2/2›'")
+    person.see("document.querySelector('.turn.assistant .versions span')?.textContent === '2/2'")
     assert person.answered() == "1 3 6 7"
     person.click("Edit")
     person.write(".editing textarea", "Sort: 4 2 8")
     person.one(".editing textarea").send_keys(Keys.ENTER)
-    person.see("document.querySelector('.turn.user .versions')?.textContent === '‹2/2›'")
+    person.see("document.querySelector('.turn.user .versions span')?.textContent === '2/2'")
     assert person.answered() == "2 4 8"
     person.one(".turn.user [aria-label='the version before']").click()
     assert person.text(".turn.user .said") == SORT

@@ -8,8 +8,8 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from tests.page.browsers import Person, until, webkit
-from tests.serve.cases import LONG, scripted, serving
 from tests.page.test_guards import HOSTILE
+from tests.serve.cases import LONG, scripted, serving
 
 
 @pytest.fixture(scope="module")
