@@ -132,6 +132,9 @@ class ServedOptions:
 @command
 def serve(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no line for each request.")] = False,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the page in a browser once the model is loaded.")
+    ] = False,
     *,
     model: ModelOptions,
     address: AddressOptions,
@@ -166,6 +169,10 @@ def serve(
         host, port = listening.getsockname()[:2]
         for line in _hello(names[0], host, port, access.key is not None):
             say(line)
+        if open_page:
+            import webbrowser
+
+            webbrowser.open(_address(host, port))
 
     app = application(state, access, log=None if quiet else say, on_bug=_report)
     for note in model.notes():
@@ -241,14 +248,20 @@ def _load(
 
 def _hello(name: str, host: str, port: int, has_key: bool) -> list[str]:
     """Return the lines that are printed once the server is ready."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
-    url = f"http://{host}:{port}/v1"
+    page = _address(host, port)
+    url = f"{page}v1"
     key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Sort: 6 3 1 7"}}]}}'
     return [
-        f"{name} at {url}",
+        f"{name} at {url}, and as a page at {page}",
         f"curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
     ]
+
+
+def _address(host: str, port: int) -> str:
+    """Return the address at which this machine reaches the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+    return f"http://{host}:{port}/"
 
 
 def _is_address(host: str) -> bool:

@@ -14,8 +14,11 @@ from . import (
     completions,
     decisions,
     edits,
+    events,
     infill,
     openai_chat,
+    page,
+    page_settings,
     responses,
     status,
 )
@@ -34,6 +37,9 @@ DIALECTS: tuple[Callable[[State], list[Route]], ...] = (
     edits.routes,
     responses.routes,
     anthropic.routes,
+    events.routes,
+    page_settings.routes,
+    page.routes,
 )
 
 

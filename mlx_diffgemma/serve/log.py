@@ -19,6 +19,7 @@ class Tally:
     status: int = 0  # 0: the client went away before there was one
     usage: Usage | None = None
     note: str = ""  # such as that the client went away
+    is_quiet: bool = False  # a file of the page, which needs no line
     started: float = field(default_factory=time.perf_counter)
 
     def line(self) -> str:

@@ -43,11 +43,18 @@ class Failed:
     error: Exception
 
 
+class Passing:
+    """A piece that a slow reader may miss: of those of one answer the oldest are dropped."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Expired:
     """The end of the time that a request has."""
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True, slots=True)
 class Shortened:
     """The model is shown only a part of what the client sent."""
@@ -55,6 +62,11 @@ class Shortened:
 
 Piece = (
     Expired | Shortened | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
+=======
+_PASSING = 64  # of an answer, that wait at most
+Piece = (
+    Passing | Expired | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
+>>>>>>> page
 )
 OnStep = Callable[[float], None]
 
@@ -138,6 +150,10 @@ class Outbox:
             stale = [each for each in waiting if each[0] == index and isinstance(each[1], Draft)]
             for each in stale:
                 waiting.remove(each)
+        if isinstance(piece, Passing):
+            passing = [at for at in waiting if at[0] == index and isinstance(at[1], Passing)]
+            if len(passing) >= _PASSING:
+                waiting.remove(passing[0])
         waiting.append((index, piece))
         self._changed.set()
 

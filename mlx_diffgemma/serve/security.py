@@ -15,9 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import FAILED, ApiError
 from .log import Tally, Write, printable
 from .metrics import Metrics
+from .page import is_file
 from .sse import ClientGoneError, error_response
 
-_OPEN = ("/health",)  # paths that need no key
+_OPEN = ("/health",)  # paths that need no key, beside the page's files
 _SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 _SCHEMES = ("http", "https")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
@@ -46,7 +47,7 @@ class Access:
         """
         self._check_host(headers)
         self._check_origin(headers)
-        if self.key is not None and path not in _OPEN:
+        if self.key is not None and path not in _OPEN and not is_file(path):
             self._check_key(headers)
 
     def _check_host(self, headers: Headers) -> None:
@@ -134,7 +135,7 @@ class Guard:
             tally.status, tally.note = _CLOSED, "the client went away"
         finally:
             self._metrics.answered(_route(scope), tally.status or _CLOSED)
-            if self._log is not None:
+            if self._log is not None and not tally.is_quiet:
                 self._log(tally.line())
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:

@@ -46,6 +46,7 @@ from .pages import FORMAT, check_page, model_name
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PAGE_FILES = ("trace.html", "trace.css", "trace_view.js")
 CANDIDATES = 5  # per position, unless the vocabulary is smaller
 _PLACE_OF_DATA = "@@RUN@@"  # in trace.html
 _THOUSANDTHS = 1000  # the page's precision of probabilities and nats
@@ -170,7 +171,10 @@ class Trace:
 
     def html(self) -> str:
         """Return the page."""
-        template = files(__package__).joinpath("trace.html").read_text(encoding="utf-8")
+        template, style, view = (
+            files(__package__).joinpath(name).read_text(encoding="utf-8") for name in PAGE_FILES
+        )
+        template = template.replace("@@STYLE@@", style).replace("@@VIEW@@", view)
         before, after = template.split(_PLACE_OF_DATA)
         return before + _inside_script(json.dumps(self._for_page())) + after
 

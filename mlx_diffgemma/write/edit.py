@@ -7,8 +7,9 @@ import difflib
 import os
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.generation import GenerationSettings
 from ..errors import TemplateError
@@ -16,7 +17,8 @@ from ..events import Event
 from ..language.prompt import PromptOptions, encode_prompt, encode_text, token_bytes
 from ..language.template import Slot, Template, split_mark
 from ..model import DiffusionGemma
-from .fill import Filled, fill
+from .fill import Filled, FillTask
+from .job import Job, run_jobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,47 +150,106 @@ def edit(
     Raises:
       DiffGemmaError: if the instruction, the selection or the settings cannot be used.
     """
-    selection = _checked(document, selection, instruction)
-    mark, _ = split_mark(document)
-    selection = Selection(*(max(len(mark), at) for at in (selection.start, selection.stop)))
-    before, old, behind = (
-        document[len(mark) : selection.start],
-        document[selection.start : selection.stop],
-        document[selection.stop :],
-    )
-    canvas_length = settings.resolve(model.config).canvas_length
-    tokens = len(encode_text(tokenizer, old))
-    if tokens > canvas_length:
-        raise TemplateError(
-            f"the selection has {tokens} tokens, more than a canvas of {canvas_length} holds; "
-            "select less, and edit part by part"
-        )
-    if window_tokens is not None and window_tokens < 1:
-        raise TemplateError(f"window_tokens must be at least 1, got {window_tokens}")
-    low, high = gap_tokens or (max(1, tokens // 2), min(2 * tokens + 8, canvas_length))
-    empty = encode_prompt(tokenizer, _request(instruction, "", old, ""), prompt_options)
-    room = model.config.text.max_position_embeddings - canvas_length - len(empty) - high
-    most = room // 2 - _SLACK if window_tokens is None else min(room // 2 - _SLACK, window_tokens)
-    near = _near(tokenizer, before, behind, max(0, most - tokens))
-    slot = Slot(_NAME, "gap", low, high)
-    filled = fill(
-        model,
-        tokenizer,
-        Template(tuple(part for part in (near[0], slot, near[1]) if part != "")),
-        prompt=_request(instruction, near[0], old, near[1]),
+    task = EditTask(
+        document=document,
+        selection=selection,
+        instruction=instruction,
+        gap_tokens=gap_tokens,
+        window_tokens=window_tokens,
         settings=settings,
         prompt_options=prompt_options,
-        listener=listener,
-        is_shown=True,
     )
-    if near != (before, behind):
-        seen, count = (sum(map(len, sides)) + len(old) for sides in (near, (before, behind)))
-        note = (
-            f"the model saw {seen:,} of the document's {count:,} characters, around the selection"
+    edited = None
+    for _, event in run_jobs(model, [task.job(model, tokenizer)]):
+        if isinstance(event, Edited):
+            edited = event
+        elif listener is not None:
+            listener(event)
+    assert edited is not None
+    return edited
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditTask:
+    """A selection to rewrite, as a task for an engine; the fields are `edit`'s arguments."""
+
+    document: str
+    selection: Selection | str
+    instruction: str
+    gap_tokens: tuple[int, int] | None = None
+    window_tokens: int | None = None
+    settings: GenerationSettings = GenerationSettings()
+    prompt_options: PromptOptions = PromptOptions()
+
+    def job(self, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase) -> Job[Event | Edited]:
+        """Return the job that rewrites it; it yields the events of `stream_fill`, and Edited last.
+
+        Raises:
+          DiffGemmaError: if the instruction, the selection or the settings cannot be used.
+        """
+        selection = _checked(self.document, self.selection, self.instruction)
+        mark, text = split_mark(self.document)
+        start, stop = (max(0, at - len(mark)) for at in (selection.start, selection.stop))
+        before, old, behind = text[:start], text[start:stop], text[stop:]
+        selection = Selection(start + len(mark), stop + len(mark))
+        canvas_length = self.settings.resolve(model.config).canvas_length
+        tokens = len(encode_text(tokenizer, old))
+        if tokens > canvas_length:
+            raise TemplateError(
+                f"the selection has {tokens} tokens, more than a canvas of {canvas_length} holds; "
+                "select less, and edit part by part"
+            )
+        window = self.window_tokens
+        if window is not None and window < 1:
+            raise TemplateError(f"window_tokens must be at least 1, got {window}")
+        low, high = self.gap_tokens or (max(1, tokens // 2), min(2 * tokens + 8, canvas_length))
+        empty = encode_prompt(
+            tokenizer, _request(self.instruction, "", old, ""), self.prompt_options
         )
-        filled = replace(filled, notes=(note, *filled.notes))
-    text = f"{mark}{before}{filled.slots[_NAME].text}{behind}"
-    return Edited(text, document, selection, filled)
+        room = model.config.text.max_position_embeddings - canvas_length - len(empty) - high
+        most = room // 2 - _SLACK if window is None else min(room // 2 - _SLACK, window)
+        near = _near(tokenizer, before, behind, max(0, most - tokens))
+        slot = Slot(_NAME, "gap", low, high)
+        job = FillTask(
+            template=Template(tuple(part for part in (near[0], slot, near[1]) if part != "")),
+            prompt=_request(self.instruction, near[0], old, near[1]),
+            settings=self.settings,
+            prompt_options=self.prompt_options,
+            is_shown=True,
+        ).job(model, tokenizer)
+        return _edited(job, self.document, selection, sum(map(len, near)) + len(old))
+
+
+def _edited(job: Job[Event | Filled], document: str, selection: Selection, seen: int) -> Job[Any]:
+    """Pass a fill's words on, with the edited document in place of its result.
+
+    Args:
+      job: fills the selection's place.
+      document: all of it.
+      selection: of the document.
+      seen: characters of it that the model sees.
+    """
+    mark, _ = split_mark(document)
+    with closing(job):
+        said = next(job)
+        while True:
+            event = None
+            if isinstance(said, Filled):
+                if seen < (count := len(document) - len(mark)):
+                    note = (
+                        f"the model saw {seen:,} of the document's {count:,} characters, around "
+                        "the selection"
+                    )
+                    said = replace(said, notes=(note, *said.notes))
+                new = said.slots[_NAME].text
+                text = f"{document[: selection.start]}{new}{document[selection.stop :]}"
+                yield Edited(text, document, selection, said)
+            else:
+                event = yield said
+            try:
+                said = job.send(event)
+            except StopIteration:
+                return
 
 
 def _checked(document: str, selection: Selection | str, instruction: str) -> Selection:

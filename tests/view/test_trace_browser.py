@@ -156,7 +156,7 @@ def test_the_slider_follows_the_mouse(page, steps):
 
 def test_canvases_before_this_one_stand_in_front_of_it(page, steps):
     second = next(i for i, step in enumerate(steps) if step["canvas"] == 1)
-    page.execute_script("showStep(arguments[0])", second)
+    page.execute_script("view.showStep(arguments[0])", second)
     before = by_id(page, "before").get_property("textContent")
     last = steps[second - 1]
     assert before == "".join(last["words"][str(i)] for i in last["draft"])
@@ -311,7 +311,7 @@ def test_strange_words_are_shown_and_nothing_of_them_runs(browser, tmp_path):
     assert len(browser.find_elements(By.TAG_NAME, "script")) == 2
     assert "<script>alert(1)</script>" in by_id(browser, "prompt").text
     starts = browser.execute_script(
-        "return spans.map((s) => s.getClientRects()[0]).map((box) => [box.top, box.left])"
+        "return view.spans.map((s) => s.getClientRects()[0]).map((box) => [box.top, box.left])"
     )
     assert starts == sorted(starts)  # in the order of positions, whatever way the letters run
     assert browser.get_log("browser") == []

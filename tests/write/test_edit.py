@@ -18,12 +18,13 @@ import typer
 from typer.testing import CliRunner
 
 import mlx_diffgemma
-from mlx_diffgemma import GenerationSettings, Selection, edit, fill
+from mlx_diffgemma import GenerationSettings, Selection, edit
 from mlx_diffgemma.cli.edit import _name_in_diff
 from mlx_diffgemma.cli.edit import edit as edit_command
 from mlx_diffgemma.errors import TemplateError
 from mlx_diffgemma.language.prompt import encode_text
 from mlx_diffgemma.write.edit import Edited
+from mlx_diffgemma.write.fill import FillTask
 from tests.sampled import first
 
 TEXT = "one\ntwo thrée\r\nfour\n"
@@ -339,7 +340,7 @@ def test_a_long_document_is_seen_around_the_selection(window, lines):
     settings = GenerationSettings(seed=1, max_denoising_steps=1)
     asked = []
     watched = patch(
-        "mlx_diffgemma.write.edit.fill", lambda *a, **k: asked.append((a, k)) or fill(*a, **k)
+        "mlx_diffgemma.write.edit.FillTask", lambda **k: asked.append(k) or FillTask(**k)
     )
     with watched:
         done = mlx_diffgemma.edit(
@@ -347,7 +348,8 @@ def test_a_long_document_is_seen_around_the_selection(window, lines):
         )
     start, stop = done.selection.start, done.selection.stop
     assert done.text == document[:start] + done.replacement + document[stop:]
-    (((_, _, template), more),) = asked
+    (more,) = asked
+    template = more["template"]
     at = next(i for i, part in enumerate(template.parts) if not isinstance(part, str))
     before, behind = "".join(template.parts[:at]), "".join(template.parts[at + 1 :])
     assert document[:start].endswith(before) and document[stop:].startswith(behind)
