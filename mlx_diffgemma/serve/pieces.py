@@ -54,19 +54,23 @@ class Expired:
     """The end of the time that a request has."""
 
 
-<<<<<<< HEAD
 @dataclass(frozen=True, slots=True)
 class Shortened:
     """The model is shown only a part of what the client sent."""
 
 
-Piece = (
-    Expired | Shortened | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
-=======
 _PASSING = 64  # of an answer, that wait at most
 Piece = (
-    Passing | Expired | PrefillDone | Draft | Text | ToolCall | BrokenToolCall | Finished | Failed
->>>>>>> page
+    Passing
+    | Expired
+    | Shortened
+    | PrefillDone
+    | Draft
+    | Text
+    | ToolCall
+    | BrokenToolCall
+    | Finished
+    | Failed
 )
 OnStep = Callable[[float], None]
 
