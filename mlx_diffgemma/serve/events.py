@@ -28,7 +28,7 @@ from .openai_chat import ChatRequest
 from .openai_chat import asked_of as asked_of_chat
 from .page_settings import settings_from
 from .runs import SEEDS, beside, settings_of, start
-from .sse import Stream
+from .sse import Stream, attended
 from .state import State
 from .steps import AskedSteps, StepWire
 from .structured import ConstraintField, extension, json_schema
@@ -84,13 +84,9 @@ def routes(state: State) -> list[Route]:
     """Return the route."""
 
     async def create(request: HttpRequest) -> Response:
-        asked = await asked_of(state, await read(request, state.limits, EventsRequest))
-        return Stream(
-            request,
-            start(state, asked),
-            lambda answers: StepWire(answers, asked),
-            send_seconds=state.limits.send_seconds,
-        )
+        body = await read(request, state.limits, EventsRequest)
+        asked = await attended(request.receive, asked_of(state, body))
+        return Stream(request, start(state, asked), lambda answers: StepWire(answers, asked))
 
     return [Route("/x/events", create, methods=["POST"])]
 
@@ -121,6 +117,7 @@ async def _chat(state: State, body: EventsRequest) -> AskedSteps:
         model=body.model,
         count=body.n,
         one_call=asked.one_call,
+        compiles=asked.compiles,
         param="messages",
     )
 
@@ -166,6 +163,7 @@ async def _edit(state: State, body: EventsRequest) -> AskedSteps:
         settings=settings,
         model=body.model,
         count=body.n,
+        compiles=False,
         param="edit",
     )
 

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from ..config.entry import choices, entries, kinds
 from ..config.generation import GenerationSettings
 from ..errors import ConfigError
+from ..language.encoded import ImageForm
 from .openai_types import _MEDIA
 from .state import Served, State
 
@@ -47,7 +48,7 @@ def routes(state: State) -> list[Route]:
 
 def sees(served: Served) -> bool:
     """Return whether the model reads images, and this server takes them."""
-    return bool(served.engine.model.config.has_vision) and "image_url" not in _MEDIA
+    return ImageForm.of(served.engine.model.config) is not None and "image_url" not in _MEDIA
 
 
 def settings_from(given: dict[str, Any], served: Served) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class AskedSteps:
       prompt: of a chat, from which the canvases go on.
       check: whether the text of a result is what was asked for; None asks for nothing.
       one_call: drop tool calls behind the first one.
+      compiles: whether making a task lifts a constraint to tokens.
       param: the field that names the prompt, for errors.
     """
 
@@ -105,6 +106,7 @@ class AskedSteps:
     check: Check | None = None
     drafts: bool = True
     one_call: bool = False
+    compiles: bool = True
     param: str = "chat"
 
     def task(self, number: int, on_step: OnStep) -> Task:
