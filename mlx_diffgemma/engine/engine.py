@@ -18,9 +18,11 @@ from ..checkpoint.memory import (
     array_bytes,
     context_bytes,
     generation_limits,
+    image_bytes,
     recommended_bytes,
     row_bytes,
 )
+from ..denoise.images import FEATURE_BYTES
 from ..denoise.loop import Rows
 from ..denoise.row import Row
 from ..denoise.store import Store
@@ -72,7 +74,7 @@ class Engine:
           max_rows: rows that are stepped together.
           max_queue: requests that may wait, beyond `max_rows` others.
           store: where contexts are kept across requests.
-          memory_bytes: for the contexts and logits of all rows; by default what the device
+          memory_bytes: for the contexts, images and logits of all rows; by default what the device
             recommends, less the weights, the store and a tenth.
 
         Raises:
@@ -84,6 +86,8 @@ class Engine:
                 raise EngineError(f"{name} must be at least 1, got {value}")
         if memory_bytes is None:
             kept = store.max_bytes if store is not None else 0
+            if not model.has_vision and (vision := model.vision_source.nbytes):
+                kept += vision + FEATURE_BYTES  # the first image loads it
             memory_bytes = int(recommended_bytes() * WARN_ABOVE) - array_bytes(model) - kept
         if memory_bytes < 1:
             raise EngineError(
@@ -248,10 +252,12 @@ class Engine:
 
     def _bytes_of(self, rows: Sequence[Row]) -> int:
         """Return the most bytes that rows will need. A context that several share counts once."""
-        config, size = self.model.config.text, self.model.dtype.size
+        config, size = self.model.config, self.model.dtype.size
         shared = {id(row.shared): row.shared.length for row in rows if row.shared is not None}
-        return sum(context_bytes(config, length, size) for length in shared.values()) + sum(
-            row_bytes(config, row.most_tokens, row.settings.canvas_length, element_bytes=size)
+        contexts = sum(context_bytes(config.text, length, size) for length in shared.values())
+        return contexts + sum(
+            row_bytes(config.text, row.most_tokens, row.settings.canvas_length, element_bytes=size)
+            + image_bytes(config, row.image_tokens, element_bytes=size)
             for row in rows
         )
 
