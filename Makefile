@@ -31,7 +31,7 @@ test: lint types
 # Measures speed against mlx-vlm and transformers, about two hours on two cores.
 bench: $(VENV)/.bench
 	$(WITH_OPENBLAS) $(BIN)/python bench/answer.py --save
-	for name in counts sparse step growth twin floors infill cache decide structured rows; do \
+	for name in counts sparse step growth twin floors infill cache decide structured rows serve; do \
 		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
 	done
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save
@@ -56,6 +56,8 @@ long: $(VENV)/.test
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.batch.kills
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.bad_requests
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.soak
+	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.structured $(if $(CASES),--cases $(CASES))
+	$(if $(TOKENIZER),$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.structured --tokenizer $(TOKENIZER) $(if $(CASES),--cases $(CASES)))
 	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.write.merged_tokens $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(CASES),--cases $(CASES))
 	$(BIN)/python -m tests.constraint.patterns
 	$(BIN)/python tests/check_installs.py

@@ -7,10 +7,8 @@ import math
 import os
 import re
 import secrets
-import shutil
 import signal
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +28,7 @@ from ..config.generation import GenerationSettings, decider_of
 from ..errors import ConfigError, DiffGemmaError, PromptError, TemplateError, backend_error
 from .interrupt import ended_in_order, leave
 from .program import Shell, among, install, model_names, scripts, variable, version
-from .usage import Command, as_given
+from .usage import Command, as_given, in_lines
 
 MODEL_HELP = (
     "Local folder, Hub repo id, or short name of a published one (4bit, 5bit, 6bit, 8bit, mxfp4, "
@@ -382,12 +380,8 @@ def friendly_errors() -> Iterator[None]:
 
 
 def _say_error(error: Exception) -> None:
-    """Print an error in one line on stderr; a terminal breaks it between words."""
-    line = f"error: {error}"
-    if _is_terminal(sys.stderr):
-        width = shutil.get_terminal_size().columns
-        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-    typer.echo(line, err=True)
+    """Print an error in one line on stderr."""
+    typer.echo(in_lines(f"error: {error}"), err=True)
 
 
 def run(command: Callable[..., None] | typer.Typer, name: str | None = None) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +81,17 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except _UsageError as error:
             _explain(error, ctx)
+            shown = in_lines(f"Error: {error.format_message()}").removeprefix("Error: ")
+            error.format_message = lambda: shown
             raise
+
+
+def in_lines(line: str) -> str:
+    """Return a line for stderr: on a terminal it is broken between words."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def as_given(message: str, given: Mapping[str, str]) -> str:

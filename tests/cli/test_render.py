@@ -84,6 +84,10 @@ def test_at_60_columns_notes_numbers_and_errors_break_between_words():
     error = ESCAPE.sub(b"", seen).replace(b"\r", b"").partition(b"error: ")[2]
     assert all(len(line) <= 60 for line in error.splitlines())
     assert b"there-is-no-such-folder" in error
+    for wrong in (("--max-tokens", "many more than that"), ("--top-p", "0.5")):
+        seen, _ = run_in_terminal(*words, *wrong, stdout_too=True, columns=60, code=2)
+        error = ESCAPE.sub(b"", seen).replace(b"\r", b"").partition(b"Error: ")[2]
+        assert len(error) > 60 and all(len(line) <= 60 for line in error.splitlines())
 
 
 def test_control_characters_of_a_draft_do_not_reach_the_terminal():

@@ -108,8 +108,8 @@ def scripted(*texts: str) -> tuple[Any, Any]:
 
 
 @contextmanager
-def connected(running: Running) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", running.port), PATIENCE) as connection:
+def connected(running: Running, patience: float = PATIENCE) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", running.port), patience) as connection:
         yield connection
 
 
@@ -179,9 +179,9 @@ def unchunked(content: bytes) -> bytes:
     return body
 
 
-def ask(running: Running, request: bytes) -> Answered:
+def ask(running: Running, request: bytes, patience: float = PATIENCE) -> Answered:
     """Send a request as it is, and read the answer."""
-    with connected(running) as connection:
+    with connected(running, patience) as connection:
         connection.sendall(request)
         return read(connection)
 

@@ -296,11 +296,28 @@ def test_numbers_that_are_not_finite_end_that_row_alone(loaded, monkeypatch):
 
 
 def test_the_host_waits_for_the_choices_of_all_rows_together(loaded, monkeypatch):
-    asked = []
+    asked, reads = [], []
     real = step.constrained.choose
-    monkeypatch.setattr(
-        step.constrained, "choose", lambda looks: asked.append(len(looks)) or real(looks)
-    )
+
+    class Numpy:
+        """NumPy, which counts the arrays of the device that it reads."""
+
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+        def array(self, value, *more, **named):
+            reads.append(isinstance(value, mx.array))
+            return np.array(value, *more, **named)
+
+    def counted(looks):
+        before = sum(reads)
+        choices = real(looks)
+        asked.append(len(looks))
+        assert sum(reads) == before + 1
+        return choices
+
+    monkeypatch.setattr(step.constrained, "choose", counted)
+    monkeypatch.setattr(constrained, "np", Numpy())
     constraints = [Constraint.choices(["yes", "no"]), Constraint.regex("[a-c]{9}"), None]
     response = batch_generate(
         *loaded, ["a", "b", "c"], settings=replace(SHORT, stability_threshold=2),
