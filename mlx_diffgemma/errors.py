@@ -37,6 +37,10 @@ class PromptLengthError(PromptError):
     """A prompt that has more tokens than the model has positions for."""
 
 
+class ImageError(PromptError):
+    """A picture or video that cannot be read, or not within its limits."""
+
+
 class TemplateError(DiffGemmaError):
     """A template or selection that cannot be read or cannot be met."""
 

@@ -25,7 +25,7 @@ WINGS = {
     "errors": "",
     "events": "",
     "config": "entry reading formats generation quantization vision model training serving",
-    "language": "tokenizer controls tools given prompt template stops text",
+    "language": "tokenizer controls tools pictures images given prompt template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "
     "constraint groups vocabulary utf8 tokens line decode marginals",
@@ -269,6 +269,7 @@ def test_nothing_is_unpickled():
 # The tokenizers library raises a bare Exception for a damaged file, so nothing narrower catches it.
 ALLOWED_BROAD_EXCEPTS = {
     "mlx_diffgemma.language.tokenizer": 1,
+    "mlx_diffgemma.language.pictures": 1,  # so do Pillow's readers, of every kind
     # Listeners and jobs are other people's code; their errors end their own row or request.
     "mlx_diffgemma.denoise.loop": 1,
     "mlx_diffgemma.engine.engine": 3,
