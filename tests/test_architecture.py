@@ -24,8 +24,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading formats generation quantization vision model training serving",
-    "language": "tokenizer controls tools pictures images given prompt template stops text",
+    "config": "entry reading formats generation quantization vision images model training serving",
+    "language": "tokenizer controls tools pictures images video encoded given media prompt "
+    "template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "
     "constraint groups vocabulary utf8 tokens line decode marginals",
@@ -38,7 +39,7 @@ WINGS = {
     "write": "job verbose constrained regions writer generate fill edit questions decide chat_file "
     "chat",
     "engine": "run engine",
-    "train": "data batches objective optimizer checkpoint trainer curves session fuse",
+    "train": "pictures data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
     "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
 from .formats import foreign_format, mlx_block, refusal, source_of
 from .generation import GenerationSettings
+from .images import DEFAULT_BUDGET, budget_of
 from .quantization import QuantizationConfig
 from .reading import (
     LARGEST,
@@ -167,6 +168,7 @@ class ModelConfig:
     generation: GenerationSettings
     vision: VisionConfig | None  # None: the model reads no images
     image_token_id: int | None  # the soft token; one of `image_token_ids`
+    image_tokens: int = DEFAULT_BUDGET  # the most of an image, from the processor's files
 
     @property
     def vocab_size(self) -> int:
@@ -238,7 +240,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read config.json and, if there is one, generation_config.json.
+        """Read config.json and, where they are, generation_config.json and the processor's files.
 
         Raises:
           ConfigError: if a file is missing, is not JSON, or holds an impossible value.
@@ -249,11 +251,12 @@ class ModelConfig:
                 f"{folder} has no config.json; a DiffusionGemma checkpoint folder is expected"
             )
         generation = folder / "generation_config.json"
-        return cls.from_dict(
+        config = cls.from_dict(
             read_json(path),
             read_json(generation) if generation.is_file() else None,
             where=str(path),
         )
+        return replace(config, image_tokens=budget_of(folder))
 
 
 def _layer_types(raw: Raw, count: int, where: str) -> tuple[LayerType, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import PromptError
+from .encoded import EncodedPrompt
 
 Message = Mapping[str, Any]
 
@@ -19,20 +20,21 @@ class Array(Protocol):
 
 # Token ids as a list, an array, or what a tokenizer returns: a mapping with `input_ids`.
 TokenIds = Sequence[int] | Array | Mapping[str, Any]
-Prompt = str | Sequence[Message] | TokenIds
+Prompt = str | Sequence[Message] | TokenIds | EncodedPrompt
 
 _KINDS = "a prompt is a string, a list of messages or a list of token ids"
 # Types of content parts, in the spellings of the common chat formats.
-_MEDIA = {
-    "images are not supported yet": ("image", "image_url", "input_image"),
+IMAGE_TYPES = ("image", "image_url", "input_image")
+VIDEO_TYPES = ("video", "video_url", "input_video")
+_REFUSED = {
     "audio is not supported": ("audio", "audio_url", "input_audio"),
-    "video is not supported": ("video", "video_url", "input_video"),
     "files are not supported": ("file", "input_file", "document"),
 }
+_AS_PARTS = 'images and videos are parts of the content, as {"type": "image", "image": "a.png"}'
 # Keys beside the content that hold media, in messages and in examples of training data.
 _MEDIA_KEYS = {
     key: said
-    for said, kinds in _MEDIA.items()
+    for said, kinds in ((_AS_PARTS, IMAGE_TYPES + VIDEO_TYPES), *_REFUSED.items())
     if not said.startswith("files")
     for kind in kinds
     for key in (kind, f"{kind}s")
@@ -92,7 +94,8 @@ def given_messages(prompt: Any) -> list[Message]:
     """Return the checked messages of a prompt that is text or messages.
 
     Raises:
-      PromptError: if it is empty, or a message has no role or holds something other than text.
+      PromptError: if it is empty, or a message has no role or holds something other than text,
+        images and videos.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -155,9 +158,10 @@ def _check_content(message: Message) -> None:
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise PromptError(f"a text part of a {role} message has no text: {part!r}")
-        else:
-            said = [said for said, kinds in _MEDIA.items() if kind in kinds]
+        elif not isinstance(kind, str) or kind not in IMAGE_TYPES + VIDEO_TYPES:
+            said = [said for said, kinds in _REFUSED.items() if kind in kinds]
             raise PromptError(
                 f"a {role} message holds a part of type {kind!r}; "
-                f"{said[0] if said else 'this type is not known'}, only parts of type 'text' are"
+                f"{said[0] if said else 'this type is not known'}, only parts of type 'text', "
+                "'image' and 'video' are"
             )

@@ -16,11 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..config.images import DEFAULT_BUDGET, check_budget
 from .pictures import MAX_PIXELS, read_rgb
-
-BUDGETS = (70, 140, 280, 560, 1120)
-DEFAULT_BUDGET = 280
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +64,7 @@ def read_image(
     Args:
       source: a path, a `data:` URL, bytes of a file, a Pillow image, or a numpy array of uint8
         [H, W], [H, W, 3] or [H, W, 4].
-      soft_tokens: the most image tokens it may take, one of BUDGETS.
+      soft_tokens: the most image tokens it may take, one of BUDGETS of `config/images.py`.
       patch_size: pixels of a patch's side, from the model's vision_config.
       pooling: patches of a soft token's side, from the model's vision_config.
       max_pixels: a picture of more pixels is refused before it is decoded.
@@ -78,16 +75,9 @@ def read_image(
       ConfigError: if `soft_tokens` is none of BUDGETS.
       ImageError: if it is no picture that can be read; names it, and the limit that it breaks.
     """
-    check_budget(soft_tokens)
+    check_budget(soft_tokens, "soft_tokens")
     image = read_rgb(source, max_pixels=max_pixels, name=name, media_type=media_type)
     return patches_of(image, soft_tokens, patch_size, pooling)
-
-
-def check_budget(soft_tokens: int) -> None:
-    """Raise ConfigError if a number of soft tokens is none of BUDGETS."""
-    if soft_tokens not in BUDGETS or isinstance(soft_tokens, bool):
-        known = ", ".join(map(str, BUDGETS))
-        raise ConfigError(f"the tokens of an image must be one of {known}, got {soft_tokens!r}")
 
 
 def patches_of(image: Any, soft_tokens: int, patch_size: int, pooling: int) -> ImagePatches:

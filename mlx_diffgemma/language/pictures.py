@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 
+from ..config.images import MOST_PIXELS, ImageSettings
 from ..errors import ImageError
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ _CONVERT = (
 )  # fmt: skip
 _HEAD_BYTES = 4096  # read to see what a file is
 _MAX_SIDE = 65_535
-MAX_PIXELS = 50_000_000  # as many as a phone's largest photo has
-# From here Pillow refuses by itself.
-MOST_PIXELS = 178_956_970
+MAX_PIXELS: int = ImageSettings().max_image_pixels
 _STRIP_PIXELS = 1 << 22  # what is converted at a time, to need little memory
 
 
@@ -84,12 +83,12 @@ def read_rgb(
     """
     from PIL import Image
 
-    if isinstance(source, str) and source[:5].lower() == "data:":
+    if is_data_url(source):
         name = name or "the data: URL"
-        source, media_type = _from_data_url(source, name)
+        source, media_type = from_data_url(source, name)
     if isinstance(source, (str, Path)):
         name = name or str(source)
-        with _opened(source, name) as file:
+        with opened(source, name) as file:
             return _decoded(file, name, max_pixels, media_type)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
@@ -101,15 +100,38 @@ def read_rgb(
             "an image is a path, bytes, a Pillow image, a numpy array or a data: URL, "
             f"got {type(source).__name__}"
         )
-    name = name or str(getattr(source, "filename", "")) or "the image"
-    _check_size(source.size, name, max_pixels)
+    name = name or str(getattr(source, "filename", None) or "the image")
+    check_size(source.size, name, max_pixels)
     with _reading(name):
         source.load()
         return _upright_rgb(source, name)
 
 
-def _from_data_url(url: str, name: str) -> tuple[bytes, str]:
-    """Return (bytes, media type) of a data: URL."""
+def upright_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return the width and height of the upright picture in a file, by its header alone.
+
+    Raises:
+      ImageError: as `read_rgb`, but for pixels that are damaged or cut off.
+    """
+    name = str(path)
+    with opened(path, name) as file:
+        image = _identified(file, name, max_pixels, None)
+        with _reading(name):
+            width, height = image.size
+            return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def is_data_url(source: object) -> TypeGuard[str]:
+    """Return whether a source is a `data:` URL."""
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def from_data_url(url: str, name: str) -> tuple[bytes, str]:
+    """Return (bytes, media type) of a `data:` URL.
+
+    Raises:
+      ImageError: if it is not in base64.
+    """
     head, comma, data = url[5:].partition(",")
     media_type, *parameters = (part.strip().lower() for part in head.split(";"))
     if not comma or "base64" not in parameters:
@@ -121,7 +143,12 @@ def _from_data_url(url: str, name: str) -> tuple[bytes, str]:
 
 
 @contextmanager
-def _opened(source: str | Path, name: str) -> Iterator[Any]:
+def opened(source: str | Path, name: str) -> Iterator[Any]:
+    """Open a file to read it; a URL, a folder, a pipe or a device is refused.
+
+    Raises:
+      ImageError: if it cannot be opened.
+    """
     if isinstance(source, str) and (found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)):
         hint = "give the path" if found[1].lower() == "file" else "download the picture first"
         raise ImageError(f"{name} is a URL, and no address is fetched for a prompt; {hint}")
@@ -141,6 +168,14 @@ def _opened(source: str | Path, name: str) -> Iterator[Any]:
 
 
 def _decoded(file: Any, name: str, max_pixels: int, media_type: str | None) -> Image:
+    image = _identified(file, name, max_pixels, media_type)
+    with _reading(name):
+        image.load()
+        return _upright_rgb(image, name)
+
+
+def _identified(file: Any, name: str, max_pixels: int, media_type: str | None) -> Image:
+    """Return a picture whose type and size are checked and whose pixels are not read."""
     from PIL import Image, UnidentifiedImageError
 
     head = file.read(_HEAD_BYTES)
@@ -161,10 +196,8 @@ def _decoded(file: Any, name: str, max_pixels: int, media_type: str | None) -> I
             f"at most {max_pixels:,} are read (max_image_pixels)"
         ) from error
     _check_type(str(image.format), name, media_type)
-    _check_size(image.size, name, max_pixels)
-    with _reading(name):
-        image.load()
-        return _upright_rgb(image, name)
+    check_size(image.size, name, max_pixels)
+    return image
 
 
 @contextmanager
@@ -195,7 +228,8 @@ def _check_type(found: str, name: str, media_type: str | None) -> None:
         raise ImageError(f"{name} is declared as {media_type}, but it is {found}")
 
 
-def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    """Raise ImageError if a picture has no pixels or too many, or too long a side."""
     width, height = size
     shown = f"{name} has {width:,} x {height:,} pixels"
     if min(size) < 1:
@@ -218,7 +252,7 @@ def _from_array(array: np.ndarray, name: str) -> Image:
             f"{name} must be uint8 of [H, W], [H, W, 3] or [H, W, 4], "
             f"got {array.dtype} of {list(array.shape)}"
         )
-    _check_size((array.shape[1], array.shape[0]), name, MOST_PIXELS)
+    check_size((array.shape[1], array.shape[0]), name, MOST_PIXELS)
     return Image.fromarray(np.ascontiguousarray(array))
 
 

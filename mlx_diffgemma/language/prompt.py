@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
+from ..config.images import ImageSettings
 from ..errors import PromptError
 from .controls import Marks, matching, split_at
 from .controls import special_tokens as special_tokens
+from .encoded import EncodedPrompt, ImageForm
 from .given import Message, given_ids, given_messages
 from .given import Prompt as Prompt
+from .media import IMAGE, VIDEO, placed, read_media, without_media
 from .tokenizer import declaration_of
 from .tools import calls_as_objects, declared
 
@@ -36,12 +39,6 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
-# Tokens that stand for images, audio and video, which this runtime does not support.
-_MEDIA_TOKENS = {
-    "<|image|>": "images are not supported yet",
-    "<|audio|>": "audio is not supported",
-    "<|video|>": "video is not supported",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,35 +56,66 @@ class PromptOptions:
     chat_template_config: Mapping[str, Any] = field(default_factory=dict)
     # Control tokens spelled in messages and variables take effect, as in transformers.
     allow_special_tokens: bool = False
+    images: ImageSettings = ImageSettings()  # how pictures and videos become tokens
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: PromptOptions = PromptOptions()
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    options: PromptOptions = PromptOptions(),
+    form: ImageForm | None = None,
 ) -> list[int]:
     """Return the token ids of a prompt.
 
     Args:
-      tokenizer: from `load` or `load_tokenizer`.
-      prompt: a string is one user turn, a list of messages a chat. Token ids are used as they are:
-        a list or an array of one row, or the result of the tokenizer or its `apply_chat_template`.
-      options: how messages become tokens; without effect on token ids.
+      tokenizer: as for `encode`.
+      prompt: as for `encode`.
+      options: as for `encode`.
+      form: as for `encode`.
 
     Raises:
-      PromptError: if the prompt is empty or of another kind, holds images, audio or video, or the
-        template refuses it or is missing.
+      PromptError: as `encode`.
     """
-    ids = given_ids(prompt)
-    if ids is None:
-        ids = (
-            _encode_messages(tokenizer, prompt, options)
-            if options.use_chat_template
-            else _encode_raw(tokenizer, prompt, options)
-        )
+    return encode(tokenizer, prompt, options, form).ids
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    options: PromptOptions = PromptOptions(),
+    form: ImageForm | None = None,
+) -> EncodedPrompt:
+    """Return the token ids of a prompt, and its images.
+
+    Args:
+      tokenizer: from `load` or `load_tokenizer`.
+      prompt: a string is one user turn, a list of messages a chat, whose contents may hold images
+        and videos. Token ids are used as they are: a list or an array of one row, or the result of
+        the tokenizer or its `apply_chat_template`. What `encode` returned is returned again.
+      options: how messages become tokens; without effect on token ids.
+      form: how the model takes images, from `ImageForm.of(model.config)`; None if it does not.
+
+    Raises:
+      PromptError: if the prompt is empty or of another kind, holds audio, or an image or video that
+        cannot be read or has no place, or the template refuses it or is missing.
+    """
+    if isinstance(prompt, EncodedPrompt):
+        return prompt
+    if (ids := given_ids(prompt)) is not None:
+        encoded = EncodedPrompt(ids)
+    elif options.use_chat_template:
+        encoded = _encode_messages(tokenizer, prompt, options, form)
+    else:
+        encoded = EncodedPrompt(_encode_raw(tokenizer, prompt, options))
     specials = special_tokens(tokenizer)
-    for name, said in _MEDIA_TOKENS.items():
-        if specials.get(name) in ids:
-            raise PromptError(f"the prompt holds {name}; {said}")
-    return ids
+    if specials.get("<|audio|>") in encoded.ids:
+        raise PromptError("the prompt holds <|audio|>; audio is not supported")
+    for name, what in ((IMAGE, "image"), (VIDEO, "video")):
+        if specials.get(name) in encoded.ids and not encoded.images:
+            raise PromptError(
+                f"the prompt holds {name} and no {what}; give each {what} as a part of a message"
+            )
+    return encoded
 
 
 def _encode_raw(
@@ -106,8 +134,11 @@ def _encode_raw(
 
 
 def _encode_messages(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: PromptOptions
-) -> list[int]:
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    options: PromptOptions,
+    form: ImageForm | None,
+) -> EncodedPrompt:
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             "this checkpoint has no chat template; "
@@ -118,13 +149,36 @@ def _encode_messages(
     messages = given_messages(prompt)
     if options.system_prompt is not None:
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
-    messages = [calls_as_objects(message) for message in messages]
+    media = read_media(messages, form, options.images)
+    messages = [calls_as_objects(message) for message in without_media(messages)]
     variables = _variables(options)
     prefix = options.response_prefix or ""
     specials = special_tokens(tokenizer)
     text = _render(tokenizer, messages, variables) + prefix
-    if options.allow_special_tokens or not matching(specials).search(text):
-        return _encode(tokenizer, text)
+    if not matching(specials).search(text):
+        typed: list[bool] = []
+    elif options.allow_special_tokens:
+        if not media:
+            return EncodedPrompt(_encode(tokenizer, text))
+        typed = [False] * len(matching(specials).findall(text))
+    else:
+        typed = _typed(tokenizer, messages, variables, prefix, specials, text)
+    parts, images = placed(split_at(specials, text, typed), specials, media, form)
+    ids: list[int] = []
+    for part in parts:
+        ids += encode_text(tokenizer, part) if isinstance(part, str) else [part]
+    return EncodedPrompt(ids, tuple(images))
+
+
+def _typed(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    prefix: str,
+    specials: Mapping[str, int],
+    text: str,
+) -> list[bool]:
+    """Return which special tokens of a rendered prompt were typed, in order."""
     # A template that the caller chose is a program, not text.
     program = {key: value for key, value in variables.items() if key == "chat_template"}
     texts = {key: value for key, value in variables.items() if key != "chat_template"}
@@ -135,10 +189,7 @@ def _encode_messages(
         [marks.message(message) for message in messages],
         marks.value(texts) | program,
     ) + marks.text(prefix)
-    ids: list[int] = []
-    for part in split_at(specials, text, marks.typed(text, marked)):
-        ids += encode_text(tokenizer, part) if isinstance(part, str) else [part]
-    return ids
+    return marks.typed(text, marked)
 
 
 def _variables(options: PromptOptions) -> dict[str, Any]:
