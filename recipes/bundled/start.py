@@ -249,10 +249,21 @@ def write(folder: Path, seed: int) -> None:
         ("config.json", raw),
         ("generation_config.json", generation_config()),
         ("tokenizer_config.json", TOKENIZER_CONFIG),
+        ("processor_config.json", PROCESSOR_CONFIG),
     ):
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
+PROCESSOR_CONFIG = {
+    "processor_class": "Gemma4Processor",
+    "image_seq_length": 70,
+    "image_processor": {
+        "image_processor_type": "Gemma4ImageProcessor",
+        "max_soft_tokens": 70,
+        "patch_size": VISION["patch_size"],
+        "pooling_kernel_size": VISION["pooling_kernel_size"],
+    },
+}
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<bos>",
