@@ -157,16 +157,16 @@ PHASES = (
         "sixth",
         6,
         {
-            "sudoku4": 2500,
-            "sudoku6": 8000,
-            "count": 600,
-            "sort": 800,
+            "sudoku4": 1400,
+            "sudoku6": 6000,
+            "count": 500,
+            "sort": 700,
             "reverse": 300,
             "table": 300,
             "words": 500,
             "code": 300,
         },
-        pictures=9000,
+        pictures=9500,
     ),
 )
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
