@@ -147,13 +147,46 @@ def draw_config(seed: int, **text: Any) -> dict[str, Any]:
     }
 
 
+def draw_vision_config(seed: int) -> dict[str, Any]:
+    """A legal config.json whose vision tower is drawn too. The text has a full layer before the
+    last one, whose attention reaches no context, and windows that images may be longer than."""
+    rng = np.random.default_rng([2027, seed])
+
+    def pick(*values: Any) -> Any:
+        return values[rng.integers(len(values))]
+
+    heads, head_dim = pick(1, 2, 3, 4), pick(4, 8, 12, 12)  # wider ones round too much
+    vision = VISION | {
+        "hidden_size": pick(8, 12, 24, 32),
+        "intermediate_size": pick(8, 20, 48),
+        "num_hidden_layers": pick(1, 2, 3),
+        "num_attention_heads": heads,
+        "num_key_value_heads": pick(*(d for d in range(1, heads + 1) if heads % d == 0)),
+        "head_dim": head_dim,
+        "patch_size": pick(2, 4),
+        "pooling_kernel_size": pick(3, 3, 2),
+        "position_embedding_size": 64,
+        "rms_norm_eps": pick(1e-6, 1e-5, 1e-3),
+        "rope_parameters": {"rope_theta": pick(100.0, 10.0, 1e4)},
+        "standardize": pick(True, True, False),
+        "use_clipped_linears": pick(True, False, False),
+    }
+    if kind := pick("default", "axial", None):
+        vision["rope_parameters"]["rope_type"] = kind
+    middle = [SLIDING, FULL] if seed % 3 else [FULL, SLIDING]
+    text = {"num_hidden_layers": 4, "layer_types": [pick(SLIDING, FULL), *middle, FULL]}
+    window = int(rng.choice([4, 5, 8, 13]))
+    config = draw_config(seed, sliding_window=window, **text)
+    return config | {"vision_config": vision}
+
+
 def layer_types(text: dict[str, Any]) -> list[str]:
     """The types in effect: the last layer is full, whatever the file says."""
     return [*text["layer_types"][:-1], FULL]
 
 
 def tensor_shapes(text: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the official layout, the vision tower's included."""
+    """Names and shapes of the official layout, without vision."""
     M, V, N = text["hidden_size"], text["vocab_size"], text["num_attention_heads"]
     E, F, D = text["num_experts"], text["moe_intermediate_size"], text["intermediate_size"]
     decoder = "model.decoder."
@@ -190,18 +223,35 @@ def tensor_shapes(text: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]
         yield layer + "router.per_expert_scale", (E,)
         yield layer + "experts.gate_up_proj", (E, 2 * F, M)
         yield layer + "experts.down_proj", (E, M, F)
-    W, tower = VISION["hidden_size"], "model.encoder.vision_tower."
+
+
+def vision_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the vision tower and its projection."""
+    vision, tower = config["vision_config"], "model.encoder.vision_tower."
+    W, F, H = vision["hidden_size"], vision["intermediate_size"], vision["head_dim"]
+    N, K = vision["num_attention_heads"] * H, vision["num_key_value_heads"] * H
+    M = config["text_config"]["hidden_size"]
     yield "model.encoder.embed_vision.embedding_projection.weight", (M, W)
-    yield tower + "patch_embedder.input_proj.weight", (W, 3 * VISION["patch_size"] ** 2)
-    places = VISION["position_embedding_size"]
+    yield tower + "patch_embedder.input_proj.weight", (W, 3 * vision["patch_size"] ** 2)
+    places = vision["position_embedding_size"]
     yield tower + "patch_embedder.position_embedding_table", (2, places, W)
-    layer = tower + "encoder.layers.0."  # square: one head of the whole width, MLP of that width
-    for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"):
-        yield f"{layer}{part}_proj.linear.weight", (W, W)
-    for part in ("mlp.gate", "mlp.up", "mlp.down"):
-        yield f"{layer}{part}_proj.linear.weight", (W, W)
-    for name in ("self_attn.q_norm", "self_attn.k_norm", *NORMS[:4]):
-        yield f"{layer}{name}.weight", (W,)
+    for i in range(vision["num_hidden_layers"]):
+        layer = f"{tower}encoder.layers.{i}."
+        shapes = {"self_attn.q": (N, W), "self_attn.k": (K, W), "self_attn.v": (K, W)}
+        shapes |= {"self_attn.o": (W, N), "mlp.gate": (F, W), "mlp.up": (F, W), "mlp.down": (W, F)}
+        for part, shape in shapes.items():
+            yield f"{layer}{part}_proj.linear.weight", shape
+        for name in ("self_attn.q_norm", "self_attn.k_norm"):
+            yield f"{layer}{name}.weight", (H,)
+        for name in NORMS[:4]:
+            yield f"{layer}{name}.weight", (W,)
+        if vision.get("use_clipped_linears"):
+            for part in shapes:
+                for bound in ("input_min", "input_max", "output_min", "output_max"):
+                    yield f"{layer}{part}_proj.{bound}", ()
+    if vision.get("standardize"):
+        yield tower + "std_bias", (W,)
+        yield tower + "std_scale", (W,)
 
 
 def draw_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
@@ -209,13 +259,15 @@ def draw_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     norms and scales near 1. The encoder's layer scalars are drawn apart from the decoder's."""
     rng = np.random.default_rng([2026, seed])
     tensors = {}
-    for name, shape in tensor_shapes(config["text_config"]):
+    for name, shape in (*tensor_shapes(config["text_config"]), *vision_shapes(config)):
         normal = rng.standard_normal(shape)
-        if "norm" in name or "scal" in name:
+        if name.endswith(("_min", "_max")):  # narrow enough to bound some of the numbers
+            values = np.abs(1 + 0.3 * normal) * (1 if name.endswith("max") else -1)
+        elif "norm" in name or "scal" in name:
             values = 1 + 0.1 * normal
         else:
             values = normal / shape[-1] ** 0.5 * (3 if "router.proj" in name else 1)
-        tensors[name] = values.astype(np.float32)
+        tensors[name] = np.asarray(values, np.float32)
     return tensors
 
 

@@ -34,8 +34,8 @@ WINGS = {
     "self_conditioning vision stack images diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
-    "denoise": "schedule sampler classes constrained pinned noise stopping canvas store_format "
-    "store_files store row step loop",
+    "denoise": "schedule sampler classes constrained pinned noise stopping canvas images "
+    "store_format store_files store row step loop",
     "write": "job verbose constrained regions writer generate fill edit questions decide chat_file "
     "chat",
     "engine": "run engine",

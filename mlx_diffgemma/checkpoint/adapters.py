@@ -125,7 +125,7 @@ def load_adapters(model: DiffusionGemma, folder: str | os.PathLike[str]) -> None
     """
     config = read_adapter_config(folder)
     if changes_vision(folder) and not model.has_vision:
-        model.take_vision(model.bring_vision())
+        model.take_vision(model.vision_source.bring())
     if config.get("fine_tune_type") == "full":
         _load_weights(model, Path(folder) / WEIGHTS)
         return

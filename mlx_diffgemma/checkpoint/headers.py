@@ -6,6 +6,7 @@ Source of the format: huggingface/safetensors README, "Format".
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -28,6 +29,7 @@ TYPES = {
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
 FLOATS = frozenset({"BF16", "F16", "F32"})
+_SAMPLE = 4096  # bytes
 HEADER_LIMIT = 100_000_000  # as in the safetensors library
 
 
@@ -141,6 +143,25 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                 f"{tensors[extra[0]].file.name} holds {extra[0]}, which {INDEX} does not list"
             )
     return tensors
+
+
+def sampled_hash(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """Return a hash of tensors: their names, types and shapes, and a sample of their bytes.
+
+    Raises:
+      WeightsError: if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, info in sorted(tensors.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        try:
+            with info.file.open("rb") as file:
+                for place in (0, info.nbytes // 2, max(0, info.nbytes - _SAMPLE)):
+                    file.seek(info.start + place)
+                    digest.update(file.read(min(_SAMPLE, info.nbytes - place)))
+        except OSError as error:
+            raise WeightsError(f"{info.file} cannot be read: {error.strerror}") from error
+    return digest.digest()
 
 
 def sidecars(folder: Path) -> list[Path]:

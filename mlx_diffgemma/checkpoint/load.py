@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..config.model import ModelConfig
-from ..config.vision import VisionConfig
-from ..errors import PromptError
+from ..errors import DiffGemmaError, PromptError
 from ..language.tokenizer import load_tokenizer
 from ..model import DiffusionGemma
 from ..model.fused import fuse
@@ -19,9 +20,10 @@ from ..model.stack import Vision
 from .adapters import load_adapters
 from .blas import slow_blas
 from .files import resolve
+from .headers import TensorInfo, sampled_hash
 from .memory import WARN_ABOVE, needed_bytes, recommended_bytes
 from .tied import read_assigned
-from .weights import load_vision, load_weights
+from .weights import load_vision, load_weights, vision_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +108,7 @@ def build_model(
         )
     model = DiffusionGemma(config)
     source = _Vision(config, folder, is_off=vision is False)
-    model.bring_vision = source
+    model.vision_source = source
     if vision:
         model.take_vision(source.empty())
     load_weights(model, config, folder)
@@ -119,34 +121,48 @@ def build_model(
 
 
 class _Vision:
-    """What reads images, loaded once, for all variants of a model."""
+    """Vision from a checkpoint's files, loaded once for all variants of a model."""
 
     def __init__(self, config: ModelConfig, folder: Path, *, is_off: bool) -> None:
         self._config, self._folder, self._is_off = config, folder, is_off
         self._loaded: Vision | None = None
 
-    def __call__(self) -> Vision:
+    @cached_property
+    def _tensors(self) -> dict[str, TensorInfo]:
+        return vision_tensors(self._config, self._folder)
+
+    @property
+    def nbytes(self) -> int:
+        try:
+            self.check()
+        except DiffGemmaError:
+            return 0
+        return _bytes_in_memory(self._tensors.values())
+
+    def check(self) -> None:
+        reason = None
+        if self._is_off:
+            reason = "was loaded without its vision tower (vision=False, --no-vision)"
+        elif self._config.vision is None:
+            reason = "has no vision tower: its config.json has no vision_config"
+        if reason is not None:
+            raise PromptError(f"{self._folder} {reason}, so that it reads no images")
+        assert self._tensors
+
+    def bring(self) -> Vision:
         if self._loaded is None:
-            self._check()
+            self.check()
             self._loaded = load_vision(self._config, self._folder)
         return self._loaded
 
     def empty(self) -> Vision:
         """Return it without weights."""
-        return Vision(self._check(), self._config.text.hidden_size)
+        self.check()
+        assert self._config.vision is not None
+        return Vision(self._config.vision, self._config.text.hidden_size)
 
-    def _check(self) -> VisionConfig:
-        if self._is_off:
-            raise PromptError(
-                f"{self._folder} was loaded without its vision tower (vision=False, --no-vision), "
-                "so that it reads no images"
-            )
-        if self._config.vision is None:
-            raise PromptError(
-                f"{self._folder} has no vision tower: its config.json has no vision_config, so "
-                "that it reads no images"
-            )
-        return self._config.vision
+    def fingerprint(self) -> bytes:
+        return sampled_hash(self._tensors)
 
 
 def loading_bytes(folder: Path, config: ModelConfig, tokens: int, *, vision: bool = False) -> int:
@@ -162,8 +178,14 @@ def _in_memory(folder: Path, *, vision: bool = False) -> tuple[int, int]:
     """Return the bytes of a folder's weights after loading, and of a number in computation."""
     assigned = read_assigned(folder)[1]
     used = [*assigned.used.values(), *(assigned.vision.values() if vision else ())]
-    weights = sum(info.nbytes for info in used)
+    return _bytes_in_memory(used), 4 if mx.default_device() == mx.cpu else 2
+
+
+def _bytes_in_memory(tensors: Iterable[TensorInfo]) -> int:
+    """Return the bytes of tensors after loading. On the CPU backend those that are not packed
+    become float32."""
+    listed = list(tensors)
+    weights = sum(info.nbytes for info in listed)
     if mx.default_device() != mx.cpu:
-        return weights, 2
-    # There, weights that are not packed become float32.
-    return weights + sum(info.nbytes for info in used if info.dtype in ("BF16", "F16")), 4
+        return weights
+    return weights + sum(info.nbytes for info in listed if info.dtype in ("BF16", "F16"))

@@ -59,7 +59,7 @@ def variants_of(
       SourceError: if an adapter does not fit.
     """
     if not model.has_vision and any(map(changes_vision, adapters.values())):
-        model.take_vision(model.bring_vision())
+        model.take_vision(model.vision_source.bring())
     variants = {name: cast(DiffusionGemma, _copied(model)) for name in adapters}
     for name, folder in adapters.items():
         load_adapters(variants[name], folder)

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..config.model import ModelConfig
 from ..config.quantization import Quantization
-from ..errors import WeightsError
+from ..errors import PromptError, WeightsError
 from ..model import DiffusionGemma
 from ..model.stack import Vision
 from .headers import FLOATS, TensorInfo
@@ -43,17 +43,16 @@ def load_vision(config: ModelConfig, folder: Path) -> Vision:
     """Return what reads images, from a folder whose config describes it.
 
     Raises:
-      WeightsError: as `load_weights`, or if the folder has no such tensors.
+      WeightsError: as `load_weights`.
+      PromptError: if the folder has no vision.
     """
     _, assigned = read_assigned(folder)
-    if config.vision is None or not assigned.vision:
-        other = [name for name, why in assigned.ignored.items() if why == FOREIGN_VISION]
-        found = f": {other[0]} is {FOREIGN_VISION}" if other else ", so that it reads no images"
-        raise WeightsError(f"{folder} has no vision tower{found}")
+    tensors = _of_vision(config, assigned, folder)
+    assert config.vision is not None
     root, vision = nn.Module(), Vision(config.vision, config.text.hidden_size)
     root.model = nn.Module()  # so that names are those of the whole model
     root.model.encoder = vision
-    _fill(root, *_fit(root, config, _vision_of(config, assigned), assigned.sources))
+    _fill(root, *_fit(root, config, tensors, assigned.sources))
     vision.freeze()  # a tower that is to be trained is loaded with the model
     return vision
 
@@ -94,14 +93,28 @@ def fit_weights(
     stored, assigned = read_assigned(folder)
     tensors = assigned.used
     if model.has_vision:
-        tensors = {**tensors, **_vision_of(config, assigned)}
+        tensors = {**tensors, **_of_vision(config, assigned, folder)}
     fitting = _fit(model, config, tensors, assigned.sources)
     check_copies(stored, assigned.copies)
     return fitting
 
 
-def _vision_of(config: ModelConfig, assigned: Assigned) -> dict[str, TensorInfo]:
+def vision_tensors(config: ModelConfig, folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of vision under our names, from headers alone.
+
+    Raises:
+      WeightsError: if files are damaged.
+      PromptError: if the folder has no vision.
+    """
+    return _of_vision(config, read_assigned(folder)[1], folder)
+
+
+def _of_vision(config: ModelConfig, assigned: Assigned, folder: Path) -> dict[str, TensorInfo]:
     """Return the tensors of vision that the config says are used."""
+    if config.vision is None or not assigned.vision:
+        other = [name for name, why in assigned.ignored.items() if why == FOREIGN_VISION]
+        found = f": {other[0]} is {FOREIGN_VISION}" if other else " in its files"
+        raise PromptError(f"{folder} has no vision tower{found}, so that it reads no images")
     has_bounds = config.vision is not None and config.vision.use_clipped_linears
     return {n: info for n, info in assigned.vision.items() if has_bounds or not is_bound(n)}
 

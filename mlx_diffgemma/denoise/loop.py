@@ -17,7 +17,9 @@ from ..errors import ConfigError, PromptError, TemplateError, ThreadError
 from ..events import LoopEvent
 from ..model import DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
+from ..model.images import Seen
 from .canvas import Canvas, Plan, Taken
+from .images import Features
 from .noise import Noise
 from .pinned import Pinned
 from .row import Row, checked_tokens
@@ -49,6 +51,7 @@ class Rows:
         if store is not None:
             store.serve(model)
         self.model, self._store, self._are_events_computed = model, store, are_events_computed
+        self._features = Features() if store is None else store.features
         self.rows: list[Row] = []
         self._mean_row: mx.array | None = None  # [M], for sparse self-conditioning
         self._ahead: _Ahead | None = None
@@ -98,15 +101,28 @@ class Rows:
             if not reading or len(row.piece) <= left:
                 reading.append(row)
                 left -= len(row.piece)
+        images: list[Seen | None] = []
+        failed: list[tuple[Row, RowFailed]] = []
+        for row in list(reading):
+            try:
+                images.append(row.look(self._features))
+            except Exception as error:  # such as a damaged file of the tower: it is the row's alone
+                reading.remove(row)
+                row.leave()
+                failed.append((row, RowFailed(error)))
+        if not reading:
+            yield from failed
+            return
         pieces = [mx.array(row.piece[None]) for row in reading]
         contexts = [row.take_context() for row in reading]
-        _, contexts = self.model.encode(pieces, contexts)
+        _, contexts = self.model.encode(pieces, contexts, images)
         mx.eval([context.arrays for context in contexts])
         mx.clear_cache()
         for row, context in zip(reading, contexts, strict=True):
             if not row.is_done:  # it may have left while another one's event was heard
                 yield from _events(row, partial(row.has_read, context))
         self.rows = [row for row in self.rows if row not in reading] + reading
+        yield from failed
 
     def _step(self, rows: list[Row]) -> Iterator[tuple[Row, LoopEvent | RowFailed]]:
         """Take one step of the given rows."""

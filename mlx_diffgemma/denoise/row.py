@@ -16,9 +16,12 @@ from ..config.generation import ResolvedSettings
 from ..config.model import ModelConfig
 from ..errors import ConfigError, NumbersError, PromptError, PromptLengthError
 from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
+from ..language.images import ImagePatches
 from ..model import Context, DiffusionGemma, OpenContext
+from ..model.images import Seen
 from .canvas import Canvas, Plan, Readout, Taken
 from .constrained import CanvasConstraint, Span, TokenConstraint
+from .images import Features, Placed, as_text, outside, place_images, seen_between
 from .noise import Noise, SeededNoise
 from .pinned import FREE, Pinned, PinnedCanvas
 from .stopping import width_for
@@ -35,6 +38,7 @@ class Row:
         settings: ResolvedSettings,
         tokens: np.ndarray | None = None,
         *,
+        images: Sequence[ImagePatches] = (),
         number: int = 0,
         context: Context | None = None,
         is_shared: bool = False,
@@ -53,6 +57,7 @@ class Row:
           model: the model that the loop runs.
           settings: how to denoise; the seed is the row's own.
           tokens: int32 [S], the text to read, S >= 1; None if the context holds all of it.
+          images: those whose tokens the text holds, in order.
           number: of the row in its events.
           context: the text before `tokens`.
           is_shared: whether other rows use the context too; it is then not copied, and what the
@@ -70,6 +75,7 @@ class Row:
 
         Raises:
           PromptLengthError: if the text leaves no room for a canvas.
+          DiffGemmaError: if images and their tokens do not match, or the model reads no images.
           ConfigError: if the noise does not suit the settings.
           ConstraintError: if the budget is too small for any answer that fits the constraint.
         """
@@ -86,7 +92,11 @@ class Row:
         self.is_done = False
         self._is_prompt, self._only_reads = count > 0, only_reads
         self._store: Store | None = None
+        self._images: tuple[Placed, ...] = ()
         self._text = np.zeros(0, np.int32) if tokens is None else tokens  # behind `context`
+        if images:
+            model.check_vision()
+            self._images = place_images(self._text, images, model.config)
         self._snapshots: list[int] = []  # its lengths at which it is kept
         self._cached = 0
         self.stop, self.begin, self._readout = stop, begin, readout
@@ -110,22 +120,34 @@ class Row:
         uses no store, since the text of the context is unknown."""
         if store is None or self.unread is None or self.context is not None:
             return
-        self._store = store
+        self._store, tokens = store, self._text
+        self._text = as_text(tokens, self._images, store.salt) if self._images else tokens
         self._snapshots = snapshots(self._text, store.every, self.settings.eos_token_ids)
         if self._only_reads and len(self._text) > 1:  # the same text is found with a token to read
             self._snapshots = sorted({*self._snapshots, len(self._text) - 1})
+        self._snapshots = [n for n in self._snapshots if n == outside(n, self._images)]
         self.context = store.find(self._text, self.model.config.text)
         if self.context is not None:
             self._cached = self.context.length
-            self.unread = self._text[self._cached :]
+            self.unread = tokens[self._cached :]
 
     @property
     def piece(self) -> np.ndarray:
-        """The tokens to read next."""
+        """The tokens to read next; all of an image's are in one piece."""
         assert self.unread is not None
         read = len(self._text) - len(self.unread)
         after = next((place for place in self._snapshots if place > read), len(self._text))
-        return self.unread[: min(self.settings.prefill_step_size, after - read)]
+        stop = min(read + self.settings.prefill_step_size, after)
+        return self.unread[: outside(stop, self._images, after=read) - read]
+
+    def look(self, features: Features) -> Seen | None:
+        """Return the images in the piece to read next, and have those seen that were not yet."""
+        assert self.unread is not None
+        if not self._images:
+            return None
+        read = len(self._text) - len(self.unread)
+        stop = read + len(self.piece)
+        return seen_between(read, stop, self._images, self.model, features)
 
     def take_context(self) -> Context:
         """Return the context to read behind; the row keeps no reference to it."""
@@ -157,7 +179,7 @@ class Row:
         """End the row where it is, and give its memory back."""
         self.is_done = True
         self.unread = self.canvas = self.context = None
-        self.opened = []
+        self.opened, self._images = [], ()
 
     def begin_canvas(self) -> list[LoopEvent]:
         """Open the context and start the next canvas. Return the events of a canvas that is given
@@ -317,20 +339,27 @@ def check_room(config: ModelConfig, settings: ResolvedSettings, tokens: int) -> 
     return room
 
 
-def checked_tokens(tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
+def checked_tokens(
+    tokens: Sequence[int] | np.ndarray, config: ModelConfig, images: Sequence[ImagePatches] = ()
+) -> np.ndarray:
     """Return a text's tokens as int32 [S]. Each is checked: one outside the table would be read as
     garbage.
 
+    Args:
+      tokens: the text.
+      config: of the model.
+      images: those whose tokens it holds, in order.
+
     Raises:
-      PromptError: if a token is outside the vocabulary or stands for an image.
+      PromptError: if a token is outside the vocabulary, or images and their tokens do not match.
     """
     wide = np.array(tokens, np.int64)  # int32 would wrap a large one into the vocabulary
     vocab_size = config.text.vocab_size
     if (bad := wide[(wide < 0) | (wide >= vocab_size)]).size:
         raise PromptError(f"token {bad[0]} is outside the vocabulary of {vocab_size}")
-    if (image := wide[np.isin(wide, config.image_token_ids)]).size:
-        raise PromptError(f"the prompt holds image token {image[0]}; images are not supported yet")
-    return wide.astype(np.int32)
+    checked = wide.astype(np.int32)
+    place_images(checked, images, config)
+    return checked
 
 
 def _checked(

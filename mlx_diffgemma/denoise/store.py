@@ -22,7 +22,8 @@ from ..config.model import TextConfig
 from ..errors import ConfigError
 from ..model import Context, DiffusionGemma
 from ..model.context import LayerContext
-from .store_files import ContextFiles, checked_folder
+from .images import Features
+from .store_files import ContextFiles, checked_folder, vision_fingerprint
 
 FOLDER_BYTES = 10_000_000_000  # by default
 
@@ -96,6 +97,8 @@ class Store:
         self._files: ContextFiles | None = None  # once it is known for which model
         self._model: weakref.ref[DiffusionGemma] | None = None
         self._root = Node(None, np.zeros(0, np.int32))
+        self.features = Features()  # of the images in the texts
+        self.salt = b""  # of images, in a folder that other models' texts are in too
         self._clock = 0
         self._bytes = 0
         self._lock = threading.Lock()
@@ -128,6 +131,7 @@ class Store:
                 )
             if self._folder is not None and self._files is None:
                 self._files = ContextFiles(self._folder, self._folder_bytes, model)
+                self.salt = vision_fingerprint(model)
 
     def flush(self) -> None:
         """Wait until everything kept so far is on disk."""

@@ -29,6 +29,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..checkpoint.names import VISION, part_of
 from ..errors import ConfigError
 from ..model import Context, DiffusionGemma
 from ..model.context import LayerContext
@@ -43,7 +44,7 @@ from .store_format import (
     parsed,
 )
 
-VERSION = 1  # of the files and of what keys and values mean
+VERSION = 2  # of the files and of what keys and values mean
 _MOST_WAITING = 1 << 30  # bytes that may wait to be written; what comes then is not written
 _HASHED_WHOLE = 1 << 16  # values of a weight; of larger ones a sample is hashed
 _SAMPLE = 1 << 10
@@ -379,14 +380,30 @@ def fingerprint(model: DiffusionGemma) -> str:
     adapters, small ones with all values, and others with a sample of them."""
     digest = hashlib.sha256(f"{VERSION} {model.config!r}".encode())
     leaves: Any = tree_flatten(model.parameters())
-    for name, array in sorted(leaves):
+    # Vision may be loaded later, and stands for itself.
+    _hash_weights(digest, [leaf for leaf in leaves if part_of(leaf[0]) != VISION])
+    return digest.hexdigest()[:16]
+
+
+def vision_fingerprint(model: DiffusionGemma) -> bytes:
+    """Return a hash of what reads images, as `fingerprint` makes it; of its file, if it is loaded
+    only when the first image comes; empty if there is none."""
+    if model.has_vision and model.vision_is_own:
+        digest = hashlib.sha256()
+        leaves: Any = tree_flatten(model.model.encoder.parameters())
+        _hash_weights(digest, [leaf for leaf in leaves if part_of(leaf[0]) == VISION])
+        return digest.digest()
+    return model.vision_source.fingerprint() if model.vision_source.nbytes else b""
+
+
+def _hash_weights(digest: Any, leaves: Sequence[tuple[str, mx.array]]) -> None:
+    for name, array in sorted(leaves, key=lambda leaf: leaf[0]):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         if array.size > _HASHED_WHOLE:
             places = np.linspace(0, array.size - 1, _SAMPLE).astype(np.int64)
             where = np.unravel_index(places, array.shape)
             array = array[tuple(mx.array(each.astype(np.int32)) for each in where)]
         digest.update(bits_of(array).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _size(metadata: Mapping[str, str], arrays: Arrays) -> int:

@@ -22,7 +22,7 @@ from .layers import softcap
 from .masks import Mask, canvas_mask, causal_mask
 from .products import head, weighted_rows
 from .stack import Layer, Stack, Vision
-from .vision import VisionTower, by_soft_token
+from .vision import VisionSource, VisionTower, by_soft_token
 
 RunLayer = Callable[..., tuple[mx.array, list[LayerContext]]]  # a layer, then its arguments
 
@@ -30,7 +30,7 @@ RunLayer = Callable[..., tuple[mx.array, list[LayerContext]]]  # a layer, then i
 class DiffusionGemma(nn.Module):
     """DiffusionGemma. Weights are those of the checkpoint, under the checkpoint's names.
 
-    Those of vision are not there before `see` needs them; `bring_vision` is called then.
+    Those of vision are not there before `see` needs them; `vision_source` brings them then.
 
     Source: transformers 5.23, models/diffusion_gemma/modeling_diffusion_gemma.py.
     """
@@ -39,8 +39,8 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = Stack(config.text)
-        # Returns what reads images, or raises an error that says why nothing does.
-        self.bring_vision: Callable[[], Vision] = _no_vision
+        self.vision_source: VisionSource = _NoVision()
+        self.vision_is_own = False
         # How a layer is run: directly, or, for gradient checkpointing, without keeping its inner
         # arrays.
         self.run_layer: RunLayer = _as_it_is
@@ -65,10 +65,23 @@ class DiffusionGemma(nn.Module):
         """The vision tower and what goes from its width to the text's, which must be loaded."""
         return self.model.encoder.vision_tower, self.model.encoder.embed_vision
 
-    def take_vision(self, vision: Vision) -> None:
-        """Read images with this from now on."""
+    def take_vision(self, vision: Vision, *, is_own: bool = True) -> None:
+        """Read images with this from now on.
+
+        Args:
+          vision: what `load` made; it takes the model's type.
+          is_own: whether it may differ from what `vision_source` brings, as one that is trained.
+        """
+        self.vision_is_own = is_own
+        if vision.vision_tower.dtype != self.dtype:
+            vision.set_dtype(self.dtype)
         self.model.encoder.vision_tower = vision.vision_tower
         self.model.encoder.embed_vision = vision.embed_vision
+
+    def check_vision(self) -> None:
+        """Raise DiffGemmaError, which says why, if the model can read no images."""
+        if not self.has_vision:
+            self.vision_source.check()
 
     def see(self, patches: mx.array, positions: mx.array) -> mx.array:
         """Return the features of one image, which stand at the places of its tokens: [n, M] in the
@@ -83,7 +96,7 @@ class DiffusionGemma(nn.Module):
           DiffGemmaError: if the model has no vision tower, or it cannot be loaded.
         """
         if not self.has_vision:
-            self.take_vision(self.bring_vision())
+            self.take_vision(self.vision_source.bring(), is_own=False)
         tower: VisionTower = self.model.encoder.vision_tower
         wanted = (positions.shape[0], tower.config.patch_width)
         if patches.shape != wanted:
@@ -381,8 +394,18 @@ class DiffusionGemma(nn.Module):
 _softcap = compiled(softcap)
 
 
-def _no_vision() -> Vision:
-    raise PromptError("this model has no vision tower, so that it reads no images")
+class _NoVision:
+    nbytes = 0
+
+    def check(self) -> None:
+        raise PromptError("this model has no vision tower, so that it reads no images")
+
+    def bring(self) -> Vision:
+        self.check()
+        raise AssertionError
+
+    def fingerprint(self) -> bytes:
+        return b""
 
 
 def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, list[LayerContext]]:

@@ -29,7 +29,7 @@ class Seen:
         places = self.places[:, start:stop]
         if not places.any():
             return None
-        if places.all() or places.sum() == self.places.sum():
+        if places.sum() == self.places.sum():
             return Seen(self.features, places)
         numbers = np.cumsum(self.places).reshape(self.places.shape)[:, start:stop][places] - 1
         return Seen(self.features[mx.array(numbers.astype(np.int32))], places)

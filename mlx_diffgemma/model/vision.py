@@ -11,7 +11,7 @@ Gemma4MultimodalEmbedder.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,8 +25,32 @@ from .layers import RMSNorm, geglu, unit_rms
 from .products import linear
 from .rope import turned
 
+if TYPE_CHECKING:
+    from .stack import Vision
+
 _FUSED = (64, 80, 128)  # head sizes of MLX's fused kernels; heads are padded with zeros to the next
 _SCORES_BYTES = 64 << 20  # where no kernel is fused, queries go in pieces of so many scores
+
+
+class VisionSource(Protocol):
+    """Where a model's vision comes from, once it is needed."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory; 0 if there is none."""
+
+    def check(self) -> None:
+        """Raise DiffGemmaError, which says why, if there is none."""
+
+    def bring(self) -> Vision:
+        """Load it, or return it if it is loaded.
+
+        Raises:
+          DiffGemmaError: if there is none, or it cannot be loaded.
+        """
+
+    def fingerprint(self) -> bytes:
+        """Return a hash of its weights; nothing is loaded for it."""
 
 
 class Bounded(nn.Module):
@@ -143,6 +167,11 @@ class VisionTower(nn.Module):
             self.std_scale = mx.ones((config.hidden_size,))
         # How a layer is run, as the model's `run_layer`.
         self.run_layer: Callable[..., mx.array] = _as_it_is
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of computation, outside the parts that are always float32."""
+        return self.patch_embedder.position_embedding_table.dtype
 
     def __call__(self, patches: mx.array, positions: mx.array) -> mx.array:
         """Return the soft tokens, [I, n, W] in the tower's type.

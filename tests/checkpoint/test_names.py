@@ -6,7 +6,16 @@ import re
 
 import pytest
 
-from mlx_diffgemma.checkpoint.names import RULES, VISION, Ignored, part_of, translate
+from mlx_diffgemma.checkpoint.names import (
+    FOREIGN_VISION,
+    RULES,
+    VISION,
+    Ignored,
+    is_bound,
+    keep_as,
+    part_of,
+    translate,
+)
 from mlx_diffgemma.errors import WeightsError
 
 LAYERS, FULL_LAYERS, VISION_LAYERS = 30, (5, 11, 17, 23, 29), 27
@@ -52,15 +61,12 @@ def _patches() -> tuple[str, ...]:
     return ("input_proj.weight", "position_embedding_table")
 
 
-def test_all_1047_official_names_are_used_or_ignored_because_of_vision():
+def test_all_1047_official_names_are_used():
     names = official_names()
     assert len(names) == len(set(names)) == 1047
-    results = {name: translate(name) for name in names}
-    ignored = {name for name, result in results.items() if isinstance(result, Ignored)}
-    assert ignored == {name for name in names if "vision" in name}
-    assert {results[name].reason for name in ignored} == {VISION}
-    used = [result for result in results.values() if isinstance(result, str)]
-    assert len(set(used)) == len(used), "two tensors would become one"
+    results = [translate(name) for name in names]
+    assert all(isinstance(result, str) for result in results)
+    assert len(set(results)) == len(results), "two tensors would become one"
 
 
 def test_only_the_bare_expert_arrays_are_renamed_and_renaming_twice_changes_nothing():
@@ -76,7 +82,7 @@ def test_only_the_bare_expert_arrays_are_renamed_and_renaming_twice_changes_noth
 def test_every_matrix_may_come_packed(leaf):
     for name in official_names():
         module = translate(name)
-        if "vision_tower" in name or isinstance(module, Ignored) or not module.endswith(".weight"):
+        if not module.endswith(".weight"):
             continue
         if "norm" in module:
             continue
@@ -87,7 +93,6 @@ def test_every_matrix_may_come_packed(leaf):
 @pytest.mark.parametrize(
     "name",
     [
-        "model.encoder.embed_vision.embedding_projection.scales",
         "model.decoder.layers.0.self_attn.k_scale",
         "model.decoder.layers.0.self_attn.v_proj.v_scale",
         "model.encoder.language_model.layers.11.self_attn.q_scale",
@@ -96,8 +101,8 @@ def test_every_matrix_may_come_packed(leaf):
         "model.decoder.rotary_emb.inv_freq",
         "model.decoder.layers.0.self_attn.rotary_emb.inv_freq",
         "model.encoder.language_model.rotary_emb.full_attention_original_inv_freq",
-        "model.encoder.vision_tower.encoder.layers.3.mlp.up_proj.input_min",
-        "model.encoder.vision_tower.encoder.layers.3.self_attn.q_proj.output_max",
+        "model.encoder.vision_tower.rotary_emb.inv_freq",
+        "model.encoder.embed_vision.embedding.weight",
     ],
 )
 def test_tensors_that_other_programs_add_are_ignored_with_a_reason(name):
@@ -105,17 +110,41 @@ def test_tensors_that_other_programs_add_are_ignored_with_a_reason(name):
     assert isinstance(result, Ignored) and result.reason
 
 
+def vision_spellings(module: str) -> tuple[str, ...]:
+    """The names of a module of vision that programs give it."""
+    below = module.removeprefix("model.encoder.")
+    flat = below.removesuffix(".linear")
+    return (module, f"model.{below}", f"encoder.{below}", below, f"model.encoder.{flat}", flat)
+
+
+@pytest.mark.parametrize("leaf", ["weight", "scales", "biases"])
+def test_vision_has_one_name_however_programs_call_it(leaf):
+    for name in official_names():
+        if ("vision" in name and name.endswith("proj.weight")) or name.endswith("linear.weight"):
+            module = name.removesuffix(".weight")
+            for spelling in vision_spellings(module):
+                assert translate(f"{spelling}.{leaf}") == f"{module}.{leaf}", spelling
+
+
+def test_bounds_of_the_towers_numbers_belong_to_it():
+    for bound in ("input_min", "input_max", "output_min", "output_max"):
+        for part in ("self_attn.q_proj", "mlp.down_proj"):
+            name = f"model.encoder.vision_tower.encoder.layers.3.{part}.{bound}"
+            assert translate(name) == name and part_of(name) == VISION and is_bound(name)
+
+
 @pytest.mark.parametrize(
     "leaf",
-    "weight scales biases weight_scale weight_scale_2 input_scale weight_packed "
+    "weight_scale weight_scale_2 input_scale weight_packed "
     "weight_global_scale weight_zero_point qweight qzeros g_idx weight.absmax SCB".split(),
 )
-def test_vision_is_left_out_however_it_is_packed(leaf):
+def test_vision_in_a_foreign_packing_is_left_out_and_copied(leaf):
     modules = {n.removesuffix(".weight") for n in official_names() if "vision" in n}
     for module in modules:
-        for name in (module, module.replace("encoder.", "", 1), module.removeprefix("model.")):
-            assert translate(f"{name}.{leaf}") == Ignored(VISION), name
-            assert part_of(f"{name}.{leaf}") == "vision"
+        for name in vision_spellings(module):
+            assert translate(f"{name}.{leaf}") == Ignored(FOREIGN_VISION), name
+            assert keep_as(f"{name}.{leaf}") == f"{name}.{leaf}"
+            assert part_of(f"{name}.{leaf}") == VISION
 
 
 def test_the_encoders_names_are_those_of_the_weights_that_it_shares_with_the_decoder():
@@ -160,7 +189,9 @@ def test_a_name_that_no_rule_knows_is_refused(name):
 def test_no_name_matches_two_rules():
     for name in official_names():
         matching = [rule for rule in RULES if re.fullmatch(rule.pattern, name)]
-        assert len(matching) == 1, (name, matching)
+        # What is left of vision is whatever no rule before takes.
+        own = [rule for rule in matching if rule.reason != FOREIGN_VISION]
+        assert len(own) == 1 and matching[0] is own[0], (name, matching)
 
 
 def test_each_rule_leads_to_a_name_or_says_why_not():

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_diffgemma import bundled_model
 from mlx_diffgemma import load_model as load_any
 from mlx_diffgemma.checkpoint.headers import INDEX
-from mlx_diffgemma.checkpoint.names import Ignored, translate
+from mlx_diffgemma.checkpoint.names import Ignored, part_of, translate
 from mlx_diffgemma.checkpoint.weights import load_weights
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.errors import WeightsError
@@ -76,11 +76,13 @@ def refusal(folder: Path) -> str:
 
 
 def test_the_bundled_model_is_filled_exactly(tensors):
-    loaded = parameters(load_model(bundled_model()))
+    loaded = parameters(load_model(bundled_model(), vision=True))
     used = {translate(n): a for n, a in tensors.items() if not isinstance(translate(n), Ignored)}
     assert loaded.keys() == used.keys()
     for name, array in used.items():
         assert mx.array_equal(loaded[name], array.astype(mx.float32)).item(), name
+    text = parameters(load_model(bundled_model()))
+    assert text.keys() == {name for name in used if part_of(name) != "vision"}
 
 
 def test_one_file_and_shards_give_the_same_model(folder, tensors):
@@ -195,7 +197,7 @@ def pack(
     packed, unpacked = {}, {}
     for source, array in tensors.items():
         name = translate(source)
-        if isinstance(name, Ignored) or array.ndim < 2:
+        if isinstance(name, Ignored) or array.ndim < 2 or part_of(name) == "vision":
             packed[source] = array
             continue
         module = name.removesuffix(".weight")

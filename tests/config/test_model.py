@@ -140,7 +140,7 @@ def test_the_published_values_are_read_as_they_are():
     assert parsed.eos_token_ids == (1, 50, 106)
     assert parsed.pad_token_id == 0
     assert parsed.image_token_ids == (255999, 258880, 258882)
-    assert parsed.vision is not None and parsed.vision.num_hidden_layers == 27
+    assert parsed.vision is not None and parsed.image_token_id == 258880
     assert parsed.quantization is None
     text = parsed.text
     assert [i for i, layer in enumerate(text.layers) if not layer.is_sliding] == [*FULL_LAYERS]
