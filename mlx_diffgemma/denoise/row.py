@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config.generation import ResolvedSettings
 from ..config.model import ModelConfig
-from ..errors import ConfigError, NumbersError, PromptError, PromptLengthError
+from ..errors import ConfigError, NumbersError, PromptError, PromptLengthError, counted
 from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
 from ..language.images import ImagePatches
 from ..model import Context, DiffusionGemma, OpenContext
@@ -81,7 +81,7 @@ class Row:
         """
         before = context.length if context is not None else 0
         count = 0 if tokens is None else len(tokens)
-        room = check_room(model.config, settings, before + count)
+        room = check_room(model.config, settings, before + count, images)
         self.model, self.settings, self.number = model, settings, number
         self.noise, self.pinned = _checked(noise, settings, constraint), pinned
         self._constraint, self._state = constraint, 0  # the state behind what is written
@@ -327,13 +327,20 @@ class Row:
         return Plan(width, dense, self.canvas.plan.widest)
 
 
-def check_room(config: ModelConfig, settings: ResolvedSettings, tokens: int) -> int:
-    """Return how many whole canvases fit after a text."""
+def check_room(
+    config: ModelConfig,
+    settings: ResolvedSettings,
+    tokens: int,
+    images: Sequence[ImagePatches] = (),
+) -> int:
+    """Return how many whole canvases fit after a text; its images are named where none does."""
     limit, canvas = config.text.max_position_embeddings, settings.canvas_length
     room = (limit - tokens) // canvas
     if room < 1:
+        of_images = sum(image.soft_tokens for image in images)
+        theirs = f", {of_images} of them of {counted(len(images), 'image')}" if images else ""
         raise PromptLengthError(
-            f"the prompt has {tokens} tokens; with a canvas of {canvas}, "
+            f"the prompt has {tokens} tokens{theirs}; with a canvas of {canvas}, "
             f"at most {limit - canvas} of the {limit} positions are free for it"
         )
     return room

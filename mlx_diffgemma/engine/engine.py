@@ -24,6 +24,7 @@ from ..denoise.loop import Rows
 from ..denoise.row import Row
 from ..denoise.store import Store
 from ..errors import EngineClosedError, EngineError, EngineFailedError, QueueFullError
+from ..language.encoded import ImageForm
 from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..model import DiffusionGemma
 from ..write.job import Running, Task
@@ -115,7 +116,7 @@ class Engine:
           PromptError: as `encode_prompt`.
         """
         with self._encoding:
-            return encode_prompt(self.tokenizer, prompt, options)
+            return encode_prompt(self.tokenizer, prompt, options, ImageForm.of(self.model.config))
 
     def submit(self, task: Task) -> Run:
         """Queue a request and return its run.

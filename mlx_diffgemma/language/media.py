@@ -66,35 +66,50 @@ def _bare(part: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_media(
     messages: Sequence[Message], form: ImageForm | None, settings: ImageSettings
 ) -> Media:
-    """Read the images and videos of checked messages.
+    """Return the images and videos of checked messages; arguments and errors as `with_patches`."""
+    media = Media([], [])
+    for message in filter(_has_media, with_patches(messages, form, settings)):
+        for part in message["content"]:
+            if kind := _kind(part):
+                (media.images if kind == "image" else media.videos).append(part[kind])
+    return media
+
+
+def with_patches(
+    messages: Sequence[Message], form: ImageForm | None, settings: ImageSettings
+) -> list[Message]:
+    """Return checked messages with images and videos as they were read, so that they are read once.
 
     Args:
-      messages: as `given_messages` returns them.
+      messages: as `given_messages` returns them, or as this function does.
       form: how the model takes images; None if it does not.
       settings: how images become tokens.
 
     Raises:
       DiffGemmaError: if the model reads no images, or one cannot be read; it names which.
     """
-    media = Media([], [])
-    for message in filter(_has_media, messages):
-        for part in message["content"]:
-            if not (kind := _kind(part)):
-                continue
-            if form is None:
-                raise PromptError(
-                    f"the prompt holds {'an image' if kind == 'image' else 'a video'}, and this "
-                    "model reads none: its config.json has no vision_config and image tokens"
-                )
-            if kind == "image":
-                source = _source(part, kind)
-                name = _name(source, f"image {len(media.images) + 1}")
-                media.images.append(_image(source, name, form, settings))
-            else:
-                source = _source(part, kind)
-                name = _name(source, f"video {len(media.videos) + 1}")
-                media.videos.append(_video(source, name, form, settings))
-    return media
+    counts = {"image": 0, "video": 0}
+
+    def read(part: Any) -> Any:
+        if not (kind := _kind(part)):
+            return part
+        counts[kind] += 1
+        if form is None:
+            raise PromptError(
+                f"the prompt holds {'an image' if kind == 'image' else 'a video'}, and this model "
+                "reads none: its config.json has no vision_config and image tokens"
+            )
+        source = _source(part, kind)
+        name = _name(source, f"{kind} {counts[kind]}")
+        take = _image if kind == "image" else _video
+        return {"type": kind, kind: take(source, name, form, settings)}
+
+    return [
+        {**message, "content": [read(part) for part in message["content"]]}
+        if _has_media(message)
+        else message
+        for message in messages
+    ]
 
 
 def _source(part: Mapping[str, Any], kind: str) -> Any:
@@ -143,6 +158,8 @@ def _image(source: Any, name: str | None, form: ImageForm, settings: ImageSettin
 
 
 def _video(source: Any, name: str | None, form: ImageForm, settings: ImageSettings) -> list[Frame]:
+    if isinstance(source, list) and source and all(isinstance(each, Frame) for each in source):
+        return source  # read before
     frames = read_video(
         source,
         frames=settings.video_frames,

@@ -56,6 +56,10 @@ _CONVERT = (
     (re.compile(rb"....ftyp(?!avi)|\x1aE\xdf\xa3|RIFF....AVI ", re.S), "a video", b"",
      "give it as one"),
 )  # fmt: skip
+# Beginnings of the formats that are read.
+_BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\x2a\x00|MM\x00\x2a|....ftypavi|P[1-7]\s", re.S
+)
 _HEAD_BYTES = 4096  # read to see what a file is
 _MAX_SIDE = 65_535
 MAX_PIXELS: int = ImageSettings().max_image_pixels
@@ -189,6 +193,8 @@ def _identified(file: Any, name: str, max_pixels: int, media_type: str | None) -
         with _reading(name):
             image = Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError as error:
+        if _BEGINNINGS.match(head):
+            raise ImageError(f"{name} is damaged or cut off: its head cannot be read") from error
         raise ImageError(f"{name} is not an image; {_SHOWN_FORMATS} read") from error
     except Image.DecompressionBombError as error:
         raise ImageError(

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..events import (
@@ -20,7 +20,8 @@ from ..events import (
     Text,
     ToolCall,
 )
-from ..language.prompt import encode_prompt
+from ..language.encoded import ImageForm
+from ..language.prompt import encode
 from ..language.text import Drafts, TextStream
 from ..language.tools import CALL_BEGIN
 from ..write.generate import Request
@@ -61,13 +62,14 @@ class Answer:
 
     def job(self, model: Any, tokenizer: Any) -> Job[Any]:
         """As `Request.job`."""
-        job = self.request.job(model, tokenizer)
-        drafts = None
+        request, drafts = self.request, None
         if self.drafts:
-            ends = self.request.settings.resolve(model.config).eos_token_ids
-            ids = encode_prompt(tokenizer, self.request.prompt, self.request.prompt_options)
-            drafts = Drafts(TextStream(tokenizer, ends, ids, self.request.stop))
-        return _pieces(job, drafts, self.on_step)
+            form = ImageForm.of(model.config)
+            encoded = encode(tokenizer, request.prompt, request.prompt_options, form)
+            request = replace(request, prompt=encoded)
+            ends = request.settings.resolve(model.config).eos_token_ids
+            drafts = Drafts(TextStream(tokenizer, ends, encoded.ids, request.stop))
+        return _pieces(request.job(model, tokenizer), drafts, self.on_step)
 
 
 def _pieces(job: Job[Any], drafts: Drafts | None, on_step: OnStep) -> Job[Any]:

@@ -20,8 +20,11 @@ from ..denoise.store import Store
 from ..errors import PromptError, QuestionError
 from ..events import Event, Finished, PrefillDone, StepDone
 from ..language.controls import THOUGHT_BEGIN, THOUGHT_END
-from ..language.given import Message, given_ids
-from ..language.prompt import PromptOptions, encode_prompt, encode_text, special_tokens
+from ..language.encoded import EncodedPrompt, ImageForm
+from ..language.given import Message, given_ids, given_messages
+from ..language.images import ImagePatches
+from ..language.media import with_patches
+from ..language.prompt import PromptOptions, encode, encode_text, special_tokens
 from ..model import Context, DiffusionGemma
 from .fill import turn_ends
 from .job import Ask, Job, run_jobs
@@ -138,6 +141,10 @@ class DecisionTask:
         settings = GenerationSettings(
             seed=0, temperature=0, max_denoising_steps=1, max_new_tokens=1, canvas_length=width
         ).resolve(model.config)
+        form = ImageForm.of(model.config)
+        told = self.prompt
+        if not isinstance(told, str):  # its images are read once for all questions
+            told = with_patches(given_messages(told), form, self.prompt_options.images)
         asked = []
         for question in self.questions:
             labels = labels_of(tokenizer, question)
@@ -146,9 +153,12 @@ class DecisionTask:
                     f"the labels of {len(question.options)} options take {labels.positions} "
                     f"positions, and the canvas has {width}"
                 )
-            ids = self._ids(tokenizer, question.shown(labels.texts, labels.ask))
-            check_room(model.config, settings, len(ids))
-            asked.append(_Asked(question, labels, checked_tokens(ids, model.config)))
+            shown = question.shown(labels.texts, labels.ask)
+            encoded = self._encoded(tokenizer, told, shown, form)
+            images = encoded.images
+            check_room(model.config, settings, len(encoded.ids), images)
+            tokens = checked_tokens(encoded.ids, model.config, images)
+            asked.append(_Asked(question, labels, tokens, images))
         return _decided(model, settings, asked, turn_ends(tokenizer, settings))
 
     def _check_prompt(self) -> None:
@@ -167,15 +177,22 @@ class DecisionTask:
             raise QuestionError(f"canvas_length must be a multiple of {WIDTH}, got {width}")
         return min(width, longest) if width == WIDTH else width
 
-    def _ids(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-        """Return the prompt's tokens: the input, the question and an empty thought."""
-        if isinstance(self.prompt, str):
-            told: Any = f"{self.prompt}\n\n{question}" if self.prompt.strip() else question
+    def _encoded(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        told: str | Sequence[Message],
+        question: str,
+        form: ImageForm | None,
+    ) -> EncodedPrompt:
+        """Return the prompt: the input, the question and an empty thought."""
+        if isinstance(told, str):
+            prompt: Any = f"{told}\n\n{question}" if told.strip() else question
         else:
-            told = [*self.prompt, {"role": "user", "content": question}]
-        ids = encode_prompt(tokenizer, told, self.prompt_options)
-        thought = empty_thought(tokenizer)
-        return ids if ids[len(ids) - len(thought) :] == thought else ids + thought
+            prompt = [*told, {"role": "user", "content": question}]
+        encoded = encode(tokenizer, prompt, self.prompt_options, form)
+        ids, thought = encoded.ids, empty_thought(tokenizer)
+        has_one = ids[len(ids) - len(thought) :] == thought
+        return encoded if has_one else EncodedPrompt(ids + thought, encoded.images)
 
 
 def empty_thought(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -242,6 +259,7 @@ class _Asked:
     question: Question
     labels: Labels
     tokens: np.ndarray  # int32 [S]
+    images: Sequence[ImagePatches]  # in the tokens
 
     def canvas(self, width: int, ends: tuple[int, int], vocab_size: int) -> np.ndarray:
         """Return the canvas, int32 [1, W]: noise in the answer's slot, the end of the turn and the
@@ -295,7 +313,8 @@ def _decided(
     shared: Context | None = None
     start = read = cached = 0
     if len(asked) > 1 and (start := _common([each.tokens for each in asked])):
-        reader = Row(model, settings, asked[0].tokens[:start], only_reads=True)
+        first = asked[0]
+        reader = Row(model, settings, first.tokens[:start], images=first.images, only_reads=True)
         yield Ask([reader])
         event = yield None
         assert isinstance(event, PrefillDone)
@@ -309,6 +328,7 @@ def _decided(
                 model,
                 settings,
                 asked[i].tokens[start:],
+                images=asked[i].images if shared is None else (),
                 number=i,
                 context=shared,
                 is_shared=shared is not None,

@@ -3,7 +3,7 @@ the whole template, and a template longer than one canvas is written canvas by c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ from ..denoise.pinned import TokenSet
 from ..denoise.row import checked_tokens
 from ..errors import TemplateError
 from ..events import Event
-from ..language.prompt import Prompt, PromptOptions, encode_prompt, special_tokens
+from ..language.encoded import ImageForm
+from ..language.images import ImagePatches
+from ..language.prompt import Prompt, PromptOptions, encode, special_tokens
 from ..language.template import Template
 from ..model import DiffusionGemma
 from .job import Job, refuse_other, run_jobs
@@ -160,27 +162,31 @@ class FillTask:
         pieces = regions.pieces(template, self.gap_tokens)
         is_long = may_be_cut(pieces, L)
         prompt, notes = _told(self.prompt, template, is_long, self.is_shown)
-        ids = encode_prompt(tokenizer, prompt, self.prompt_options)
+        form = ImageForm.of(model.config)
+        encoded = encode(tokenizer, prompt, self.prompt_options, form)
+        ids = encoded.ids
         limit = model.config.text.max_position_embeddings
         if len(ids) + (least := least_tokens(pieces)) + L > limit:
             raise TemplateError(
                 f"the prompt has {len(ids)} tokens and the template at least {least}; with a "
                 f"canvas of {L} they do not fit into {limit} positions"
             )
-        tokens = checked_tokens(ids, model.config)
+        tokens = checked_tokens(ids, model.config, encoded.images)
         writer = Writer(model, resolved, ends, TokenSet(regions.text_tokens), pieces)
-        return _filled(writer, tokens, template, regions.spellings, notes)
+        told = tokens, encoded.images
+        return _filled(writer, told, template, regions.spellings, notes)
 
 
 def _filled(
     writer: Writer,
-    tokens: np.ndarray,
+    told: tuple[np.ndarray, Sequence[ImagePatches]],
     template: Template,
     spellings: Mapping[int, bytes],
     notes: tuple[str, ...],
 ) -> Job[Event | Filled]:
-    """Read the prompt, write the slots, and yield the result last."""
-    yield from writer.read(tokens)
+    """Read the prompt, tokens with their images, write the slots, and yield the result last."""
+    tokens, images = told
+    yield from writer.read(tokens, images)
     yield from writer.write()
     slots = {}
     for done in writer.done:

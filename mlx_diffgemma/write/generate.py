@@ -16,7 +16,8 @@ from ..denoise.row import Row, checked_tokens
 from ..errors import ConfigError, PromptError
 from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text, ToolCall
 from ..language.controls import THOUGHT_END, special_tokens
-from ..language.prompt import Prompt, PromptOptions, encode_prompt
+from ..language.encoded import ImageForm
+from ..language.prompt import Prompt, PromptOptions, encode
 from ..language.stops import stop_strings
 from ..language.text import TextStream
 from ..language.tools import CallEvent
@@ -77,11 +78,20 @@ class Request:
             self._check_constrained(strings)
             thinking = self.prompt_options.thinking
             bound = over_tokens(self.constraint, model, tokenizer, resolved, thinking=thinking)
-        ids = encode_prompt(tokenizer, self.prompt, self.prompt_options)
-        tokens = checked_tokens(ids, model.config)
-        stream = TextStream(tokenizer, resolved.eos_token_ids, ids, strings)
+        form = ImageForm.of(model.config)
+        encoded = encode(tokenizer, self.prompt, self.prompt_options, form)
+        tokens = checked_tokens(encoded.ids, model.config, encoded.images)
+        stream = TextStream(tokenizer, resolved.eos_token_ids, encoded.ids, strings)
         end = special_tokens(tokenizer).get(THOUGHT_END)
-        row = Row(model, resolved, tokens, noise=noise, constraint=bound, progress=progress)
+        row = Row(
+            model,
+            resolved,
+            tokens,
+            images=encoded.images,
+            noise=noise,
+            constraint=bound,
+            progress=progress,
+        )
         return _answer(stream, row, end, self.constraint)
 
     def _check_constrained(self, strings: Sequence[str]) -> None:
@@ -154,8 +164,11 @@ def generate(
     Args:
       model: from `load`.
       tokenizer: from `load`.
-      prompt: a string is one user turn, a list of messages a chat. Token ids may be a list of ints,
-        an array of one row, or the result of the tokenizer's `apply_chat_template`.
+      prompt: a string is one user turn, a list of messages a chat. A message's content is text, or
+        a list of parts such as {"type": "text", "text": "What is this?"} and {"type": "image",
+        "image": "photo.jpg"}; instead of a path, an image may be bytes, a Pillow image, an array or
+        a data: URL. Token ids may be a list of ints, an array of one row, or the result of the
+        tokenizer's `apply_chat_template`.
       max_tokens: most new tokens, as in mlx-lm; the same as the settings' `max_new_tokens`.
       verbose: print the answer while it is written, and then the speed, on stdout.
       stop: strings that end the answer; it ends before the one that is complete first.

@@ -20,6 +20,7 @@ from ..denoise.pinned import FREE, Pinned, TokenSet
 from ..denoise.row import Row
 from ..denoise.stopping import width_for
 from ..events import Event, Finished, LoopEvent, StepDone, TrialStarted
+from ..language.images import ImagePatches
 from ..model import Context, DiffusionGemma
 from .job import Ask, Job
 from .regions import Piece, Region
@@ -104,9 +105,16 @@ class Writer:
     positions: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def read(self, tokens: np.ndarray) -> Job[Event]:
-        """Read tokens, int32 [S], behind the context so far."""
-        row = Row(self.model, self.settings, tokens, context=self.context, only_reads=True)
+    def read(self, tokens: np.ndarray, images: Sequence[ImagePatches] = ()) -> Job[Event]:
+        """Read tokens, int32 [S], and the images in them behind the context so far."""
+        row = Row(
+            self.model,
+            self.settings,
+            tokens,
+            images=images,
+            context=self.context,
+            only_reads=True,
+        )
         yield Ask([row])
         event = yield None
         if self.context is None and event is not None:

@@ -62,7 +62,7 @@ class Dice:
 
     commit = prefill
 
-    def encode(self, pieces, contexts):
+    def encode(self, pieces, contexts, images=None):
         return None, [self.prefill(*both) for both in zip(pieces, contexts, strict=True)]
 
     def open(self, context, canvas_length):
