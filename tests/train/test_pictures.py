@@ -86,7 +86,8 @@ def test_a_picture_takes_its_tokens_at_its_place(data, tokenizer, form):
     assert [p.soft_tokens for p in two.pictures] == [56, 64]
     assert list(two.prompt).count(TOKEN) == 120
     larger = replace(form, soft_tokens=140)
-    assert split_of(data, tokenizer, form=larger)[1].pictures[0].soft_tokens == 121
+    one = split_of(data, tokenizer, form=larger, max_seq_length=300)[1]
+    assert one.pictures[0].soft_tokens == 121
 
 
 def test_a_picture_turned_by_its_camera_is_measured_upright(tmp_path, tokenizer, form):
@@ -211,11 +212,11 @@ def test_gradients_reach_the_whole_tower_and_are_right(data, model_folder, token
         (name,) = [each for each in vision if name in each]
         way = vision[name] / mx.linalg.norm(vision[name])
         values = []
-        for step in (1e-2, -1e-2):
+        for step in (2e-3, -2e-3):
             model.load_weights([(name, weights[name] + step * way)], strict=False)
             values.append(losses(model, batch.arrays(), settings, batch.sight)[0].item())
         model.load_weights([(name, weights[name])], strict=False)
-        slope = (values[0] - values[1]) / 2e-2
+        slope = (values[0] - values[1]) / 4e-3
         assert slope == pytest.approx(mx.linalg.norm(vision[name]).item(), rel=0.05), name
 
 
