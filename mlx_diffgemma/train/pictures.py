@@ -94,7 +94,7 @@ class Pictures:
         if not isinstance(given, str) or set(part) != {"type", "image"}:
             raise DataError(
                 f'{self._where}: an image must be given as {{"type": "image", "image": PATH}}, '
-                f"got {str(dict(part)):.80}"
+                f"got {dict(part)!s:.80}"
             )
         form = self._form
         assert form is not None

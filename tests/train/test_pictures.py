@@ -231,9 +231,7 @@ def test_the_tower_is_trained_where_that_is_asked_for(kind, vision, data, model_
     """And loaded, fused and used by the other commands as it was trained."""
     run = tmp_path / "run"
     changes = {"optimizer": "adamw"} if kind == "full" else {}
-    session = opened(
-        model_folder, data, run, fine_tune_type=kind, train_vision=vision, **changes
-    )
+    session = opened(model_folder, data, run, fine_tune_type=kind, train_vision=vision, **changes)
     list(session.train())
     names = set(mx.load(str(run / WEIGHTS)))
     assert any("vision_tower" in name for name in names) is vision
@@ -283,5 +281,5 @@ def test_training_the_tower_without_pictures_is_refused(model_folder, tmp_path):
 
 
 def test_a_budget_of_tokens_that_no_model_has_is_refused():
-    with pytest.raises(ConfigError, match="image_tokens must be one of 70, 140, .*, got 64"):
+    with pytest.raises(ConfigError, match=r"image_tokens must be one of 70, 140, .*, got 64"):
         TrainSettings(image_tokens=64)
