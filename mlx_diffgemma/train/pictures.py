@@ -3,6 +3,7 @@ since those of a whole data set may not fit into memory."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ class Pictures:
           form: how the model takes images; None if it does not.
         """
         self._folder, self._where, self._form = folder, where, form
-        self._named: list[tuple[ImagePatches, Picture]] = []
+        self.named: list[Picture] = []
+        self._stand_ins: list[ImagePatches] = []  # of each
 
     def stand_ins(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a message whose images are stand-ins of their size, without pixels.
@@ -77,12 +79,17 @@ class Pictures:
             return message
         return {**message, "content": [self._part(part) for part in content]}
 
-    def of(self, encoded: EncodedPrompt) -> tuple[Picture, ...]:
-        """Return the images in the order of their tokens."""
-        return tuple(
-            next(picture for stand_in, picture in self._named if stand_in is image)
-            for image in encoded.images
-        )
+    def order(self, encoded: EncodedPrompt) -> list[int]:
+        """Return which of the images each one in the order of their tokens is."""
+        places = {id(stand_in): i for i, stand_in in enumerate(self._stand_ins)}
+        return [places[id(image)] for image in encoded.images]
+
+    def question(self, prompt: Any, tools: Any) -> str | None:
+        """Return what the tokens of a prompt with images follow from: its text, and the sizes of
+        the images; None without images."""
+        if not self.named:
+            return None
+        return json.dumps([prompt, tools], default=lambda image: image.positions[-1].tolist())
 
     def _part(self, part: Any) -> Any:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -108,7 +115,8 @@ class Pictures:
         y, x = np.divmod(np.arange(rows * columns, dtype=np.int32), np.int32(columns))
         tokens = rows * columns // form.pooling**2
         stand_in = ImagePatches(np.empty((0, 0), np.uint8), np.stack([x, y], axis=1), tokens)
-        self._named.append((stand_in, Picture(path, self._where, form, tokens)))
+        self.named.append(Picture(path, self._where, form, tokens))
+        self._stand_ins.append(stand_in)
         return {"type": "image", "image": stand_in}
 
 

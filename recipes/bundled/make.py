@@ -25,7 +25,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ class Phase:
     name: str
     seed: int  # of its examples
     counts: dict[str, int]
+    pictures: dict[str, int] = field(default_factory=dict)  # examples of tasks with pictures
     short_gaps: bool = False  # one underscore for a missing word, not one for each of its letters
-    pictures: int = 0  # examples of each task with pictures
 
     @property
     def begins_again(self) -> bool:
@@ -157,16 +157,16 @@ PHASES = (
         "sixth",
         6,
         {
-            "sudoku4": 1400,
-            "sudoku6": 6000,
-            "count": 500,
-            "sort": 700,
-            "reverse": 300,
-            "table": 300,
-            "words": 500,
-            "code": 300,
+            "sudoku4": 400,
+            "sudoku6": 1600,
+            "count": 200,
+            "sort": 200,
+            "reverse": 100,
+            "table": 100,
+            "words": 200,
+            "code": 100,
         },
-        pictures=9500,
+        {"tiles": 4500, "read4": 4500, "shapes": 3500},
     ),
 )
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
@@ -209,17 +209,17 @@ def write_data(phase: Phase, folder: Path) -> None:
     partial = folder.with_name("data.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for split, made, seed, count in (
+    for split, made, seed, counts in (
         ("train", rows, phase.seed, phase.pictures),
-        ("valid", valid, TEST_SEED, TEST_COUNT if phase.pictures else 0),
+        ("valid", valid, TEST_SEED, dict.fromkeys(phase.pictures, TEST_COUNT)),
     ):
         lines = [
             json.dumps({"prompt": phase.shown(m.prompt), "completion": m.answer}) + "\n"
             for m in made
         ]
-        if count:
+        if counts:
             (partial / split).mkdir()
-        for task in pictures.TASKS:
+        for task, count in counts.items():
             lines += [_with_picture(task, i, seed, partial / split) for i in range(count)]
         if split == "valid":
             random.Random(0).shuffle(lines)
@@ -384,7 +384,7 @@ def make(folder: Path, minutes: float, language: Path | None = None) -> Path:
             write_blind(folder, language)
         run, data = folder / phase.name / "run", folder / phase.name / "data"
         if not data.exists():
-            count = sum(phase.counts.values()) + len(pictures.TASKS) * phase.pictures
+            count = sum(phase.counts.values()) + sum(phase.pictures.values())
             print(f"phase {phase.name}: {count:,} examples", flush=True)
             write_data(phase, data)
         while (stands := stands_at(run)) < phase.iters:

@@ -17,11 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 Draw = np.random.Generator
 Colour = tuple[int, int, int]
-Box = tuple[float, float, float, float]
 
 SMALLEST, LARGEST = 120, 260  # pixels of a picture's side; they are square
-NUMBERS = ("one", "two", "three")
-KINDS = ("circle", "square", "triangle")  # in the order in which they are told
+KINDS = ("circle", "square", "triangle")
 COLOURS: dict[str, Colour] = {
     "red": (210, 40, 40),
     "green": (40, 160, 60),
@@ -52,56 +50,96 @@ def _between(rng: Draw, least: int, most: int) -> Colour:
     return red, green, blue
 
 
+def tiles(rng: Draw) -> tuple[Any, str, str]:
+    """A square of four by four tiles, coloured or empty: the first letters of their colours."""
+    square = _Square(rng)
+    names = [*COLOURS, ""]
+    rows = []
+    for row in range(4):
+        chosen = [names[rng.choice(5, p=(0.2, 0.2, 0.2, 0.2, 0.2))] for _ in range(4)]
+        for column, name in enumerate(chosen):
+            if name:
+                square.fill(row, column, _near(rng, COLOURS[name]))
+        rows.append("".join(name[:1] or "." for name in chosen))
+    square.lines()
+    return square.image, "Name the tiles.", "\n".join(rows)
+
+
 def read4(rng: Draw) -> tuple[Any, str, str]:
-    """A Sudoku of four rows, to be written down. Dark on light or light on dark, digits in the
-    lines' colour or another; size and place vary."""
+    """A Sudoku of four rows, to be written down."""
     text = tasks.sudoku4(rng)[0].split("\n", 1)[1]
-    side = int(rng.integers(SMALLEST, LARGEST + 1))
-    paper, ink = _between(rng, 190, 256), _between(rng, 0, 90)
-    pen = ink if rng.random() < 0.6 else _near(rng, PENS[rng.integers(len(PENS))])
-    if rng.random() < 0.3:
-        paper, ink = ink, paper
-        pen = ink
-    image = Image.new("RGB", (side, side), paper)
-    draw = ImageDraw.Draw(image)
-    width = side * rng.uniform(0.84, 0.98)
-    left, top = rng.uniform(0.01 * side, 0.99 * side - width, 2)
-    cell, thin = width / 4, max(1, round(side / 120))
-    for i in range(5):
-        at, line = i * cell, thin if i % 2 else 2 * thin
-        draw.line([(left + at, top), (left + at, top + width)], fill=ink, width=line)
-        draw.line([(left, top + at), (left + width, top + at)], fill=ink, width=line)
-    font = ImageFont.load_default(size=cell * rng.uniform(0.6, 0.85))
+    square = _Square(rng)
+    square.lines()
+    font = ImageFont.load_default(size=square.cell * rng.uniform(0.6, 0.85))
     for row, digits in enumerate(text.split("\n")):
         for column, digit in enumerate(digits):
-            x, y = (np.array([column, row]) + 0.5 + rng.uniform(-0.06, 0.06, 2)) * cell
             if digit != ".":
-                draw.text((left + x, top + y), digit, fill=pen, font=font, anchor="mm")
-    return image, "Read the Sudoku.", text
+                square.write(row, column, digit, font)
+    return square.image, "Read the Sudoku.", text
 
 
 def shapes(rng: Draw) -> tuple[Any, str, str]:
-    """One to three shapes of a kind and colour, and perhaps of another kind too, to be told."""
-    kinds = sorted(rng.permutation(len(KINDS))[: rng.integers(1, 3)])
-    groups = [(int(rng.integers(1, 4)), list(COLOURS)[rng.integers(4)], KINDS[k]) for k in kinds]
+    """Up to six circles, squares and triangles, none overlapping: how many there are of each
+    colour."""
+    numbers = [0, 0, 0, 0]
+    for colour in rng.integers(0, 4, rng.integers(1, 7)):
+        if numbers[colour] < 3:
+            numbers[colour] += 1
     side = int(rng.integers(SMALLEST, LARGEST + 1))
     paper = _between(rng, 215, 256) if rng.random() < 0.7 else _between(rng, 0, 40)
     image = Image.new("RGB", (4 * side, 4 * side), paper)  # made smaller, for smooth edges
     draw = ImageDraw.Draw(image)
     cell, places = 4 * side / 3, [divmod(int(place), 3) for place in rng.permutation(9)]
-    for number, colour, kind in groups:
+    for number, colour in zip(numbers, COLOURS, strict=True):
         for _ in range(number):
             row, column = places.pop()
-            radius = cell * rng.uniform(0.28, 0.44)
+            radius = cell * rng.uniform(0.3, 0.44)
             free = cell / 2 - radius
             x, y = (np.array([column, row]) + 0.5) * cell + rng.uniform(-free, free, 2)
+            kind = KINDS[rng.integers(len(KINDS))]
             _shape(draw, kind, float(x), float(y), radius, _near(rng, COLOURS[colour]))
     image = image.resize((side, side), Image.Resampling.BOX)
-    told = " and ".join(
-        f"{NUMBERS[number - 1]} {colour} {kind}{'s' * (number > 1)}"
-        for number, colour, kind in groups
-    )
-    return image, "What do you see?", told
+    told = ", ".join(f"{colour} {n}" for colour, n in zip(COLOURS, numbers, strict=True))
+    return image, "Count the colours.", told
+
+
+class _Square:
+    """A picture of four by four cells. Dark on light or light on dark; size and place vary."""
+
+    def __init__(self, rng: Draw):
+        self._rng = rng
+        side = int(rng.integers(SMALLEST, LARGEST + 1))
+        paper, self.ink = _between(rng, 190, 256), _between(rng, 0, 90)
+        self.pen = self.ink if rng.random() < 0.6 else _near(rng, PENS[rng.integers(len(PENS))])
+        if rng.random() < 0.3:
+            paper, self.ink = self.ink, paper
+            self.pen = self.ink
+        self.image = Image.new("RGB", (side, side), paper)
+        self.draw = ImageDraw.Draw(self.image)
+        width = side * rng.uniform(0.84, 0.98)
+        self.left, self.top = (float(x) for x in rng.uniform(0.01 * side, 0.99 * side - width, 2))
+        self.cell, self.thin = width / 4, max(1, round(side / 120))
+
+    def lines(self) -> None:
+        """The lines between cells, thick around each four."""
+        left, top, width = self.left, self.top, 4 * self.cell
+        for i in range(5):
+            at, line = i * self.cell, self.thin if i % 2 else 2 * self.thin
+            for ends in (
+                [(left + at, top), (left + at, top + width)],
+                [(left, top + at), (left + width, top + at)],
+            ):
+                self.draw.line(ends, fill=self.ink, width=line)
+
+    def fill(self, row: int, column: int, colour: Colour) -> None:
+        x, y = self.left + column * self.cell, self.top + row * self.cell
+        self.draw.rectangle((x, y, x + self.cell, y + self.cell), fill=colour)
+
+    def write(self, row: int, column: int, digit: str, font: Any) -> None:
+        """Write a digit, about in the middle of a cell."""
+        x, y = (np.array([column, row]) + 0.5 + self._rng.uniform(-0.06, 0.06, 2)) * self.cell
+        at = (self.left + float(x), self.top + float(y))
+        self.draw.text(at, digit, fill=self.pen, font=font, anchor="mm")
 
 
 def _shape(draw: Any, kind: str, x: float, y: float, radius: float, fill: Colour) -> None:
@@ -115,7 +153,11 @@ def _shape(draw: Any, kind: str, x: float, y: float, radius: float, fill: Colour
         draw.polygon([(x, y - radius), (x - half, foot), (x + half, foot)], fill=fill)
 
 
-TASKS: dict[str, Callable[[Draw], tuple[Any, str, str]]] = {"read4": read4, "shapes": shapes}
+TASKS: dict[str, Callable[[Draw], tuple[Any, str, str]]] = {
+    "tiles": tiles,
+    "read4": read4,
+    "shapes": shapes,
+}
 
 
 def make(task: str, place: int, seed: int) -> Seen:

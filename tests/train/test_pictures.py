@@ -90,6 +90,16 @@ def test_a_picture_takes_its_tokens_at_its_place(data, tokenizer, form):
     assert one.pictures[0].soft_tokens == 121
 
 
+def test_a_question_asked_again_has_its_own_picture(tmp_path, tokenizer, form):
+    parts = [picture(tmp_path, f"{i}.png", (30 * i, 30), "red") for i in (1, 2, 3)]
+    lines = [asked(part, "Which?") for part in (*parts, parts[0])]
+    lines += [asked(parts[0], "Why?"), asked("Which?", parts[0])]
+    found = split_of(write_lines(tmp_path, lines=lines), tokenizer, form=form)
+    assert [e.pictures[0].path.name for e in found] == [f"{i}.png" for i in (1, 2, 3, 1, 1, 1)]
+    one, other, _, again, why, behind = (list(e.prompt) for e in found)
+    assert one == again and all(one != each for each in (other, why, behind))
+
+
 def test_a_picture_turned_by_its_camera_is_measured_upright(tmp_path, tokenizer, form):
     tags = Image.Exif()
     tags[0x0112] = 6  # turn right
