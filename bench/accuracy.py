@@ -155,11 +155,11 @@ def transformers(
             for (i, _), sequence, rate in zip(
                 part, out.sequences.tolist(), out.tokens_per_forward.tolist(), strict=True
             ):
-                answers[i] = _reference_answer(sequence[length:], rate, config, tokenizer)
+                answers[i] = reference_answer(sequence[length:], rate, config, tokenizer)
     return [answers[i] for i in range(len(entries))]
 
 
-def _reference_answer(new: list[int], rate: float, config: ModelConfig, tokenizer: Any) -> Answer:
+def reference_answer(new: list[int], rate: float, config: ModelConfig, tokenizer: Any) -> Answer:
     """Text up to the end token; steps from tokens per forward, which counts the end token too."""
     end = next((i for i, token in enumerate(new) if token in config.eos_token_ids), None)
     text = tokenizer.decode(new[:end], skip_special_tokens=True)

@@ -39,7 +39,7 @@ WINGS = {
     "write": "job verbose constrained regions writer generate fill edit questions decide said "
     "chat_file chat_images chat",
     "engine": "run engine",
-    "train": "data batches objective optimizer checkpoint trainer curves session fuse",
+    "train": "pictures data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
     "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",

@@ -22,13 +22,17 @@ from ..errors import ConfigError, SourceError
 from ..model import DiffusionGemma
 from ..model.backend import is_cpu
 from .factors import Factors, Shapes, check_fit, read_float_header
+from .headers import read_header
+from .names import VISION, part_of
 from .peft import PEFT_WEIGHTS, is_peft, read_peft
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _ADAPTABLE = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 
 
-def add_adapters(model: DiffusionGemma, *, num_layers: int, lora: LoraParameters) -> None:
+def add_adapters(
+    model: DiffusionGemma, *, num_layers: int, lora: LoraParameters, vision: bool = False
+) -> None:
     """Put new adapters, which do not change the output yet, on the modules that `lora.keys` names,
     and freeze all other weights.
 
@@ -37,6 +41,7 @@ def add_adapters(model: DiffusionGemma, *, num_layers: int, lora: LoraParameters
       num_layers: adapt only this many last layers, and nothing outside of layers; -1 for all.
       lora: rank, scale, dropout and keys; `self_attn.q_proj` names every layer's module, a path
         from the root a single one.
+      vision: also adapt every product of the vision tower, which must be loaded.
 
     Raises:
       SourceError: if a key names no module of this model, or one that takes no adapter.
@@ -60,12 +65,24 @@ def add_adapters(model: DiffusionGemma, *, num_layers: int, lora: LoraParameters
             keys.add(key)
     if not keys:
         raise SourceError("adapters: none of the keys names a module of these layers")
+    if vision:
+        keys |= {name for name, module in everywhere.items() if _is_vision(name, module)}
     model.freeze()
     linear_to_lora_layers(
         model,
         count,
         {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys},
     )
+
+
+def _is_vision(path: str, module: nn.Module) -> bool:
+    return part_of(path) == VISION and isinstance(module, _ADAPTABLE)
+
+
+def changes_vision(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder of adapters, or of weights trained in full, has some of vision."""
+    file = Path(folder) / WEIGHTS
+    return file.is_file() and any(part_of(name) == VISION for name in read_header(file))
 
 
 def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -107,6 +124,8 @@ def load_adapters(model: DiffusionGemma, folder: str | os.PathLike[str]) -> None
       SourceError: if files are missing or cannot be read, or do not fit the model.
     """
     config = read_adapter_config(folder)
+    if changes_vision(folder) and not model.has_vision:
+        model.take_vision(model.vision_source.bring())
     if config.get("fine_tune_type") == "full":
         _load_weights(model, Path(folder) / WEIGHTS)
         return
@@ -115,7 +134,12 @@ def load_adapters(model: DiffusionGemma, folder: str | os.PathLike[str]) -> None
         _wrap(model, factors)
     else:
         num_layers = _num_layers(config, model, folder)
-        add_adapters(model, num_layers=num_layers, lora=lora_of(config, folder))
+        add_adapters(
+            model,
+            num_layers=num_layers,
+            lora=lora_of(config, folder),
+            vision=changes_vision(folder),
+        )
         _check_modules(adapted_modules(model), factors, Path(folder) / WEIGHTS)
     for path, module in adapted_modules(model).items():
         own = factors[path]

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from ..model import DiffusionGemma
 from ..model.fused import fuse
-from .adapters import load_adapters
+from .adapters import changes_vision, load_adapters
 from .load import load
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def variants_of(
     Raises:
       SourceError: if an adapter does not fit.
     """
+    if not model.has_vision and any(map(changes_vision, adapters.values())):
+        model.take_vision(model.vision_source.bring())
     variants = {name: cast(DiffusionGemma, _copied(model)) for name in adapters}
     for name, folder in adapters.items():
         load_adapters(variants[name], folder)

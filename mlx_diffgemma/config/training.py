@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from .entry import Entry, check, entries, setting
+from .images import check_budget
 
 FineTuneType = Literal["lora", "full"]
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
@@ -160,6 +161,21 @@ class TrainSettings:
             help="Tokens per canvas.", at_least=1, shown_default="the checkpoint's", commands=_TRAIN
         )
     )
+    train_vision: bool = setting(
+        Entry(
+            help="Train the vision tower too, on examples with images.",
+            default=False,
+            flags=("--train-vision",),
+            commands=_TRAIN,
+        )
+    )
+    image_tokens: int | None = setting(
+        Entry(
+            help="Most tokens of an image: 70, 140, 280, 560 or 1120.",
+            shown_default="the checkpoint's",
+            commands=_TRAIN,
+        )
+    )
     mask_prompt: bool = setting(
         Entry(
             help="Leave the prompt out of the causal loss.",
@@ -263,6 +279,8 @@ class TrainSettings:
             )
         if self.mask_prompt and not self.causal_weight:
             raise ConfigError("mask_prompt has no effect without a causal loss")
+        if self.image_tokens is not None:
+            check_budget(self.image_tokens, "image_tokens")
         if self.lr_schedule is not None:
             _check_schedule(self.lr_schedule)
 

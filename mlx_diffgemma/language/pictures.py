@@ -111,6 +111,20 @@ def read_rgb(
         return _upright_rgb(source, name)
 
 
+def upright_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return the width and height of the upright picture in a file, by its header alone.
+
+    Raises:
+      ImageError: as `read_rgb`, but for pixels that are damaged or cut off.
+    """
+    name = str(path)
+    with opened(path, name) as file:
+        image = _identified(file, name, max_pixels, None)
+        with _reading(name):
+            width, height = image.size
+            return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
 def is_data_url(source: object) -> TypeGuard[str]:
     """Return whether a source is a `data:` URL."""
     return isinstance(source, str) and source[:5].lower() == "data:"
@@ -178,6 +192,14 @@ def opened(source: str | Path, name: str) -> Iterator[Any]:
 
 
 def _decoded(file: Any, name: str, max_pixels: int, media_type: str | None) -> Image:
+    image = _identified(file, name, max_pixels, media_type)
+    with _reading(name):
+        image.load()
+        return _upright_rgb(image, name)
+
+
+def _identified(file: Any, name: str, max_pixels: int, media_type: str | None) -> Image:
+    """Return a picture whose type and size are checked and whose pixels are not read."""
     from PIL import Image, UnidentifiedImageError
 
     head = file.read(_HEAD_BYTES)
@@ -201,9 +223,7 @@ def _decoded(file: Any, name: str, max_pixels: int, media_type: str | None) -> I
         ) from error
     _check_type(str(image.format), name, media_type)
     check_size(image.size, name, max_pixels)
-    with _reading(name):
-        image.load()
-        return _upright_rgb(image, name)
+    return image
 
 
 @contextmanager

@@ -60,6 +60,11 @@ class DiffusionGemma(nn.Module):
         """Whether the weights that read images are loaded."""
         return "vision_tower" in self.model.encoder
 
+    @property
+    def vision_parts(self) -> tuple[nn.Module, nn.Module]:
+        """The vision tower and what goes from its width to the text's, which must be loaded."""
+        return self.model.encoder.vision_tower, self.model.encoder.embed_vision
+
     def take_vision(self, vision: Vision, *, is_own: bool = True) -> None:
         """Read images with this from now on.
 

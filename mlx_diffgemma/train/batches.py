@@ -10,7 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..config.training import TrainSettings
+from ..config.vision import VisionConfig
 from .data import Example
+from .pictures import Sight, sight
 
 # Contexts are padded to multiples of this, and conditioned rows to a power of two: every new shape
 # of a batch costs a trace.
@@ -47,6 +49,7 @@ class Batch:
     clean: mx.array  # int32 [B, C]
     rows: mx.array | None  # int32 [n], rows that are conditioned, the first repeated; None: none
     place: mx.array | None  # int32 [B], where each row is among `rows`, -1 where it is not
+    sight: Sight | None  # the images of the contexts
     tokens: int  # tokens read: contexts, clean text and canvases, without padding
 
     def arrays(self) -> dict[str, mx.array]:
@@ -117,8 +120,15 @@ def make_batch(
     *,
     eos_token_id: int,
     pad_token_id: int,
+    image_token_id: int | None = None,
+    vision: VisionConfig | None = None,
 ) -> Batch:
-    """Return a batch in which the end token fills every answer to the end of its last canvas."""
+    """Return a batch in which the end token fills every answer to the end of its last canvas.
+    Images are read from their files; the causal loss leaves out their tokens.
+
+    Raises:
+      DataError: if an image cannot be read.
+    """
     B, C = len(examples), canvas_length
     starts, texts = [], []  # where each canvas starts in its text
     for example, canvas in zip(examples, drawn.canvas, strict=True):
@@ -137,6 +147,9 @@ def make_batch(
         # Places whose next token is predicted: all but the last.
         begin = first + (len(examples[row].prompt) - 1 if settings.mask_prompt else 0)
         weights[row, begin : first + len(text) - 1] = 1
+    has_images = np.array([bool(example.pictures) for example in examples])
+    images = (both == image_token_id) & has_images[:, None]
+    weights[:, :-1][images[:, 1:]] = 0
     weights /= B * weights.sum(axis=1, keepdims=True)
     clean = both[:, S : S + C]
     rows = place = None
@@ -158,6 +171,9 @@ def make_batch(
         clean=_array(clean),
         rows=None if rows is None else _array(rows),
         place=None if place is None else _array(place),
+        sight=sight(
+            [picture for example in examples for picture in example.pictures], images[:, :S], vision
+        ),
         tokens=read + B * C,
     )
 

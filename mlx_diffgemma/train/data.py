@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError, PromptError
+from ..language.encoded import ImageForm
 from ..language.given import refuse_media
-from ..language.prompt import PromptOptions, encode_prompt, encode_text, special_tokens
+from ..language.prompt import PromptOptions, encode, encode_text, special_tokens
+from .pictures import Picture, Pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +28,9 @@ _END_OF_TURN = "<turn|>"
 class Example:
     """A prompt and its answer, up to the end of the turn."""
 
-    prompt: np.ndarray  # int32 [P], P >= 1
+    prompt: np.ndarray  # int32 [P], P >= 1; images have a token for each of their soft tokens
     answer: np.ndarray  # int32 [A], A >= 2: at least one token of text, then the end of the turn
+    pictures: tuple[Picture, ...] = ()  # of the prompt, in the order of their tokens
 
     def canvases(self, canvas_length: int) -> int:
         return -(-len(self.answer) // canvas_length)
@@ -45,12 +48,23 @@ def read_split(
     vocab_size: int,
     canvas_length: int,
     max_seq_length: int,
+    form: ImageForm | None = None,
 ) -> list[Example]:
     """Return the examples of `folder/split.jsonl`, in the file's order.
 
     A line is an object with `messages`, the last of them the assistant's, or with `prompt` and
     `completion`, and may have `tools` for the chat template. Only the last answer is learned, as
-    text, without spaces and line breaks around it; messages before it are its prompt.
+    text, without spaces and line breaks around it; messages before it are its prompt. Messages of
+    the prompt may have images in their content, by paths relative to the folder.
+
+    Args:
+      folder: of the data.
+      split: name of the file.
+      tokenizer: of the model.
+      vocab_size: of the model.
+      canvas_length: tokens of a canvas.
+      max_seq_length: most tokens of an example, those of images and canvases included.
+      form: how the model takes images, of the size that training gives them; None if it does not.
 
     Raises:
       DataError: one line that names the file and the line.
@@ -64,12 +78,15 @@ def read_split(
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     end = _end_of_turn(tokenizer, path)
     examples = []
+    # Data with pictures ask few questions about many of them, and each takes milliseconds.
+    known: dict[str, tuple[list[int], list[int]]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            example = _example(_record(line, where), tokenizer, end, where)
+            pictures = Pictures(Path(folder), where, form)
+            example = _example(_record(line, where), tokenizer, end, where, pictures, form, known)
         except PromptError as error:
             raise DataError(f"{where}: {error}") from error
         _check(example, where, vocab_size, canvas_length, max_seq_length)
@@ -90,7 +107,13 @@ def _record(line: bytes, where: str) -> Mapping[str, Any]:
 
 
 def _example(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, end: int, where: str
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    end: int,
+    where: str,
+    pictures: Pictures,
+    form: ImageForm | None,
+    known: dict[str, tuple[list[int], list[int]]],
 ) -> Example:
     refuse_media(record, "the example")
     if "messages" in record:
@@ -107,7 +130,7 @@ def _example(
         for key in ("tool_calls", "reasoning", "reasoning_content", "thinking"):
             if last.get(key):
                 raise DataError(f"{where}: {key} in an answer cannot be learned yet, only content")
-        prompt, answer = before, last.get("content")
+        prompt, answer = [pictures.stand_ins(each) for each in before], last.get("content")
     elif "prompt" in record and "completion" in record:
         prompt, answer = record["prompt"], record["completion"]
         if not isinstance(prompt, str):
@@ -131,8 +154,17 @@ def _example(
     options = PromptOptions()
     if record.get("tools") is not None:
         options = PromptOptions(chat_template_config={"tools": record["tools"]})
-    asked = encode_prompt(tokenizer, prompt, options)
-    return Example(np.array(asked, np.int32), np.array(ids, np.int32))
+    key = pictures.question(prompt, record.get("tools"))
+    if key is None or key not in known:
+        asked = encode(tokenizer, prompt, options, form)
+        found = asked.ids, pictures.order(asked)
+    else:
+        found = known[key]
+    if key is not None:
+        known[key] = found
+    question, order = found
+    named = tuple(pictures.named[i] for i in order)
+    return Example(np.array(question, np.int32), np.array(ids, np.int32), named)
 
 
 def _check(
@@ -146,9 +178,14 @@ def _check(
         )
     if (tokens := example.tokens(canvas_length)) > max_seq_length:
         raise DataError(
-            f"{where}: {tokens} tokens with its canvases, more than max_seq_length of "
-            f"{max_seq_length}"
+            f"{where}: {tokens} tokens with its canvases{_and_images(example)}, more than "
+            f"max_seq_length of {max_seq_length}"
         )
+
+
+def _and_images(example: Example) -> str:
+    tokens = sum(picture.soft_tokens for picture in example.pictures)
+    return f", {tokens} of them of images" if tokens else ""
 
 
 def fill_token(tokenizer: PreTrainedTokenizerBase) -> int:

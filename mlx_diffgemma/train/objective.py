@@ -24,20 +24,26 @@ from ..model.backend import training
 from ..model.context import Context, LayerContext
 from ..model.layers import softcap
 from ..model.products import head
+from .pictures import Sight
 
 # Of float32 logits at a time; more of them are computed in slices, and twice.
 _LOGITS_BYTES = 128 << 20
 
 
 def losses(
-    model: DiffusionGemma, batch: Mapping[str, mx.array], settings: TrainSettings
+    model: DiffusionGemma,
+    batch: Mapping[str, mx.array],
+    settings: TrainSettings,
+    sight: Sight | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return the objective on a batch; gradients can be taken of it.
 
     Args:
       model: with or without adapters; not fused if weights are trained.
       batch: the arrays of a `Batch`, by name.
-      settings: the weights of the two losses, and whether gradients pass through the context.
+      settings: the weights of the two losses, whether gradients pass through the context, and
+        whether they go on into the vision tower.
+      sight: its images.
 
     Returns:
       The weighted sum, the mean cross-entropy over the canvases, and that of the causal pass, the
@@ -45,7 +51,10 @@ def losses(
     """
     with training():
         start = Context((), 0, batch["context"].shape[0], batch["padding"])
-        states, (context,) = model.encode([batch["context"]], [start])
+        seen = None if sight is None else sight.seen(model)
+        if seen is not None and not settings.train_vision:
+            seen = replace(seen, features=mx.stop_gradient(seen.features))
+        states, (context,) = model.encode([batch["context"]], [start], [seen])
         causal = mx.zeros(())
         if "rest" in batch:
             more, _ = model.encode([batch["rest"]], [context])
@@ -66,11 +75,17 @@ def layers_twice(model: DiffusionGemma, *, seed: int = 0) -> Iterator[None]:
     """Use gradient checkpointing: layers' inner arrays are not kept but computed again. Every layer
     draws its dropout from its own seed, so that it is the same both times."""
     before, seeds = model.run_layer, count(seed)
+    tower = model.model.encoder.vision_tower if model.has_vision else None
     model.run_layer = lambda *arguments: _run_twice(next(seeds), *arguments)
+    if tower is not None:
+        seen_before = tower.run_layer
+        tower.run_layer = lambda *arguments: _see_twice(next(seeds), *arguments)
     try:
         yield
     finally:
         model.run_layer = before
+        if tower is not None:
+            tower.run_layer = seen_before
 
 
 def _thought(model: DiffusionGemma, batch: Mapping[str, mx.array], context: Context) -> mx.array:
@@ -159,6 +174,15 @@ def _run_twice(seed: int, layer: nn.Module, *arguments: Any) -> tuple[mx.array, 
     arrays = () if past is None else (past.keys, past.values)
     out, keys, values = computed_twice((layer,), run)(x, scalar, *arrays)
     return out, [LayerContext(keys, values)]
+
+
+def _see_twice(seed: int, layer: nn.Module, *arguments: mx.array) -> mx.array:
+    def run(*arguments: mx.array) -> mx.array:
+        mx.random.seed(seed)
+        return layer(*arguments)
+
+    out: mx.array = computed_twice((layer,), run)(*arguments)
+    return out
 
 
 def computed_twice(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +16,8 @@ from ..checkpoint.headers import read_header, read_headers
 from ..checkpoint.load import build_model
 from ..config.model import ModelConfig
 from ..config.training import TrainSettings
-from ..errors import SourceError
+from ..errors import ConfigError, SourceError
+from ..language.encoded import ImageForm
 from ..language.tokenizer import load_tokenizer
 from ..model import DiffusionGemma
 from .checkpoint import STATE, trained_weights
@@ -75,7 +76,11 @@ class Session:
         config = ModelConfig.from_folder(source)
         tokenizer = load_tokenizer(source)
         splits = _read_splits(data, tokenizer, config, settings, trains=trains, tests=tests)
-        loaded = build_model(source, config, fused=False)
+        has_images = any(example.pictures for split in splits.values() for example in split)
+        if settings.train_vision and trains and not any(e.pictures for e in splits["train"]):
+            raise ConfigError(f"train_vision needs images, and {data}/train.jsonl has none")
+        vision = True if has_images or settings.train_vision else None
+        loaded = build_model(source, config, fused=False, vision=vision)
         if trains:
             prepare(loaded, settings)
             if start_file is not None:
@@ -167,6 +172,9 @@ def _read_splits(
     tests: bool,
 ) -> dict[str, list[Example]]:
     """Return the examples of each split that is needed, and none of the others."""
+    form = ImageForm.of(config)
+    if form is not None and settings.image_tokens is not None:
+        form = replace(form, soft_tokens=settings.image_tokens)
     has_valid = trains and (Path(data) / "valid.jsonl").is_file()
     needed = {"train": trains, "valid": has_valid, "test": tests}
     return {
@@ -177,6 +185,7 @@ def _read_splits(
             vocab_size=config.text.vocab_size,
             canvas_length=settings.canvas_length or config.canvas_length,
             max_seq_length=settings.max_seq_length,
+            form=form,
         )
         if is_needed
         else []
@@ -192,6 +201,8 @@ def _facts(model: str, source: Path, examples: list[Example]) -> dict[str, Any]:
     data = hashlib.sha256()
     for example in examples:
         data.update(example.prompt.tobytes() + b"|" + example.answer.tobytes())
+        for picture in example.pictures:  # the name and size of a file stand for its bytes
+            data.update(f"|{picture.path.name} {picture.path.stat().st_size}".encode())
     return {
         "model": Path(model).resolve().name if Path(model).exists() else model,
         "checkpoint": checkpoint.hexdigest()[:16],

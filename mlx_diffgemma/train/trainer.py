@@ -81,6 +81,8 @@ def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
       ConfigError: if the model cannot be trained with these settings.
     """
     count = len(model.layers)
+    if settings.train_vision and not model.has_vision:
+        raise ConfigError("train_vision needs a model with its vision tower loaded")
     if settings.num_layers > count:
         raise ConfigError(f"num_layers is {settings.num_layers}, but the model has {count} layers")
     packed = [name for name in _flat(model.parameters()) if name.endswith(".scales")]
@@ -97,12 +99,20 @@ def prepare(model: DiffusionGemma, settings: TrainSettings) -> None:
             causal = model.model.encoder.language_model.layers
             for layer in (*model.layers[-settings.num_layers :], *causal[-settings.num_layers :]):
                 layer.unfreeze()
+        if model.has_vision:
+            for part in model.vision_parts:
+                (part.unfreeze if settings.train_vision else part.freeze)()
     else:
         if packed and is_cpu():
             _unpack_all(model)
         # Adapters' first values are drawn here; later draws have their own seeds.
         mx.random.seed(settings.seed)
-        add_adapters(model, num_layers=settings.num_layers, lora=settings.lora_parameters)
+        add_adapters(
+            model,
+            num_layers=settings.num_layers,
+            lora=settings.lora_parameters,
+            vision=settings.train_vision,
+        )
     model.train()
 
 
@@ -289,7 +299,8 @@ class Trainer:
             self._heed()
             part = examples[start : start + size]
             batch = self._batch(part, self._draw(part, number, validation=True))
-            found = mx.stack([*losses(self.model, batch.arrays(), settings), mx.array(1.0)])
+            found = losses(self.model, batch.arrays(), settings, batch.sight)
+            found = mx.stack([*found, mx.array(1.0)])
             total = total + found * len(part)
             mx.eval(total)
         self.model.train()
@@ -314,6 +325,8 @@ class Trainer:
             self.canvas_length,
             eos_token_id=self.eos_token_id,
             pad_token_id=self.model.config.pad_token_id,
+            image_token_id=self.model.config.image_token_id,
+            vision=self.model.config.vision,
         )
 
     def _heed(self) -> None:
@@ -334,7 +347,9 @@ class Trainer:
         batch = self._batch(examples[first : first + share], drawn.rows(first, first + share))
         seed = ((settings.seed + 1) * 1_000_003 + self.iteration) * 1_009  # of dropout
         mx.random.seed(seed)
-        value_and_grad = nn.value_and_grad(model, lambda arrays: losses(model, arrays, settings))
+        value_and_grad = nn.value_and_grad(
+            model, lambda arrays: losses(model, arrays, settings, batch.sight)
+        )
         with layers_twice(model, seed=seed) if settings.grad_checkpoint else nullcontext():
             values, grads = value_and_grad(batch.arrays())
         # The tokens too: rows of each process have other lengths.

@@ -25,11 +25,12 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pictures
 import start
 import tasks
 import yaml
@@ -50,7 +51,16 @@ class Phase:
     name: str
     seed: int  # of its examples
     counts: dict[str, int]
+    pictures: dict[str, int] = field(default_factory=dict)  # examples of tasks with pictures
     short_gaps: bool = False  # one underscore for a missing word, not one for each of its letters
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether it begins with the weights before it rounded to bfloat16, in a checkpoint that
+        has a tower: the first one with pictures, since the model was published before."""
+        return bool(self.pictures) and not any(
+            phase.pictures for phase in PHASES[: PHASES.index(self)]
+        )
 
     def shown(self, prompt: str) -> str:
         return re.sub("_+", "_", prompt) if self.short_gaps else prompt
@@ -143,6 +153,21 @@ PHASES = (
             "code": 700,
         },
     ),
+    Phase(
+        "sixth",
+        6,
+        {
+            "sudoku4": 400,
+            "sudoku6": 1600,
+            "count": 200,
+            "sort": 200,
+            "reverse": 100,
+            "table": 100,
+            "words": 200,
+            "code": 100,
+        },
+        {"tiles": 4500, "read4": 4500, "shapes": 3500},
+    ),
 )
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
 # them, of three tasks all, are in both.
@@ -158,7 +183,7 @@ def claim(folder: Path) -> None:
     """
     recipe: dict[str, Any] = {
         name: hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()
-        for name in ("tasks.py", "start.py")
+        for name in ("tasks.py", "pictures.py", "start.py")
     }
     recipe |= {f"phase {p.name}": asdict(p) | {"settings": p.settings} for p in PHASES}
     path = folder / "recipe.json"
@@ -181,17 +206,41 @@ def write_data(phase: Phase, folder: Path) -> None:
         asked = {made.prompt for made in tests[name]} if name in HELD_OUT else set()
         rows += [made for made in tasks.make(name, count, phase.seed) if made.prompt not in asked]
     valid = [made for some in tests.values() for made in some]
-    random.Random(0).shuffle(valid)
     partial = folder.with_name("data.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for split, made in (("train", rows), ("valid", valid)):
-        lines = (
+    for split, made, seed, counts in (
+        ("train", rows, phase.seed, phase.pictures),
+        ("valid", valid, TEST_SEED, dict.fromkeys(phase.pictures, TEST_COUNT)),
+    ):
+        lines = [
             json.dumps({"prompt": phase.shown(m.prompt), "completion": m.answer}) + "\n"
             for m in made
-        )
+        ]
+        if counts:
+            (partial / split).mkdir()
+        for task, count in counts.items():
+            lines += [_with_picture(task, i, seed, partial / split) for i in range(count)]
+        if split == "valid":
+            random.Random(0).shuffle(lines)
         (partial / f"{split}.jsonl").write_text("".join(lines))
     partial.rename(folder)
+
+
+def _with_picture(task: str, place: int, seed: int, folder: Path) -> str:
+    """Write one picture into the folder, and return its line of the data."""
+    seen = pictures.make(task, place, seed)
+    path = folder / f"{task}_{place}.png"
+    seen.image.save(path, compress_level=1)
+    asked = [
+        {"type": "image", "image": f"{folder.name}/{path.name}"},
+        {"type": "text", "text": seen.prompt},
+    ]
+    messages = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": seen.answer},
+    ]
+    return json.dumps({"messages": messages}) + "\n"
 
 
 def stands_at(run: Path) -> int:
@@ -207,11 +256,12 @@ def command(folder: Path, phase: Phase) -> list[str]:
     """The trainer's, which goes on where the phase stands."""
     run, before = folder / phase.name / "run", PHASES[: PHASES.index(phase)]
     arguments = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
-    arguments += ["--model", str(folder / "start"), "--data", str(folder / phase.name / "data")]
+    model = folder / ("blind" if phase.pictures else "start")
+    arguments += ["--model", str(model), "--data", str(folder / phase.name / "data")]
     arguments += ["--adapter-path", str(run)]
     if stands_at(run):
         arguments.append("--resume")
-    elif before:
+    elif before and not phase.begins_again:
         weights = folder / before[-1].name / "run" / WEIGHTS
         arguments += ["--resume-adapter-file", str(weights)]
     return arguments
@@ -271,7 +321,7 @@ def export(folder: Path) -> Path:
     for name in ("float32", "model", "model.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
     run = folder / PHASES[-1].name / "run"
-    whole = fuse_checkpoint(folder / "start", run, folder / "float32").folder
+    whole = fuse_checkpoint(folder / "blind", run, folder / "float32").folder
     model = folder / "model.partial"
     shutil.copytree(whole, model)
     arrays = mx.load(str(whole / "model.safetensors"))
@@ -290,8 +340,33 @@ def export(folder: Path) -> Path:
     return model.rename(folder / "model")
 
 
-def make(folder: Path, minutes: float) -> Path:
+def write_blind(folder: Path, language: Path | None) -> None:
+    """Writes the checkpoint that the phases with pictures begin with: the language part as the
+    phases before leave it, or that of a model, rounded to bfloat16, and a new tower."""
+    if language is None:
+        run = next(phase for phase in reversed(PHASES) if not phase.pictures).name
+        shutil.rmtree(folder / "language", ignore_errors=True)
+        language = fuse_checkpoint(
+            folder / "start", folder / run / "run", folder / "language"
+        ).folder
+    partial = folder / "blind.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder / "start", partial)
+    arrays = mx.load(str(folder / "start" / "model.safetensors"))
+    for name, array in mx.load(str(language / "model.safetensors")).items():
+        if "vision" not in name:
+            arrays[name] = array.astype(mx.bfloat16).astype(mx.float32)
+    mx.save_safetensors(str(partial / "model.safetensors"), arrays, {"format": "pt"})
+    partial.rename(folder / "blind")
+
+
+def make(folder: Path, minutes: float, language: Path | None = None) -> Path:
     """The exported model's folder.
+
+    Args:
+        folder: of everything.
+        minutes: at most.
+        language: a model whose language part stands for the phases before pictures.
 
     Raises:
         SystemExit: it is not complete after these minutes, or cannot be.
@@ -303,9 +378,14 @@ def make(folder: Path, minutes: float) -> Path:
         (folder / "start.partial").rename(folder / "start")
     end = time.monotonic() + 60 * minutes
     for phase in PHASES:
+        if language and not phase.pictures:
+            continue
+        if phase.begins_again and not (folder / "blind").exists():
+            write_blind(folder, language)
         run, data = folder / phase.name / "run", folder / phase.name / "data"
         if not data.exists():
-            print(f"phase {phase.name}: {sum(phase.counts.values()):,} examples", flush=True)
+            count = sum(phase.counts.values()) + sum(phase.pictures.values())
+            print(f"phase {phase.name}: {count:,} examples", flush=True)
             write_data(phase, data)
         while (stands := stands_at(run)) < phase.iters:
             if time.monotonic() >= end:
@@ -327,7 +407,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("build/bundled"))
-    parser.add_argument("--minutes", type=float, default=300, help="at most")
+    parser.add_argument("--minutes", type=float, default=400, help="at most")
+    parser.add_argument(
+        "--language",
+        type=Path,
+        help="a model whose language part stands for the phases before pictures, to train these "
+        "alone",
+    )
     options = parser.parse_args()
     if sys.platform == "linux" and openblas() is None:
         print(
@@ -336,7 +422,7 @@ def main() -> None:
     # So that nothing goes on training behind a make.py that was ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        model = make(options.folder, options.minutes)
+        model = make(options.folder, options.minutes, options.language)
     except KeyboardInterrupt:
         print("interrupted; run this again to go on", file=sys.stderr)
         sys.exit(130)

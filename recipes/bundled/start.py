@@ -34,17 +34,17 @@ ROPE = {
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     SLIDING: {"rope_type": "default", "rope_theta": 1e4},
 }
-VISION = {  # a tower of one layer that is never trained: the layout has one
+VISION = {
     "model_type": "gemma4_vision",
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "patch_size": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,  # attention of patches takes most of the tower's time
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "patch_size": 16,
     "pooling_kernel_size": 3,
-    "position_embedding_size": 32,
+    "position_embedding_size": 1024,  # enough for 280 tokens in a row
     "hidden_activation": "gelu_pytorch_tanh",
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-6,
@@ -200,15 +200,40 @@ def tensors(text: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndar
 
 
 def vision(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The tower's tensors, by the converter's list of them."""
+    """The tower's tensors, by the converter's list of them: products and norms as those of the
+    text."""
     from mlx_diffgemma.config.vision import VisionConfig
     from mlx_diffgemma.convert.plan import vision_shapes
 
     shapes = vision_shapes(VisionConfig.from_dict(VISION, where="vision_config"), HIDDEN)
-    return {
-        name: np.ones(shape) if name.endswith("norm.weight") else rng.normal(0, 0.02, shape)
-        for name, shape in shapes.items()
-    }
+    out = {}
+    for name, shape in shapes.items():
+        if name.endswith("norm.weight"):
+            out[name] = np.full(shape, 0.5 if ".post_" in name else 1)
+        elif name.endswith("position_embedding_table"):
+            out[name] = rng.normal(0, 0.3, shape)
+        elif name.endswith("patch_embedder.input_proj.weight"):
+            out[name] = waves(VISION["hidden_size"], VISION["patch_size"])
+        else:
+            out[name] = rng.normal(0, shape[-1] ** -0.5, shape)
+    return out
+
+
+def waves(width: int, patch: int) -> np.ndarray:
+    """Products that show of a patch what varies slowly: [width, 3 patch^2], its pixels' cosine
+    waves, first those of its brightness and then of its colours. Faster waves are weaker in
+    pictures, so theirs are stronger."""
+    steps = np.arange(patch)
+    wave = np.cos(np.pi * np.outer(steps, steps + 0.5) / patch)  # [frequency, pixel]
+    slow = sorted((u + v, u, v) for u in steps for v in steps)
+    colours = np.array([(1, 1, 1), (1, -1, 0), (0.5, 0.5, -1)]) / 2
+    rows = []
+    for colour, count in zip(colours, (width // 4 * 3, width // 8, width // 8), strict=True):
+        for _, u, v in slow[:count]:
+            strength = 2 * (1 + u) * (1 + v) if u + v else 1
+            both = np.outer(wave[u], wave[v])[..., None] * colour
+            rows.append(strength * both.reshape(-1) / patch**2)
+    return np.stack(rows)
 
 
 def write(folder: Path, seed: int) -> None:
@@ -224,10 +249,21 @@ def write(folder: Path, seed: int) -> None:
         ("config.json", raw),
         ("generation_config.json", generation_config()),
         ("tokenizer_config.json", TOKENIZER_CONFIG),
+        ("processor_config.json", PROCESSOR_CONFIG),
     ):
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
+PROCESSOR_CONFIG = {
+    "processor_class": "Gemma4Processor",
+    "image_seq_length": 70,
+    "image_processor": {
+        "image_processor_type": "Gemma4ImageProcessor",
+        "max_soft_tokens": 70,
+        "patch_size": VISION["patch_size"],
+        "pooling_kernel_size": VISION["pooling_kernel_size"],
+    },
+}
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<bos>",
