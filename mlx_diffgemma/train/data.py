@@ -127,9 +127,11 @@ def _example(
         if last.get("role") not in ("assistant", "model"):
             raise DataError(f"{where}: the last message must be the assistant's")
         refuse_media(last, "the answer")
-        for key in ("tool_calls", "reasoning", "reasoning_content", "thinking"):
-            if last.get(key):
-                raise DataError(f"{where}: {key} in an answer cannot be learned yet, only content")
+        for field in ("tool_calls", "reasoning", "reasoning_content", "thinking"):
+            if last.get(field):
+                raise DataError(
+                    f"{where}: {field} in an answer cannot be learned yet, only content"
+                )
         prompt, answer = [pictures.stand_ins(each) for each in before], last.get("content")
     elif "prompt" in record and "completion" in record:
         prompt, answer = record["prompt"], record["completion"]

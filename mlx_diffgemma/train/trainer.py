@@ -300,8 +300,7 @@ class Trainer:
             part = examples[start : start + size]
             batch = self._batch(part, self._draw(part, number, validation=True))
             found = losses(self.model, batch.arrays(), settings, batch.sight)
-            found = mx.stack([*found, mx.array(1.0)])
-            total = total + found * len(part)
+            total = total + mx.stack([*found, mx.array(1.0)]) * len(part)
             mx.eval(total)
         self.model.train()
         loss, canvas, causal, count = cast(list[float], mx.distributed.all_sum(total).tolist())
