@@ -9,8 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_diffgemma import PromptOptions, bundled_model, encode_prompt, load_tokenizer
-from mlx_diffgemma.config.images import ImageSettings
+from mlx_diffgemma import (
+    ImageSettings,
+    PromptOptions,
+    bundled_model,
+    encode_prompt,
+    load_tokenizer,
+)
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.errors import ConfigError, ImageError, PromptError
 from mlx_diffgemma.language.controls import special_tokens
