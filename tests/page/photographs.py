@@ -1,23 +1,29 @@
 """Photographs of each part of the page, working and at rest, at two widths, light and dark, to be
-looked at.
+looked at; and the picture of README.
 
     python -m tests.page.photographs FOLDER
+    python -m tests.page.photographs --picture docs/page.png
 
-The model is the bundled one, with steps that take a while. Texts have long words, letters that run
-from right to left, and emoji.
+The model is the bundled one, held within its runs. Texts have long words, letters that run from
+right to left, and emoji.
 """
 
 from __future__ import annotations
 
 import argparse
+import threading
 import time
 from pathlib import Path
+
+from PIL import Image
 
 from mlx_diffgemma.serve import steps
 from tests.page.browsers import Person, chromium
 from tests.page.test_looks import PARTS, STRANGE, look
 from tests.serve.cases import scripted, serving
 
+# The puzzle of docs/picture.py, which the model was not trained on.
+PUZZLE = "Sudoku:\n..426.\n..3.1.\n...42.\n241356\n3.264.\n.65.32"
 SUDOKU = "Sudoku:\n2..563\n536214\n654.3.\n.23645\n4..3.1\n..5.26"
 RICH = """Here is **one** answer with all that it may have, and a
 Donaudampfschifffahrtsgesellschaftskapitänsmützenfabrikationsgebäude.
@@ -47,11 +53,16 @@ $$x = \\frac{-b \\pm \\sqrt{b^2 - 4ac}}{2a}$$
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--picture", type=Path, help="write README's picture")
     parser.add_argument("--width", type=int, action="append")
     options = parser.parse_args()
+    if options.picture is not None:
+        with chromium() as driver, serving() as running:
+            picture(Person(driver, running.port), options.picture)
+    if options.folder is None:
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
-    slow_down()
     with chromium() as driver, serving() as running, serving(model=scripted(RICH)) as rich:
         for width in options.width or (390, 1440):
             for scheme in ("light", "dark"):
@@ -71,15 +82,53 @@ def main() -> None:
                 take(person, options.folder / f"rich-{width}-{scheme}.png")
 
 
-def slow_down(seconds: float = 1.0) -> None:
-    """Let each step take a while."""
-    step = steps._Teller._step
+class Hold:
+    """Holds the engine within a run."""
 
-    def slowly(self, said):
-        time.sleep(seconds)
-        return step(self, said)
+    def __init__(self) -> None:
+        self._steps, self._most = 0, 0
+        self._open = threading.Event()
+        self._open.set()
+        step = steps._Teller._step
 
-    steps._Teller._step = slowly
+        def held(teller, said):
+            self._steps += 1
+            if self._steps > self._most:
+                self._open.wait(60)
+            return step(teller, said)
+
+        steps._Teller._step = held
+
+    def after(self, count: int) -> None:
+        """Hold the next run after some steps of its rows."""
+        self._steps, self._most = 0, count
+        self._open.clear()
+
+    def release(self) -> None:
+        self._open.set()
+
+
+HOLD = Hold()
+
+
+def picture(person: Person, file: Path) -> None:
+    """Take README's picture: a canvas after its first step, in both schemes' colours."""
+    look(person, 880, "light")
+    size = {"width": 880, "height": 500, "deviceScaleFactor": 1, "mobile": False}
+    person.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    person.open()
+    person.keep(seed=2)
+    person.open()
+    HOLD.after(1)
+    person.ask(PUZZLE)
+    person.see("document.querySelectorAll('.settling > span').length > 30")
+    person.see("!document.querySelector('.settling.fresh')")
+    take(person, file)
+    HOLD.release()
+    person.answered()
+    Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(
+        file, optimize=True
+    )
 
 
 def take(person: Person, file: Path) -> None:
@@ -99,10 +148,12 @@ def photograph(person: Person, folder: Path, kind: str) -> None:
     shot("chat-empty")
     for name, text in (("sudoku", SUDOKU), ("strange", STRANGE)):
         person.click("New")
+        HOLD.after(1)
         person.ask(text)
         person.see("document.querySelector('.running .stats')?.textContent.includes('step')")
-        time.sleep(0.1)
+        person.see("!document.querySelector('.settling.fresh')")
         shot(f"chat-{name}-working")
+        HOLD.release()
         person.answered()
         time.sleep(0.3)
         shot(f"chat-{name}")
@@ -115,18 +166,24 @@ def photograph(person: Person, folder: Path, kind: str) -> None:
             person.one(".document select").send_keys("3")
             person.see("document.querySelector('.composer button.primary').textContent === 'Fill'")
             shot("document")
+            HOLD.after(9)
             person.click("Fill")
             person.see("document.querySelectorAll('.proposal .settling > span').length > 2")
+            time.sleep(0.5)
             shot("document-working")
+            HOLD.release()
             person.see("document.querySelectorAll('.proposal button:not([hidden])').length === 3")
             time.sleep(0.3)
             shot("document-proposals")
             person.click("Keep the old text")
         elif part == "form":
             shot("form")
+            HOLD.after(2)
             person.click("Fill")
-            person.see("document.querySelectorAll('.filled .given').length > 10")
+            person.see("document.querySelectorAll('.filled .settling > span').length > 10")
+            time.sleep(0.5)
             shot("form-working")
+            HOLD.release()
             person.see("document.querySelector('.valid:not([hidden])')")
             shot("form-filled")
         elif part == "decide":
