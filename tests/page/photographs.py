@@ -114,7 +114,7 @@ HOLD = Hold()
 def picture(person: Person, file: Path) -> None:
     """Take README's picture: a canvas after its first step, in both schemes' colours."""
     look(person, 880, "light")
-    size = {"width": 880, "height": 500, "deviceScaleFactor": 1, "mobile": False}
+    size = {"width": 880, "height": 600, "deviceScaleFactor": 1, "mobile": False}
     person.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     person.open()
     person.keep(seed=2)
