@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -34,6 +35,9 @@ for name in names:
     assert (folder / name).read_bytes(), name
 assert (pathlib.Path(mlx_diffgemma.__file__).parent / "py.typed").is_file()
 assert not pathlib.Path(mlx_diffgemma.__file__).parent.joinpath("convert").is_symlink()
+from mlx_diffgemma.serve import page
+for name in ("index.html", "app.js", "vendor/katex/katex.min.js", "trace_view.js"):
+    assert page.file(name).content, name
 template = pathlib.Path(mlx_diffgemma.__file__).parent / "view/trace.html"
 assert template.read_text(encoding="utf-8").count("@@RUN@@") == 1
 model, tokenizer = mlx_diffgemma.load(folder)
@@ -102,6 +106,7 @@ def main() -> None:
             assert out.startswith("|n|n*n|"), out
         run(str(bin_ / "mlx_diffgemma.generate"), *prompt, "--trace", "run.html", cwd=scratch)
         assert "<script" in Path(scratch, "run.html").read_text(encoding="utf-8")
+        check_page(Path(scratch), bin_ / "mlx_diffgemma.serve")
     print("the source distribution, and the wheel that is made of it, install and run")
 
 
@@ -136,6 +141,29 @@ def check_contents(wheel: Path) -> None:
     description = described.get_payload(decode=True).decode("utf-8")
     assert description.startswith("# mlx-diffgemma")
     assert relative_links(description) == []
+
+
+def check_page(folder: Path, command: Path) -> None:
+    """The command, in an empty folder, serves the page."""
+    (folder / "empty").mkdir()
+    process = subprocess.Popen(
+        [str(command), "--port", "0"],
+        cwd=folder / "empty",
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "as a page at" in line)
+        address = line.split()[-1]
+        with urllib.request.urlopen(address) as answer:
+            assert b"/page/app.js" in answer.read()
+        with urllib.request.urlopen(f"{address}page/app.js") as answer:
+            assert answer.headers["content-type"].startswith("text/javascript")
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def check_types(folder: Path, python: Path) -> None:

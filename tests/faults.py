@@ -60,6 +60,8 @@ SERVE_THREADS = "tests/serve/test_threads.py"
 SERVE_OPENAI, SERVE_EDITORS = "tests/serve/test_openai.py", "tests/serve/test_editors.py"
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
 MESSAGES, RESPONSES = "tests/serve/test_anthropic.py", "tests/serve/test_responses.py"
+PAGE_EVENTS, PAGE_FILES = "tests/page/test_events.py", "tests/page/test_files.py"
+PAGE_GUARDS = "tests/page/test_guards.py"
 
 
 @dataclass(frozen=True)
@@ -1970,9 +1972,58 @@ FAULTS = (
     Fault(
         "server: keys are not checked",
         "serve/security.py",
-        "if self.key is not None and path not in _OPEN:",
+        "if self.key is not None and path not in _OPEN and not is_file(path):",
         "if False:",
         (SERVE_SECURITY,),
+    ),
+    Fault(
+        "page: every path is one of its files, and needs no key",
+        "serve/page.py",
+        'return path == "/" or path.startswith(PREFIX)',
+        "return True",
+        (PAGE_FILES,),
+    ),
+    Fault(
+        "page: scripts within the page run",
+        "serve/page.py",
+        "\"script-src 'self'\"",
+        "\"script-src 'self' 'unsafe-inline'\"",
+        (PAGE_FILES,),
+    ),
+    Fault(
+        "page: its settings have no bounds",
+        "serve/page_settings.py",
+        "if most and value > most:",
+        "if False:",
+        (PAGE_EVENTS,),
+    ),
+    Fault(
+        "page: steps that a slow reader does not read pile up",
+        "serve/pieces.py",
+        "if len(passing) >= _PASSING:",
+        "if False:",
+        (PAGE_EVENTS,),
+    ),
+    Fault(
+        "page: the structure of a form is not given",
+        "serve/forms.py",
+        'if not _is_form(schema) or "$ref" in set(keys_of(schema)):',
+        "if True:",
+        (PAGE_EVENTS,),
+    ),
+    Fault(
+        "page: a thought counts as the answer",
+        "serve/steps.py",
+        'state = "t" if "\\n" in self._spellings[token] else "n"',
+        'state = "a" if "\\n" in self._spellings[token] else "n"',
+        (PAGE_EVENTS,),
+    ),
+    Fault(
+        "page: markup of the model is markup",
+        "serve/page/markdown.js",
+        "html: false",
+        "html: true",
+        (PAGE_GUARDS,),
     ),
     Fault(
         "server: keys are compared as strings",

@@ -33,7 +33,7 @@ FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     "disable-component-update disable-sync hide-scrollbars window-size=1300,900"
 ).split()
-PATIENCE = 30  # seconds; other tests have the processor too
+PATIENCE = 60  # seconds; other tests have the processor too
 
 
 @contextmanager
@@ -91,9 +91,9 @@ def webkit() -> Iterator[WebDriver]:
         screen.wait()
 
 
-def until(holds: Callable[[], Any], what: str = "it", seconds: float = PATIENCE) -> None:
+def until(holds: Callable[[], Any], what: str = "it") -> None:
     """Wait until something holds; what vanishes while it is looked at does not hold yet."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while True:
         try:
             if holds():
@@ -131,9 +131,9 @@ class Person:
     def js(self, code: str, *given: Any) -> Any:
         return self.driver.execute_script(code, *given)
 
-    def see(self, code: str, seconds: float = PATIENCE) -> None:
+    def see(self, code: str) -> None:
         """Wait until an expression of the page is true."""
-        until(lambda: self.js(f"return Boolean({code})"), code, seconds)
+        until(lambda: self.js(f"return Boolean({code})"), code)
 
     def one(self, selector: str) -> WebElement:
         return self.driver.find_element(By.CSS_SELECTOR, selector)

@@ -87,11 +87,13 @@ def test_reduced_motion_is_kept_to(looked, slow):
         looked.open()
         looked.click("New")
         looked.ask("Count from 38 to 63.")
-        looked.see("document.querySelector('.settling > .new1')")
-        name = looked.js(
-            "return getComputedStyle(document.querySelector('.settling > span')).animationName"
+        looked.js(
+            "window.fresh = false; new MutationObserver(() => {"
+            "window.fresh ||= Boolean(document.querySelector('.settling.fresh')); })"
+            ".observe(document.body, {subtree: true, attributes: true})"
         )
-        assert (name != "none") is moves
+        looked.see("document.querySelector('.settling > .new')")
+        assert looked.js("return window.fresh") is moves
         looked.press(Keys.ESCAPE)
         looked.answered()
 

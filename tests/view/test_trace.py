@@ -22,7 +22,7 @@ from mlx_diffgemma import GenerationSettings, Template, bundled_model, load, str
 from mlx_diffgemma.cli.generate import generate
 from mlx_diffgemma.errors import SourceError
 from mlx_diffgemma.events import CanvasCommitted, Finished, StepDone, Text, TrialStarted
-from mlx_diffgemma.view.trace import CANDIDATES, FORMAT, Trace
+from mlx_diffgemma.view.trace import CANDIDATES, FORMAT, PAGE_FILES, Trace
 from mlx_diffgemma.write.fill import Filled, stream_fill
 from tests.cli.test_cli import TABLE, TABLE_ANSWER, assert_one_line, invoke, program
 
@@ -245,7 +245,8 @@ def test_the_template_comes_with_the_package():
     template = files("mlx_diffgemma.view").joinpath("trace.html").read_text(encoding="utf-8")
     assert template.count("@@RUN@@") == 1
     pyproject = Path(mlx_diffgemma.__file__).parent.parent / "pyproject.toml"
-    assert '"trace.html"' in pyproject.read_text()
+    for name in PAGE_FILES:
+        assert f'"{name}"' in pyproject.read_text()
 
 
 def test_three_canvases_of_48_random_steps_stay_under_two_megabytes():

@@ -171,15 +171,12 @@ class ChatPart {
       ...(settings.tools && {tools: settings.tools}),
       ...(thinking !== null && {chat_template_kwargs: {enable_thinking: thinking}}),
     }}, parent.text ?? "");
-    const view = new SettlingTurn(run, () => run.stop());
+    const view = new SettlingTurn(run, () => run.stop(), () => { if (this.conversation === conversation) this.follow(); });
     this.running.set(conversation.id, {run, turn, view});
     this.ran.set(turn, run);
     this.show();
     this.follow(true);
-    await run.go(() => {
-      view.update();
-      this.follow();
-    });
+    await run.go(() => view.update());
     this.running.delete(conversation.id);
     finish(turn, run);
     if (conversation === this.conversation) {

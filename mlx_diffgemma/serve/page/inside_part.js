@@ -49,8 +49,9 @@ export function traced(run, row) {
     const canvas = canvases.findLast((each) => each.canvas === committed.canvas);
     if (canvas) canvas.text = committed.tokens.map((id) => run.words.get(id) ?? "").join("");
   }
+  const {seed: _, ...given} = run.values; // the row's own is told
   return {
-    model: run.model, seed: run.seed + run.rows.indexOf(row), prompt: run.prompt, settings: run.values, complete: run.state === "done",
+    model: run.model, seed: run.seed + run.rows.indexOf(row), prompt: run.prompt, settings: given, complete: run.state === "done",
     text: {answer: row.result?.text ?? row.answer}, bands: BANDS.map((limit) => limit / THOUSANDTHS), thousandths: THOUSANDTHS,
     candidates: k, canvases, words, columns,
     controls: [...places].filter(([id]) => run.controls.has(id)).map(([, at]) => at),

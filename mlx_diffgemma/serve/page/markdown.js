@@ -16,7 +16,7 @@ const ALLOWED = {
   RETURN_DOM_FRAGMENT: true,
 };
 
-const reader = markdownit({html: false, linkify: false}).disable("image").use(withMath);
+const reader = markdownit({html: false, breaks: true}).disable("image").use(withMath);
 const rules = reader.renderer.rules;
 
 // Styles are refused by the page's policy; a class says the same.

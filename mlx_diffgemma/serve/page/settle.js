@@ -8,12 +8,14 @@ export function band(certainty) {
 }
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
+const FRESH_MS = 130; // for which a token that has changed is faint
 
 export class Canvas {
   #spans = [];
   #texts = [];
   #classes = [];
   #shown = 0;
+  #waiting = 0;
 
   constructor(properties = {}) {
     this.element = Object.assign(document.createElement("span"), {className: "settling", ...properties});
@@ -22,7 +24,6 @@ export class Canvas {
 
   // Draws the tokens of `Run.tokens`.
   draw(tokens) {
-    this.element.classList.toggle("still", still.matches);
     while (this.#spans.length < tokens.length) {
       this.#spans.push(document.createElement("span"));
       this.#texts.push(null);
@@ -32,8 +33,7 @@ export class Canvas {
       const span = this.#spans[i];
       const changed = this.#texts[i] !== token.text;
       let name = token.pinned ? "given" : `b${band(token.certainty)}${token.accepted ? "" : " renoised"}`;
-      // Two names for one animation, so that it starts anew at every change.
-      if (changed && !token.pinned) name += this.#classes[i].endsWith("new1") ? " new2" : " new1";
+      if (changed && !token.pinned) name += " new";
       if (changed) span.textContent = this.#texts[i] = token.text;
       if (name !== this.#classes[i]) span.className = this.#classes[i] = name;
     });
@@ -44,6 +44,15 @@ export class Canvas {
       this.#classes[i] = "";
     }
     this.#shown = tokens.length;
+    this.#condense();
+  }
+
+  // Lets what has changed be faint for a moment.
+  #condense() {
+    if (still.matches) return;
+    clearTimeout(this.#waiting);
+    this.element.classList.add("fresh");
+    this.#waiting = setTimeout(() => this.element.classList.remove("fresh"), FRESH_MS);
   }
 
   clear() {

@@ -89,7 +89,8 @@ export function assistantTurn(turn, siblings, act, isLast) {
   const answer = h("div", {className: "answer markdown", dir: "auto"});
   if (turn.text) fillMarkdown(answer, turn.text);
   const copy = button("Copy", () => copied(turn.text, copy), {className: "quiet"});
-  const problem = turn.state === "failed" ? `Not finished: ${turn.error}` : turn.state === "stopped" ? "Stopped." : turn.state === "length" ? "Cut: the limit of tokens was reached." : "";
+  const isEmpty = turn.state === "done" && !turn.text && !turn.calls?.length;
+  const problem = isEmpty ? "The answer is empty." : turn.state === "failed" ? `Not finished: ${turn.error}` : turn.state === "stopped" ? "Stopped." : turn.state === "length" ? "Cut: the limit of tokens was reached." : "";
   return h("article", {className: "turn assistant", ariaLabel: "Answer"},
     turn.thought ? thoughtBox(turn.thought) : null,
     answer,
@@ -120,8 +121,9 @@ export class SettlingTurn {
   #placing = Promise.resolve();
   update = eachFrame(() => this.#draw());
 
-  constructor(run, stop) {
+  constructor(run, stop, drawn) {
     this.run = run;
+    this.drawn = drawn;
     this.element = h("article", {className: "turn assistant running", ariaLabel: "Answer", attributes: {"aria-busy": "true"}},
       this.#thoughtBox, this.#firm, this.#open, this.#calls,
       h("footer", {}, button("Stop", stop, {className: "quiet stop"}), this.#state));
@@ -140,6 +142,7 @@ export class SettlingTurn {
     if (row.answer.length !== this.#settled) this.#place(row.answer);
     if (row.calls.length !== this.#calls.childElementCount) this.#calls.replaceChildren(...row.calls.map(callCard));
     this.#state.textContent = this.#words(row, draft);
+    this.drawn();
   }
 
   #words(row, draft) {
@@ -157,6 +160,7 @@ export class SettlingTurn {
       const [firm, rest] = settledPart(answer);
       if (firm !== (this.#firm.dataset.text ?? "")) await fillMarkdown(this.#firm, firm);
       this.#tail.textContent = rest.replace(/^\n+/, "");
+      this.drawn();
     });
   }
 }
