@@ -168,6 +168,21 @@ PHASES = (
         },
         {"tiles": 4500, "read4": 4500, "shapes": 3500},
     ),
+    Phase(
+        "seventh",
+        7,
+        {
+            "sudoku4": 500,
+            "sudoku6": 2900,
+            "count": 250,
+            "sort": 450,
+            "reverse": 150,
+            "table": 150,
+            "words": 250,
+            "code": 150,
+        },
+        {"tiles": 800, "read4": 7400, "shapes": 3000},
+    ),
 )
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
 # them, of three tasks all, are in both.
