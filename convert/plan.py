@@ -23,7 +23,7 @@ from mlx_diffgemma.config.reading import read_json
 from mlx_diffgemma.config.vision import VisionConfig
 from mlx_diffgemma.errors import ConfigError, WeightsError
 from mlx_diffgemma.model import DiffusionGemma
-from mlx_diffgemma.model.stack import Vision
+from mlx_diffgemma.model.vision import Vision
 
 from .origin import without_paths
 from .recipe import Recipe

@@ -280,7 +280,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
     return folder
 
 
-def load_drawn(seed: int, **text: Any) -> DiffusionGemma:
-    """Our model of a drawn config with drawn weights."""
+def load_drawn(seed: int, *, vision: bool | None = None, **text: Any) -> DiffusionGemma:
+    """Our model of a drawn config with drawn weights. Its files are gone, so that images need its
+    vision at once."""
     with TemporaryDirectory() as folder:
-        return load_model(write_checkpoint(Path(folder), draw_config(seed, **text), seed))
+        written = write_checkpoint(Path(folder), draw_config(seed, **text), seed)
+        return load_model(written, vision=vision)

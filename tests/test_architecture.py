@@ -36,8 +36,8 @@ WINGS = {
     "weights load variants info",
     "denoise": "schedule sampler classes constrained pinned noise stopping canvas images "
     "store_format store_files store row step loop",
-    "write": "job verbose constrained regions writer generate fill edit questions decide chat_file "
-    "chat",
+    "write": "job verbose constrained regions writer generate fill edit questions decide said "
+    "chat_file chat_images chat",
     "engine": "run engine",
     "train": "pictures data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "

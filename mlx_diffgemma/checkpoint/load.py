@@ -16,7 +16,7 @@ from ..errors import DiffGemmaError, PromptError
 from ..language.tokenizer import load_tokenizer
 from ..model import DiffusionGemma
 from ..model.fused import fuse
-from ..model.stack import Vision
+from ..model.vision import Vision
 from .adapters import load_adapters
 from .blas import slow_blas
 from .files import resolve

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ..config.generation import default_of
-from ..config.model import TextConfig
+from ..config.model import ModelConfig, TextConfig
 
 WARN_ABOVE = 0.9  # of what the device recommends
 CACHE_LIMIT_BYTES = 2 << 30  # MLX's allocator keeps at most this much freed memory for reuse
 # float32 [L, V] arrays alive at the peak of a step: outputs, ratios, products (sampler.py)
 _LOGITS_COPIES = 3
+_SCORES_BYTES = 64 << 20  # of the vision tower's attention at a time, where no kernel is fused
 
 
 def context_bytes(config: TextConfig, tokens: int, element_bytes: int = 2) -> int:
@@ -53,6 +54,26 @@ def row_bytes(
     tokens, once more while it grows, and its arrays of the logits' size."""
     logits = _LOGITS_COPIES * 4 * canvas_length * config.vocab_size
     return 2 * context_bytes(config, tokens + canvas_length, element_bytes) + logits
+
+
+def image_bytes(config: ModelConfig, image_tokens: Sequence[int], *, element_bytes: int = 2) -> int:
+    """Return an estimate of what images add while they are read: the largest one in the vision
+    tower, and the features of all. Their tokens' contexts are those of other tokens.
+
+    Args:
+      config: of a model with vision.
+      image_tokens: of each image.
+      element_bytes: as for `needed_bytes`.
+    """
+    if config.vision is None or not image_tokens:
+        return 0
+    vision, patches = config.vision, max(image_tokens) * config.vision.pooling_kernel_size**2
+    # Gate, up and their product; the residual, its norm, and queries, keys and values.
+    numbers = 3 * vision.intermediate_size + 6 * vision.hidden_size
+    inside = patches * (numbers * element_bytes + 2 * 4 * vision.patch_width)
+    scores = 4 * min(_SCORES_BYTES, 4 * vision.num_attention_heads * patches**2)
+    features = sum(image_tokens) * config.text.hidden_size * element_bytes
+    return inside + scores + features
 
 
 def array_bytes(*models: Any) -> int:

@@ -15,7 +15,7 @@ from ..config.model import ModelConfig
 from ..config.quantization import Quantization
 from ..errors import PromptError, WeightsError
 from ..model import DiffusionGemma
-from ..model.stack import Vision
+from ..model.vision import Vision
 from .headers import FLOATS, TensorInfo
 from .names import FOREIGN_VISION, is_bound
 from .tied import Assigned, check_copies, read_assigned

@@ -5,11 +5,12 @@ from typing import Annotated
 import typer
 
 from ..config.generation import GenerationSettings
+from ..config.images import ImageSettings
 from ..errors import PromptError
 from .constraints import ConstraintOptions
 from .options import (
     ContextOptions,
-    ModelOptions,
+    SeeingModelOptions,
     SystemPromptOption,
     command,
     refuse_idle_limit,
@@ -39,10 +40,11 @@ def chat(
         bool, typer.Option("--markdown/--no-markdown", help="Show answers as Markdown.")
     ] = True,
     *,
-    model: ModelOptions,
+    model: SeeingModelOptions,
     contexts: ContextOptions,
     bound: ConstraintOptions,
     settings: GenerationSettings,
+    images: ImageSettings,
 ) -> None:
     """Talk with a model, with commands such as /undo, /retry and /save; /help lists them. Without a
     terminal, each line of stdin is a message or a command, and stdout gets the answers."""
@@ -71,6 +73,7 @@ def chat(
         system_prompt=system_prompt,
         thinking=thinking,
         settings=settings,
+        image_settings=images,
         store=store,
         prompt_progress_callback=reading,
     )

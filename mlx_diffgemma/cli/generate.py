@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from ..config.generation import GenerationSettings
+from ..config.images import ImageSettings
 from ..errors import ConfigError, PromptError
 from .constraints import ConstraintOptions
 from .options import (
-    ModelOptions,
+    SeeingModelOptions,
     SystemPromptOption,
     command,
     prompt_text,
@@ -111,6 +112,46 @@ class ChatOptions:
         )
 
 
+@dataclass(frozen=True)
+class MediaOptions:
+    """The options for pictures and videos beside the prompt."""
+
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Picture that stands before the prompt (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or "
+            "PPM); may be given several times.",
+        ),
+    ] = None
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Video that stands before the prompt, behind the pictures; needs the extra "
+            "[video]. May be given several times.",
+        ),
+    ] = None
+
+    def messages(self, prompt: str, chat: ChatOptions) -> Any:
+        """Return the prompt, as a message with its pictures and videos where there are any.
+
+        Raises:
+          ConfigError: if they are given with --ignore-chat-template.
+        """
+        media = [{"type": "image", "image": file} for file in self.image or []]
+        media += [{"type": "video", "video": file} for file in self.video or []]
+        if not media:
+            return prompt
+        if chat.ignore_chat_template:
+            flag = "--image" if self.image else "--video"
+            raise ConfigError(
+                f"{flag} has no effect with --ignore-chat-template, whose prompt is text alone"
+            )
+        text = [{"type": "text", "text": prompt}] if prompt.strip() else []
+        return [{"role": "user", "content": [*media, *text]}]
+
+
 @command
 def generate(
     text: Annotated[
@@ -131,10 +172,12 @@ def generate(
         ),
     ] = None,
     *,
-    model: ModelOptions,
+    model: SeeingModelOptions,
     chat: ChatOptions,
     bound: ConstraintOptions,
     settings: GenerationSettings,
+    media: MediaOptions,
+    images: ImageSettings,
     output: OutputOptions,
 ) -> None:
     """Answer one prompt: the answer on stdout, everything else on stderr."""
@@ -146,6 +189,7 @@ def generate(
         message, constraint = prompt_text(text, prompt), bound.constraint()
         stop = chat.stop_strings()
         chat.check(settings)  # quick checks come before the model is loaded
+        asked = media.messages(message, chat)
         notes = model.notes()
         if text and "\\n" in text and "\n" not in text:
             notes.append(
@@ -173,10 +217,10 @@ def generate(
         with kept(follows.trace, page, view):
             _answer(
                 loaded,
-                message,
+                asked,
                 settings,
                 stop,
-                chat.prompt_options(),
+                replace(chat.prompt_options(), images=images),
                 constraint,
                 follows,
                 notes,
@@ -188,7 +232,7 @@ def generate(
 
 def _answer(
     model: Any,
-    prompt: str,
+    prompt: Any,
     settings: GenerationSettings,
     stop: tuple[str, ...],
     options: Any,

@@ -155,6 +155,30 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class SeeingModelOptions(ModelOptions):
+    """The options for the model of a command that takes images."""
+
+    no_vision: Annotated[
+        bool,
+        typer.Option(
+            "--no-vision",
+            help="Never load what reads images; without it, the first image loads it.",
+        ),
+    ] = False
+
+    def load(self) -> tuple[Any, Any]:
+        """Load model and tokenizer."""
+        from ..checkpoint.load import load
+
+        return load(
+            self.source,
+            revision=self.revision,
+            adapter_path=self.adapter_path,
+            vision=False if self.no_vision else None,
+        )
+
+
+@dataclass(frozen=True)
 class ContextOptions:
     """The options for contexts that are kept on disk."""
 

@@ -45,7 +45,7 @@ COMMANDS = {
         "show what answers must be, or set it: json-schema FILE, json-object, regex PATTERN, "
         "choices A,B or tool-call",
     ),
-    "/image": ("FILE", "not supported yet; a later version will read images"),
+    "/image": ("FILE", "show the model a picture with the next message; several times for several"),
     "/stats": ("", "show numbers of the last answer and of the session"),
     "/quit": ("", "leave; /exit and Ctrl-D do too"),
 }
@@ -78,6 +78,7 @@ class Session:
         self._held_as = ""
         self._started_with = chat.settings
         self._is_stopping = False
+        self._images: list[Any] = []  # that go with the next message
         self.has_failed = False
 
     def hold(self, options: ConstraintOptions, constraint: Constraint | None) -> None:
@@ -138,7 +139,8 @@ class Session:
         elif text in ("exit", "quit") and self._lines.is_terminal:
             self._view.note("/quit or Ctrl-D leaves; this word alone is not sent")
         elif text:
-            self._turn(self._chat.send(line, constraint=self._held))
+            images, self._images = self._images, []
+            self._turn(self._chat.send(line, images=images, constraint=self._held))
         return True
 
     def _command(self, name: str, argument: str) -> bool | None:
@@ -235,6 +237,7 @@ class Session:
 
     def _reset(self) -> None:
         self._chat.reset()
+        self._images = []
         self._view.note("the conversation is empty")
 
     def _undo(self) -> None:
@@ -372,7 +375,8 @@ class Session:
             self._view.note(f"note: {note}")
 
     def _image(self, file: str) -> None:
-        raise ChatError(f"{file} is not read: images are not supported yet, but in a later version")
+        self._images.append(self._chat.image(file))
+        self._view.note(f"{counted(len(self._images), 'image')} for the next message")
 
     def _stats(self) -> None:
         totals, store = self._totals, self._chat.store

@@ -25,7 +25,7 @@ OF_MLX_LM = {
     **dict.fromkeys(("--draft-model", "--num-draft-tokens"), _PARALLEL),
     "--trust-remote-code": "code from a repository is never run",
     "--use-default-chat-template": "the model's own template is used",
-    "--image": "images are not supported yet",
+    "--image": "generate takes it, and chat has /image",
     "--quantize-activations": "activations are not quantized",
     "--pipeline": "a model runs on one device",
     "--quant-predicate": "--recipe takes its place",

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config.generation import GenerationSettings, ResolvedSettings
 from ..config.model import ModelConfig
-from ..errors import ConfigError, PromptError, TemplateError, ThreadError
+from ..errors import ConfigError, DiffGemmaError, PromptError, TemplateError, ThreadError
 from ..events import LoopEvent
 from ..model import DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
@@ -106,7 +106,7 @@ class Rows:
         for row in list(reading):
             try:
                 images.append(row.look(self._features))
-            except Exception as error:  # such as a damaged file of the tower: it is the row's alone
+            except DiffGemmaError as error:  # such as a damaged file of the tower
                 reading.remove(row)
                 row.leave()
                 failed.append((row, RowFailed(error)))

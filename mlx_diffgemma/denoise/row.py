@@ -115,6 +115,11 @@ class Row:
         """How many tokens the row's context may hold at its end."""
         return self.model.config.text.max_position_embeddings - self._places + self._left
 
+    @property
+    def image_tokens(self) -> list[int]:
+        """The tokens of each image that the row reads or will read."""
+        return [placed.image.soft_tokens for placed in self._images]
+
     def join(self, store: Store | None) -> None:
         """Prepare to be run: find what is known of the text already. A row that was given a context
         uses no store, since the text of the context is unknown."""
@@ -172,6 +177,7 @@ class Row:
         if self.unread is not None or not self._is_prompt:
             return []
         self._is_prompt, self.is_done = False, self._only_reads
+        self._images = ()  # their pixels are not needed any more
         seconds = time.perf_counter() - self._started
         return [PrefillDone(self.prompt_tokens, self._cached, seconds, self.number)]
 

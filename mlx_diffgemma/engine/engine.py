@@ -17,9 +17,11 @@ from ..checkpoint.memory import (
     WARN_ABOVE,
     array_bytes,
     generation_limits,
+    image_bytes,
     recommended_bytes,
     row_bytes,
 )
+from ..denoise.images import FEATURE_BYTES
 from ..denoise.loop import Rows
 from ..denoise.row import Row
 from ..denoise.store import Store
@@ -71,7 +73,7 @@ class Engine:
           max_rows: rows that are stepped together.
           max_queue: requests that may wait, beyond `max_rows` others.
           store: where contexts are kept across requests.
-          memory_bytes: for the contexts and logits of all rows; by default what the device
+          memory_bytes: for the contexts, images and logits of all rows; by default what the device
             recommends, less the weights, the store and a tenth.
 
         Raises:
@@ -83,6 +85,8 @@ class Engine:
                 raise EngineError(f"{name} must be at least 1, got {value}")
         if memory_bytes is None:
             kept = store.max_bytes if store is not None else 0
+            if not model.has_vision and (vision := model.vision_source.nbytes):
+                kept += vision + FEATURE_BYTES  # the first image loads it
             memory_bytes = int(recommended_bytes() * WARN_ABOVE) - array_bytes(model) - kept
         if memory_bytes < 1:
             raise EngineError(
@@ -253,12 +257,10 @@ class Engine:
         return sum(self._bytes_of(row) for row in self._rows.rows)
 
     def _bytes_of(self, row: Row) -> int:
-        return row_bytes(
-            self.model.config.text,
-            row.most_tokens,
-            row.settings.canvas_length,
-            element_bytes=self.model.dtype.size,
-        )
+        size = self.model.dtype.size
+        canvas_length, config = row.settings.canvas_length, self.model.config
+        written = row_bytes(config.text, row.most_tokens, canvas_length, element_bytes=size)
+        return written + image_bytes(config, row.image_tokens, element_bytes=size)
 
     def _advance(self) -> None:
         """Step all rows once, and pass their events to their jobs."""

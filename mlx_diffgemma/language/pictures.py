@@ -146,6 +146,26 @@ def from_data_url(url: str, name: str) -> tuple[bytes, str]:
         raise ImageError(f"{name} is not valid base64: {error}") from error
 
 
+def as_data_url(source: Any) -> str:
+    """Return a picture that `read_rgb` reads as a `data:` URL: of its file, or else of a PNG.
+
+    Raises:
+      ImageError: if it is a file that cannot be read.
+    """
+    if is_data_url(source):
+        return source
+    if isinstance(source, (str, Path)):
+        with opened(source, str(source)) as file:
+            data = file.read()
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+    else:
+        made = BytesIO()
+        read_rgb(source, max_pixels=MOST_PIXELS).save(made, "PNG")
+        data = made.getvalue()
+    return f"data:;base64,{binascii.b2a_base64(data, newline=False).decode()}"
+
+
 @contextmanager
 def opened(source: str | Path, name: str) -> Iterator[Any]:
     """Open a file to read it; a URL, a folder, a pipe or a device is refused.

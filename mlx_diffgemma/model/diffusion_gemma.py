@@ -21,8 +21,8 @@ from .images import Seen, piece_ends, seen_at
 from .layers import softcap
 from .masks import Mask, canvas_mask, causal_mask
 from .products import head, weighted_rows
-from .stack import Layer, Stack, Vision
-from .vision import VisionSource, VisionTower, by_soft_token
+from .stack import Layer, Stack
+from .vision import Vision, VisionSource, VisionTower, by_soft_token
 
 RunLayer = Callable[..., tuple[mx.array, list[LayerContext]]]  # a layer, then its arguments
 

@@ -8,13 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config.model import LayerConfig, TextConfig
-from ..config.vision import VisionConfig
 from .attention import Attention, Segment
 from .context import LayerContext
 from .experts import Experts, Router
 from .layers import MLP, RMSNorm
 from .self_conditioning import SelfConditioning
-from .vision import VisionEmbedder, VisionTower
 
 
 class Layer(nn.Module):
@@ -90,15 +88,6 @@ class Encoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.language_model = EncoderText(config)
-
-
-class Vision(nn.Module):
-    """The part of the encoder that reads images, under its names on disk."""
-
-    def __init__(self, config: VisionConfig, hidden_size: int):
-        super().__init__()
-        self.vision_tower = VisionTower(config)
-        self.embed_vision = VisionEmbedder(config, hidden_size)
 
 
 class Stack(nn.Module):

@@ -11,7 +11,7 @@ Gemma4MultimodalEmbedder.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,9 +24,6 @@ from .context import LayerContext
 from .layers import RMSNorm, geglu, unit_rms
 from .products import linear
 from .rope import turned
-
-if TYPE_CHECKING:
-    from .stack import Vision
 
 _FUSED = (64, 80, 128)  # head sizes of MLX's fused kernels; heads are padded with zeros to the next
 _SCORES_BYTES = 64 << 20  # where no kernel is fused, queries go in pieces of so many scores
@@ -208,6 +205,15 @@ class VisionEmbedder(nn.Module):
     def __call__(self, soft: mx.array) -> mx.array:
         """[..., W] -> [..., M]."""
         return linear(self.embedding_projection, unit_rms(soft, self.eps))
+
+
+class Vision(nn.Module):
+    """The part of the encoder that reads images, under its names on disk."""
+
+    def __init__(self, config: VisionConfig, hidden_size: int):
+        super().__init__()
+        self.vision_tower = VisionTower(config)
+        self.embed_vision = VisionEmbedder(config, hidden_size)
 
 
 def by_soft_token(positions: np.ndarray, config: VisionConfig) -> np.ndarray:

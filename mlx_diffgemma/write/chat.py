@@ -7,24 +7,28 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..checkpoint.memory import recommended_bytes
 from ..config.generation import GenerationSettings
+from ..config.images import ImageSettings
 from ..constraint.constraint import Constraint
 from ..denoise.store import Store
 from ..errors import ChatError
-from ..events import Event, Finished, Text, ToolCall
+from ..events import Event, ToolCall
+from ..language.encoded import ImageForm
 from ..language.prompt import PromptOptions
 from ..language.stops import stop_strings
 from ..language.tokenizer import declaration_of
 from ..language.tools import declared
 from ..model import DiffusionGemma
-from .chat_file import SavedChat, read_chat, write_chat
+from .chat_file import SavedChat, read_chat, text_of, write_chat
+from .chat_images import ChatImages, is_part
 from .generate import Request
 from .job import Job, Task, refuse_other, run_jobs
+from .said import Said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,53 +69,6 @@ class _Turn:
         return self.request.job(model, tokenizer, progress=self.progress)
 
 
-@dataclass(slots=True)
-class _Said:
-    """What the model has said in a turn so far."""
-
-    answer: str = ""
-    thought: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    is_finished: bool = False
-
-    def observe(self, event: Event) -> None:
-        if isinstance(event, Text) and event.channel == "answer":
-            self.answer += event.piece
-        elif isinstance(event, Text):
-            self.thought += event.piece
-        elif isinstance(event, ToolCall):
-            self.calls.append(event)
-        elif isinstance(event, Finished):
-            self.is_finished = True
-
-    @property
-    def counts(self) -> bool:
-        """Whether there is something to keep: a whole answer, though empty, or a part of one."""
-        return self.is_finished or bool(self.answer.strip() or self.calls)
-
-    def messages(self) -> list[Message]:
-        """Return it as messages. Templates write a message's text behind the results of its calls,
-        so text beside calls gets a message of its own. Templates show the thought before a call
-        until the next user's message."""
-        if not self.calls:
-            return [{"role": "assistant", "content": self.answer}]
-        calling: Message = {"role": "assistant", "content": ""}
-        calling["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in self.calls
-        ]
-        before: list[Message] = []
-        if self.answer.strip():
-            before = [{"role": "assistant", "content": self.answer}]
-        if self.thought.strip():
-            (before or [calling])[0]["reasoning"] = self.thought.strip()
-        return [*before, calling]
-
-
 def chat_store(
     folder: str | os.PathLike[str] | None = None, folder_bytes: int | None = None
 ) -> Store:
@@ -142,6 +99,7 @@ class Chat:
         thinking: bool = False,
         stop: str | Sequence[str] = (),
         settings: GenerationSettings = GenerationSettings(),
+        image_settings: ImageSettings = ImageSettings(),
         store: Store | None = None,
         prompt_progress_callback: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -155,6 +113,7 @@ class Chat:
           thinking: let the model think before it answers.
           stop: as in `generate`.
           settings: how to denoise. With a seed, answer n (from 0) is drawn under seed + n.
+          image_settings: how images become tokens.
           store: where contexts are kept; an engine has its own. By default of 2 GB, or an eighth
             of the device's memory where that is less.
           prompt_progress_callback: called with (places read, places in all) by the thread that
@@ -180,6 +139,9 @@ class Chat:
         self._model, self._tokenizer = model_or_engine, tokenizer
         self._progress = prompt_progress_callback
         self.settings = settings
+        made = "ImageSettings(image_tokens=560)"
+        refuse_other("image_settings", image_settings, ImageSettings, made)
+        self._images = ChatImages(ImageForm.of(model_or_engine.config), image_settings)
         self._messages: list[Message] = []
         self._unsent: list[Message] | None = None  # a conversation that got no answer
         self._answers = 0
@@ -204,13 +166,13 @@ class Chat:
 
     @property
     def turns(self) -> list[str]:
-        """The user's messages."""
-        return [m["content"] for m in self._messages if m["role"] == "user"]
+        """The texts of the user's messages."""
+        return [text_of(m) for m in self._messages if m["role"] == "user"]
 
     @property
     def unsent(self) -> str | None:
         """The message that got no answer, if it was the last one; `retry` sends it again."""
-        return None if self._unsent is None else self._unsent[-1]["content"]
+        return None if self._unsent is None else text_of(self._unsent[-1])
 
     @property
     def open_calls(self) -> list[ToolCall]:
@@ -227,13 +189,26 @@ class Chat:
             ]
         return []
 
+    def image(self, source: Any) -> Message:
+        """Return an image as a part of a message, for `send`. It is read and checked now; the
+        conversation keeps the file's bytes, so that saved chats need no other files.
+
+        Args:
+          source: a path, bytes of a file, a Pillow image, an array or a `data:` URL.
+
+        Raises:
+          DiffGemmaError: if the model reads no images, or this one cannot be read.
+        """
+        return self._images.part(source)
+
     def send(
-        self, text: str, *, constraint: Constraint | None = None
+        self, text: str, *, images: Sequence[Any] = (), constraint: Constraint | None = None
     ) -> Generator[Event, None, None]:
         """Send a message and yield the answer's events.
 
         Args:
           text: the message.
+          images: sources as `image` takes them, or what it returned; they stand before the text.
           constraint: what this answer must be, as in `generate`. `Constraint.tool_call(chat.tools)`
             makes it a call of one of the chat's tools.
 
@@ -242,7 +217,9 @@ class Chat:
             result is missing.
         """
         self._check_calls()
-        yield from self._say(self._messages, text, constraint)
+        self._check_idle()
+        parts = [part if is_part(part) else self.image(part) for part in images]
+        yield from self._say(self._messages, text, constraint, parts)
 
     def resume(self, *, constraint: Constraint | None = None) -> Generator[Event, None, None]:
         """Let the model go on behind the results of its tool calls; yield the events.
@@ -296,7 +273,7 @@ class Chat:
             self._unsent = None
             return unsent
         start = self._start_of(len(self.turns))
-        text: str = self._messages[start]["content"]
+        text = text_of(self._messages[start])
         self._messages = self._messages[:start]
         return text
 
@@ -318,7 +295,8 @@ class Chat:
     def edit(
         self, number: int, text: str, *, constraint: Constraint | None = None
     ) -> Generator[Event, None, None]:
-        """Replace a message, drop all that came after it, and yield the events of its answer.
+        """Replace a message's text, drop all that came after it, and yield the events of its
+        answer.
 
         Args:
           number: of the user's messages, from 1.
@@ -328,7 +306,10 @@ class Chat:
         Raises:
           DiffGemmaError: as `send`, or if there is no such message.
         """
-        yield from self._say(self._messages[: self._start_of(number)], text, constraint)
+        start = self._start_of(number)
+        content = self._messages[start]["content"]
+        kept = [] if isinstance(content, str) else [p for p in content if p["type"] != "text"]
+        yield from self._say(self._messages[:start], text, constraint, kept)
 
     def reseed(self, seed: int | None) -> None:
         """Draw answers under another seed from now on, and count them from 0 again.
@@ -344,6 +325,7 @@ class Chat:
         """Forget the conversation; system prompt, tools and settings stay."""
         self._check_idle()
         self._messages, self._unsent, self._answers = [], None, 0
+        self._images.forget()
 
     def save(self, file: str | Path) -> None:
         """Write conversation, system prompt, tools and settings to a JSON file.
@@ -388,20 +370,25 @@ class Chat:
         return places[number - 1]
 
     def _say(
-        self, before: list[Message], text: str, constraint: Constraint | None
+        self,
+        before: list[Message],
+        text: str,
+        constraint: Constraint | None,
+        images: Sequence[Message],
     ) -> Generator[Event, None, None]:
         self._check_idle()
         if not isinstance(text, str) or not text.strip():
             raise ChatError(f"a message is text and not empty, got {text!r}")
         past = [{k: v for k, v in m.items() if k != "reasoning"} for m in before]
-        yield from self._answer([*past, {"role": "user", "content": text}], constraint)
+        content = [*images, {"type": "text", "text": text}] if images else text
+        yield from self._answer([*past, {"role": "user", "content": content}], constraint)
 
     def _answer(
         self, messages: list[Message], constraint: Constraint | None
     ) -> Generator[Event, None, None]:
         """Answer the messages, which become the conversation once something is said to them."""
         self._check_idle()
-        said, is_sent = _Said(), messages[-1]["role"] == "user"
+        said, is_sent = Said(), messages[-1]["role"] == "user"
         self._is_writing = True
         try:
             with closing(self._events(self._turn(messages, constraint))) as events:
@@ -421,8 +408,12 @@ class Chat:
         if settings.seed is not None:
             settings = replace(settings, seed=(settings.seed + self._answers) % _SEEDS)
         options = PromptOptions(
-            system_prompt=self.system_prompt, thinking=self.thinking, tools=self.tools
+            system_prompt=self.system_prompt,
+            thinking=self.thinking,
+            tools=self.tools,
+            images=self._images.settings,
         )
+        messages = self._images.in_place(messages)
         return _Turn(Request(messages, settings, options, self.stop, constraint), self._progress)
 
     def _events(self, turn: _Turn) -> Generator[Event, None, None]:

@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint.files import write_whole
 from ..config.generation import GenerationSettings
 from ..errors import ChatError, ConfigError
+from ..language.pictures import is_data_url
 
 FORMAT, VERSION = "mlx_diffgemma chat", 1
 
@@ -172,12 +173,33 @@ def _role(number: int, message: Any) -> str:
     given = set(message) - {"role"}
     if not must <= given <= must | may:
         raise _DamageError(f"message {number} has the keys {', '.join(sorted(given)) or 'none'}")
+    has_parts = role == "user" and _are_parts(message["content"])
     for key in given - {"tool_calls"}:
-        if not isinstance(message[key], str):
+        if not isinstance(message[key], str) and not (has_parts and key == "content"):
             raise _DamageError(f'"{key}" of message {number} is not text')
-    if role == "user" and not message["content"].strip():
+    if role == "user" and not text_of(message).strip():
         raise _DamageError(f"message {number} is empty")
     return role
+
+
+def _are_parts(content: Any) -> bool:
+    """Return whether a content is a list of images, as data: URLs, and texts."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict)
+        and part.get("type") in ("image", "text")
+        and set(part) == {"type", part["type"]}
+        and isinstance(part[part["type"]], str)
+        and (part["type"] == "text" or is_data_url(part["image"]))
+        for part in content
+    )
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """Return the text of a user's message, without its images."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _call_ids(number: int, message: Mapping[str, Any]) -> set[str]:

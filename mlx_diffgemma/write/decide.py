@@ -259,7 +259,7 @@ class _Asked:
     question: Question
     labels: Labels
     tokens: np.ndarray  # int32 [S]
-    images: Sequence[ImagePatches]  # in the tokens
+    images: Sequence[ImagePatches] = ()  # in the tokens
 
     def canvas(self, width: int, ends: tuple[int, int], vocab_size: int) -> np.ndarray:
         """Return the canvas, int32 [1, W]: noise in the answer's slot, the end of the turn and the

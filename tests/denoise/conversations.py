@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, takewhile
 
@@ -20,11 +21,14 @@ import numpy as np
 from mlx_diffgemma import GenerationSettings, Store
 from mlx_diffgemma.config.generation import ResolvedSettings
 from mlx_diffgemma.config.model import TextConfig
+from mlx_diffgemma.denoise.images import Features, Placed, as_text
 from mlx_diffgemma.denoise.loop import Rows
 from mlx_diffgemma.denoise.store import Node
 from mlx_diffgemma.events import CanvasCommitted, PrefillDone
+from mlx_diffgemma.language.images import ImagePatches
 from mlx_diffgemma.model import Context, DiffusionGemma
 from tests.denoise.mixtures import UNDECIDED, Trace, first_difference, listening, model_of
+from tests.denoise.pictures import draw_picture, ids_of
 
 MODELS = (2, 4, -1)  # canvases of 7 and 64 tokens; the last one is the bundled model
 
@@ -125,7 +129,12 @@ def answer(
 
 
 def answered(
-    model: DiffusionGemma, text: np.ndarray, seed: int, store: Store | None, piece: int = 512
+    model: DiffusionGemma,
+    text: np.ndarray,
+    seed: int,
+    store: Store | None,
+    piece: int = 512,
+    images: Sequence[ImagePatches] = (),
 ) -> Answer:
     settings = GenerationSettings(
         seed=seed, max_denoising_steps=2, prefill_step_size=piece, top_candidates=2
@@ -136,7 +145,7 @@ def answered(
         store.trace = trace
     with listening({0: trace}) as make:
         rows = Rows(model, store)
-        rows.add(make(model, settings, text))
+        rows.add(make(model, settings, text, images=images))
         for event in rows.run():
             if isinstance(event, PrefillDone):
                 counts = event.prompt_tokens, event.cached_tokens
@@ -183,42 +192,55 @@ def converse(
     told: Told,
     *,
     all_kept: bool = False,
+    pictures: Sequence[ImagePatches] = (),
 ) -> None:
-    """One conversation: turns, some tried again or written anew from an earlier place on. Answers
-    over a `Watched` store are compared with those without one."""
-    rng = np.random.default_rng([7, seed])
+    """One conversation: turns, some tried again or written anew from an earlier place on, some with
+    pictures. Answers over a `Watched` store are compared with those without one."""
+    rng, pick = np.random.default_rng([7, seed]), np.random.default_rng([8, seed])
     end, canvas = 1, GenerationSettings().resolve(model.config).canvas_length
     read: list[np.ndarray] = []  # the texts that the model has read
 
-    def turn() -> np.ndarray:
+    shown: list[Placed] = []  # the pictures of the history
+    widest = max((picture.soft_tokens for picture in pictures), default=0)
+
+    def turn(start: int) -> np.ndarray:
         words = rng.integers(6, 70, rng.integers(3, 60), dtype=np.int32)
+        words = np.where(np.isin(words, model.config.image_token_ids), 5, words).astype(np.int32)
+        if pictures and pick.random() < 0.6:
+            picture, at = pictures[pick.integers(len(pictures))], int(pick.integers(len(words)))
+            words = np.concatenate([words[:at], ids_of(model, picture), words[at:]])
+            shown.append(Placed(start + at + 1, picture))
         return np.append(words, np.int32(end))
 
-    history, starts = turn(), [0]
+    history, starts = turn(0), [0]
     for number in range(rng.integers(2, 5)):
         again = rng.integers(4)
         if again == 1 and len(starts) > 1:  # an edit
-            history = np.append(history[: starts.pop(rng.integers(1, len(starts)))], turn())
+            start = starts.pop(rng.integers(1, len(starts)))
+            shown[:] = [placed for placed in shown if placed.start < start]
+            history = np.append(history[:start], turn(start))
         elif again != 2 or number == 0:  # not a retry
             starts.append(len(history))
-            history = np.append(history, turn())
+            history = np.append(history, turn(len(history)))
         if len(history) > 500:
             return
         own = int(rng.integers(1 << 30))
-        mine = answered(model, history, own, store)
+        images = [placed.image for placed in shown]
+        text = as_text(history, shown)
+        mine = answered(model, history, own, store, images=images)
         asked, found, canvases = mine.asked, mine.found, mine.canvases
         told.turns, told.found = told.turns + 1, told.found + found
         told.read += asked - found
         name = f"conversation {seed}, turn {number}"
         if isinstance(store, Watched):
-            plain = answered(model, history, own, None)
+            plain = answered(model, history, own, None, images=images)
             compare(name, mine, plain, store, model.config.text.top_k_experts, told)
-        most = max(store.every, canvas) + asked - common(history, read)
+        most = max(store.every, canvas) + asked - common(text, read) + 2 * widest
         if all_kept and asked - found > most:
             told.findings.append(f"{name}: read {asked - found} tokens, expected at most {most}")
         if store.nbytes > store.max_bytes:
             told.findings.append(f"{name}: {store.nbytes} bytes are kept")
-        read += [history, np.concatenate([history, *canvases[:-1]])]
+        read += [text, np.concatenate([text, *canvases[:-1]])]
         history = np.concatenate([history, *canvases])
 
 
@@ -231,15 +253,20 @@ def held_bytes(store: Store) -> tuple[int, int]:
     return said, before - mx.get_active_memory()
 
 
-def run(count: int, max_bytes: int = 1 << 30, every: int = 32, first: int = 0) -> tuple[Told, list]:
-    """Run conversations over one store for each model; return what they gave, and the bytes that
-    each store said and held."""
+def run(
+    count: int, max_bytes: int = 1 << 30, every: int = 32, first: int = 0, *, pictures: int = 0
+) -> tuple[Told, list]:
+    """Run conversations over one store for each model, with so many pictures that come again;
+    return what they gave, and the bytes that each store said and held."""
     told, held = Told(), []
     cached = mx.set_cache_limit(0)  # or MLX reuses larger buffers, up to two pages for each array
     for place, number in enumerate(MODELS):
         model, store = model_of(number), Watched(max_bytes, every=every)
+        rng = np.random.default_rng(number + 9)
+        drawn = [draw_picture(model, rng) for _ in range(pictures)]
         for seed in range(first + place, first + count, len(MODELS)):
-            converse(seed, store, model, told, all_kept=max_bytes >= 1 << 30)
+            converse(seed, store, model, told, all_kept=max_bytes >= 1 << 30, pictures=drawn)
+        store.features = Features()
         held.append(held_bytes(store))
         store.trace = Trace()
     mx.set_cache_limit(cached)
@@ -265,9 +292,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=500)
     options = parser.parse_args()
     budget, passed = 400_000, True
-    for max_bytes, first in ((1 << 30, 0), (budget, options.cases)):
-        told, held = run(options.cases, max_bytes, first=first)
-        print(f"store of {max_bytes:,} bytes: {told.summary()}")
+    cases = (1 << 30, 0, 0), (budget, options.cases, 0), (1 << 30, 0, 4)
+    for max_bytes, first, pictures in cases:
+        told, held = run(options.cases, max_bytes, first=first, pictures=pictures)
+        print(f"store of {max_bytes:,} bytes, {pictures} pictures: {told.summary()}")
         for line in (*told.ties, *told.drifts, *told.findings):
             print(line)
         print(f"bytes said and held, by model: {held}", flush=True)

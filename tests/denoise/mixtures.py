@@ -56,7 +56,7 @@ def model_of(number: int, dtype: mx.Dtype = mx.float32) -> DiffusionGemma:
     if number < 0:
         model = load_model(bundled_model())
     else:
-        model = load_drawn(number, sliding_window=(4, 8, 16)[number % 3])
+        model = load_drawn(number, vision=True, sliding_window=(4, 8, 16)[number % 3])
     model.set_dtype(dtype)
     return model
 
@@ -172,8 +172,8 @@ def listening(traces: dict[int, Trace]) -> Iterator[type[Row]]:
         routed.clear()
         return parts
 
-    def reads(model, pieces, contexts):
-        out = encode(model, pieces, contexts)
+    def reads(model, pieces, contexts, images=None):
+        out = encode(model, pieces, contexts, images)
         for number, part in zip(reading, split([p.shape[1] for p in pieces]), strict=bool(reading)):
             traces[number].decisions.append(("read", part, None, None))
         reading.clear()

@@ -674,7 +674,7 @@ def test_a_replay_cannot_be_drawn_again():
     [
         ([[10, V]], None, f"token {V} is outside the vocabulary of {V}"),
         ([[-1, 10]], None, f"token -1 is outside the vocabulary of {V}"),
-        ([[10, IMAGE]], None, f"image token {IMAGE}; images are not supported"),
+        ([[10, IMAGE]], None, "1 place for images, of 1 image tokens, and 0 images of 0"),
         ([[]], None, "the prompt is empty"),
         ([10, 11], None, r"\[B, S\] with at least one token, got \(2,\)"),
         ([[10, 11]], [3], r"1 numbers from 1 to 2, got \[3\]"),

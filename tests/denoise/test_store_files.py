@@ -219,7 +219,7 @@ def forged(file: Path, *, named: str | None = None, **changes) -> None:
 
 OTHER = "its arrays have other names, types or shapes than the model's"
 FORGERIES = {
-    "version": ({"version": "2"}, "it is of another model or version"),
+    "version": ({"version": "1"}, "it is of another model or version"),
     "model": ({"model": "0" * 16}, "it is of another model or version"),
     "text": ({"arrays": {"tokens": ("I32", np.roll(TEXT[:200], 1))}}, "it is of another text"),
     "a shorter text": ({"arrays": {"tokens": ("I32", TEXT[:100])}}, "it is of another text"),

@@ -46,7 +46,7 @@ def bases() -> list[tuple[str, bytes]]:
     clear.putalpha(smooth.convert("L"))
     exif = Image.Exif()
     exif[0x0112] = 6
-    deep = Image.fromarray((np.asarray(smooth.convert("L")).astype(np.uint16) * 257))
+    deep = Image.fromarray(np.asarray(smooth.convert("L")).astype(np.uint16) * 257)
     frames = [smooth.convert("P"), smooth.transpose(Image.Transpose.ROTATE_180).convert("P")]
     made: list[tuple[str, Image.Image, dict]] = [
         ("JPEG", smooth, {"exif": exif}),
