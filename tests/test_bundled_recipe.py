@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import yaml
 
@@ -21,6 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "bundled"
 sys.path.insert(0, str(RECIPES))
 
 import make  # noqa: E402
+import pictures  # noqa: E402
 import tasks  # noqa: E402
 
 
@@ -69,11 +71,59 @@ def test_answers_are_right():
         assert function(7, 3) == {"add": 10, "subtract": 4, "multiply": 21}[name]
 
 
+@pytest.mark.parametrize("task", pictures.TASKS)
+def test_a_picture_is_drawn_by_its_seed(task):
+    made = [pictures.make(task, i, 5) for i in range(20)]
+    assert len({seen.answer for seen in made}) > 10
+    assert {seen.image.mode for seen in made} == {"RGB"}
+    for i, seen in enumerate(made):
+        assert seen.image.tobytes() == pictures.make(task, i, 5).image.tobytes()
+        assert seen.image.tobytes() != pictures.make(task, i, 6).image.tobytes()
+
+
+def test_a_picture_shows_what_its_answer_says():
+    """Tiles have their colours, cells with a digit have ink, and spots of colours are counted."""
+    for i in range(10):
+        tiles = pictures.make("tiles", i, 0)
+        for row, line in enumerate(tiles.answer.split("\n")):
+            for column, letter in enumerate(line):
+                assert colour_at(tiles.image, row, column) == letter, (i, row, column)
+        square = pictures.make("read4", i, 0)
+        rows = square.answer.split("\n")
+        assert [len(row) for row in rows] == [4] * 4 and set("".join(rows)) <= set("1234.")
+        shapes = pictures.make("shapes", i, 0)
+        told = dict(each.split() for each in shapes.answer.split(", "))
+        assert list(told) == ["red", "green", "blue", "yellow"]
+        for colour, number in told.items():
+            assert (int(number) > 0) is (colour[0] in colours_of(shapes.image)), (i, colour)
+
+
+def colours_of(image) -> set[str]:
+    """The first letters of the colours that some of a picture has."""
+    pixels = np.asarray(image).reshape(-1, 3).astype(int)
+    found = set()
+    for name, colour in pictures.COLOURS.items():
+        near = (np.abs(pixels - colour) <= 21).all(axis=1)
+        if near.sum() > 40:
+            found.add(name[0])
+    return found
+
+
+def colour_at(image, row: int, column: int) -> str:
+    """The letter of a tile, from its middle; a dot for paper."""
+    side = image.width
+    x, y = (int(side * (0.03 + 0.235 * (place + 0.5))) for place in (column, row))
+    pixel = np.asarray(image)[y, x].astype(int)
+    near = [n for n, c in pictures.COLOURS.items() if (np.abs(pixel - c) <= 21).all()]
+    return near[0][0] if near else "."
+
+
 @pytest.mark.long  # several trainings
 def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """A first phase of two batches, then of three, and a second one of two."""
-    first, second = few = [
-        make.Phase(p.name, p.seed, dict.fromkeys(p.counts, 4)) for p in make.PHASES[:2]
+    """A first phase of two batches, then of three, and two more, the last with pictures."""
+    first, second, third = few = [
+        make.Phase(p.name, p.seed, dict.fromkeys(p.counts, 4), dict.fromkeys(p.pictures, 4))
+        for p in (*make.PHASES[:2], make.PHASES[5])
     ]
     original = {phase.name: yaml.safe_load(phase.recipe.read_text()) for phase in few}
     monkeypatch.setattr(make, "HERE", tmp_path)
@@ -101,10 +151,14 @@ def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     run(second, 2, 1e-9)  # which hardly moves, so that it is seen where it began
     assert mx.allclose(weights(second), weights(first), atol=1e-6)
 
-    assert load_model(folder / "model").config.canvas_length == 64
+    run(third, 2, 1e-9)
+    rounded = weights(second).astype(mx.bfloat16).astype(mx.float32)
+    assert mx.allclose(weights(third), rounded, atol=1e-6)
+
+    assert load_model(folder / "model", vision=True).config.canvas_length == 64
     written = mx.load(str(folder / "model" / "model.safetensors"))[NAME]
     assert written.dtype == mx.bfloat16
-    assert mx.array_equal(written, weights(second).astype(mx.bfloat16))
+    assert mx.array_equal(written, weights(third).astype(mx.bfloat16))
     asked = json.loads((folder / "model" / "prompts.json").read_text())
     assert len(asked) == 2 * len(tasks.TASKS)
 
@@ -126,11 +180,13 @@ def test_a_folder_is_of_one_recipe(tmp_path, monkeypatch):
     make.claim(tmp_path / "other")
     (tmp_path / "made" / "recipe.json").rename(tmp_path / "recipe.json")
     (tmp_path / "made" / "start").mkdir()
-    with pytest.raises(SystemExit, match=r"made was not made by this recipe \(tasks.py, start.py"):
+    with pytest.raises(
+        SystemExit, match=r"made was not made by this recipe \(tasks.py, pictures.py"
+    ):
         make.claim(tmp_path / "made")
     changed = (*make.PHASES[:-1], replace(make.PHASES[-1], seed=77))
     monkeypatch.setattr(make, "PHASES", changed)
-    with pytest.raises(SystemExit, match=r"other was not made by this recipe \(phase fifth\)"):
+    with pytest.raises(SystemExit, match=r"other was not made by this recipe \(phase seventh\)"):
         make.claim(tmp_path / "other")
 
 

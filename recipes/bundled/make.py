@@ -55,6 +55,11 @@ class Phase:
     short_gaps: bool = False  # one underscore for a missing word, not one for each of its letters
 
     @property
+    def model(self) -> str:
+        """The checkpoint that it trains, beside the weights of the phase before."""
+        return "blind" if self.pictures else "start"
+
+    @property
     def begins_again(self) -> bool:
         """Whether it begins with the weights before it rounded to bfloat16, in a checkpoint that
         has a tower: the first one with pictures, since the model was published before."""
@@ -168,6 +173,21 @@ PHASES = (
         },
         {"tiles": 4500, "read4": 4500, "shapes": 3500},
     ),
+    Phase(
+        "seventh",
+        7,
+        {
+            "sudoku4": 500,
+            "sudoku6": 2900,
+            "count": 250,
+            "sort": 450,
+            "reverse": 150,
+            "table": 150,
+            "words": 250,
+            "code": 150,
+        },
+        {"tiles": 800, "read4": 7400, "shapes": 3000},
+    ),
 )
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
 # them, of three tasks all, are in both.
@@ -256,8 +276,8 @@ def command(folder: Path, phase: Phase) -> list[str]:
     """The trainer's, which goes on where the phase stands."""
     run, before = folder / phase.name / "run", PHASES[: PHASES.index(phase)]
     arguments = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
-    model = folder / ("blind" if phase.pictures else "start")
-    arguments += ["--model", str(model), "--data", str(folder / phase.name / "data")]
+    arguments += ["--model", str(folder / phase.model)]
+    arguments += ["--data", str(folder / phase.name / "data")]
     arguments += ["--adapter-path", str(run)]
     if stands_at(run):
         arguments.append("--resume")
@@ -320,8 +340,10 @@ def export(folder: Path) -> Path:
     asked in tests beside it."""
     for name in ("float32", "model", "model.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    run = folder / PHASES[-1].name / "run"
-    whole = fuse_checkpoint(folder / "blind", run, folder / "float32").folder
+    last = PHASES[-1]
+    whole = fuse_checkpoint(
+        folder / last.model, folder / last.name / "run", folder / "float32"
+    ).folder
     model = folder / "model.partial"
     shutil.copytree(whole, model)
     arrays = mx.load(str(whole / "model.safetensors"))
