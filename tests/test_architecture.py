@@ -43,7 +43,7 @@ WINGS = {
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
     "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",
-    "serve": "errors limits metrics pieces threads state page runs log sse body security "
+    "serve": "errors limits images metrics pieces threads state page runs log sse body security "
     "structured openai_types page_settings openai_chat decisions fills fim completions infill "
     "edits responses_types responses_store responses_items responses anthropic_types anthropic "
     "status steps forms events app server",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .entry import Entry, check, setting
+from .images import MOST_PIXELS
 
 _SERVE = ("serve",)  # the command that has them as options
 
@@ -37,6 +38,12 @@ class Limits:
     )
     max_messages: int = _count(4096, "Messages in a request.")
     max_parts: int = _count(1024, "Parts of a message, and tool calls in it.")
+    max_images: int = _count(64, "Images in a request.")
+    max_image_pixels: int = _count(
+        25_000_000,
+        "Pixels of an image in a request; larger ones are refused before they are decoded.",
+        at_most=MOST_PIXELS,
+    )
     max_tools: int = _count(256, "Tools in a request.")
     max_choices: int = _count(8, "Answers to one request, as `n` asks for.")
     max_stops: int = _count(16, "Stop strings in a request.")

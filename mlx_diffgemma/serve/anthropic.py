@@ -134,7 +134,12 @@ def _options(
             f"messages[{len(body.messages) - 1}]",
             "an answer that the client has begun has no thought before it; disable thinking",
         )
-    return PromptOptions(thinking=thinking, response_prefix=conversation.prefix, tools=plan.shown)
+    return PromptOptions(
+        thinking=thinking,
+        response_prefix=conversation.prefix,
+        tools=plan.shown,
+        images=state.images,
+    )
 
 
 async def _tools(state: State, body: Counted, form: Constraint | None = None) -> ToolPlan:

@@ -11,6 +11,7 @@ from pydantic import Field
 from ..config.serving import Limits
 from .body import Fields, Many, refuse
 from .errors import ApiError, refused
+from .images import Piece, check_images, image_part, joined, pieces_of
 from .limits import check_length
 from .openai_types import Count, Name, Seed
 from .structured import Tool
@@ -20,19 +21,28 @@ Temperature = Annotated[float, Field(ge=0, le=1)]
 # context could be used again.
 _BILLING = "x-anthropic-billing-header:"
 _PARAGRAPH = "\n\n"  # between blocks of text
-# Types of blocks that cannot be read -> why. Images will be supported.
+# Types of blocks that cannot be read -> why.
 _REFUSED = {
-    "image": "images are not supported yet",
+    "image": "images are read in the user's messages and in the results of tools",
     "document": "documents are not read; put their text into the message",
     "container_upload": "the server keeps no files",
     "server_tool_use": "the server runs no tools",
 }
 
 
+class Source(Fields):
+    """Where an image is."""
+
+    type: str
+    media_type: str | None = None
+    data: str | None = None
+
+
 class Block(Fields):
     """A block of content, of any type."""
 
     type: str
+    source: Source | None = None  # of an image
     text: str | None = None
     thinking: str | None = None
     id: str | None = None  # of a tool_use
@@ -166,6 +176,7 @@ def conversation_of(body: Counted, limits: Limits) -> Conversation:
         reader.add("system", reader.text(body.system, "system"))
     for number, message in enumerate(body.messages):
         reader.read(message, f"messages[{number}]")
+    check_images(reader.messages, limits, "messages")
     messages, last = reader.messages, reader.messages[-1] if reader.messages else {}
     if last.get("tool_calls"):
         raise ApiError(
@@ -192,20 +203,20 @@ class _Reader:
         else:
             self._user(message.content, param)
 
-    def add(self, role: str, text: str) -> None:
-        """Add text; messages of one role that follow each other are one turn."""
+    def add(self, role: str, *pieces: Piece) -> None:
+        """Add texts and images; messages of one role that follow each other are one turn."""
         last = self.messages[-1] if self.messages else {}
-        if not text:
+        content = joined(pieces, _PARAGRAPH)
+        if not content:
             return
         if last.get("role") == role and not last.get("tool_calls"):
-            last["content"] += _PARAGRAPH + text
+            last["content"] = joined([*pieces_of(last["content"]), *pieces], _PARAGRAPH)
         else:
-            self.messages.append({"role": role, "content": text})
+            self.messages.append({"role": role, "content": content})
 
     def text(self, content: Content, param: str) -> str:
         """Return the text of content that must be text."""
-        texts = [block.text or "" for block, _ in self._blocks(content, param, ("text",))]
-        return _PARAGRAPH.join(filter(None, map(_without_billing, texts)))
+        return self._texts(self._blocks(content, param, ("text",)))
 
     def _assistant(self, content: Content, param: str) -> None:
         texts, thoughts, calls = [], [], []
@@ -225,13 +236,18 @@ class _Reader:
         self.messages.append(made | ({"reasoning": thought} if thought else {}))
 
     def _user(self, content: Content, param: str) -> None:
-        texts = []
-        for block, where in self._blocks(content, f"{param}.content", ("text", "tool_result")):
+        pieces: list[Piece] = []
+        known = ("text", "image", "tool_result")
+        for block, where in self._blocks(content, f"{param}.content", known):
             if block.type == "text":
-                texts.append(block.text or "")
+                pieces.append(block.text or "")
+            elif block.type == "image":
+                pieces.append(_image(block, where))
             else:
-                self.messages.append(self._result(block, where))
-        self.add("user", _PARAGRAPH.join(filter(None, texts)))
+                message, images = self._result(block, where)
+                self.messages.append(message)
+                pieces += images
+        self.add("user", *pieces)
 
     def _call(self, block: Block, param: str) -> dict[str, Any]:
         for name, value in (("id", block.id), ("name", block.name), ("input", block.input)):
@@ -242,14 +258,22 @@ class _Reader:
         function = {"name": block.name, "arguments": block.input}
         return {"id": block.id, "type": "function", "function": function}
 
-    def _result(self, block: Block, param: str) -> dict[str, Any]:
+    def _result(self, block: Block, param: str) -> tuple[dict[str, Any], list[Piece]]:
+        """Return the message of a tool's result, and its images: these stand in the user's turn
+        behind it, since chat templates write a result as text."""
         if block.tool_use_id not in self._calls:
             where = f"{param}.tool_use_id"
             raise ApiError(400, f"{where}: no tool_use before it has this id", param=where)
-        text = self.text(block.content or "", f"{param}.content")
+        blocks = self._blocks(block.content or "", f"{param}.content", ("text", "image"))
+        images: list[Piece] = [_image(each, at) for each, at in blocks if each.type == "image"]
+        text = self._texts([(each, at) for each, at in blocks if each.type == "text"])
         if block.is_error and not text.lower().startswith("error"):
             text = f"Error: {text}"
-        return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
+        return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}, images
+
+    def _texts(self, blocks: list[tuple[Block, str]]) -> str:
+        texts = (_without_billing(block.text or "") for block, _ in blocks)
+        return _PARAGRAPH.join(filter(None, texts))
 
     def _blocks(
         self, content: Content, param: str, known: tuple[str, ...]
@@ -270,6 +294,20 @@ class _Reader:
             why = _REFUSED.get(block.type, f"here a block is of type {' or '.join(known)}")
             raise refused(where, f"{block.type[:50]}: {why}")
         return placed
+
+
+def _image(block: Block, param: str) -> dict[str, Any]:
+    source = block.source
+    if source is None or source.type != "base64" or source.data is None:
+        where = f"{param}.source"
+        kind = "missing" if source is None else f"of type {source.type[:50]!r}"
+        raise ApiError(
+            400,
+            f"{where} is {kind}; an image comes as base64, with media_type and data: this server "
+            "fetches no address and keeps no files",
+            param=where,
+        )
+    return image_part(f"data:{source.media_type or ''};base64,{source.data}", param)
 
 
 def _without_billing(text: str) -> str:

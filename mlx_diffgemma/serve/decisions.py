@@ -14,10 +14,12 @@ from starlette.routing import Route
 from ..errors import DiffGemmaError, QuestionError
 from ..events import PrefillDone
 from ..language.given import Message
+from ..language.prompt import PromptOptions
 from ..write.decide import Decisions, DecisionTask
 from ..write.questions import MOST_QUESTIONS, Question, text_of
 from .body import Fields, Many, read
 from .errors import ApiError, busy, from_error
+from .images import Piece, check_images, image_part, joined
 from .limits import check_length
 from .runs import Usage, beside
 from .sse import attended
@@ -52,7 +54,11 @@ async def decided(state: State, request: Request, body: DecisionRequest) -> dict
       ApiError: names what is wrong with it.
     """
     served = state.model(body.model)
-    task = DecisionTask(prompt=_prompt(state, body), questions=_questions(body))
+    task = DecisionTask(
+        prompt=_prompt(state, body),
+        questions=_questions(body),
+        prompt_options=PromptOptions(images=state.images),
+    )
     run = await beside(state, lambda: served.engine.submit(task), "input")
     stay = state.when_ending(run.cancel)
     usage, found = Usage(), None
@@ -122,7 +128,11 @@ def _prompt(state: State, body: DecisionRequest) -> str | list[Message]:
     if not body.input:
         raise ApiError(400, "input is empty", param="input")
     calls: dict[str, str] = {}
-    return [_item(item, f"input[{i}]", calls) for i, item in enumerate(body.input)]
+    messages: list[Message] = [
+        _item(item, f"input[{i}]", calls) for i, item in enumerate(body.input)
+    ]
+    check_images(messages, state.limits, "input")
+    return messages
 
 
 def _item(item: dict[str, Any], param: str, calls: dict[str, str]) -> Message:
@@ -133,7 +143,7 @@ def _item(item: dict[str, Any], param: str, calls: dict[str, str]) -> Message:
         role = item.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise ApiError(400, f"{param}.role must be one of {', '.join(_ROLES)}", param=param)
-        return {"role": _ROLES[role], "content": _text(item.get("content"), f"{param}.content")}
+        return {"role": _ROLES[role], "content": _content(item, f"{param}.content")}
     if kind in ("function_call", "custom_tool_call"):
         name, call_id = _named(item, "name", param), _named(item, "call_id", param)
         calls[call_id] = name
@@ -158,6 +168,20 @@ def _item(item: dict[str, Any], param: str, calls: dict[str, str]) -> Message:
             "content": output,
         }
     raise ApiError(400, f"{param}.type: {str(kind)[:60]!r} is not supported", param=param)
+
+
+def _content(item: dict[str, Any], param: str) -> str | list[dict[str, Any]]:
+    """Return the content of a message: text, and images in the user's."""
+    given = item.get("content")
+    if item["role"] != "user" or not isinstance(given, list):
+        return _text(given, param)
+    pieces: list[Piece] = []
+    for number, part in enumerate(given):
+        if isinstance(part, dict) and part.get("type") == "input_image":
+            pieces.append(image_part(part.get("image_url"), f"{param}[{number}].image_url"))
+        else:
+            pieces.append(_text([part], param))
+    return joined(pieces, "\n")
 
 
 def _text(given: Any, param: str) -> str:

@@ -159,6 +159,8 @@ def _text(state: State, body: ChatRequest) -> str:
         raise refused(param, "code is written without a thought")
     messages = messages_of(body.messages, state.limits)
     texts = [message["content"] for message in messages if message["role"] == "user"]
+    if not all(isinstance(text, str) for text in texts):
+        raise refused("messages", "an edit reads no images")
     if not texts:
         raise ApiError(400, "messages: there is no user's message", param="messages")
     return str(texts[-1])

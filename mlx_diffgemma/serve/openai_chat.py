@@ -147,7 +147,9 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
         prompt=messages,
         model=body.model,
         options=PromptOptions(
-            thinking=state.thinking if body.thinking is None else body.thinking, tools=plan.shown
+            thinking=state.thinking if body.thinking is None else body.thinking,
+            tools=plan.shown,
+            images=state.images,
         ),
         settings=settings_of(
             state,

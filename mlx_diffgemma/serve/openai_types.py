@@ -14,6 +14,7 @@ from pydantic import Field
 from ..config.serving import Limits
 from .body import Fields, Many, refuse
 from .errors import ApiError, openai_form, refused
+from .images import Piece, check_images, image_part, joined
 from .limits import check_length
 from .runs import Answers, Usage, Written
 from .sse import frame
@@ -23,18 +24,24 @@ Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-# Parts of a message that are no text -> why they are refused. Images will be supported.
+# Parts of a message that cannot be read -> why.
 _MEDIA = {
-    "image_url": "images are not supported yet",
     "input_audio": "this model reads no audio",
     "file": "files are not read; put their text into the message",
 }
+
+
+class ImageUrl(Fields):
+    """Where an image is; `detail` is ignored."""
+
+    url: str
 
 
 class Part(Fields):
     """A part of a message."""
 
     type: str
+    image_url: ImageUrl | str | None = None
     text: str | None = None
     refusal: str | None = None
 
@@ -167,14 +174,16 @@ def messages_of(given: list[Message], limits: Limits) -> list[dict[str, Any]]:
     check_length(given, limits.max_messages, "messages")
     if not given:
         raise ApiError(400, "messages is empty", param="messages")
-    return [_message(message, f"messages[{i}]", limits) for i, message in enumerate(given)]
+    messages = [_message(message, f"messages[{i}]", limits) for i, message in enumerate(given)]
+    check_images(messages, limits, "messages")
+    return messages
 
 
 def _message(given: Message, param: str, limits: Limits) -> dict[str, Any]:
     refuse(given.function_call, (), f"{param}.function_call", "use tool_calls")
     refuse(given.audio, (), f"{param}.audio", _MEDIA["input_audio"])
     role = "system" if given.role == "developer" else given.role
-    made: dict[str, Any] = {"role": role, "content": _text(given.content, param, limits)}
+    made: dict[str, Any] = {"role": role, "content": _content(given, param, limits)}
     if given.tool_calls:
         check_length(given.tool_calls, limits.max_parts, f"{param}.tool_calls")
         if role != "assistant":
@@ -195,24 +204,32 @@ def _message(given: Message, param: str, limits: Limits) -> dict[str, Any]:
     return made
 
 
-def _text(content: str | list[Part] | None, param: str, limits: Limits) -> str:
+def _content(given: Message, param: str, limits: Limits) -> str | list[dict[str, Any]]:
+    content = given.content
     if content is None or isinstance(content, str):
         return content or ""
     check_length(content, limits.max_parts, f"{param}.content")
-    texts = []
+    pieces: list[Piece] = []
     for number, part in enumerate(content):
         where = f"{param}.content[{number}]"
         if part.type in _MEDIA:
             raise refused(where, f"{part.type}: {_MEDIA[part.type]}")
+        if part.type == "image_url" and given.role == "user":
+            url = part.image_url
+            found = url.url if isinstance(url, ImageUrl) else url
+            pieces.append(image_part(found, f"{where}.image_url"))
+            continue
+        if part.type == "image_url":
+            raise refused(where, "image_url: images are read in the user's messages")
         text = part.refusal if part.type == "refusal" else part.text
         if part.type not in ("text", "refusal") or text is None:
             raise ApiError(
                 400,
-                f"{where}: a part has type text and a text, got {part.type[:50]!r}",
+                f"{where}: a part has type text and a text, or image_url, got {part.type[:50]!r}",
                 param=where,
             )
-        texts.append(text)
-    return "".join(texts)
+        pieces.append(text)
+    return joined(pieces, "")
 
 
 def _call(call: Call, param: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from ..config.entry import choices, entries, kinds
 from ..config.generation import GenerationSettings
 from ..errors import ConfigError
 from ..language.encoded import ImageForm
-from .openai_types import _MEDIA
 from .state import Served, State
 
 # Settings of a run that a page may set, in the order in which it shows them, with the most that
@@ -47,8 +46,8 @@ def routes(state: State) -> list[Route]:
 
 
 def sees(served: Served) -> bool:
-    """Return whether the model reads images, and this server takes them."""
-    return ImageForm.of(served.engine.model.config) is not None and "image_url" not in _MEDIA
+    """Return whether the model reads images."""
+    return ImageForm.of(served.engine.model.config) is not None
 
 
 def settings_from(given: dict[str, Any], served: Served) -> dict[str, Any]:

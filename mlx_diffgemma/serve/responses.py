@@ -99,7 +99,7 @@ async def count_tokens(state: State, store: ResponseStore, body: Counted) -> int
     body.refuse_unsupported()
     messages = with_instructions(_messages(state, store, body), body.instructions)
     plan = await _plan(state, body, tools_of(body.tools))
-    options = PromptOptions(thinking=_thinking(state, body), tools=plan.shown)
+    options = PromptOptions(thinking=_thinking(state, body), tools=plan.shown, images=state.images)
     return len(await beside(state, lambda: served.engine.encode(messages, options), "input"))
 
 
@@ -171,7 +171,9 @@ class Reply:
         return Asked(
             prompt=with_instructions(self._input, body.instructions),
             model=body.model,
-            options=PromptOptions(thinking=_thinking(state, body), tools=plan.shown),
+            options=PromptOptions(
+                thinking=_thinking(state, body), tools=plan.shown, images=state.images
+            ),
             settings=settings_of(
                 state,
                 max_tokens=body.max_output_tokens,

@@ -13,15 +13,16 @@ from pydantic import Field
 from ..config.serving import Limits
 from .body import Fields, Many, checked, refuse
 from .errors import ApiError, refused
+from .images import Piece, check_images, image_part, joined
 from .limits import check_length
 from .openai_types import Count, Name, Seed, Temperature
 from .structured import Tool
 
 _PARAGRAPH = "\n\n"  # between texts of one turn
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
-# Types of content that cannot be read -> why. Images will be supported.
+# Types of content that cannot be read -> why.
 _MEDIA = {
-    "input_image": "images are not supported yet",
+    "input_image": "images are read in the user's messages and in outputs",
     "input_file": "files are not read; put their text into the message",
     "input_audio": "this model reads no audio",
 }
@@ -36,6 +37,8 @@ class Part(Fields):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None  # of an input_image, whose `detail` is ignored
+    file_id: str | None = None
 
 
 Content = str | Many[Part]
@@ -295,8 +298,10 @@ def messages_of(
         check_length(body.input, limits.max_messages, "input")
         for number, item in enumerate(body.input or ()):
             reader.read(item, f"input[{number}]")
+    reader.end()
     if not reader.messages:
         raise ApiError(400, "input is empty", param="input")
+    check_images(reader.messages, limits, "input")
     check_length(reader.messages, limits.max_messages, "input")
     if reader.messages[-1].get("tool_calls"):
         raise ApiError(400, "input: the last call has no output behind it", param="input")
@@ -310,6 +315,7 @@ def messages_after(
     reader = _Reader(messages, limits)
     for number, item in enumerate(output):
         reader.read(checked(Item, item), f"output[{number}]")
+    reader.end()
     return reader.messages
 
 
@@ -331,10 +337,13 @@ class _Reader:
         self.messages = list(before)
         self._limits = limits
         self._thought = ""  # of the calls that follow
+        self._seen: list[Piece] = []  # images of outputs, for the user's turn behind these
         self._calls = {call["id"] for each in before for call in each.get("tool_calls", ())}
 
     def read(self, item: Item, param: str) -> None:
         kind = item.type or ("message" if item.role else "item_reference")
+        if not kind.endswith("_output"):
+            self.end()
         if kind == "message":
             self._message(item, param)
         elif kind == "reasoning":
@@ -349,16 +358,22 @@ class _Reader:
         else:
             raise refused(param, f"{kind[:50]}: items are messages, reasoning, calls and outputs")
 
-    def add(self, role: str, text: str) -> None:
+    def end(self) -> None:
+        """Add the images of outputs; chat templates write an output as text."""
+        if self._seen:
+            self.messages.append({"role": "user", "content": joined(self._seen, _PARAGRAPH)})
+            self._seen = []
+
+    def add(self, role: str, content: str | list[dict[str, Any]]) -> None:
         self._thought = ""
-        self.messages.append({"role": role, "content": text})
+        self.messages.append({"role": role, "content": content})
 
     def _message(self, item: Item, param: str) -> None:
         _check_given(item, ("role", "content"), param)
         role = "system" if item.role == "developer" else str(item.role)
-        text = self._text(item.content or "", f"{param}.content")
+        pieces = self._pieces(item.content or "", f"{param}.content", with_images=role == "user")
         thought = self._thought  # text may stand between a thought and its calls
-        self.add(role, text)
+        self.add(role, joined(pieces, _PARAGRAPH))
         if role == "assistant":
             self._thought = thought
 
@@ -394,28 +409,38 @@ class _Reader:
         if item.call_id not in self._calls:
             where = f"{param}.call_id"
             raise ApiError(400, f"{where}: no call before it has this id", param=where)
-        text = self._text(item.output or "", f"{param}.output")
+        pieces = self._pieces(item.output or "", f"{param}.output", with_images=True)
+        text = _PARAGRAPH.join(piece for piece in pieces if isinstance(piece, str) and piece)
+        self._seen += [piece for piece in pieces if not isinstance(piece, str)]
         self.messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
 
     def _text(self, content: Content, param: str) -> str:
+        pieces = self._pieces(content, param, with_images=False)
+        return _PARAGRAPH.join(filter(None, map(str, pieces)))
+
+    def _pieces(self, content: Content, param: str, *, with_images: bool) -> list[Piece]:
         if isinstance(content, str):
-            return content
+            return [content]
         check_length(content, self._limits.max_parts, param)
-        texts = []
+        pieces: list[Piece] = []
         for number, part in enumerate(content):
             where = f"{param}[{number}]"
+            if part.type == "input_image" and with_images:
+                pieces.append(image_part(part.image_url, f"{where}.image_url"))
+                continue
             if part.type in _MEDIA:
                 raise refused(where, f"{part.type}: {_MEDIA[part.type]}")
             text = part.refusal if part.type == "refusal" else part.text
             if part.type not in (*_TEXTS, "refusal") or text is None:
                 raise ApiError(
                     400,
-                    f"{where}: a part is an input_text or output_text with a text, got "
+                    f"{where}: a part is an input_text or output_text with a text, or an "
+                    "input_image, got "
                     f"{part.type[:50]!r}",
                     param=where,
                 )
-            texts.append(text)
-        return _PARAGRAPH.join(filter(None, texts))
+            pieces.append(text)
+        return pieces
 
 
 def _check_given(item: Item, names: tuple[str, ...], param: str) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ..config.generation import GenerationSettings
+from ..config.images import ImageSettings
 from ..config.serving import Limits
 from ..engine.engine import Engine
 from .errors import ApiError, busy
@@ -66,6 +67,11 @@ class State:
     metrics: Metrics = field(default_factory=Metrics)
     is_ending: bool = False
     _on_end: set[Callable[[], Any]] = field(default_factory=set)
+
+    @cached_property
+    def images(self) -> ImageSettings:
+        """How images become tokens."""
+        return ImageSettings(max_image_pixels=self.limits.max_image_pixels)
 
     @cached_property
     def encoders(self) -> Threads:

@@ -246,7 +246,7 @@ def text_of(given: Any, what: str) -> str:
     """Return the text of a string, or of a list of OpenAI's parts: text and JSON.
 
     Raises:
-      QuestionError: if a part is an image or unknown.
+      QuestionError: if a part is an image, or unknown.
     """
     if isinstance(given, str):
         return given
@@ -260,7 +260,7 @@ def text_of(given: Any, what: str) -> str:
         elif kind == "input_json" and isinstance(part.get("data"), (Mapping, list)):
             texts.append(json.dumps(part["data"], ensure_ascii=False))
         elif kind == "input_image":
-            raise QuestionError(f"{what} holds an image; images are not supported yet")
+            raise QuestionError(f"{what} holds an image, and can hold text only")
         else:
             raise QuestionError(
                 f"a part of {what} must be input_text or input_json, got {_short(part)!r}"

@@ -1,0 +1,76 @@
+"""Images in the requests of every dialect: where they come from, and how many there may be. A
+picture comes inside of the request; the server fetches no address and opens no file for a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..config.serving import Limits
+from ..language.pictures import is_data_url
+from .errors import ApiError
+
+# A text, or an image as a part of a message.
+Piece = str | dict[str, Any]
+
+
+def image_part(url: Any, param: str) -> dict[str, Any]:
+    """Return an image as a part of a message for `encode`, which reads it.
+
+    Args:
+      url: where the client says that it is.
+      param: the field that says it.
+
+    Raises:
+      ApiError: if it is no `data:` URL.
+    """
+    if not is_data_url(url):
+        raise ApiError(
+            400,
+            f"{param} must be a data: URL with the picture in base64; this server fetches no "
+            "address and opens no file for a client",
+            param=param,
+        )
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def joined(pieces: Iterable[Piece], between: str) -> str | list[dict[str, Any]]:
+    """Return pieces as the content of a message: a text where there is no image, else parts.
+
+    Args:
+      pieces: in order; empty texts do not count.
+      between: what stands between two texts.
+    """
+    found: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and found and isinstance(found[-1], str) and piece:
+            found[-1] += between + piece
+        elif piece:
+            found.append(piece)
+    if all(isinstance(piece, str) for piece in found):
+        return between.join(map(str, found))
+    return [{"type": "text", "text": p} if isinstance(p, str) else p for p in found]
+
+
+def pieces_of(content: str | Sequence[dict[str, Any]]) -> list[Piece]:
+    """Return the pieces of a content that `joined` made."""
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] if part["type"] == "text" else part for part in content]
+
+
+def check_images(messages: Sequence[Mapping[str, Any]], limits: Limits, param: str) -> None:
+    """Raise ApiError if messages hold too many images."""
+    count = sum(
+        part["type"] == "image_url"
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+    if count > limits.max_images:
+        raise ApiError(
+            400,
+            f"{param}: {count} images, and at most {limits.max_images} are read (max_images)",
+            param=param,
+        )
