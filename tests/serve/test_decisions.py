@@ -143,15 +143,15 @@ def wrong(question: dict[str, Any], **more: Any) -> dict[str, Any]:
         (
             wrong(QUESTIONS[0], instructions=[{"type": "input_image", "image_url": "data:,"}]),
             "questions[1]",
-            "images are not supported yet",
+            "can hold text only",
         ),
         ({"input": []}, "input", "input is empty"),
         ({"input": 3}, "input", "input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input[0]", "role must be one of"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-            "input[0].content",
-            "images are not supported yet",
+            "input[0].content[0].image_url",
+            "must be a data: URL",
         ),
         (
             {"input": [{"type": "function_call_output", "call_id": "no", "output": "x"}]},

@@ -318,8 +318,8 @@ REFUSED = [
     ({"extra_body": {"constraint": {"regex": "("}}}, "constraint.regex"),
     ({"extra_body": {"constraint": {"choices": []}}}, "constraint.choices"),
     (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content[0]",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages[0].content[0].image_url",
     ),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "cook", "content": "x"}]}, "messages[0].role"),

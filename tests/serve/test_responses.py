@@ -388,7 +388,7 @@ def test_messages_before_are_not_changed():
     ("items", "param"),
     [
         ([], "input"),
-        ([{"role": "user", "content": [{"type": "input_image"}]}], "input[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "input_image"}]}], "input[0].content[0].image_url"),
         ([{"role": "user", "content": [{"type": "input_text"}]}], "input[0].content[0]"),
         ([{"role": "user"}], "input[0].content"),
         ([{"type": "message", "content": "x"}], "input[0].role"),
