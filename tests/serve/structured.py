@@ -203,6 +203,9 @@ def run(running: Running, schemas: Sequence[Any], wanted: int, requests: int, cl
                     return
                 number, schema = waiting.pop(0)
                 held[0] += 1
+            if held[0] % 20 == 0:
+                said = f"{held[0]} schemas, {seen.count} answers, {len(seen.findings)} findings"
+                print(said, file=sys.stderr, flush=True)
             draw, budgets, answered = random.Random(number), list(BUDGETS), 0
             while budgets and answered < each:
                 most = draw.choice(budgets)
