@@ -18,7 +18,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
-    *("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch", "numpy"),
+    *("mlx", "mlx-lm", "mlx-vlm", "transformers", "torch", "numpy", "pillow"),
     *("llguidance", "outlines_core"),
 )
 

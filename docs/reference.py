@@ -22,7 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import typer
 from typer.main import get_command
 
-from mlx_diffgemma import GenerationSettings
+from mlx_diffgemma import GenerationSettings, ImageSettings
 from mlx_diffgemma.cli.options import app_of as made_app
 from mlx_diffgemma.config.entry import Entry, choices, kinds, range_of
 from mlx_diffgemma.config.generation import POLICIES, decider_of
@@ -86,6 +86,10 @@ def settings_page() -> str:
         settings_table(GenerationSettings),
         "A policy sets several of them:",
         "\n".join(policies),
+        "## Pictures and videos",
+        "The fields of `ImageSettings`, which `PromptOptions.images` holds, and options of "
+        "`mlx_diffgemma.generate` and `mlx_diffgemma.chat`; see [Pictures and videos](images.md).",
+        settings_table(ImageSettings),
         "## A training run",
         "The keys of a YAML file for `mlx_diffgemma.train --config`. Most are options too; an "
         "option wins over the file. Names are those of mlx-lm where it has the same setting.",
@@ -102,9 +106,8 @@ def settings_page() -> str:
 
 def settings_table(cls: Any) -> str:
     """Return a table of a dataclass of settings, one row for each field."""
-    of = (
-        "generate" if issubclass(cls, GenerationSettings) else "serve" if cls is Limits else "train"
-    )
+    commands = {GenerationSettings: "generate", ImageSettings: "generate", Limits: "serve"}
+    of = commands.get(cls, "train")
     flags = {} if cls is LoraParameters else options_by_setting()
     heads = ["setting", "option", "value", "default", "what it does"]
     if cls is LoraParameters:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoint.load import load as load
     from .checkpoint.load import load_model as load_model
     from .config.generation import GenerationSettings as GenerationSettings
+    from .config.images import ImageSettings as ImageSettings
     from .constraint.constraint import Constraint as Constraint
     from .denoise.loop import denoise_tokens as denoise_tokens
     from .denoise.noise import SeededNoise as SeededNoise
@@ -48,6 +49,7 @@ _HOME = {
     "DiffGemmaError": "errors",
     "Engine": "engine.engine",
     "GenerationSettings": "config.generation",
+    "ImageSettings": "config.images",
     "PromptOptions": "language.prompt",
     "SeededNoise": "denoise.noise",
     "Question": "write.questions",

@@ -35,6 +35,8 @@ OBJECTIVE = "tests/parity/test_objective.py"
 SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
 CONVERT_CLI = "tests/convert/test_cli.py"
 CONTROLS, GIVEN = "tests/language/test_controls.py", "tests/language/test_given.py"
+IMAGES, MEDIA = "tests/language/test_images.py", "tests/language/test_media.py"
+VIDEO = "tests/language/test_video.py"
 TOOLS, TOOL_CALLS = "tests/language/test_tools.py", "tests/write/test_tool_calls.py"
 TEXT, TOKENIZER = "tests/language/test_text.py", "tests/language/test_tokenizer.py"
 GENERATE, AS_ON_GPU = "tests/write/test_generate.py", "tests/write/test_as_on_gpu.py"
@@ -1454,6 +1456,48 @@ FAULTS = (
         '_FIRST_TAB.format(name) if shell == "zsh" else ""',
         '""',
         (PROGRAM,),
+    ),
+    Fault(
+        "images: alpha is dropped, so that hidden colours show",
+        "language/pictures.py",
+        'if "A" in image.getbands() or image.info.get("transparency") is not None:',
+        "if False:",
+        (IMAGES,),
+    ),
+    Fault(
+        "images: EXIF orientation is ignored",
+        "language/pictures.py",
+        "return rgb if flip is None else rgb.transpose(flip)",
+        "return rgb",
+        (IMAGES,),
+    ),
+    Fault(
+        "images: ties of the size are decided in another order",
+        "language/images.py",
+        "factor = math.sqrt(soft_tokens * unit**2 / (height * width))",
+        "factor = math.sqrt(soft_tokens / height / width) * unit",
+        (IMAGES,),
+    ),
+    Fault(
+        "images: a part's URL opens a file",
+        "language/media.py",
+        "if not is_data_url(source):",
+        "if False:",
+        (MEDIA,),
+    ),
+    Fault(
+        "images: fewer places than images are not noticed",
+        "language/media.py",
+        "if places != len(given):",
+        "if places > len(given):",
+        (MEDIA,),
+    ),
+    Fault(
+        "videos: the last frame is one of those that are seen",
+        "language/video.py",
+        "return [int(i * (total / wanted)) for i in range(wanted)]",
+        "return [int(i * ((total - 1) / (wanted - 1))) for i in range(wanted)]",
+        (VIDEO,),
     ),
     Fault(
         "prompts: a padded encoding is read, padding and all",

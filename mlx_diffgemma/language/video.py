@@ -74,6 +74,13 @@ def read_video(
     return _frames(file, frames, name, max_pixels, (soft_tokens, patch_size, pooling))
 
 
+def places(total: int, wanted: int) -> list[int]:
+    """Return the numbers of the frames that are seen, of `total`."""
+    if total <= wanted:
+        return list(range(total))
+    return [int(i * (total / wanted)) for i in range(wanted)]
+
+
 def _frames(
     file: Any, wanted: int, name: str, max_pixels: int, form: tuple[int, int, int]
 ) -> list[Frame]:
@@ -84,8 +91,7 @@ def _frames(
         raise ImageError(
             f"{name} has {total:,} frames; at most {_MOST_FRAMES:,} are read, so cut it"
         )
-    places = [int(i * (total / wanted)) for i in range(wanted)] if total > wanted else range(total)
-    left, found = set(places), []
+    left, found = set(places(total, wanted)), []
     file.seek(0)
     with _stream(file, name) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
@@ -126,7 +132,7 @@ def _stream(file: Any, name: str) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise ImageError(f"{name} has no video in it")
             yield container, container.streams.video[0]
-    except (av.FFmpegError, ValueError, IndexError) as error:
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name} is no video that can be read: {reason}") from error
 

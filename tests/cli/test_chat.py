@@ -158,7 +158,7 @@ MISTAKES = {
     "/constraint json-schema missing.json": "there is no file missing.json",
     "/constraint regex (": "--regex: ",
     "/constraint tool-call": "this conversation has no tools to call",
-    "/image cat.png": "cat.png is not read: images are not supported yet",
+    "/image cat.png": "cat.png does not exist",
     "x" * 70_000: "positions",
 }
 

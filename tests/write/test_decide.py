@@ -172,9 +172,9 @@ def test_what_the_prompts_begin_with_is_read_once_and_kept_once(monkeypatch):
     read, contexts = [], []
     encode, began = DiffusionGemma.encode, Row.begin_canvas
 
-    def reads(self, pieces, contexts):
+    def reads(self, pieces, contexts, images):
         read.append(sum(piece.shape[1] for piece in pieces))
-        return encode(self, pieces, contexts)
+        return encode(self, pieces, contexts, images)
 
     def begins(row):
         contexts.append(row.context)
@@ -344,7 +344,9 @@ def test_the_empty_thought_stands_in_the_prompt_once(monkeypatch):
     prompts = []
     checked = decided.checked_tokens
     monkeypatch.setattr(
-        decided, "checked_tokens", lambda ids, config: prompts.append(ids) or checked(ids, config)
+        decided,
+        "checked_tokens",
+        lambda ids, config, images: prompts.append(ids) or checked(ids, config, images),
     )
     for template in (knows, adds):
         monkeypatch.setattr(tokenizer, "chat_template", template)
