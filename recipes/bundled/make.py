@@ -171,7 +171,7 @@ PHASES = (
             "words": 200,
             "code": 100,
         },
-        {"tiles": 4500, "read4": 4500, "shapes": 3500},
+        {"tiles": 4500, "thin4": 4500, "shapes": 3500},
     ),
     Phase(
         "seventh",
@@ -186,7 +186,22 @@ PHASES = (
             "words": 250,
             "code": 150,
         },
-        {"tiles": 800, "read4": 7400, "shapes": 3000},
+        {"tiles": 800, "thin4": 7400, "shapes": 3000},
+    ),
+    Phase(
+        "eighth",
+        8,
+        {
+            "sudoku4": 450,
+            "sudoku6": 2700,
+            "count": 450,
+            "sort": 350,
+            "reverse": 150,
+            "table": 350,
+            "words": 250,
+            "code": 150,
+        },
+        {"tiles": 700, "read4": 6300, "shapes": 3600},
     ),
 )
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
@@ -231,7 +246,12 @@ def write_data(phase: Phase, folder: Path) -> None:
     partial.mkdir(parents=True)
     for split, made, seed, counts in (
         ("train", rows, phase.seed, phase.pictures),
-        ("valid", valid, TEST_SEED, dict.fromkeys(phase.pictures, TEST_COUNT)),
+        (
+            "valid",
+            valid,
+            TEST_SEED,
+            dict.fromkeys(pictures.ASKED, TEST_COUNT) if phase.pictures else {},
+        ),
     ):
         lines = [
             json.dumps({"prompt": phase.shown(m.prompt), "completion": m.answer}) + "\n"
