@@ -26,8 +26,8 @@ from mlx_diffgemma.model import DiffusionGemma
 from mlx_diffgemma.model.vision import Vision
 
 from .origin import without_paths
-from .recipe import Recipe
-from .sources import Checkpoint, Source
+from .recipe import Recipe, Rule
+from .sources import Checkpoint, Packed, Source
 
 SHARD_BYTES = 5_000_000_000
 SLICE_BYTES = 64 << 20  # of float32, read at a time
@@ -176,7 +176,10 @@ def make_plan(
     moves: list[Move] = []
     left: list[str] = []
     for target, source in checkpoint.tensors.items():
-        setting = _setting(target, source, recipe, left)
+        if part_of(target) == VISION:
+            setting = _vision_setting(target, source, recipe, dequantize=dequantize)
+        else:
+            setting = _setting(target, source, recipe, left)
         moves.append(Move(target, source, setting, _outputs(target, source, setting, dtype)))
     return Plan(
         checkpoint,
@@ -230,7 +233,7 @@ def _check_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
         if _can_be_packed(name, source)
     ]
     for rule in recipe.rules:
-        if not any(fnmatchcase(module, rule.pattern) for module in modules):
+        if not any(_applies(rule, module) for module in modules):
             raise ConfigError(
                 f"recipe {recipe.name}: pattern {rule.pattern!r} matches no module that can be "
                 f"packed, such as {modules[0]}"
@@ -238,7 +241,46 @@ def _check_patterns(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def _can_be_packed(target: str, source: Source) -> bool:
-    return target.endswith(".weight") and len(source.shape) >= 2 and part_of(target) != VISION
+    return target.endswith(".weight") and len(source.shape) >= 2
+
+
+def _applies(rule: Rule, module: str) -> bool:
+    """Return whether a rule is about a module. Those of vision are meant only where they are
+    named."""
+    is_meant = part_of(module) != VISION or VISION in rule.pattern
+    return is_meant and fnmatchcase(module, rule.pattern)
+
+
+def _vision_setting(
+    target: str, source: Source, recipe: Recipe | None, *, dequantize: bool
+) -> Quantization | None:
+    """Return how a tensor of vision is packed: as it is, unless a rule names it or everything is
+    unpacked."""
+    module = target.removesuffix(".weight")
+    if not _can_be_packed(target, source) or dequantize:
+        return None
+    rules = recipe.rules if recipe is not None else ()
+    rule = next((rule for rule in rules if _applies(rule, module)), None)
+    if rule is None:
+        return source.setting if isinstance(source, Packed) else None
+    if rule.setting is not None:
+        _check_width(module, source, rule.setting)
+    return rule.setting
+
+
+def _check_width(module: str, source: Source, setting: Quantization) -> None:
+    """Refuse a packing that the user chose for a width that it does not divide."""
+    if not _fits(source, setting):
+        raise ConfigError(
+            f"groups of {setting.group_size} at {setting.bits} bits do not divide {module}, "
+            f"which is {source.shape[-1]} wide"
+        )
+
+
+def _fits(source: Source, setting: Quantization) -> bool:
+    # Rows of packed words must end on a word as well.
+    width = source.shape[-1]
+    return width % setting.group_size == 0 and width * setting.bits % 32 == 0
 
 
 def _setting(
@@ -250,16 +292,10 @@ def _setting(
     rule = recipe.rule(module)
     if rule is None or rule.setting is None:
         return None
-    setting = rule.setting
-    width = source.shape[-1]
-    # Rows of packed words must end on a word as well.
-    if width % setting.group_size == 0 and width * setting.bits % 32 == 0:
-        return setting
+    if _fits(source, rule.setting):
+        return rule.setting
     if rule.named:
-        raise ConfigError(
-            f"groups of {setting.group_size} at {setting.bits} bits do not divide {module}, "
-            f"which is {width} wide"
-        )
+        _check_width(module, source, rule.setting)
     left.append(module)
     return None
 

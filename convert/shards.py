@@ -20,10 +20,12 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from mlx_diffgemma.checkpoint.names import VISION
 from mlx_diffgemma.errors import SourceError, WeightsError
 
 from .journal import Done, Journal
 from .plan import Move, Output, Plan
+from .sources import Packed
 
 _ERROR_SAMPLE = 16  # one row in this many is unpacked again, to measure the error
 _MLX_CACHE_BYTES = 256 << 20
@@ -206,7 +208,7 @@ def _carry(move: Move, writer: _Writer, places: dict[str, int], dtype: str) -> N
     rows, step = move.rows, move.rows_at_a_time
     for start in range(0, rows, step):
         plain = move.source.read(start, min(start + step, rows)).astype(getattr(mx, dtype))
-        arrays = [plain] if move.setting is None else _pack(plain, move)
+        arrays = [plain] if move.setting is None else _pack(plain, move, start)
         mx.eval(plain, arrays)
         if not _is_finite(plain):
             raise WeightsError(f"{move.target} holds values that are not finite in {dtype}")
@@ -230,9 +232,12 @@ def _is_finite(plain: mx.array) -> bool:
     return all(int((bits[i : i + _FINITE_PIECE] & 0x7FFF).max()) < 0x7F80 for i in pieces)
 
 
-def _pack(plain: mx.array, move: Move) -> list[mx.array]:
+def _pack(plain: mx.array, move: Move, start: int) -> list[mx.array]:
+    """Return some rows packed; those that are packed so in the source stay as they are."""
     assert move.setting is not None
     s = move.setting
+    if isinstance(move.source, Packed) and move.source.setting == s and move.part == VISION:
+        return move.source.packed(start, start + plain.shape[0], plain.dtype)
     return list(mx.quantize(plain, group_size=s.group_size, bits=s.bits, mode=s.mode))
 
 

@@ -86,6 +86,14 @@ class Packed:
     def infos(self) -> tuple[TensorInfo, ...]:
         return tuple(info for info in (self.weight, self.scales, self.biases) if info is not None)
 
+    def packed(self, start: int, stop: int, dtype: mx.Dtype) -> list[mx.array]:
+        """Return rows as they are packed; float scales and biases in another type."""
+        rows = [read_rows(info, start, stop) for info in self.infos]
+        return [
+            array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+            for array in rows
+        ]
+
     def read(self, start: int, stop: int) -> mx.array:
         scales = read_rows(self.scales, start, stop)
         if self.biases is None:

@@ -280,9 +280,16 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
     return folder
 
 
-def load_drawn(seed: int, *, vision: bool | None = None, **text: Any) -> DiffusionGemma:
-    """Our model of a drawn config with drawn weights. Its files are gone, so that images need its
-    vision at once."""
+def load_drawn(
+    seed: int,
+    *,
+    vision: bool | None = None,
+    config: dict[str, Any] | None = None,
+    **text: Any,
+) -> DiffusionGemma:
+    """Our model of a config, by default a drawn one, with drawn weights. Its files are gone, so
+    that images need its vision at once."""
     with TemporaryDirectory() as folder:
-        written = write_checkpoint(Path(folder), draw_config(seed, **text), seed)
+        config = draw_config(seed, **text) if config is None else config
+        written = write_checkpoint(Path(folder), config, seed)
         return load_model(written, vision=vision)

@@ -107,7 +107,9 @@ def test_a_second_name_with_other_values_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("layout", ["mlx", "fp8"])
-def test_vision_that_is_packed_is_unpacked_and_copied(tmp_path, layout):
+def test_vision_that_is_packed_as_mlx_packs_stays_so_and_is_unpacked_from_other_packings(
+    tmp_path, layout
+):
     name = "model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.linear"
     folder = (
         official(tmp_path / "source") if layout == "mlx" else fp8_dynamic(tmp_path / "source")[0]
@@ -146,5 +148,11 @@ def test_vision_that_is_packed_is_unpacked_and_copied(tmp_path, layout):
 
     rewrite(folder, change)
     convert(folder, tmp_path / "out", quantize=True)
-    assert same(load_all(tmp_path / "out")[f"{name}.weight"], nearest_bf16(values))
-    load_model(tmp_path / "out")
+    out = load_all(tmp_path / "out")
+    if layout == "mlx":
+        for leaf, array in leaves.items():
+            assert same(out[f"{name}.{leaf}"], array), leaf
+        convert(folder, tmp_path / "plain", dequantize=True)
+        out = load_all(tmp_path / "plain")
+    assert same(out[f"{name}.weight"], nearest_bf16(values))
+    load_model(tmp_path / "out", vision=True)
