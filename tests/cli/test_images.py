@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 from PIL import Image
 
+from mlx_diffgemma.cli.chat import chat
+from mlx_diffgemma.cli.generate import generate
+from tests.cli.test_cli import assert_one_line, invoke
 from tests.language.drawn import clip, pattern, saved
 
-
-def run(command: str, *options: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"mlx_diffgemma.{command}", *options],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        env={**os.environ, "NO_COLOR": "1"},
-        stdin=subprocess.DEVNULL if stdin is None else None,
-    )
+# As in test_chat.py: the limits keep answers short.
+QUICK = ("--seed", "7", "--max-tokens", "24", "--canvas-length", "24")
+QUICK = (*QUICK, "--max-denoising-steps", "4")
 
 
 @pytest.fixture
@@ -33,13 +25,10 @@ def folder(tmp_path):
 
 
 def test_generate_takes_pictures_and_a_video(folder):
-    done = run(
-        *("generate", "--prompt", "Sort: 5 2", "--seed", "7", "--image-tokens", "70"),
-        *("--image", str(folder / "a.png"), "--image", str(folder / "b.jpg")),
-        *("--video", str(folder / "a.mp4"), "--video-frames", "2", "--max-tokens", "64"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    media = ("--image", f"{folder}/a.png", "--image", f"{folder}/b.jpg", "--image-tokens", "70")
+    media = (*media, "--video", f"{folder}/a.mp4", "--video-frames", "2")
+    result = invoke(generate, "--prompt", "Sort: 5 2", *QUICK, *media, "--verbose", "False")
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
 
 
 @pytest.mark.parametrize(
@@ -58,15 +47,12 @@ def test_generate_takes_pictures_and_a_video(folder):
 def test_each_mistake_is_one_line_and_exit_2(folder, options, said):
     given = [option.format(folder) for option in options]
     small = [] if "--image-tokens" in given else ["--image-tokens", "70"]
-    done = run("generate", "--prompt", "x", *small, *given)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(lines) == 1 and said in lines[0], done.stderr
-    assert "Traceback" not in done.stderr
+    assert_one_line(invoke(generate, "--prompt", "x", *QUICK, *small, *given), said)
 
 
 def test_a_picture_goes_with_the_next_message_of_a_chat(folder):
     lines = [f"/image {folder}/none.png", f"/image {folder}/a.png", "Sort: 5 2", "Sort: 3 1"]
-    done = run("chat", "--image-tokens", "70", "--seed", "7", stdin="\n".join(lines))
-    assert "none.png does not exist" in done.stderr
-    assert "1 image for the next message" in done.stderr
-    assert done.stdout.strip() and done.returncode == 2, done.stderr
+    result = invoke(chat, "--image-tokens", "70", *QUICK, stdin="\n".join(lines))
+    assert "none.png does not exist" in result.stderr
+    assert "1 image for the next message" in result.stderr
+    assert result.exit_code == 2 and "Traceback" not in result.output
