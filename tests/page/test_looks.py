@@ -61,7 +61,10 @@ def work(person: Person, part: str) -> None:
         person.see("document.querySelectorAll('.bars table').length === 3")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (360, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(1440, "light"), pytest.param(360, "dark", marks=pytest.mark.long)],
+)
 def test_axe_finds_nothing_serious_and_nothing_is_wider_than_the_screen(looked, width, scheme):
     look(looked, width, scheme)
     looked.keep(seed=1, max_denoising_steps=4, max_new_tokens=64)

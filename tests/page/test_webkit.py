@@ -60,6 +60,7 @@ def test_every_part_works(driver, tmp_path):
         assert "fits the schema" in person.text(".valid")
 
 
+@pytest.mark.long
 def test_stop_and_hostile_text(driver):
     with serving(settings=LONG) as running:
         person = Person(driver, running.port)

@@ -11,10 +11,10 @@ const FIRST = [
   {type: "score", instructions: "How friendly is it?", options: "not at all, somewhat, very"},
 ];
 
-// Returns a question's bars from an answer in OpenAI's form: pairs of a label and a probability.
-export function bars(answer) {
+// Returns a question's bars from an answer in OpenAI's form: pairs of an option and a probability.
+export function bars(answer, options) {
   if (answer.type === "predicate") return [["yes", answer.probability], ["no", 1 - answer.probability]];
-  return answer.probabilities.map((each) => [String(each.value ?? each.label ?? each.level), each.probability]);
+  return answer.probabilities.map((each, i) => [options[i], each.probability]);
 }
 
 class DecidePart {
@@ -78,10 +78,11 @@ class DecidePart {
     try {
       const body = {input: this.text.value, questions, ...(settings.get("model") && {model: settings.get("model")})};
       const told = await server.json("/v1/decisions", {method: "POST", body});
-      told.answers.forEach((answer, i) => this.show(items[i].out, answer, told.usage.diffusion.answers[i]));
+      const found = told.answers.map((answer, i) => bars(answer, items[i].read().options));
+      told.answers.forEach((answer, i) => this.show(items[i].out, found[i], answer, told.usage.diffusion.answers[i]));
       const {steps, total_ms: ms} = told.usage.diffusion;
       this.state.textContent = `${counted(steps, "step")}, one for each question · ${Math.round(ms)} ms`;
-      say(`${counted(items.length, "answer")} after ${Math.round(performance.now() - started)} milliseconds: ${told.answers.map((answer) => bars(answer).sort((a, b) => b[1] - a[1])[0][0]).join(", ")}`);
+      say(`${counted(items.length, "answer")} after ${Math.round(performance.now() - started)} milliseconds: ${found.map((each) => each.toSorted((a, b) => b[1] - a[1])[0][0]).join(", ")}`);
     } catch (error) {
       this.state.textContent = "";
       this.problem.textContent = error.message;
@@ -90,8 +91,8 @@ class DecidePart {
     this.go.disabled = false;
   }
 
-  show(out, answer, about) {
-    const found = bars(answer), best = Math.max(...found.map(([, p]) => p));
+  show(out, found, answer, about) {
+    const best = Math.max(...found.map(([, p]) => p));
     const rows = found.map(([name, p]) => {
       const bar = h("span", {className: "bar"});
       bar.style.width = `${Math.max(0.5, 100 * p)}%`;

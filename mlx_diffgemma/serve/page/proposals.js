@@ -32,12 +32,13 @@ export class Proposals {
     this.state = h("span", {className: "stats", textContent: "Reading"});
     this.stopButton = button("Stop", () => this.stop(), {className: "primary"});
     this.againButton = button("Again", act.again, {hidden: true});
+    this.notes = h("div", {className: "notes"}); // of all rows, each once
     this.closeButton = button("Keep the old text", act.close, {hidden: true});
     this.element = h("div", {className: "reviewed"},
       isTemplate ? null : pinned(text.slice(0, start), -NEAR),
       this.cards,
       isTemplate ? null : pinned(text.slice(stop), NEAR),
-      h("p", {className: "buttons"}, this.stopButton, this.closeButton, this.againButton, this.state));
+      h("p", {className: "buttons"}, this.stopButton, this.closeButton, this.againButton, this.state), this.notes);
   }
 
   async go() {
@@ -100,7 +101,8 @@ export class Proposals {
     card.accept.onclick = () => this.act.accept(text);
     const sure = Object.values(slots).map((slot) => slot.certainty);
     card.about.textContent = `certainty ${Math.round(100 * Math.min(...sure))}%`;
-    for (const note of notes) card.element.append(h("p", {className: "faint small", textContent: note}));
+    const told = new Set([...this.notes.children].map((each) => each.textContent));
+    for (const note of notes) if (!told.has(note)) this.notes.append(h("p", {className: "faint small", textContent: note}));
   }
 }
 
