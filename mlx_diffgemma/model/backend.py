@@ -64,7 +64,12 @@ def _another(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply `mx.compile` for any shape, with one trace per backend."""
+    """Apply `mx.compile` for any shape, with one trace per backend.
+
+    In training the function is run as it is: a trace without shapes that was made while gradients
+    were taken gave wrong values later, for arrays of other shapes without gradients (MLX 0.32.4:
+    norms of the vision tower's width, then of the text's).
+    """
 
     @cache
     def trace_for(is_cpu: bool) -> Callable[..., Any]:
@@ -72,7 +77,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        return trace_for(is_cpu())(*arguments)
+        return function(*arguments) if is_training() else trace_for(is_cpu())(*arguments)
 
     return call
 

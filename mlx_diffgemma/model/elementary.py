@@ -9,7 +9,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from .backend import compiled, is_cpu, is_training
+from .backend import compiled, compiled_per_shape, is_cpu, is_training
 
 _LOG2_E = 1.4426950408889634
 _LN2_HEAD, _LN2_TAIL = 0.693359375, -2.12194440e-4  # whole multiples of the head are exact
@@ -44,6 +44,8 @@ def exp_below_zero(x: mx.array) -> mx.array:
 
 def _exp_below_zero(x: mx.array) -> mx.array:
     # The bits of 2^n are those of n in the exponent's place.
+    if is_training():
+        return cast(mx.array, _rest_per_shape(x, _bits_per_shape(x).view(mx.float32)))
     return _exp_of_rest(x, _exponent_bits(x).view(mx.float32))
 
 
@@ -75,13 +77,16 @@ def _whole(x: mx.array) -> mx.array:
     return (mx.maximum(x, _LOWEST) * _LOG2_E + _NO_FRACTIONS) - _NO_FRACTIONS
 
 
-@compiled
-def _exponent_bits(x: mx.array) -> mx.array:
+def _bits(x: mx.array) -> mx.array:
     return (_whole(x).astype(mx.int32) + 127) << 23
 
 
-@compiled
-def _exp_of_rest(x: mx.array, scale: mx.array) -> mx.array:
+def _rest(x: mx.array, scale: mx.array) -> mx.array:
     whole = _whole(x)
     rest = (x - whole * _LN2_HEAD) - whole * _LN2_TAIL
     return mx.where(x < _LOWEST, 0.0, _polynomial(rest, _TAYLOR) * scale)
+
+
+_exponent_bits, _exp_of_rest = compiled(_bits), compiled(_rest)
+# In training, where `compiled` does not compile.
+_bits_per_shape, _rest_per_shape = compiled_per_shape(_bits), compiled_per_shape(_rest)

@@ -124,9 +124,12 @@ def weights_of(model: DiffusionGemma) -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("part", ["patches", "queries", "gate", "norm", "projection"])
 def test_gradients_pass_from_the_texts_states_through_the_tower(part):
-    """Against the difference of the loss along the gradient."""
+    """Against the difference of the loss along the gradient. The losses without gradients come
+    last, of arrays of the tower's shapes and of the text's: traces of the first must not be theirs.
+    All experts are used, or a near tie between them would make a jump."""
     config = draw_vision_config(4)
     config["vision_config"] |= {"use_clipped_linears": False}
+    config["text_config"] |= {"num_experts": 2, "top_k_experts": 2}
     model = load_drawn(4, vision=True, config=config)
     module = weights_of(model)[part]
     picture = draw_picture(model, np.random.default_rng(2))
@@ -147,10 +150,10 @@ def test_gradients_pass_from_the_texts_states_through_the_tower(part):
     with training():
         slope = mx.grad(loss)(start)
         size = float(mx.sqrt((slope**2).sum()))
-        step = 3e-3 / size
+        step = 1e-3 / size
         up, down = loss(start + step * slope), loss(start - step * slope)
     assert size > 1e-5
-    assert float((up - down) / (2 * step)) == pytest.approx(size**2, rel=0.05)
+    assert float((up - down) / (2 * step)) == pytest.approx(size**2, rel=0.02)
 
 
 # --- places
