@@ -2182,8 +2182,8 @@ FAULTS = (
     Fault(
         "server: a client that leaves while its constraint compiles is not noticed",
         "serve/openai_chat.py",
-        "asked = await attended(request.receive, asked_of(state, body))",
-        "asked = await asked_of(state, body)",
+        "asked = await attended(request.receive, asking)",
+        "asked = await asking",
         (SERVE_THREADS,),
     ),
     Fault(

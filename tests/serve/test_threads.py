@@ -80,8 +80,10 @@ def test_clients_that_come_and_go_make_no_more_threads():
         before = threading.active_count()
         for number in range(3 * _COMPILERS):
             with connected(running) as connection:
+                begun = len(seen.begun)
                 connection.sendall(post(*CHAT))
-                assert eventually(lambda n=number: len(seen.begun) == min(n + 1, _COMPILERS))
+                assert eventually(lambda n=begun: _taken(running, seen) > n)  # begun, or it waits
+            assert len(seen.begun) == min(number + 1, _COMPILERS)
             assert eventually(lambda n=number: len(running.lines) == n + 1)
         with connected(running) as connection:
             connection.sendall(post(*CHAT))
