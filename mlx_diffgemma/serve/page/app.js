@@ -109,3 +109,5 @@ await show();
 performance.mark("shown");
 app.side.refresh();
 learn();
+// What the first answer needs, once nothing else waits for it.
+setTimeout(() => import("./markdown.js").catch(() => {}), 300);

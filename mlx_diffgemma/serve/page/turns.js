@@ -22,9 +22,14 @@ export function statsOf(run) {
 export async function fillMarkdown(into, text) {
   into.dataset.text = text;
   if (!into.childNodes.length) into.textContent = text;
-  const {rendered} = await markdown();
-  const made = await rendered(text);
-  if (into.dataset.text === text) into.replaceChildren(made);
+  try {
+    const {rendered} = await markdown();
+    const made = await rendered(text);
+    if (into.dataset.text === text) into.replaceChildren(made);
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error;
+    into.textContent = text; // the renderer did not come: the server is gone
+  }
 }
 
 function versions(turn, siblings, choose) {
@@ -156,7 +161,7 @@ export class SettlingTurn {
     say(answer.slice(this.#settled));
     this.#settled = answer.length;
     this.#placing = this.#placing.then(async () => {
-      const {settledPart} = await markdown();
+      const {settledPart} = await markdown().catch(() => ({settledPart: (text) => ["", text]}));
       const [firm, rest] = settledPart(answer);
       if (firm !== (this.#firm.dataset.text ?? "")) await fillMarkdown(this.#firm, firm);
       this.#tail.textContent = rest.replace(/^\n+/, "");
