@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OWN = {"mlx_diffgemma", "tests", "bench", "recipes", "make", "tasks", "draw"}
 # Modules whose distribution has another name, apart from case and hyphens.
-DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
 # Declared and imported nowhere, because another program or package uses them.
 READ_BY_TRANSFORMERS = {"sentencepiece"}
 # Clients of the server, which have an environment of their own: tests/serve/client_calls.py.
@@ -59,7 +59,8 @@ def imported(*folders: str) -> set[str]:
 
 def test_the_package_declares_what_it_imports_and_no_more():
     needed, given = imported("mlx_diffgemma"), declared(PROJECT["dependencies"])
-    assert needed - given == declared(EXTRAS["train"]), "only the curves of a run are an extra"
+    extras = declared(EXTRAS["train"]) | declared(EXTRAS["video"])
+    assert needed - given == extras, "only the curves of a run, and videos, are an extra"
     assert given - needed == READ_BY_TRANSFORMERS
 
 

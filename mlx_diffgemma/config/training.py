@@ -1,7 +1,5 @@
-"""The settings of a training run: their defaults, their checks, and YAML files. Imports no mlx.
-
-Names are mlx-lm's where it has the same setting, so that its YAML files can be used.
-"""
+"""The settings of a training run: defaults, checks, YAML files; imports no mlx. Names are mlx-lm's
+where it has the same setting, so that its YAML files can be used."""
 
 from __future__ import annotations
 

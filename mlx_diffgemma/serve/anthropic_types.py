@@ -33,7 +33,7 @@ _REFUSED = {
 class Source(Fields):
     """Where an image is."""
 
-    type: str
+    type: str | None = None
     media_type: str | None = None
     data: str | None = None
 
@@ -300,7 +300,7 @@ def _image(block: Block, param: str) -> dict[str, Any]:
     source = block.source
     if source is None or source.type != "base64" or source.data is None:
         where = f"{param}.source"
-        kind = "missing" if source is None else f"of type {source.type[:50]!r}"
+        kind = "missing" if source is None else f"of type {str(source.type)[:50]!r}"
         raise ApiError(
             400,
             f"{where} is {kind}; an image comes as base64, with media_type and data: this server "

@@ -460,7 +460,7 @@ def test_prompts_that_differ_at_their_end_are_those_of_each_alone(
     ):
         head, tails = encode_endings(tokenizer, told, endings)
         whole = [encode_prompt(tokenizer, told(text)) for text in endings]
-        assert [head + tail for tail in tails] == whole
+        assert [head.ids + tail.ids for tail in tails] == whole
 
 
 def test_threads_that_encode_do_not_change_what_others_read(tokenizer):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from mlx_diffgemma import GenerationSettings
 from mlx_diffgemma.config.entry import entries
-from mlx_diffgemma.config.generation import GenerationSettings
 from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.serve.forms import form_of
 from mlx_diffgemma.serve.page_settings import SHOWN

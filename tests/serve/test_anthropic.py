@@ -358,7 +358,7 @@ USE = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
     ("messages", "param"),
     [
         ([], "messages"),
-        ([{"role": "user", "content": [{"type": "image", "source": {}}]}], "[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "image", "source": {}}]}], "[0].content[0].source"),
         ([{"role": "user", "content": [{"type": "document", "source": {}}]}], "[0].content[0]"),
         ([{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}], "[0].content[0]"),
         ([{"role": "user", "content": [{"type": "text"}]}], "[0].content[0].text"),

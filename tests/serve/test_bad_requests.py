@@ -55,7 +55,7 @@ def test_a_broken_body_is_refused(server, content, said):
         (PATH, "DELETE", 405),
         ("/v1/models", "POST", 405),
         ("/v1/nothing", "POST", 404),
-        ("/", "POST", 404),
+        ("/", "POST", 405),
         ("/v1/chat/completions/", "POST", 404),
         ("//v1/models", "GET", 404),
         ("/v1/../health", "GET", 404),

@@ -62,9 +62,9 @@ def test_control_tokens_spelled_in_tools_are_text(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        ("record", "the example has 'images' beside its text; images are not supported yet"),
-        ("question", "a user message has 'images' beside its text; images are not supported yet"),
-        ("answer", "the answer has 'images' beside its text; images are not supported yet"),
+        ("record", "the example has 'images' beside its text; images and videos are parts of"),
+        ("question", "a user message has 'images' beside its text; images and videos are parts"),
+        ("answer", "the answer has 'images' beside its text; images and videos are parts of"),
     ],
 )
 def test_media_beside_the_text_are_refused_with_their_line(tmp_path, tokenizer, place, says):

@@ -410,7 +410,7 @@ def test_the_empty_thought_stands_in_the_prompt_once(monkeypatch):
             lambda: Question.from_object(
                 {"type": "predicate", "instructions": [{"type": "input_image", "image_url": "x"}]}
             ),
-            "instructions holds an image; images are not supported yet",
+            "instructions holds an image, and can hold text only",
         ),
     ],
 )

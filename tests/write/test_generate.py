@@ -84,7 +84,7 @@ def test_an_id_outside_the_vocabulary_is_refused_by_name(loaded, bad):
 
 def test_an_image_token_is_refused(loaded):
     options = PromptOptions(allow_special_tokens=True)
-    with pytest.raises(PromptError, match="images are not supported yet"):
+    with pytest.raises(PromptError, match="give each image as a part of a message"):
         mlx_diffgemma.generate(*loaded, "What is <|image|>?", prompt_options=options)
 
 
