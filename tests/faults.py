@@ -78,7 +78,7 @@ class Fault:
 FAULTS = (
     Fault(
         "router input: routes on the normed residual",
-        "model/diffusion_gemma.py",
+        "model/stack.py",
         "*self.router(flat)",
         "*self.router(self.pre_feedforward_layernorm_2(flat))",
         (LOGITS,),
@@ -340,7 +340,7 @@ FAULTS = (
     Fault(
         "engine: rows join without room for their memory",
         "engine/engine.py",
-        "if needed + self._used() > self.memory_bytes:",
+        "if self._bytes_of([*self._rows.rows, row]) > self.memory_bytes:",
         "if False:",
         (ENGINE,),
     ),
@@ -1232,8 +1232,8 @@ FAULTS = (
     Fault(
         "load: the config is read again",
         "checkpoint/load.py",
-        "return build_model(folder, config, adapter_path=adapter_path, fused=fused), tokenizer",
-        "return load_model(folder, adapter_path=adapter_path, fused=fused), tokenizer",
+        "model = build_model(folder, config, adapter_path=adapter_path, fused=fused, vision=vision)",
+        "model = load_model(folder, adapter_path=adapter_path, fused=fused, vision=vision)",
         ("tests/checkpoint/test_load.py",),
     ),
     Fault(
@@ -1686,7 +1686,7 @@ FAULTS = (
     ),
     Fault(
         "chat: text before a call goes into the calling message",
-        "write/chat.py",
+        "write/said.py",
         """        if self.answer.strip():
             before =""",
         """        calling["content"] = self.answer
@@ -1696,14 +1696,14 @@ FAULTS = (
     ),
     Fault(
         "chat: an answer cut off without text counts",
-        "write/chat.py",
+        "write/said.py",
         "return self.is_finished or bool(self.answer.strip() or self.calls)",
         "return True",
         (CHAT,),
     ),
     Fault(
         "chat: an interrupted answer is dropped",
-        "write/chat.py",
+        "write/said.py",
         "return self.is_finished or bool(self.answer.strip() or self.calls)",
         "return self.is_finished",
         (CHAT,),
@@ -1888,7 +1888,7 @@ FAULTS = (
     Fault(
         "decision: the noise has a fresh seed",
         "write/decide.py",
-        'np.random.default_rng(int.from_bytes(digest, "little"))',
+        "np.random.default_rng(self.seed)",
         "np.random.default_rng()",
         (DECIDE,),
     ),
@@ -1909,8 +1909,8 @@ FAULTS = (
     Fault(
         "decision: the empty thought stands twice",
         "write/decide.py",
-        "return ids if ids[len(ids) - len(thought) :] == thought else ids + thought",
-        "return ids + thought",
+        "if tail.ids[len(tail.ids) - len(thought) :] == thought",
+        "if False",
         (DECIDE,),
     ),
     Fault(

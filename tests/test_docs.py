@@ -30,6 +30,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -38,6 +39,7 @@ from mlx_diffgemma.checkpoint.memory import context_bytes
 from mlx_diffgemma.cli.options import _every_program, app_of
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.doctor.published import published_model
+from tests.language.drawn import clip
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -139,6 +141,9 @@ class Shell:
         (folder / "data").mkdir()
         example = {"prompt": "Sort: 2 1", "completion": "1 2"}
         (folder / "data" / "train.jsonl").write_text(f"{json.dumps(example)}\n" * 4)
+        for name in ("photo.jpg", "a.png", "b.webp"):
+            Image.new("RGB", (64, 64), "navy").save(folder / name)
+        (folder / "clip.mp4").write_bytes(clip(4, rate=2, size=(64, 64)))
 
     def run(self, block: Block) -> str | None:
         """What a block prints on stdout; None for blocks that are not run."""
