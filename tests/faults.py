@@ -1232,8 +1232,8 @@ FAULTS = (
     Fault(
         "load: the config is read again",
         "checkpoint/load.py",
-        "model = build_model(folder, config, adapter_path=adapter_path, fused=fused, vision=vision)",
-        "model = load_model(folder, adapter_path=adapter_path, fused=fused, vision=vision)",
+        "model = build_model(folder, config, ",
+        "model = load_model(folder, ",
         ("tests/checkpoint/test_load.py",),
     ),
     Fault(
