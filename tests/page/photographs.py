@@ -15,8 +15,6 @@ import threading
 import time
 from pathlib import Path
 
-from PIL import Image
-
 from mlx_diffgemma.serve import steps
 from tests.page.browsers import Person, chromium
 from tests.page.test_looks import PARTS, STRANGE, look
@@ -112,7 +110,7 @@ HOLD = Hold()
 
 
 def picture(person: Person, file: Path) -> None:
-    """Take README's picture: a canvas after its first step, in both schemes' colours."""
+    """Take README's picture: a canvas after its first step."""
     look(person, 880, "light")
     size = {"width": 880, "height": 600, "deviceScaleFactor": 1, "mobile": False}
     person.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -126,9 +124,6 @@ def picture(person: Person, file: Path) -> None:
     take(person, file)
     HOLD.release()
     person.answered()
-    Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(
-        file, optimize=True
-    )
 
 
 def take(person: Person, file: Path) -> None:
