@@ -156,17 +156,15 @@ def _example(
     options = PromptOptions()
     if record.get("tools") is not None:
         options = PromptOptions(chat_template_config={"tools": record["tools"]})
-    key = pictures.question(prompt, record.get("tools"))
-    if key is None or key not in known:
+    question = pictures.question(prompt, record.get("tools"))
+    if question not in known:
         asked = encode(tokenizer, prompt, options, form)
-        found = asked.ids, pictures.order(asked)
-    else:
-        found = known[key]
-    if key is not None:
-        known[key] = found
-    question, order = found
+        known[question] = asked.ids, pictures.order(asked)
+    tokens, order = known[question]
+    if not order:
+        del known[question]
     named = tuple(pictures.named[i] for i in order)
-    return Example(np.array(question, np.int32), np.array(ids, np.int32), named)
+    return Example(np.array(tokens, np.int32), np.array(ids, np.int32), named)
 
 
 def _check(

@@ -84,11 +84,8 @@ class Pictures:
         places = {id(stand_in): i for i, stand_in in enumerate(self._stand_ins)}
         return [places[id(image)] for image in encoded.images]
 
-    def question(self, prompt: Any, tools: Any) -> str | None:
-        """Return what the tokens of a prompt with images follow from: its text, and the sizes of
-        the images; None without images."""
-        if not self.named:
-            return None
+    def question(self, prompt: Any, tools: Any) -> str:
+        """Return what the tokens of a prompt follow from: its text, and the sizes of images."""
         return json.dumps([prompt, tools], default=lambda image: image.positions[-1].tolist())
 
     def _part(self, part: Any) -> Any:
