@@ -2,8 +2,8 @@
 transformers, and when it is packed?
 
 200 pictures of each task of recipes/bundled/pictures.py, drawn by a seed that no training used: the
-rows of a 4x4 Sudoku, the colours of tiles, and the numbers of shapes by colour. An answer counts if
-it is exactly right. Ours reads each picture through a message with its file; transformers gets the
+colours of four by four tiles, and the numbers of shapes by colour. An answer counts if it is
+exactly right. Ours reads each picture through a message with its file; transformers gets the
 pixels of its own image processor (Pillow's). Both float32, and with the checkpoint's own settings.
 `--packed` asks a copy in each packing of bench/convert_quality.py too.
 

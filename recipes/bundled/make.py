@@ -171,7 +171,7 @@ PHASES = (
             "words": 200,
             "code": 100,
         },
-        {"tiles": 4500, "thin4": 4500, "shapes": 3500},
+        {"tiles": 4500, "read4": 4500, "shapes": 3500},
     ),
     Phase(
         "seventh",
@@ -186,7 +186,7 @@ PHASES = (
             "words": 250,
             "code": 150,
         },
-        {"tiles": 800, "thin4": 7400, "shapes": 3000},
+        {"tiles": 800, "read4": 7400, "shapes": 3000},
     ),
     Phase(
         "eighth",
@@ -201,7 +201,7 @@ PHASES = (
             "words": 250,
             "code": 150,
         },
-        {"tiles": 700, "read4": 6300, "shapes": 3600},
+        {"tiles": 5000, "shapes": 4200},
     ),
 )
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
