@@ -11,10 +11,9 @@ import openai
 import pytest
 from PIL import Image, ImageDraw
 
-from mlx_diffgemma import GenerationSettings, generate
+from mlx_diffgemma import GenerationSettings, encode_prompt, generate
 from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.language.encoded import ImageForm
-from mlx_diffgemma.language.prompt import encode_prompt
 from tests.engine.cases import loaded
 from tests.serve.cases import ask_chat, serving
 
