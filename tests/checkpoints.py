@@ -147,9 +147,10 @@ def draw_config(seed: int, **text: Any) -> dict[str, Any]:
     }
 
 
-def draw_vision_config(seed: int) -> dict[str, Any]:
-    """A legal config.json whose vision tower is drawn too. The text has a full layer before the
-    last one, whose attention reaches no context, and windows that images may be longer than."""
+def draw_vision_config(seed: int, **more: Any) -> dict[str, Any]:
+    """A legal config.json whose vision tower is drawn too; `more` as in `draw_config`. The text has
+    a full layer before the last one, whose attention reaches no context, and windows that images
+    may be longer than."""
     rng = np.random.default_rng([2027, seed])
 
     def pick(*values: Any) -> Any:
@@ -176,7 +177,7 @@ def draw_vision_config(seed: int) -> dict[str, Any]:
     middle = [SLIDING, FULL] if seed % 3 else [FULL, SLIDING]
     text = {"num_hidden_layers": 4, "layer_types": [pick(SLIDING, FULL), *middle, FULL]}
     window = int(rng.choice([4, 5, 8, 13]))
-    config = draw_config(seed, sliding_window=window, **text)
+    config = draw_config(seed, sliding_window=window, **text | more)
     return config | {"vision_config": vision}
 
 

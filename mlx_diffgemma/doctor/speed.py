@@ -24,7 +24,7 @@ from ..model import DiffusionGemma
 from ..model.attention import Segment
 from ..model.backend import is_cpu
 from ..model.context import LayerContext
-from ..model.diffusion_gemma import Layer
+from ..model.stack import Layer
 from ..model.products import head
 from .floors import Chip, Model, known_chip
 from .made_up import kinds_of_layers, made_up_model, narrowed

@@ -16,7 +16,7 @@ from mlx_diffgemma.doctor.made_up import made_up_model, narrowed
 from mlx_diffgemma.doctor.published import published_model
 from mlx_diffgemma.doctor.speed import Shape, Timing, extrapolated, time_parts, width_divisor
 from mlx_diffgemma.model.backend import as_on_gpu
-from mlx_diffgemma.model.diffusion_gemma import Layer
+from mlx_diffgemma.model.stack import Layer
 
 PUBLISHED = published_model()
 

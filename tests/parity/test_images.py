@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import PIL.Image
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +23,7 @@ from transformers import DynamicCache  # noqa: E402
 
 from mlx_diffgemma import GenerationSettings, load_model  # noqa: E402
 from mlx_diffgemma.denoise.schedule import temperature  # noqa: E402
+from mlx_diffgemma.language.images import read_image  # noqa: E402
 from mlx_diffgemma.model import Context, DiffusionGemma  # noqa: E402
 from tests.checkpoints import draw_vision_config, write_checkpoint  # noqa: E402
 from tests.parity.test_logits import (  # noqa: E402
@@ -227,6 +229,69 @@ def test_the_drawn_towers_span_what_checkpoints_may_say():
     assert {v["rope_parameters"].get("rope_type") for v in visions} == {"default", "axial", None}
     assert any(v["num_key_value_heads"] < v["num_attention_heads"] for v in visions)
     assert {v["head_dim"] for v in visions} >= {4, 12}
+
+
+def draw_photo(rng: np.random.Generator, number: int) -> np.ndarray:
+    """Waves of colour with sharp edges, or noise, of any size: uint8 [H, W, 3]."""
+    height, width = (int(n) for n in rng.integers(20, 400, 2))
+    if number % 3 == 2:
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    y, x = (each[..., None] for each in np.mgrid[:height, :width])
+    waves = np.sin(x * rng.random(3) / 3) + np.cos(y * rng.random(3) / 3)
+    return ((waves > rng.random(3)) * 255 if number % 3 else waves * 60 + 120).astype(np.uint8)
+
+
+@functools.cache
+def compare_own_pixels(seed: int) -> Comparison:
+    """The first step behind photographs that each side has made into patches itself."""
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    config = draw_vision_config(seed)
+    config["vision_config"] |= {"pooling_kernel_size": 3, "position_embedding_size": 512}
+    config["vision_config"] |= {"patch_size": 16}
+    with tempfile.TemporaryDirectory() as parent:
+        folder = write_checkpoint(Path(parent) / "checkpoint", config, seed)
+        reference, model = LookingReference(folder), load_model(folder, vision=True)
+    rng = np.random.default_rng([9, seed])
+    photos = [draw_photo(rng, seed + i) for i in range(1 + seed % 3)]
+    processor = Gemma4ImageProcessorPil(max_soft_tokens=70)
+    theirs, ours = [], []
+    for photo in photos:
+        made = processor(PIL.Image.fromarray(photo), return_tensors="np")
+        there = made["image_position_ids"][0, :, 0] >= 0
+        pixels, places = made["pixel_values"][0][there], made["image_position_ids"][0][there]
+        tokens = int(made["num_soft_tokens_per_image"][0])
+        theirs.append(Picture(pixels, places.astype(np.int32), tokens))
+        own = read_image(photo, soft_tokens=70)
+        ours.append(Picture(own.patches, own.positions, own.soft_tokens))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine.tokens == expected.tokens
+        assert np.array_equal(mine.positions, expected.positions)
+        assert np.abs(mine.patches - expected.patches).max() <= 2 / 255
+    ids = [i for picture in ours for i in (7, 8, *picture.ids)] + [9, 10]
+    tokens = np.array([ids], np.int32)
+    canvas = rng.integers(0, 60, (1, config["canvas_length"]), dtype=np.int32)
+    with torch.no_grad():
+        expected = reference.denoise(canvas, reference.read([(tokens, theirs)])).numpy()
+    found = np.array(model.denoise(mx.array(canvas), read(model, [(tokens, ours)])))
+    difference = float(np.abs(found - expected).max())
+    return Comparison("own pixels", "first step", difference, reference.take_margin())
+
+
+@pytest.mark.parametrize("seed", first(2, range(30)))
+def test_transformers_with_its_own_pixels_gives_the_logits_of_ours(seed):
+    """Pixels are within 2/255; the published processor's variant for Pillow gives the same ones."""
+    compared = compare_own_pixels(seed)
+    assert compared.difference <= TOLERANCE or not compared.is_safe, compared
+
+
+@pytest.mark.long
+def test_the_difference_of_logits_with_own_pixels(capsys):
+    compared = [compare_own_pixels(seed) for seed in range(30)]
+    largest = max(c.difference for c in compared)
+    with capsys.disabled():
+        print(f"\nown pixels: {len(compared)} prompts, largest difference of logits {largest:.2e}")
+    assert sum(c.difference <= TOLERANCE for c in compared) >= 25
 
 
 @pytest.mark.parametrize("seed", first(2, range(8)))
