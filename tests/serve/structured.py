@@ -191,7 +191,14 @@ def is_valid(schema: Any, text: str) -> bool:
     return kind(schema).is_valid(value)
 
 
-def run(running: Running, schemas: Sequence[Any], wanted: int, requests: int, clients: int) -> Seen:
+def run(
+    running: Running,
+    schemas: Sequence[Any],
+    wanted: int,
+    requests: int,
+    clients: int,
+    budgets: Sequence[int] = BUDGETS,
+) -> Seen:
     """Ask so many times under so many schemas that can be held, the same number under each."""
     seen, waiting, lock = Seen(), list(enumerate(schemas)), threading.Lock()
     held, each = [0], -(-requests // wanted)
@@ -206,16 +213,16 @@ def run(running: Running, schemas: Sequence[Any], wanted: int, requests: int, cl
             if held[0] % 20 == 0:
                 said = f"{held[0]} schemas, {seen.count} answers, {len(seen.findings)} findings"
                 print(said, file=sys.stderr, flush=True)
-            draw, budgets, answered = random.Random(number), list(BUDGETS), 0
-            while budgets and answered < each:
-                most = draw.choice(budgets)
+            draw, left, answered = random.Random(number), list(budgets), 0
+            while left and answered < each:
+                most = draw.choice(left)
                 outcome = one(running, number, schema, most, draw, seen)
                 answered += outcome == "answered"
                 if outcome == "refused":
-                    budgets = []
+                    left = []
                 elif outcome == "small":
-                    budgets = [each for each in budgets if each > most]
-            if not budgets:
+                    left = [budget for budget in left if budget > most]
+            if not left:
                 with lock:
                     held[0] -= 1  # another schema takes its place
 
@@ -254,12 +261,15 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=200)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--longest", type=int, default=max(BUDGETS), help="tokens of an answer")
     options = parser.parse_args()
     model = random_model(options.tokenizer) if options.tokenizer else None
     started, used = time.perf_counter(), time.process_time()
     schemas = schemas_of(options.cases, 10_000 if options.cases else 2 * options.schemas)
+    budgets = [each for each in BUDGETS if each <= options.longest]
+    counts = options.schemas, options.requests, options.clients
     with serving(model=model, settings=FEW_STEPS) as running:
-        seen = run(running, schemas, options.schemas, options.requests, options.clients)
+        seen = run(running, schemas, *counts, budgets)
         bugs = running.bugs
     print(
         f"{'bundled model' if model is None else f'{len(model[1]):,} tokens'}: {seen.count} "
