@@ -24,8 +24,8 @@ from ..model import DiffusionGemma
 from ..model.attention import Segment
 from ..model.backend import is_cpu
 from ..model.context import LayerContext
-from ..model.stack import Layer
 from ..model.products import head
+from ..model.stack import Layer
 from .floors import Chip, Model, known_chip
 from .made_up import kinds_of_layers, made_up_model, narrowed
 from .published import published_model, with_layers
