@@ -22,7 +22,7 @@ MODEL, LOGITS = "tests/model/test_model.py", "tests/parity/test_logits.py"
 LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.py"
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
-ROWS = "tests/denoise/test_rows.py"
+ROWS, LOOKS = "tests/denoise/test_rows.py", "tests/parity/test_images.py"
 STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_files.py"
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
 LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
@@ -76,6 +76,97 @@ class Fault:
 
 
 FAULTS = (
+    Fault(
+        "images: causal like text",
+        "model/masks.py",
+        "allowed = allowed | mx.pad(",
+        "allowed = allowed & ~mx.pad(",
+        (LOOKS,),
+    ),
+    Fault(
+        "images: the overlay ends at the window",
+        "model/masks.py",
+        "allowed = allowed & (key > query - window)\n    if blocks is not None:",
+        "allowed = allowed & (key > query - window)\n    if blocks is not None and not window:",
+        (LOOKS,),
+    ),
+    Fault(
+        "images: two of them see each other",
+        "model/images.py",
+        "np.cumsum(edges, axis=1), -1)",
+        "0, -1)",
+        (LOOKS,),
+    ),
+    Fault(
+        "images: features are scaled like embeddings",
+        "model/diffusion_gemma.py",
+        "return features.astype(self.dtype)",
+        "return self._scale_embedding(features)",
+        (LOOKS,),
+    ),
+    Fault(
+        "tower: columns and rows change places in the rotation",
+        "model/vision.py",
+        "angles = positions.astype(mx.float32)[..., None]",
+        "angles = positions[..., ::-1].astype(mx.float32)[..., None]",
+        (LOOKS,),
+    ),
+    Fault(
+        "tower: the norms have the text's epsilon",
+        "model/vision.py",
+        "self.head_dim, self.eps = H, config.rms_norm_eps",
+        "self.head_dim, self.eps = H, 1e-6",
+        (LOOKS,),
+    ),
+    Fault(
+        "tower: standardised before the root of the width",
+        "model/vision.py",
+        "out = pooled.mean(axis=2).astype(x.dtype).astype(mx.float32) * width**0.5",
+        "out = pooled.mean(axis=2).astype(x.dtype).astype(mx.float32)",
+        (LOOKS,),
+    ),
+    Fault(
+        "tower: outputs are not bounded",
+        "model/vision.py",
+        "return mx.clip(y,",
+        "return (lambda y, *_: y)(y,",
+        (LOOKS,),
+    ),
+    Fault(
+        "images: a piece may end inside of one",
+        "denoise/images.py",
+        "if placed.start < place < placed.stop:",
+        "if place < 0:",
+        ("tests/denoise/test_images.py",),
+    ),
+    Fault(
+        "store: pictures do not tell texts apart",
+        "denoise/row.py",
+        "as_text(tokens, self._images, store.salt) if self._images else tokens",
+        "tokens",
+        ("tests/denoise/test_images.py",),
+    ),
+    Fault(
+        "store: another tower's contexts are used",
+        "denoise/store.py",
+        "self.salt = vision_fingerprint(model)",
+        "vision_fingerprint(model)",
+        ("tests/denoise/test_images.py",),
+    ),
+    Fault(
+        "training: traces without shapes",
+        "model/backend.py",
+        "return function(*arguments) if is_training() else trace_for",
+        "return trace_for",
+        ("tests/model/test_vision.py",),
+    ),
+    Fault(
+        "load: vision comes with the text",
+        "checkpoint/load.py",
+        "    if vision:\n",
+        "    if vision is not False:\n",
+        ("tests/checkpoint/test_vision.py",),
+    ),
     Fault(
         "router input: routes on the normed residual",
         "model/stack.py",

@@ -140,7 +140,7 @@ def _factors(
     and B [outputs, r], of experts A [E r, inputs] and B [outputs, r E]."""
     path = _path(name)
     if "vision" in path:
-        raise SourceError(f"{file}: {path} is of the vision tower, which is not loaded yet")
+        raise SourceError(f"{file}: {path} is of the vision tower, of which adapters are not read")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise SourceError(
             f"{file}: {name} has factors of shapes {list(a.shape)} and {list(b.shape)}, "

@@ -256,7 +256,7 @@ def only(name: str, *shape: int) -> Tensors:
         (
             drawn(shapes={"model.encoder.vision_tower.encoder.layers.0.mlp.up_proj": (8, 8)}),
             {},
-            "is of the vision tower, which is not loaded yet",
+            "is of the vision tower, of which adapters are not read",
         ),
         (
             drawn(shapes={f"{LAYER}.experts": (100, 64)}),
