@@ -14,7 +14,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import mlx_diffgemma
-from mlx_diffgemma import DiffGemmaError, GenerationSettings, Template, denoise_tokens, fill
+from mlx_diffgemma import (
+    DiffGemmaError,
+    GenerationSettings,
+    Template,
+    denoise_tokens,
+    encode_prompt,
+    fill,
+)
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.constraint.line import Line
 from mlx_diffgemma.denoise.constrained import Span, TokenConstraint
@@ -22,7 +29,7 @@ from mlx_diffgemma.denoise.pinned import FREE, Pinned, TokenSet
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.errors import TemplateError
 from mlx_diffgemma.events import CanvasCommitted, StepDone, TrialStarted
-from mlx_diffgemma.language.prompt import encode_prompt, encode_text, token_bytes
+from mlx_diffgemma.language.prompt import encode_text, token_bytes
 from mlx_diffgemma.language.template import Slot
 from mlx_diffgemma.model import Context, OpenContext
 from mlx_diffgemma.model.backend import as_on_gpu
