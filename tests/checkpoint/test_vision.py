@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_diffgemma import load_model
+from mlx_diffgemma import DiffGemmaError, load_model
 from mlx_diffgemma.checkpoint.info import describe
 from mlx_diffgemma.checkpoint.names import VISION, part_of
 from mlx_diffgemma.checkpoint.variants import variants_of
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.convert.verify import verify
-from mlx_diffgemma.errors import DiffGemmaError, PromptError, WeightsError
+from mlx_diffgemma.errors import PromptError, WeightsError
 from mlx_diffgemma.model import DiffusionGemma
 from tests.checkpoints import draw_config, draw_vision_config, write_checkpoint
 from tests.denoise.pictures import draw_picture

@@ -13,10 +13,10 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_diffgemma import load_model, load_tokenizer
+from mlx_diffgemma import DiffGemmaError, load_model, load_tokenizer
 from mlx_diffgemma.checkpoint.adapters import WEIGHTS
 from mlx_diffgemma.config.training import TrainSettings
-from mlx_diffgemma.errors import ConfigError, DataError, DiffGemmaError
+from mlx_diffgemma.errors import ConfigError, DataError
 from mlx_diffgemma.language.encoded import ImageForm
 from mlx_diffgemma.language.images import read_image
 from mlx_diffgemma.model.context import Context
