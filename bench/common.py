@@ -52,7 +52,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit this runs from; "-dirty" where the package differs from it."""
+    """The commit this runs from; "-dirty" where the package differs from it. Where a machine has a
+    copy without git, BENCH_COMMIT says it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -67,7 +68,7 @@ def commit() -> str:
         dirty = "-dirty" if git("status", "--porcelain", "--", "mlx_diffgemma", "convert") else ""
         return git("rev-parse", "--short", "HEAD") + dirty
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
 
 
 def peak_rss_bytes() -> int:

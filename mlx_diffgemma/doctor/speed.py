@@ -35,6 +35,7 @@ STEPS = (8, 12, 16, 20)  # per canvas, for which tokens per second are calculate
 # Weights, and the arrays of the sampler over the whole vocabulary.
 NEEDED_BYTES = 4 << 30
 NARROW = 10  # the factor on a device that is too slow or too small for the published width
+_TIMED = 3  # layers of a kind, so that a layer's weights are not in a GPU's cache
 _SAMPLES, _LEAST_SAMPLES = 5, 3
 _SLOW_SECONDS = 1.0  # of samples; a part that took longer gets fewer
 _SAMPLE_SECONDS = 0.05
@@ -113,12 +114,12 @@ def time_parts(
     chip = known_chip(device_name) if divisor == 1 else None
     # A layer differs from the one before in all but its experts, which are nine tenths of it and
     # are chosen anew, so that its weights are not in a GPU's cache. A CPU is busy computing.
-    model = made_up_model(config, dtype, layers_per_kind=3 if divisor == 1 else 1)
+    model = made_up_model(config, dtype, layers_per_kind=_TIMED if divisor == 1 else 1)
     nbytes = sum({id(a): a.nbytes for a in _arrays(model.parameters())}.values())
     name, of = str(dtype).rpartition(".")[2], None if chip is None else chip.name
     yield Shape(divisor, config.canvas_length, CONTEXT, name, nbytes, of)
     try:
-        yield from _step_parts(model, config, chip)
+        yield from step_parts(model, config, chip)
         yield from _token_parts(model, config, chip)
     finally:
         del model
@@ -156,17 +157,23 @@ def _rates(step_ms: float, commit_ms: float, canvas: int) -> dict[str, float]:
     return {f"{steps}": 1e3 * canvas / (steps * step_ms + commit_ms) for steps in STEPS}
 
 
-def _step_parts(model: DiffusionGemma, config: ModelConfig, chip: Chip | None) -> Iterator[Timing]:
-    """Yield the parts of a denoise step over a whole canvas."""
+def step_parts(model: DiffusionGemma, config: ModelConfig, chip: Chip | None) -> Iterator[Timing]:
+    """Yield the parts of a denoise step over a whole canvas.
+
+    Args:
+      model: has some layers of each kind, of which up to three are timed.
+      config: of the whole shape, whose layers are counted.
+      chip: whose floors are given; None for none.
+    """
     rows, decoder, counted = config.canvas_length, model.model.decoder, Model(config)
 
     def least(*names: str) -> float | None:
         return None if chip is None else _floor(counted, rows, chip, names)
 
-    for i, (name, (layer, count)) in enumerate(kinds_of_layers(config).items()):
+    for name, (layer, count) in kinds_of_layers(config).items():
         one = Model(with_layers(config, layer))
         floor = None if chip is None else one.commit_ms(rows, CONTEXT, chip, "floor")
-        layers = _layers_of_kind(model, i)
+        layers = _layers_of_kind(model, layer)
         run = _layers_run(layers, layer, rows, config, model.dtype)
         yield _timing(name, "step", count, True, run, floor, per_run=len(layers))
     canvas = mx.random.randint(0, config.vocab_size, (1, rows), key=mx.random.key(1))
@@ -210,10 +217,10 @@ def _step_parts(model: DiffusionGemma, config: ModelConfig, chip: Chip | None) -
 def _token_parts(model: DiffusionGemma, config: ModelConfig, chip: Chip | None) -> Iterator[Timing]:
     """Yield the parts of one token of the twin: the same layers and head for one position."""
     decoder = model.model.decoder
-    for i, (name, (layer, count)) in enumerate(kinds_of_layers(config).items()):
+    for name, (layer, count) in kinds_of_layers(config).items():
         one = Model(with_layers(config, layer))
         floor = None if chip is None else one.commit_ms(1, CONTEXT, chip, "floor")
-        layers = _layers_of_kind(model, i)
+        layers = _layers_of_kind(model, layer)
         run = _layers_run(layers, layer, 1, config, model.dtype)
         yield _timing(name, "token", count, False, run, floor, per_run=len(layers))
     x = _normal((1, 1, config.text.hidden_size), model.dtype)
@@ -228,9 +235,9 @@ def _token_parts(model: DiffusionGemma, config: ModelConfig, chip: Chip | None) 
     )
 
 
-def _layers_of_kind(model: DiffusionGemma, kind: int) -> list[Layer]:
-    each = len(model.layers) // len(kinds_of_layers(model.config))
-    return model.layers[kind * each : (kind + 1) * each]
+def _layers_of_kind(model: DiffusionGemma, kind: LayerConfig) -> list[Layer]:
+    kinds = model.config.text.layers
+    return [layer for layer, own in zip(model.layers, kinds, strict=True) if own == kind][:_TIMED]
 
 
 def _layers_run(
