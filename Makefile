@@ -22,6 +22,8 @@ demo: $(VENV)/.demo
 		echo; printf "> $$prompt\n"; \
 		printf "$$prompt" | $(BIN)/mlx_diffgemma.generate --prompt - --seed 7 || exit 1; \
 	done
+	@echo; echo '> Count the colours. (of mlx_diffgemma/demo/shapes.png)'; \
+		$(BIN)/mlx_diffgemma.generate --image mlx_diffgemma/demo/shapes.png --prompt 'Count the colours.' --seed 7
 	@echo; echo 'It is small: mlx_diffgemma/demo/README.md says what it knows, and how well.'
 
 # The wheel takes one core, and waits for downloads, while the tests run.
@@ -68,7 +70,7 @@ docs: $(VENV)/.test
 	$(BIN)/python docs/picture.py --write
 	$(BIN)/python bench/table.py --write
 
-# Makes the bundled model from nothing, about three hours on two cores; run again, it goes on.
+# Makes the bundled model from nothing, about four and a half hours on two cores; run again, it goes on.
 demo-model: $(VENV)/.test
 	$(BIN)/python recipes/bundled/make.py --folder build/bundled
 

@@ -200,7 +200,7 @@ def print_policies(model: Model, context: int, steps: list[float]) -> dict[str, 
         print("[prediction] the last bench/answer.py ran without reference: nothing to say")
         return {}
     print(
-        f"[prediction] transfer from a model of 1.7 million parameters on toy tasks: in place of "
+        f"[prediction] transfer from a model of 2 million parameters on toy tasks: in place of "
         f"one full-width canvas of {steps[0]:g} steps"
     )
     transfer = {}

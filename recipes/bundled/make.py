@@ -1,10 +1,10 @@
 """Makes the bundled model from nothing: data, random weights, training in stages, the checkpoint.
 
-It takes about three hours on two CPU cores, in stages of at most an hour; a Mac was not tried. On
-Linux OpenBLAS is put in front of MLX's own BLAS where Debian's libopenblas0-pthread is installed,
-without which it takes many times as long. Of two cores or more, two have a process each; with one
-process sums are rounded otherwise. Stopped and run again, it goes on from the last checkpoint, at
-most 50 batches back.
+It takes about four and a half hours on two CPU cores, in stages of at most an hour; a Mac was not
+tried. On Linux OpenBLAS is put in front of MLX's own BLAS where Debian's libopenblas0-pthread is
+installed, without which it takes many times as long. Of two cores or more, two have a process each;
+with one process sums are rounded otherwise. Stopped and run again, it goes on from the last
+checkpoint, at most 50 batches back.
 
     python recipes/bundled/make.py --folder build/bundled
     python recipes/bundled/make.py --folder build/bundled --minutes 60
@@ -18,14 +18,13 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,177 +32,16 @@ import mlx.core as mx
 import pictures
 import start
 import tasks
-import yaml
+from phases import PHASES, Phase
 from safetensors import safe_open
 
 from mlx_diffgemma.checkpoint.adapters import WEIGHTS
 from mlx_diffgemma.train.checkpoint import STATE
 from mlx_diffgemma.train.fuse import fuse_checkpoint
 
-HERE = Path(__file__).parent
 STAGE_MINUTES = 60
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A run of the trainer: how, and with how many examples of each task."""
-
-    name: str
-    seed: int  # of its examples
-    counts: dict[str, int]
-    pictures: dict[str, int] = field(default_factory=dict)  # examples of tasks with pictures
-    short_gaps: bool = False  # one underscore for a missing word, not one for each of its letters
-
-    @property
-    def model(self) -> str:
-        """The checkpoint that it trains, beside the weights of the phase before."""
-        return "blind" if self.pictures else "start"
-
-    @property
-    def begins_again(self) -> bool:
-        """Whether it begins with the weights before it rounded to bfloat16, in a checkpoint that
-        has a tower: the first one with pictures, since the model was published before."""
-        return bool(self.pictures) and not any(
-            phase.pictures for phase in PHASES[: PHASES.index(self)]
-        )
-
-    def shown(self, prompt: str) -> str:
-        return re.sub("_+", "_", prompt) if self.short_gaps else prompt
-
-    @property
-    def recipe(self) -> Path:
-        return HERE / f"{self.name}.yaml"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return dict(yaml.safe_load(self.recipe.read_text()))
-
-    @property
-    def iters(self) -> int:
-        return int(self.settings["iters"])
-
-
-# Each goes on with the weights of the one before: with more of what is not known by then, and from
-# the second on with less of a canvas given, since generation begins with nothing. How many letters
-# a missing word has is told from the second on.
-PHASES = (
-    Phase(
-        "first",
-        0,
-        {
-            "sudoku4": 20000,
-            "sudoku6": 22000,
-            "count": 30000,
-            "sort": 14000,
-            "reverse": 9000,
-            "table": 12000,
-            "words": 9000,
-            "code": 11000,
-        },
-        short_gaps=True,
-    ),
-    Phase(
-        "second",
-        2,
-        {
-            "sudoku4": 11000,
-            "sudoku6": 16000,
-            "count": 26000,
-            "sort": 9000,
-            "reverse": 3000,
-            "table": 10000,
-            "words": 12000,
-            "code": 3000,
-        },
-    ),
-    Phase(
-        "third",
-        3,
-        {
-            "sudoku4": 6500,
-            "sudoku6": 18000,
-            "count": 2000,
-            "sort": 3000,
-            "reverse": 1000,
-            "table": 1000,
-            "words": 1000,
-            "code": 1000,
-        },
-    ),
-    Phase(
-        "fourth",
-        4,
-        {
-            "sudoku4": 4500,
-            "sudoku6": 26000,
-            "count": 2500,
-            "sort": 3000,
-            "reverse": 1000,
-            "table": 1000,
-            "words": 1000,
-            "code": 1000,
-        },
-    ),
-    Phase(
-        "fifth",
-        5,
-        {
-            "sudoku4": 4000,
-            "sudoku6": 16000,
-            "count": 1200,
-            "sort": 1200,
-            "reverse": 700,
-            "table": 700,
-            "words": 1200,
-            "code": 700,
-        },
-    ),
-    Phase(
-        "sixth",
-        6,
-        {
-            "sudoku4": 400,
-            "sudoku6": 1600,
-            "count": 200,
-            "sort": 200,
-            "reverse": 100,
-            "table": 100,
-            "words": 200,
-            "code": 100,
-        },
-        {"tiles": 4500, "read4": 4500, "shapes": 3500},
-    ),
-    Phase(
-        "seventh",
-        7,
-        {
-            "sudoku4": 500,
-            "sudoku6": 2900,
-            "count": 250,
-            "sort": 450,
-            "reverse": 150,
-            "table": 150,
-            "words": 250,
-            "code": 150,
-        },
-        {"tiles": 800, "read4": 7400, "shapes": 3000},
-    ),
-    Phase(
-        "eighth",
-        8,
-        {
-            "sudoku4": 450,
-            "sudoku6": 2700,
-            "count": 450,
-            "sort": 350,
-            "reverse": 150,
-            "table": 350,
-            "words": 250,
-            "code": 150,
-        },
-        {"tiles": 5000, "shapes": 4200},
-    ),
-)
 # A test asks what was not in training. Of the other tasks there are fewer prompts, and most of
 # them, of three tasks all, are in both.
 HELD_OUT = ("sudoku4", "sudoku6", "sort", "reverse")
@@ -292,6 +130,13 @@ def stands_at(run: Path) -> int:
         return int(file.metadata()["iteration"])
 
 
+def begins_again(phase: Phase) -> bool:
+    """Return whether a phase begins with the weights before it rounded to bfloat16, in a checkpoint
+    that has a tower: the first one with pictures, since the model was published before."""
+    earlier = PHASES[: PHASES.index(phase)]
+    return bool(phase.pictures) and not any(one.pictures for one in earlier)
+
+
 def command(folder: Path, phase: Phase) -> list[str]:
     """The trainer's, which goes on where the phase stands."""
     run, before = folder / phase.name / "run", PHASES[: PHASES.index(phase)]
@@ -301,7 +146,7 @@ def command(folder: Path, phase: Phase) -> list[str]:
     arguments += ["--adapter-path", str(run)]
     if stands_at(run):
         arguments.append("--resume")
-    elif before and not phase.begins_again:
+    elif before and not begins_again(phase):
         weights = folder / before[-1].name / "run" / WEIGHTS
         arguments += ["--resume-adapter-file", str(weights)]
     return arguments
@@ -422,7 +267,7 @@ def make(folder: Path, minutes: float, language: Path | None = None) -> Path:
     for phase in PHASES:
         if language and not phase.pictures:
             continue
-        if phase.begins_again and not (folder / "blind").exists():
+        if begins_again(phase) and not (folder / "blind").exists():
             write_blind(folder, language)
         run, data = folder / phase.name / "run", folder / phase.name / "data"
         if not data.exists():

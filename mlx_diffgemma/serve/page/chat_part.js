@@ -105,7 +105,7 @@ class ChatPart {
     return h("div", {className: "welcome"},
       h("h2", {textContent: "Text that comes out of noise"}),
       h("p", {textContent: "The model writes a whole canvas of tokens at once and refines it step by step. The warmer a token's colour, the less sure it is; a dotted one is drawn again."}),
-      isToy ? h("p", {className: "faint", textContent: "This is the small model that comes with mlx_diffgemma. It knows eight toy tasks, and one question at a time: begin a new conversation for each."}) : null,
+      isToy ? h("p", {className: "faint", textContent: "This is the small model that comes with mlx_diffgemma. It knows ten toy tasks, and one question at a time: begin a new conversation for each."}) : null,
       h("p", {className: "examples"}, examples));
   }
 
