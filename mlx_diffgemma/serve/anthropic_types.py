@@ -11,7 +11,7 @@ from pydantic import Field
 from ..config.serving import Limits
 from .body import Fields, Many, refuse
 from .errors import ApiError, refused
-from .images import Piece, check_images, image_part, joined, pieces_of
+from .images import Piece, check_images, image_part, joined
 from .limits import check_length
 from .openai_types import Count, Name, Seed
 from .structured import Tool
@@ -177,6 +177,7 @@ def conversation_of(body: Counted, limits: Limits) -> Conversation:
     for number, message in enumerate(body.messages):
         reader.read(message, f"messages[{number}]")
     check_images(reader.messages, limits, "messages")
+    reader.end_turn()
     messages, last = reader.messages, reader.messages[-1] if reader.messages else {}
     if last.get("tool_calls"):
         raise ApiError(
@@ -195,6 +196,8 @@ class _Reader:
         self._limits = limits
         self._calls: set[str] = set()  # ids of all tool_use blocks so far
 
+        self._role = ""  # of the turn that goes on
+        self._pieces: list[Piece] = []  # of it
     def read(self, message: Message, param: str) -> None:
         if message.role == "assistant":
             self._assistant(message.content, param)
@@ -205,14 +208,19 @@ class _Reader:
 
     def add(self, role: str, *pieces: Piece) -> None:
         """Add texts and images; messages of one role that follow each other are one turn."""
-        last = self.messages[-1] if self.messages else {}
-        content = joined(pieces, _PARAGRAPH)
-        if not content:
+        if not any(pieces):
             return
-        if last.get("role") == role and not last.get("tool_calls"):
-            last["content"] = joined([*pieces_of(last["content"]), *pieces], _PARAGRAPH)
-        else:
-            self.messages.append({"role": role, "content": content})
+        if role != self._role:
+            self.end_turn()
+        self._role = role
+        self._pieces += pieces
+
+    def end_turn(self) -> None:
+        """Add the message of the turn that goes on."""
+        if self._pieces:
+            content = joined(self._pieces, _PARAGRAPH)
+            self.messages.append({"role": self._role, "content": content})
+        self._role, self._pieces = "", []
 
     def text(self, content: Content, param: str) -> str:
         """Return the text of content that must be text."""
@@ -234,6 +242,7 @@ class _Reader:
         made = {"role": "assistant", "content": text, "tool_calls": calls}
         thought = "\n".join(filter(None, thoughts))
         self.messages.append(made | ({"reasoning": thought} if thought else {}))
+        self.end_turn()
 
     def _user(self, content: Content, param: str) -> None:
         pieces: list[Piece] = []
@@ -246,6 +255,7 @@ class _Reader:
             else:
                 message, images = self._result(block, where)
                 self.messages.append(message)
+                self.end_turn()
                 pieces += images
         self.add("user", *pieces)
 

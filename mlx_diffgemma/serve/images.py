@@ -5,6 +5,7 @@ picture comes inside of the request; the server fetches no address and opens no 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from ..config.serving import Limits
@@ -43,21 +44,14 @@ def joined(pieces: Iterable[Piece], between: str) -> str | list[dict[str, Any]]:
       between: what stands between two texts.
     """
     found: list[Piece] = []
-    for piece in pieces:
-        if isinstance(piece, str) and found and isinstance(found[-1], str) and piece:
-            found[-1] += between + piece
-        elif piece:
-            found.append(piece)
-    if all(isinstance(piece, str) for piece in found):
-        return between.join(map(str, found))
+    for is_text, run in groupby(filter(None, pieces), lambda piece: isinstance(piece, str)):
+        if is_text:
+            found.append(between.join(map(str, run)))
+        else:
+            found += run
+    if all(isinstance(piece, str) for piece in found):  # one text, or none
+        return "".join(map(str, found))
     return [{"type": "text", "text": p} if isinstance(p, str) else p for p in found]
-
-
-def pieces_of(content: str | Sequence[dict[str, Any]]) -> list[Piece]:
-    """Return the pieces of a content that `joined` made."""
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] if part["type"] == "text" else part for part in content]
 
 
 def check_images(messages: Sequence[Mapping[str, Any]], limits: Limits, param: str) -> None:

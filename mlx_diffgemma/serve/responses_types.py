@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..config.serving import Limits
-from .body import Fields, Many, checked, refuse
+from .body import Fields, Many, Texts, checked, refuse
 from .errors import ApiError, refused
 from .images import Piece, check_images, image_part, joined
 from .limits import check_length
@@ -150,7 +150,7 @@ class ResponsesRequest(Counted):
     stream: bool | None = None
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Texts | None = None
     include: Many[str] | None = None
     seed: Seed | None = None  # not OpenAI's
     # Known fields that cannot be honoured.

@@ -161,6 +161,12 @@ def test_files_before_the_markers_come_apart():
     assert gap_of("<|fim_middle|><|fim_prefix|>a<|fim_suffix|>b") is None
 
 
+def test_many_markers_without_a_name_take_little_time():
+    start = time.process_time()
+    found = gap_of("<|file_sep|>" * 400_000 + QWEN.format("p", "s"))
+    assert found == Gap("p", "s") and time.process_time() - start < 1.5
+
+
 def test_markers_in_a_prompt_fill_the_gap(client):
     for spelling in SPELLINGS[:1]:
         answer = complete(client, spelling.format(BEFORE, AFTER), **FIXED)
