@@ -13,7 +13,7 @@ from .body import Fields, Many, refuse
 from .errors import ApiError, refused
 from .images import Piece, check_images, image_part, joined
 from .limits import check_length
-from .openai_types import Count, Name, Seed
+from .openai_types import CalledName, Count, Name, Seed
 from .structured import Tool
 
 Temperature = Annotated[float, Field(ge=0, le=1)]
@@ -46,7 +46,7 @@ class Block(Fields):
     text: str | None = None
     thinking: str | None = None
     id: str | None = None  # of a tool_use
-    name: Name | None = None
+    name: CalledName | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None  # of a tool_result
     content: str | Many[Block] | None = None

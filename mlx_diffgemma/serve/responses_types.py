@@ -15,7 +15,7 @@ from .body import Fields, Many, Texts, checked, refuse
 from .errors import ApiError, refused
 from .images import Piece, check_images, image_part, joined
 from .limits import check_length
-from .openai_types import Count, Name, Seed, Temperature
+from .openai_types import CalledName, Count, Name, Seed, Temperature
 from .structured import Tool
 
 _PARAGRAPH = "\n\n"  # between texts of one turn
@@ -53,7 +53,7 @@ class Item(Fields):
     content: Content | None = None
     summary: Many[Part] | None = None
     call_id: str | None = None
-    name: Name | None = None
+    name: CalledName | None = None
     namespace: str | None = None
     arguments: str | None = None  # of a function_call
     input: str | None = None  # of a custom_tool_call
