@@ -260,8 +260,8 @@ def _hello(name: str, host: str, port: int, has_key: bool) -> list[str]:
 
 def _address(host: str, port: int) -> str:
     """Return the address at which this machine reaches the server."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
-    return f"http://{host}:{port}/"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def _is_address(host: str) -> bool:
