@@ -44,6 +44,7 @@ class Limits:
         "Pixels of an image in a request; larger ones are refused before they are decoded.",
         at_most=MOST_PIXELS,
     )
+    allow_image_urls: bool = False  # fetch images from addresses of the public internet
     max_tools: int = _count(256, "Tools in a request.")
     max_choices: int = _count(8, "Answers to one request, as `n` asks for.")
     max_stops: int = _count(16, "Stop strings in a request.")

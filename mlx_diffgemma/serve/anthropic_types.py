@@ -36,6 +36,7 @@ class Source(Fields):
     type: str | None = None
     media_type: str | None = None
     data: str | None = None
+    url: str | None = None
 
 
 class Block(Fields):
@@ -176,8 +177,8 @@ def conversation_of(body: Counted, limits: Limits) -> Conversation:
         reader.add("system", reader.text(body.system, "system"))
     for number, message in enumerate(body.messages):
         reader.read(message, f"messages[{number}]")
-    check_images(reader.messages, limits, "messages")
     reader.end_turn()
+    check_images(reader.messages, limits, "messages")
     messages, last = reader.messages, reader.messages[-1] if reader.messages else {}
     if last.get("tool_calls"):
         raise ApiError(
@@ -195,9 +196,9 @@ class _Reader:
         self.messages: list[dict[str, Any]] = []
         self._limits = limits
         self._calls: set[str] = set()  # ids of all tool_use blocks so far
-
         self._role = ""  # of the turn that goes on
         self._pieces: list[Piece] = []  # of it
+
     def read(self, message: Message, param: str) -> None:
         if message.role == "assistant":
             self._assistant(message.content, param)
@@ -241,8 +242,8 @@ class _Reader:
             return self.add("assistant", text)
         made = {"role": "assistant", "content": text, "tool_calls": calls}
         thought = "\n".join(filter(None, thoughts))
-        self.messages.append(made | ({"reasoning": thought} if thought else {}))
         self.end_turn()
+        self.messages.append(made | ({"reasoning": thought} if thought else {}))
 
     def _user(self, content: Content, param: str) -> None:
         pieces: list[Piece] = []
@@ -251,11 +252,11 @@ class _Reader:
             if block.type == "text":
                 pieces.append(block.text or "")
             elif block.type == "image":
-                pieces.append(_image(block, where))
+                pieces.append(self._image(block, where))
             else:
                 message, images = self._result(block, where)
-                self.messages.append(message)
                 self.end_turn()
+                self.messages.append(message)
                 pieces += images
         self.add("user", *pieces)
 
@@ -275,11 +276,27 @@ class _Reader:
             where = f"{param}.tool_use_id"
             raise ApiError(400, f"{where}: no tool_use before it has this id", param=where)
         blocks = self._blocks(block.content or "", f"{param}.content", ("text", "image"))
-        images: list[Piece] = [_image(each, at) for each, at in blocks if each.type == "image"]
+        images: list[Piece] = [self._image(each, at) for each, at in blocks if each.type == "image"]
         text = self._texts([(each, at) for each, at in blocks if each.type == "text"])
         if block.is_error and not text.lower().startswith("error"):
             text = f"Error: {text}"
         return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}, images
+
+    def _image(self, block: Block, param: str) -> dict[str, Any]:
+        source = block.source
+        if source is not None and source.type == "url" and self._limits.allow_image_urls:
+            return image_part(source.url, f"{param}.source.url", self._limits)
+        if source is None or source.type != "base64" or source.data is None:
+            where = f"{param}.source"
+            kind = "missing" if source is None else f"of type {str(source.type)[:50]!r}"
+            raise ApiError(
+                400,
+                f"{where} is {kind}; an image comes as base64, with media_type and data: this "
+                "server fetches no address without --allow-image-urls and keeps no files",
+                param=where,
+            )
+        url = f"data:{source.media_type or ''};base64,{source.data}"
+        return image_part(url, param, self._limits)
 
     def _texts(self, blocks: list[tuple[Block, str]]) -> str:
         texts = (_without_billing(block.text or "") for block, _ in blocks)
@@ -304,20 +321,6 @@ class _Reader:
             why = _REFUSED.get(block.type, f"here a block is of type {' or '.join(known)}")
             raise refused(where, f"{block.type[:50]}: {why}")
         return placed
-
-
-def _image(block: Block, param: str) -> dict[str, Any]:
-    source = block.source
-    if source is None or source.type != "base64" or source.data is None:
-        where = f"{param}.source"
-        kind = "missing" if source is None else f"of type {str(source.type)[:50]!r}"
-        raise ApiError(
-            400,
-            f"{where} is {kind}; an image comes as base64, with media_type and data: this server "
-            "fetches no address and keeps no files",
-            param=where,
-        )
-    return image_part(f"data:{source.media_type or ''};base64,{source.data}", param)
 
 
 def _without_billing(text: str) -> str:

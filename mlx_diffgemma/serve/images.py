@@ -1,6 +1,6 @@
 """Images in the requests of every dialect: where they come from, and how many there may be. A
-picture comes inside of the request; the server fetches no address and opens no file for a client.
-"""
+picture comes inside of the request, or from an address where the command line allows that; the
+server opens no file for a client."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from .errors import ApiError
 Piece = str | dict[str, Any]
 
 
-def image_part(url: Any, param: str) -> dict[str, Any]:
-    """Return an image as a part of a message for `encode`, which reads it.
+def image_part(url: Any, param: str, limits: Limits) -> dict[str, Any]:
+    """Return an image as a part of a message for `fetch_images` and `encode`, which read it.
 
     Args:
       url: where the client says that it is.
       param: the field that says it.
+      limits: say whether addresses are fetched.
 
     Raises:
-      ApiError: if it is no `data:` URL.
+      ApiError: if it is no `data:` URL, and no address that may be fetched.
     """
-    if not is_data_url(url):
+    is_address = isinstance(url, str) and url[:8].lower().startswith(("http://", "https://"))
+    if not (is_data_url(url) or (is_address and limits.allow_image_urls)):
+        others = " or an http(s) address" if limits.allow_image_urls else ""
+        fetches = "" if others else "fetches no address without --allow-image-urls, and "
         raise ApiError(
             400,
-            f"{param} must be a data: URL with the picture in base64; this server fetches no "
-            "address and opens no file for a client",
+            f"{param} must be a data: URL with the picture in base64{others}; this server "
+            f"{fetches}opens no file for a client",
             param=param,
         )
     return {"type": "image_url", "image_url": {"url": url}}

@@ -17,6 +17,7 @@ from ..events import Finished, Text, ToolCall
 from ..language.prompt import PromptOptions
 from .body import Fields, Many, read, refuse
 from .errors import ApiError, refused
+from .fetch import fetch_images
 from .limits import check_choices, check_stops
 from .openai_types import (
     Common,
@@ -144,6 +145,7 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
     stop = check_stops(limits, body.stops)
     messages = messages_of(body.messages, limits)
     plan = await _tools(state, body, await _form(state, body))
+    await fetch_images(messages, limits, "messages")
     if plan.constraint is not None and stop:
         raise refused("stop", "not together with response_format, constraint or required tools")
     return Asked(

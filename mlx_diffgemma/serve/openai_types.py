@@ -219,7 +219,7 @@ def _content(given: Message, param: str, limits: Limits) -> str | list[dict[str,
         if part.type == "image_url" and given.role == "user":
             url = part.image_url
             found = url.url if isinstance(url, ImageUrl) else url
-            pieces.append(image_part(found, f"{where}.image_url"))
+            pieces.append(image_part(found, f"{where}.image_url", limits))
             continue
         if part.type == "image_url":
             raise refused(where, "image_url: images are read in the user's messages")

@@ -426,7 +426,7 @@ class _Reader:
         for number, part in enumerate(content):
             where = f"{param}[{number}]"
             if part.type == "input_image" and with_images:
-                pieces.append(image_part(part.image_url, f"{where}.image_url"))
+                pieces.append(image_part(part.image_url, f"{where}.image_url", self._limits))
                 continue
             if part.type in _MEDIA:
                 raise refused(where, f"{part.type}: {_MEDIA[part.type]}")
