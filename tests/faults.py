@@ -2197,8 +2197,8 @@ FAULTS = (
     Fault(
         "server: addresses of images are fetched by default",
         "config/serving.py",
-        "allow_image_urls: bool = False",
-        "allow_image_urls: bool = True",
+        "default=False",
+        "default=True",
         (SERVE_FETCH,),
     ),
     Fault(

@@ -1,5 +1,5 @@
-"""Images behind addresses. They are fetched only where the command line allows it, and never from
-this machine or a private network: whoever asks the server cannot reach those through it."""
+"""Images behind addresses, fetched only where the command line allows it. This machine and private
+networks are never asked: whoever asks the server cannot reach those through it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def joined(pieces: Iterable[Piece], between: str) -> str | list[dict[str, Any]]:
       between: what stands between two texts.
     """
     found: list[Piece] = []
-    for is_text, run in groupby(filter(None, pieces), lambda piece: isinstance(piece, str)):
+    given: list[Piece] = [piece for piece in pieces if piece]
+    for is_text, run in groupby(given, lambda piece: isinstance(piece, str)):
         if is_text:
             found.append(between.join(map(str, run)))
         else:
