@@ -56,6 +56,7 @@ SCHEMA, CALLS = "tests/constraint/test_schema.py", "tests/constraint/test_tool_c
 DECIDE, LINES = "tests/write/test_decide.py", "tests/batch/test_requests.py"
 ANSWER_FILE, BATCH_CLI = "tests/batch/test_answers.py", "tests/cli/test_batch.py"
 SERVE_SECURITY, SERVE_STREAMS = "tests/serve/test_security.py", "tests/serve/test_streams.py"
+SERVE_FETCH = "tests/serve/test_fetch.py"
 SERVE_THREADS = "tests/serve/test_threads.py"
 SERVE_OPENAI, SERVE_EDITORS = "tests/serve/test_openai.py", "tests/serve/test_editors.py"
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
@@ -2191,7 +2192,50 @@ FAULTS = (
         "serve/server.py",
         "elif self._head_timer is None and not self.transport.is_closing():\n",
         "elif not (_stop(self._head_timer) or self.transport.is_closing()):\n",
-        (SERVE_SECURITY,),
+        (f"{SERVE_SECURITY}::test_bytes_of_a_head_buy_no_time",),
+    ),
+    Fault(
+        "server: addresses of images are fetched by default",
+        "config/serving.py",
+        "default=False",
+        "default=True",
+        (SERVE_FETCH,),
+    ),
+    Fault(
+        "server: images are fetched from private networks",
+        "serve/fetch.py",
+        "if not all(map(is_public, addresses)):",
+        "if False:",
+        (SERVE_FETCH,),
+    ),
+    Fault(
+        "server: the host of an image is looked up again",
+        "serve/fetch.py",
+        "address,  # and not the name, which may lead elsewhere by now",
+        "target.host,",
+        (SERVE_FETCH,),
+    ),
+    Fault(
+        "server: fetched images of any size",
+        "serve/fetch.py",
+        "if len(content) > most:",
+        "if False:",
+        (SERVE_FETCH,),
+    ),
+    Fault(
+        "server: fetched images of any told size",
+        "serve/fetch.py",
+        "if int(told) > most:",
+        "if False:",
+        (SERVE_FETCH,),
+    ),
+    Fault(
+        "server: a stream whose pieces are not shown is silent",
+        "serve/sse.py",
+        '            if not (content := b"".join(frames)):\n',
+        "            due = loop.time() + KEEP_ALIVE_SECONDS\n"
+        '            if not (content := b"".join(frames)):\n',
+        (f"{MESSAGES}::test_a_thought_that_is_not_shown_keeps_its_stream_alive",),
     ),
     Fault(
         "server: any number of connections",

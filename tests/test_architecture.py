@@ -43,10 +43,10 @@ WINGS = {
     "doctor": "outcome device exact random_models products experts attention kernels sampling "
     "writes whole checks published floors machine made_up speed answers report block run",
     "view": "pages report trace",
-    "serve": "errors limits images metrics pieces threads state page runs log sse body security "
-    "structured openai_types page_settings openai_chat decisions fills fim completions infill "
-    "edits responses_types responses_store responses_items responses anthropic_types anthropic "
-    "status steps forms events app server",
+    "serve": "errors limits images fetch metrics pieces threads state page runs log sse body "
+    "security structured openai_types page_settings openai_chat decisions fills fim completions "
+    "infill edits responses_types responses_store responses_items responses anthropic_types "
+    "anthropic status steps forms events app server",
     "batch": "lines answers run decisions requests",
     "convert": "recipe sources origin plan card journal shards record write verify",
     "cli": "interrupt program usage options constraints render render_convert render_train "

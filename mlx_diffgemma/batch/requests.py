@@ -28,6 +28,7 @@ from .run import Answered
 
 _LOOK = 100  # lines in which a file shows its form
 _OPENAI = ("custom_id", "method", "url", "body")
+_STREAMS = "/x/events"  # the route whose answers are always streams
 # Fields of a plain line that have names of their own.
 _PLAIN = ("id", "prompt", "system_prompt", "thinking", "settings")
 
@@ -99,12 +100,14 @@ class RequestLines:
                 f"{where}: the method must be POST, got {str(raw.get('method'))[:20]!r}"
             )
         url, body = raw.get("url"), raw.get("body")
-        if not isinstance(url, str) or not url.startswith("/"):
+        if not isinstance(url, str) or not url.startswith("/") or not url.isascii():
             raise DataError(f"{where}: the url must be a path such as /v1/chat/completions")
         if not isinstance(body, dict):
             raise DataError(f"{where}: the body must be an object")
-        if body.get("stream"):
-            raise DataError(f"{where}: a batch does not stream; leave `stream` out")
+        if body.get("stream") or url.startswith(_STREAMS):
+            raise DataError(
+                f"{where}: a batch does not stream; leave `stream` out, and {_STREAMS} to the page"
+            )
         return url, body
 
 

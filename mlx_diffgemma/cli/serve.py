@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,7 +103,14 @@ class ServedOptions:
             "--thinking/--no-thinking", help="Let the model think where a request says nothing."
         ),
     ] = False
-
+    allow_image_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-image-urls",
+            help="Fetch images that requests name by an http or https address; never from this "
+            "machine or a private network.",
+        ),
+    ] = False
     fill_prompt: Annotated[
         str | None,
         typer.Option(
@@ -155,7 +162,7 @@ def serve(
     names = _names(model, adapters, served.alias or [])
     listening = listen(address.host, address.port)
     state = State(
-        limits=limits,
+        limits=replace(limits, allow_image_urls=served.allow_image_urls),
         settings=settings,
         thinking=served.thinking,
         aliases=tuple(served.alias or ()),
@@ -260,8 +267,8 @@ def _hello(name: str, host: str, port: int, has_key: bool) -> list[str]:
 
 def _address(host: str, port: int) -> str:
     """Return the address at which this machine reaches the server."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
-    return f"http://{host}:{port}/"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def _is_address(host: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .entry import Entry, check, setting
@@ -43,6 +43,10 @@ class Limits:
         25_000_000,
         "Pixels of an image in a request; larger ones are refused before they are decoded.",
         at_most=MOST_PIXELS,
+    )
+    allow_image_urls: bool = field(
+        default=False,
+        metadata={"help": "Fetch images that requests name by an address of the public internet."},
     )
     max_tools: int = _count(256, "Tools in a request.")
     max_choices: int = _count(8, "Answers to one request, as `n` asks for.")

@@ -24,6 +24,7 @@ from .anthropic_types import (
 )
 from .body import read
 from .errors import ApiError, anthropic_form, refused
+from .fetch import fetch_images
 from .limits import check_stops
 from .openai_types import new_id
 from .pieces import Piece
@@ -88,6 +89,7 @@ async def asked_of(state: State, body: MessagesRequest) -> Asked:
             f"messages[{len(body.messages) - 1}]",
             "an answer that must fit a format or a tool cannot be begun by the client",
         )
+    await fetch_images(conversation.messages, state.limits, "messages")
     budget = body.thinking.budget_tokens if body.thinking else None
     return Asked(
         prompt=conversation.messages,
@@ -117,6 +119,7 @@ async def count_tokens(state: State, body: Counted) -> int:
     conversation = conversation_of(body, state.limits)
     plan = await _tools(state, body)
     options = _options(state, body, conversation, plan)
+    await fetch_images(conversation.messages, state.limits, "messages")
     ids = await beside(
         state, lambda: served.engine.encode(conversation.messages, options), "messages"
     )

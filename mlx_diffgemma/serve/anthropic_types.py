@@ -11,9 +11,9 @@ from pydantic import Field
 from ..config.serving import Limits
 from .body import Fields, Many, refuse
 from .errors import ApiError, refused
-from .images import Piece, check_images, image_part, joined, pieces_of
+from .images import Piece, check_images, image_part, joined
 from .limits import check_length
-from .openai_types import Count, Name, Seed
+from .openai_types import CalledName, Count, Name, Seed
 from .structured import Tool
 
 Temperature = Annotated[float, Field(ge=0, le=1)]
@@ -36,6 +36,7 @@ class Source(Fields):
     type: str | None = None
     media_type: str | None = None
     data: str | None = None
+    url: str | None = None
 
 
 class Block(Fields):
@@ -46,7 +47,7 @@ class Block(Fields):
     text: str | None = None
     thinking: str | None = None
     id: str | None = None  # of a tool_use
-    name: Name | None = None
+    name: CalledName | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None  # of a tool_result
     content: str | Many[Block] | None = None
@@ -176,6 +177,7 @@ def conversation_of(body: Counted, limits: Limits) -> Conversation:
         reader.add("system", reader.text(body.system, "system"))
     for number, message in enumerate(body.messages):
         reader.read(message, f"messages[{number}]")
+    reader.end_turn()
     check_images(reader.messages, limits, "messages")
     messages, last = reader.messages, reader.messages[-1] if reader.messages else {}
     if last.get("tool_calls"):
@@ -194,6 +196,8 @@ class _Reader:
         self.messages: list[dict[str, Any]] = []
         self._limits = limits
         self._calls: set[str] = set()  # ids of all tool_use blocks so far
+        self._role = ""  # of the turn that goes on
+        self._pieces: list[Piece] = []  # of it
 
     def read(self, message: Message, param: str) -> None:
         if message.role == "assistant":
@@ -205,14 +209,19 @@ class _Reader:
 
     def add(self, role: str, *pieces: Piece) -> None:
         """Add texts and images; messages of one role that follow each other are one turn."""
-        last = self.messages[-1] if self.messages else {}
-        content = joined(pieces, _PARAGRAPH)
-        if not content:
+        if not any(pieces):
             return
-        if last.get("role") == role and not last.get("tool_calls"):
-            last["content"] = joined([*pieces_of(last["content"]), *pieces], _PARAGRAPH)
-        else:
-            self.messages.append({"role": role, "content": content})
+        if role != self._role:
+            self.end_turn()
+        self._role = role
+        self._pieces += pieces
+
+    def end_turn(self) -> None:
+        """Add the message of the turn that goes on."""
+        if self._pieces:
+            content = joined(self._pieces, _PARAGRAPH)
+            self.messages.append({"role": self._role, "content": content})
+        self._role, self._pieces = "", []
 
     def text(self, content: Content, param: str) -> str:
         """Return the text of content that must be text."""
@@ -233,6 +242,7 @@ class _Reader:
             return self.add("assistant", text)
         made = {"role": "assistant", "content": text, "tool_calls": calls}
         thought = "\n".join(filter(None, thoughts))
+        self.end_turn()
         self.messages.append(made | ({"reasoning": thought} if thought else {}))
 
     def _user(self, content: Content, param: str) -> None:
@@ -242,9 +252,10 @@ class _Reader:
             if block.type == "text":
                 pieces.append(block.text or "")
             elif block.type == "image":
-                pieces.append(_image(block, where))
+                pieces.append(self._image(block, where))
             else:
                 message, images = self._result(block, where)
+                self.end_turn()
                 self.messages.append(message)
                 pieces += images
         self.add("user", *pieces)
@@ -265,11 +276,27 @@ class _Reader:
             where = f"{param}.tool_use_id"
             raise ApiError(400, f"{where}: no tool_use before it has this id", param=where)
         blocks = self._blocks(block.content or "", f"{param}.content", ("text", "image"))
-        images: list[Piece] = [_image(each, at) for each, at in blocks if each.type == "image"]
+        images: list[Piece] = [self._image(each, at) for each, at in blocks if each.type == "image"]
         text = self._texts([(each, at) for each, at in blocks if each.type == "text"])
         if block.is_error and not text.lower().startswith("error"):
             text = f"Error: {text}"
         return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}, images
+
+    def _image(self, block: Block, param: str) -> dict[str, Any]:
+        source = block.source
+        if source is not None and source.type == "url" and self._limits.allow_image_urls:
+            return image_part(source.url, f"{param}.source.url", self._limits)
+        if source is None or source.type != "base64" or source.data is None:
+            where = f"{param}.source"
+            kind = "missing" if source is None else f"of type {str(source.type)[:50]!r}"
+            raise ApiError(
+                400,
+                f"{where} is {kind}; an image comes as base64, with media_type and data: this "
+                "server fetches no address without --allow-image-urls and keeps no files",
+                param=where,
+            )
+        url = f"data:{source.media_type or ''};base64,{source.data}"
+        return image_part(url, param, self._limits)
 
     def _texts(self, blocks: list[tuple[Block, str]]) -> str:
         texts = (_without_billing(block.text or "") for block, _ in blocks)
@@ -294,20 +321,6 @@ class _Reader:
             why = _REFUSED.get(block.type, f"here a block is of type {' or '.join(known)}")
             raise refused(where, f"{block.type[:50]}: {why}")
         return placed
-
-
-def _image(block: Block, param: str) -> dict[str, Any]:
-    source = block.source
-    if source is None or source.type != "base64" or source.data is None:
-        where = f"{param}.source"
-        kind = "missing" if source is None else f"of type {str(source.type)[:50]!r}"
-        raise ApiError(
-            400,
-            f"{where} is {kind}; an image comes as base64, with media_type and data: this server "
-            "fetches no address and keeps no files",
-            param=where,
-        )
-    return image_part(f"data:{source.media_type or ''};base64,{source.data}", param)
 
 
 def _without_billing(text: str) -> str:

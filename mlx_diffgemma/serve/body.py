@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
@@ -19,6 +19,16 @@ M = TypeVar("M", bound="Fields")
 T = TypeVar("T")
 # A list whose first wrong entry is the last that is looked at: a million errors take minutes.
 Many = Annotated[list[T], Field(fail_fast=True)]
+
+
+def _texts(value: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(each, str) for each in value.values()):
+        raise ValueError("all values must be texts")
+    return value
+
+
+# An object of texts, with one error for all of its values.
+Texts = Annotated[dict[str, Any], AfterValidator(_texts)]
 
 
 class Fields(BaseModel):

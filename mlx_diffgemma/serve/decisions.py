@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..config.serving import Limits
 from ..errors import DiffGemmaError, QuestionError
 from ..events import PrefillDone
 from ..language.given import Message
@@ -19,6 +20,7 @@ from ..write.decide import Decisions, DecisionTask
 from ..write.questions import MOST_QUESTIONS, Question, text_of
 from .body import Fields, Many, read
 from .errors import ApiError, busy, from_error
+from .fetch import fetch_images
 from .images import Piece, check_images, image_part, joined
 from .limits import check_length
 from .runs import Usage, beside
@@ -54,8 +56,11 @@ async def decided(state: State, request: Request, body: DecisionRequest) -> dict
       ApiError: names what is wrong with it.
     """
     served = state.model(body.model)
+    prompt = _prompt(state, body)
+    if not isinstance(prompt, str):
+        await fetch_images(prompt, state.limits, "input")
     task = DecisionTask(
-        prompt=_prompt(state, body),
+        prompt=prompt,
         questions=_questions(body),
         prompt_options=PromptOptions(images=state.images),
     )
@@ -129,13 +134,13 @@ def _prompt(state: State, body: DecisionRequest) -> str | list[Message]:
         raise ApiError(400, "input is empty", param="input")
     calls: dict[str, str] = {}
     messages: list[Message] = [
-        _item(item, f"input[{i}]", calls) for i, item in enumerate(body.input)
+        _item(item, f"input[{i}]", calls, state.limits) for i, item in enumerate(body.input)
     ]
     check_images(messages, state.limits, "input")
     return messages
 
 
-def _item(item: dict[str, Any], param: str, calls: dict[str, str]) -> Message:
+def _item(item: dict[str, Any], param: str, calls: dict[str, str], limits: Limits) -> Message:
     """Return an item of the input as a message. `calls` has the names of the functions that were
     called, by the id of the call."""
     kind = item.get("type") or "message"
@@ -143,7 +148,7 @@ def _item(item: dict[str, Any], param: str, calls: dict[str, str]) -> Message:
         role = item.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise ApiError(400, f"{param}.role must be one of {', '.join(_ROLES)}", param=param)
-        return {"role": _ROLES[role], "content": _content(item, f"{param}.content")}
+        return {"role": _ROLES[role], "content": _content(item, f"{param}.content", limits)}
     if kind in ("function_call", "custom_tool_call"):
         name, call_id = _named(item, "name", param), _named(item, "call_id", param)
         calls[call_id] = name
@@ -170,7 +175,7 @@ def _item(item: dict[str, Any], param: str, calls: dict[str, str]) -> Message:
     raise ApiError(400, f"{param}.type: {str(kind)[:60]!r} is not supported", param=param)
 
 
-def _content(item: dict[str, Any], param: str) -> str | list[dict[str, Any]]:
+def _content(item: dict[str, Any], param: str, limits: Limits) -> str | list[dict[str, Any]]:
     """Return the content of a message: text, and images in the user's."""
     given = item.get("content")
     if item["role"] != "user" or not isinstance(given, list):
@@ -178,7 +183,8 @@ def _content(item: dict[str, Any], param: str) -> str | list[dict[str, Any]]:
     pieces: list[Piece] = []
     for number, part in enumerate(given):
         if isinstance(part, dict) and part.get("type") == "input_image":
-            pieces.append(image_part(part.get("image_url"), f"{param}[{number}].image_url"))
+            where = f"{param}[{number}].image_url"
+            pieces.append(image_part(part.get("image_url"), where, limits))
         else:
             pieces.append(_text([part], param))
     return joined(pieces, "\n")

@@ -16,7 +16,8 @@ _MARKERS = (
     ("<PRE>", "<SUF>", "<MID>"),  # codellama
     ("[PREFIX]", "[SUFFIX]", ""),  # codestral, the text behind the cursor first
 )
-_FILE = re.compile(r"<\|file_sep\|>([^\n]{0,1000})\n|<filename>([^\n]{0,1000})\n")
+# A name has no "<": no character is looked at for two of many markers without a line's end.
+_FILE = re.compile(r"<\|file_sep\|>([^\n<]{0,1000})\n|<filename>([^\n<]{0,1000})\n")
 
 
 @dataclass(frozen=True, slots=True)

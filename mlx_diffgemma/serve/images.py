@@ -1,10 +1,11 @@
 """Images in the requests of every dialect: where they come from, and how many there may be. A
-picture comes inside of the request; the server fetches no address and opens no file for a client.
-"""
+picture comes inside of the request, or from an address where the command line allows that; the
+server opens no file for a client."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from ..config.serving import Limits
@@ -15,21 +16,25 @@ from .errors import ApiError
 Piece = str | dict[str, Any]
 
 
-def image_part(url: Any, param: str) -> dict[str, Any]:
-    """Return an image as a part of a message for `encode`, which reads it.
+def image_part(url: Any, param: str, limits: Limits) -> dict[str, Any]:
+    """Return an image as a part of a message for `fetch_images` and `encode`, which read it.
 
     Args:
       url: where the client says that it is.
       param: the field that says it.
+      limits: say whether addresses are fetched.
 
     Raises:
-      ApiError: if it is no `data:` URL.
+      ApiError: if it is no `data:` URL, and no address that may be fetched.
     """
-    if not is_data_url(url):
+    is_address = isinstance(url, str) and url[:8].lower().startswith(("http://", "https://"))
+    if not (is_data_url(url) or (is_address and limits.allow_image_urls)):
+        others = " or an http(s) address" if limits.allow_image_urls else ""
+        fetches = "" if others else "fetches no address without --allow-image-urls, and "
         raise ApiError(
             400,
-            f"{param} must be a data: URL with the picture in base64; this server fetches no "
-            "address and opens no file for a client",
+            f"{param} must be a data: URL with the picture in base64{others}; this server "
+            f"{fetches}opens no file for a client",
             param=param,
         )
     return {"type": "image_url", "image_url": {"url": url}}
@@ -43,21 +48,15 @@ def joined(pieces: Iterable[Piece], between: str) -> str | list[dict[str, Any]]:
       between: what stands between two texts.
     """
     found: list[Piece] = []
-    for piece in pieces:
-        if isinstance(piece, str) and found and isinstance(found[-1], str) and piece:
-            found[-1] += between + piece
-        elif piece:
-            found.append(piece)
-    if all(isinstance(piece, str) for piece in found):
-        return between.join(map(str, found))
+    given: list[Piece] = [piece for piece in pieces if piece]
+    for is_text, run in groupby(given, lambda piece: isinstance(piece, str)):
+        if is_text:
+            found.append(between.join(map(str, run)))
+        else:
+            found += run
+    if all(isinstance(piece, str) for piece in found):  # one text, or none
+        return "".join(map(str, found))
     return [{"type": "text", "text": p} if isinstance(p, str) else p for p in found]
-
-
-def pieces_of(content: str | Sequence[dict[str, Any]]) -> list[Piece]:
-    """Return the pieces of a content that `joined` made."""
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] if part["type"] == "text" else part for part in content]
 
 
 def check_images(messages: Sequence[Mapping[str, Any]], limits: Limits, param: str) -> None:

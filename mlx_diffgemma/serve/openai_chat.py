@@ -17,6 +17,7 @@ from ..events import Finished, Text, ToolCall
 from ..language.prompt import PromptOptions
 from .body import Fields, Many, read, refuse
 from .errors import ApiError, refused
+from .fetch import fetch_images
 from .limits import check_choices, check_stops
 from .openai_types import (
     Common,
@@ -33,7 +34,7 @@ from .openai_types import (
 )
 from .pieces import Draft, Piece
 from .runs import Answers, Asked, Asking, Written, settings_of, start
-from .sse import Stream, answer, attended
+from .sse import EVENTS, Stream, answer, attended, frame
 from .state import State
 from .structured import ToolPlan, extension, json_object, json_schema, tool_plan
 
@@ -115,12 +116,15 @@ async def respond(
       ApiError: names what is wrong with it.
     """
     asked = await attended(request.receive, asking)
-    if body.n_predict == 0 and not body.stream:  # the prompt that follows will go on differently
-        return JSONResponse(_nothing(state.model(body.model).name))
-    if not body.stream:
-        return await answer(request, start(state, asked), completion)
     options = body.stream_options
     with_usage = bool(options and options.include_usage)
+    if body.n_predict == 0:  # the prompt that follows will go on differently
+        made = _nothing(state.model(body.model).name)
+        if not body.stream:
+            return JSONResponse(made)
+        return Response(b"".join(_chunks(made, with_usage)), headers=EVENTS)
+    if not body.stream:
+        return await answer(request, start(state, asked), completion)
     return Stream(
         request,
         start(state, asked),
@@ -141,6 +145,7 @@ async def asked_of(state: State, body: ChatRequest) -> Asked:
     stop = check_stops(limits, body.stops)
     messages = messages_of(body.messages, limits)
     plan = await _tools(state, body, await _form(state, body))
+    await fetch_images(messages, limits, "messages")
     if plan.constraint is not None and stop:
         raise refused("stop", "not together with response_format, constraint or required tools")
     return Asked(
@@ -208,6 +213,19 @@ def _nothing(model: str) -> dict[str, Any]:
     """Return the object of an answer of no tokens."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     return _object(model, [_choice(0, _message(Written()), "length")], usage)
+
+
+def _chunks(made: dict[str, Any], with_usage: bool) -> Iterator[bytes]:
+    """Yield the object of an answer of no tokens as a stream."""
+    head = {**made, "object": "chat.completion.chunk"}
+    usage = head.pop("usage")
+    deltas: tuple[dict[str, str], ...] = ({"role": "assistant", "content": ""}, {})
+    for delta, reason in zip(deltas, (None, "length"), strict=True):
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        yield frame({**head, "choices": [choice]})
+    if with_usage:
+        yield frame({**head, "choices": [], "usage": usage})
+    yield frame("[DONE]")
 
 
 def _object(model: str, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:

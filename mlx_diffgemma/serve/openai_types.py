@@ -21,6 +21,8 @@ from .sse import frame
 from .structured import ConstraintField, Tool
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:/-]+$")]
+# A function that was called: a model may write a name that no tool has, and clients send it back.
+CalledName = Annotated[str, Field(pattern=r"^[^\s{}\x00]+$")]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
@@ -49,7 +51,7 @@ class Part(Fields):
 class CalledFunction(Fields):
     """The function of a call."""
 
-    name: Name
+    name: CalledName
     arguments: str | dict[str, Any] = "{}"
 
 
@@ -217,7 +219,7 @@ def _content(given: Message, param: str, limits: Limits) -> str | list[dict[str,
         if part.type == "image_url" and given.role == "user":
             url = part.image_url
             found = url.url if isinstance(url, ImageUrl) else url
-            pieces.append(image_part(found, f"{where}.image_url"))
+            pieces.append(image_part(found, f"{where}.image_url", limits))
             continue
         if part.type == "image_url":
             raise refused(where, "image_url: images are read in the user's messages")

@@ -15,6 +15,7 @@ from ..events import Finished, Text, ToolCall
 from ..language.prompt import PromptOptions
 from .body import read
 from .errors import ApiError, refused
+from .fetch import fetch_images
 from .openai_types import new_id
 from .pieces import Piece
 from .responses_items import Output
@@ -99,6 +100,7 @@ async def count_tokens(state: State, store: ResponseStore, body: Counted) -> int
     body.refuse_unsupported()
     messages = with_instructions(_messages(state, store, body), body.instructions)
     plan = await _plan(state, body, tools_of(body.tools))
+    await fetch_images(messages, state.limits, "input")
     options = PromptOptions(thinking=_thinking(state, body), tools=plan.shown, images=state.images)
     return len(await beside(state, lambda: served.engine.encode(messages, options), "input"))
 
@@ -168,6 +170,7 @@ class Reply:
         body.refuse_unsupported()
         self._input = _messages(state, self._store, body)
         plan = await _plan(state, body, self._tools, await _form(state, body))
+        await fetch_images(self._input, state.limits, "input")
         return Asked(
             prompt=with_instructions(self._input, body.instructions),
             model=body.model,

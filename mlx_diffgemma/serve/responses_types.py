@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..config.serving import Limits
-from .body import Fields, Many, checked, refuse
+from .body import Fields, Many, Texts, checked, refuse
 from .errors import ApiError, refused
 from .images import Piece, check_images, image_part, joined
 from .limits import check_length
-from .openai_types import Count, Name, Seed, Temperature
+from .openai_types import CalledName, Count, Name, Seed, Temperature
 from .structured import Tool
 
 _PARAGRAPH = "\n\n"  # between texts of one turn
@@ -53,7 +53,7 @@ class Item(Fields):
     content: Content | None = None
     summary: Many[Part] | None = None
     call_id: str | None = None
-    name: Name | None = None
+    name: CalledName | None = None
     namespace: str | None = None
     arguments: str | None = None  # of a function_call
     input: str | None = None  # of a custom_tool_call
@@ -150,7 +150,7 @@ class ResponsesRequest(Counted):
     stream: bool | None = None
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Texts | None = None
     include: Many[str] | None = None
     seed: Seed | None = None  # not OpenAI's
     # Known fields that cannot be honoured.
@@ -426,7 +426,7 @@ class _Reader:
         for number, part in enumerate(content):
             where = f"{param}[{number}]"
             if part.type == "input_image" and with_images:
-                pieces.append(image_part(part.image_url, f"{where}.image_url"))
+                pieces.append(image_part(part.image_url, f"{where}.image_url", self._limits))
                 continue
             if part.type in _MEDIA:
                 raise refused(where, f"{part.type}: {_MEDIA[part.type]}")

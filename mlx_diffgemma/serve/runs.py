@@ -198,24 +198,19 @@ class Answers:
         if state.is_ending:  # since it was submitted
             self._end()
 
-    async def pieces(
-        self, seconds: float, first: float | None = None
-    ) -> AsyncIterator[list[tuple[int, Piece]]]:
+    async def pieces(self, patience: Callable[[], float]) -> AsyncIterator[list[tuple[int, Piece]]]:
         """Yield (index of the answer, piece) as they come, until all answers are finished; an empty
         list where none came.
 
         Args:
-          seconds: to wait for a piece.
-          first: to wait for the first one.
+          patience: returns the seconds to wait for the next piece.
 
         Raises:
           ApiError: if an answer fails; the others are cancelled.
         """
         try:
-            wait = seconds if first is None else first
             while self._open:
-                taken, kept = await self._outbox.take(wait), []
-                wait = seconds
+                taken, kept = await self._outbox.take(patience()), []
                 try:
                     for index, piece in taken:
                         if self._observe(index, piece):
@@ -245,7 +240,7 @@ class Answers:
         written = [Written() for _ in self._runs]
         timer, is_read = self._expire_after(read_seconds), False
         try:
-            async for some in self.pieces(_LONG):
+            async for some in self.pieces(lambda: _LONG):
                 for index, piece in some:
                     if isinstance(piece, Expired):
                         return [each.as_it_is() for each in written]

@@ -18,7 +18,8 @@ from .runs import Answers, Usage, Written
 T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 10.0
 _FIRST_SECONDS = 1.0  # in which an error has its own status; then the stream begins
-_HEADERS = {
+# Headers of a stream.
+EVENTS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",  # nginx would collect the events
@@ -145,27 +146,32 @@ class Stream(Response):
     async def _run(self, scope: Scope, send: Send) -> None:
         answers = await self._starting
         self._request.state.tally.usage = answers.usage
-        wire = self._wire(answers)
+        wire, loop = self._wire(answers), asyncio.get_running_loop()
+        due = loop.time() + _FIRST_SECONDS  # when something must be sent
 
         async def write(frames: Iterable[bytes]) -> None:
+            nonlocal due
             if not (content := b"".join(frames)):
                 return
             message = {"type": "http.response.body", "body": content, "more_body": True}
             await send(message)
+            due = loop.time() + KEEP_ALIVE_SECONDS
 
         async def begin() -> None:
-            self._has_begun = True
-            headers = [(k.lower().encode(), v.encode()) for k, v in _HEADERS.items()]
+            nonlocal due
+            self._has_begun, due = True, loop.time() + KEEP_ALIVE_SECONDS
+            headers = [(k.lower().encode(), v.encode()) for k, v in EVENTS.items()]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await write(wire.begin())
 
         try:
-            async for some in answers.pieces(KEEP_ALIVE_SECONDS, _FIRST_SECONDS):
+            # Pieces may make no frame, such as those of a thought that is not shown.
+            async for some in answers.pieces(lambda: max(0.0, due - loop.time())):
                 if not self._has_begun:
                     await begin()
-                    if not some:
-                        continue
-                await write(_frames(wire, some) if some else wire.keep_alive())
+                await write(_frames(wire, some))
+                if loop.time() >= due:
+                    await write(wire.keep_alive())
             await write(wire.end(answers.usage))
         except ApiError as error:
             if not self._has_begun:

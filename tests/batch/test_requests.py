@@ -112,6 +112,18 @@ def test_each_plain_line_has_the_answer_that_generate_gives_alone(state):
     assert all(each["new_tokens"] and each["prompt_tokens"] and each["steps"] for each in found)
 
 
+EVENTS = {"chat": {"messages": [{"role": "user", "content": PROMPTS[0]}]}}
+
+
+@pytest.mark.parametrize("line", [{"url": "/v1/\ud800"}, {"url": "/x/events", "body": EVENTS}])
+def test_a_route_that_no_batch_can_ask_is_an_error_of_its_line_alone(state, line):
+    wrong, right = answered(
+        RequestLines(state).answer, chat("a", PROMPTS[0]) | line, chat("b", PROMPTS[0])
+    )
+    assert wrong["error"]["code"] == "invalid_line" and wrong["response"] is None
+    assert right["response"]["status_code"] == 200
+
+
 def test_constraints_come_through_response_format_in_both_forms(state):
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
     schema["additionalProperties"] = False

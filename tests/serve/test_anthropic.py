@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import Literal
 
 import anthropic
@@ -30,6 +31,7 @@ from tests.serve.cases import (
     scripted,
     serving,
 )
+from tests.write.test_tool_calls import TOKENIZER, Script
 
 WEATHER = {
     "name": "weather",
@@ -484,6 +486,48 @@ def test_a_quiet_stream_is_kept_alive_with_pings(monkeypatch):
         told = [event.type for event in stream]  # the client passes pings by
     assert "ping" in kinds and "ping" not in told
     assert [kind for kind in kinds if kind != "ping"] == told
+
+
+class Slow(Script):
+    def canvas_states(self, *given, **more):
+        time.sleep(0.02)
+        return super().canvas_states(*given, **more)
+
+
+def test_a_thought_that_is_not_shown_keeps_its_stream_alive(monkeypatch):
+    """Its pieces come all the time, and none of them is told."""
+    monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.1)
+    thought = "<|channel>thought\n" + "on and on " * 60 + "<channel|>done"
+    with serving(model=(Slow(thought), TOKENIZER)) as running:
+        thinking = {"type": "adaptive", "display": "omitted"}
+        events = events_of(running, thinking=thinking, max_tokens=900)
+    kinds = [event["type"] for event in events]
+    before = kinds[: kinds.index("message_delta")]
+    assert before.count("ping") >= 5 and "thinking_delta" not in json.dumps(events)
+
+
+def test_many_turns_of_one_role_are_joined_in_time_that_grows_with_their_length():
+    turns = [{"role": "user", "content": "x" * 4000}] * 4000
+    start = time.process_time()
+    found = conversation(*turns).messages
+    assert time.process_time() - start < 1
+    assert [len(each["content"]) for each in found] == [4000 * 4002 - 2]
+
+
+def test_a_call_of_a_name_that_no_tool_may_have_can_be_sent_back():
+    odd = f"<|tool_call>call:don't!{'x' * 150}{{}}<tool_call|>"
+    with serving(model=scripted(odd, "ok")) as running:
+        client = client_of(running)
+        made = create(client, tools=[WEATHER], max_tokens=400)
+        (call,) = made.content
+        done = {"type": "tool_result", "tool_use_id": call.id, "content": "unknown"}
+        turns = [
+            *SORT,
+            {"role": "assistant", "content": made.content},
+            {"role": "user", "content": [done]},
+        ]
+        assert call.name.startswith("don't!")
+        assert create(client, turns, tools=[WEATHER]).content[0].text == "ok"
 
 
 def test_a_client_that_closes_its_stream_ends_its_row():

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mlx_diffgemma import bundled_model
+from mlx_diffgemma.cli.serve import _hello
 from mlx_diffgemma.config.training import DEFAULT_KEYS
 from tests.checkpoint.test_adapters import with_adapters
 from tests.engine.cases import PATIENCE
@@ -86,6 +87,22 @@ def curl(*arguments: str) -> str:
     return subprocess.run(
         ["curl", "-sS", "--max-time", "60", *arguments], capture_output=True, text=True, check=True
     ).stdout
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("fd00::7", "[fd00::7]"),
+        ("box.example", "box.example"),
+    ],
+)
+def test_the_address_that_is_printed_is_one_that_clients_can_use(host, shown):
+    first_line, call = _hello("m", host, 8080, has_key=False)
+    assert f" http://{shown}:8080/v1, " in first_line
+    assert call.startswith(f"curl http://{shown}:8080/v1/chat/completions ")
 
 
 def test_it_prints_its_address_and_a_curl_call_that_works():

@@ -161,6 +161,12 @@ def test_files_before_the_markers_come_apart():
     assert gap_of("<|fim_middle|><|fim_prefix|>a<|fim_suffix|>b") is None
 
 
+def test_many_markers_without_a_name_take_little_time():
+    start = time.process_time()
+    found = gap_of("<|file_sep|>" * 400_000 + QWEN.format("p", "s"))
+    assert found == Gap("p", "s") and time.process_time() - start < 1.5
+
+
 def test_markers_in_a_prompt_fill_the_gap(client):
     for spelling in SPELLINGS[:1]:
         answer = complete(client, spelling.format(BEFORE, AFTER), **FIXED)
@@ -233,6 +239,12 @@ def test_llama_vim_as_it_is_set_up_by_default(editor):
     events = ask(editor, post("/v1/chat/completions", {**told, **drawn})).events
     text = "".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1])
     assert text and editor.steps > before
+    steps = editor.steps
+    fields = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, total, done = ask(editor, post("/v1/chat/completions", warm | fields)).events
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, "length"]
+    assert total["usage"]["completion_tokens"] == 0 and total["choices"] == [] and done == "[DONE]"
+    assert editor.steps == steps
     short = ask(editor, post("/v1/chat/completions", {**told, "n_predict": 3})).json
     assert short["usage"]["completion_tokens"] == 3
 

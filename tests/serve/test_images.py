@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 
 import anthropic
 import openai
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 from mlx_diffgemma import GenerationSettings, encode_prompt, generate
 from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.language.encoded import ImageForm
+from mlx_diffgemma.serve.images import joined
 from tests.engine.cases import loaded
 from tests.serve.cases import ask_chat, serving
 
@@ -198,3 +200,16 @@ def test_an_edit_reads_no_image(client):
             body={"model": "bundled", "messages": asked(data_url(picture()))},
             cast_to=object,
         )
+
+
+def test_pieces_are_joined_in_time_that_grows_with_their_length():
+    start = time.process_time()
+    assert len(joined(["x" * 1000] * 8000, "")) == 8_000_000
+    assert time.process_time() - start < 1
+
+
+def test_texts_between_images_are_joined():
+    one, other = ({"type": "image_url", "image_url": {"url": url}} for url in "xy")
+    a, b, c = ({"type": "text", "text": text} for text in ("a", "b-c", "d"))
+    assert joined(["", "a", one, "b", "", "c", other, "d"], "-") == [a, one, b, other, c]
+    assert (joined(["", "a", "b"], "-"), joined([], "-"), joined([""], "-")) == ("a-b", "", "")

@@ -4,6 +4,7 @@ keeps, formats, errors; and Codex's requests."""
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 from typing import Literal
 
@@ -19,6 +20,7 @@ from mlx_diffgemma.serve.errors import ApiError
 from mlx_diffgemma.serve.responses_store import Kept, ResponseStore
 from mlx_diffgemma.serve.responses_types import (
     Counted,
+    ResponsesRequest,
     ToolField,
     messages_of,
     tools_of,
@@ -217,6 +219,29 @@ def test_thoughts_text_and_calls_are_items():
     assert [e["output_index"] for e in events if "item" in e] == [0, 0, 1, 1, 2, 2, 3, 3]
     thoughts = [e["delta"] for e in events if e["type"] == "response.reasoning_text.delta"]
     assert "".join(thoughts) == "Let me see."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_a_name_that_no_tool_may_have_is_kept(stream):
+    odd = f"<|tool_call>call:don't!{'x' * 150}{{}}<tool_call|>"
+    with serving(model=scripted(odd, "ok")) as running:
+        client = client_of(running)
+        made = create(client, tools=[WEATHER], stream=stream)
+        if stream:
+            *_, last = made
+            made = last.response
+        (call,) = made.output
+        assert call.name.startswith("don't!")
+        done = {"type": "function_call_output", "call_id": call.call_id, "output": "unknown"}
+        then = create(client, [done], previous_response_id=made.id, tools=[WEATHER])
+        assert then.output_text == "ok"
+
+
+def test_a_million_wrong_values_are_one_error():
+    start = time.process_time()
+    with pytest.raises(ApiError, match="metadata") as error:
+        checked(ResponsesRequest, {"metadata": dict.fromkeys(map(str, range(400_000)), 1)})
+    assert error.value.param == "metadata" and time.process_time() - start < 1
 
 
 def test_a_call_that_the_limit_cuts_is_left_out():

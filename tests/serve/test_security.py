@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import threading
 import time
@@ -237,6 +238,23 @@ def test_a_slow_head_is_given_up(beginning):
             except ConnectionError:
                 is_closed = True
         assert is_closed and time.monotonic() - start > 0.2
+
+
+def test_bytes_of_a_head_buy_no_time(monkeypatch):
+    """The clock of a head is started once, however many pieces it comes in."""
+    limits, clocks, original = Limits(header_seconds=77.7), [], asyncio.BaseEventLoop.call_later
+
+    def call_later(self, delay, *given, **more):
+        clocks.extend([delay] * (delay == limits.header_seconds))
+        return original(self, delay, *given, **more)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_later", call_later)
+    with serving(limits=limits, model=scripted("x")) as running, connected(running) as connection:
+        for byte in post(PATH, b"x"):
+            connection.sendall(bytes([byte]))
+            time.sleep(0.01)
+        assert read(connection).status == 400
+    assert clocks == [77.7]
 
 
 def test_a_head_without_end_is_refused(server):
