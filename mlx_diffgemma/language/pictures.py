@@ -55,7 +55,7 @@ _CONVERT = (
      "convert it to JPEG or PNG"),
     (re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "), "a JPEG XL picture", b"",
      "convert it to JPEG or PNG"),
-    (re.compile(rb"....ftyp(?!avi)|\x1aE\xdf\xa3|RIFF....AVI ", re.S), "a video", b"",
+    (re.compile(rb"....ftyp(?!avi|mif1|msf1)|\x1aE\xdf\xa3|RIFF....AVI ", re.S), "a video", b"",
      "give it as one"),
 )  # fmt: skip
 # Beginnings of the formats that are read.
