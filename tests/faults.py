@@ -36,7 +36,7 @@ SHARED, CONVERT = "tests/convert/test_shared.py", "tests/convert/test_write.py"
 CONVERT_CLI = "tests/convert/test_cli.py"
 CONTROLS, GIVEN = "tests/language/test_controls.py", "tests/language/test_given.py"
 IMAGES, MEDIA = "tests/language/test_images.py", "tests/language/test_media.py"
-VIDEO = "tests/language/test_video.py"
+VIDEO, BOMBS = "tests/language/test_video.py", "tests/language/test_bombs.py"
 TOOLS, TOOL_CALLS = "tests/language/test_tools.py", "tests/write/test_tool_calls.py"
 TEXT, TOKENIZER = "tests/language/test_text.py", "tests/language/test_tokenizer.py"
 GENERATE, AS_ON_GPU = "tests/write/test_generate.py", "tests/write/test_as_on_gpu.py"
@@ -1565,6 +1565,41 @@ FAULTS = (
         "return rgb if flip is None else rgb.transpose(flip)",
         "return rgb",
         (IMAGES,),
+    ),
+    Fault(
+        "images: the scans of a JPEG are not counted",
+        "language/bombs.py",
+        "if data.count(_SCAN) > _MOST_SCANS and _has_more_scans(data):",
+        "if False:",
+        (BOMBS,),
+    ),
+    Fault(
+        "images: bytes of a JPEG that look like scans count",
+        "language/bombs.py",
+        "if data.count(_SCAN) > _MOST_SCANS and _has_more_scans(data):",
+        "if data.count(_SCAN) > _MOST_SCANS:",
+        (BOMBS,),
+    ),
+    Fault(
+        "images: a tile of a TIFF may have any size",
+        "language/bombs.py",
+        "if sides[0] * sides[1] > tile_pixels:",
+        "if False:",
+        (BOMBS,),
+    ),
+    Fault(
+        "images: the pieces of a TIFF are not counted",
+        "language/bombs.py",
+        "if tag in _PIECES and count > _MOST_PIECES:",
+        "if False:",
+        (BOMBS,),
+    ),
+    Fault(
+        "videos: a file may open others",
+        "language/video.py",
+        "av.open(file, options=_OPENS)",
+        "av.open(file)",
+        (VIDEO,),
     ),
     Fault(
         "images: ties of the size are decided in another order",

@@ -25,7 +25,7 @@ WINGS = {
     "errors": "",
     "events": "",
     "config": "entry reading formats generation quantization vision images model training serving",
-    "language": "tokenizer controls tools pictures images video encoded given media prompt "
+    "language": "tokenizer controls tools bombs pictures images video encoded given media prompt "
     "template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "

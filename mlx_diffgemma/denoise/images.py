@@ -68,8 +68,8 @@ def place_images(
     """
     if images and (config.vision is None or config.image_token_id is None):
         raise PromptError("the prompt holds an image, and this model has no vision tower")
-    places = np.array(tokens == config.image_token_id) if config.image_token_id else None
-    found = list(runs(places[None])) if places is not None else []
+    places = tokens == config.image_token_id if config.image_token_id is not None else None
+    found = list(runs(np.array(places)[None])) if places is not None else []
     if [stop - start for start, stop in found] != [image.soft_tokens for image in images]:
         theirs = " + ".join(str(stop - start) for start, stop in found) or "0"
         ours = " + ".join(str(image.soft_tokens) for image in images) or "0"
@@ -79,9 +79,9 @@ def place_images(
         )
     if images and config.vision is not None:
         for image in images:
-            if image.patches.shape[1] != config.vision.patch_width:
+            if image.pixels.shape[1] != config.vision.patch_width:
                 raise PromptError(
-                    f"an image has patches of {image.patches.shape[1]} numbers, and this model's "
+                    f"an image has patches of {image.pixels.shape[1]} numbers, and this model's "
                     f"have {config.vision.patch_width}"
                 )
     starts = (start for start, _ in found)

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..config.images import MOST_PIXELS, ImageSettings
 from ..errors import ImageError
+from .bombs import refuse_bombs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,8 +45,9 @@ _ANY_TYPE = ("", "application/octet-stream")
 _CONVERT = (
     (re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml|<!DOCTYPE|<!--|<svg)", re.I), "an SVG drawing",
      b"<svg", "convert it to PNG"),
-    (re.compile(rb"....ftyp(?:hei|hev|mif1|msf1)", re.S), "a HEIC picture", b"",
-     "convert it to JPEG or PNG"),
+    # An AVIF picture may begin with mif1 too, and names its own brand behind it.
+    (re.compile(rb"....ftyp(?:hei|hev|(?:mif1|msf1)(?!.{0,48}avi[fs]))", re.S), "a HEIC picture",
+     b"", "convert it to JPEG or PNG"),
     (re.compile(rb"%PDF-"), "a PDF", b"", "convert its page to PNG"),
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "a PostScript drawing", b"", "convert it to PNG"),
     (re.compile(rb"8BPS"), "a Photoshop file", b"", "convert it to PNG"),
@@ -53,12 +55,14 @@ _CONVERT = (
      "convert it to JPEG or PNG"),
     (re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "), "a JPEG XL picture", b"",
      "convert it to JPEG or PNG"),
-    (re.compile(rb"....ftyp(?!avi)|\x1aE\xdf\xa3|RIFF....AVI ", re.S), "a video", b"",
+    (re.compile(rb"....ftyp(?!avi|mif1|msf1)|\x1aE\xdf\xa3|RIFF....AVI ", re.S), "a video", b"",
      "give it as one"),
 )  # fmt: skip
 # Beginnings of the formats that are read.
 _BEGINNINGS = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\x2a\x00|MM\x00\x2a|....ftypavi|P[1-7]\s", re.S
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\x2a\x00|MM\x00\x2a"
+    rb"|....ftyp(?:avi|mif1|msf1)|P[1-7]\s",
+    re.S,
 )
 _HEAD_BYTES = 4096  # read to see what a file is
 _MAX_SIDE = 65_535
@@ -208,13 +212,17 @@ def _identified(file: Any, name: str, max_pixels: int, media_type: str | None) -
     for beginning, kind, inside, advice in _CONVERT:
         if beginning.match(head) and inside in head.lower():
             raise ImageError(f"{name} is {kind}; {advice}")
-    file.seek(0)
     try:
         with _reading(name):
+            refuse_bombs(file, head, name, max_pixels)
+            file.seek(0)
             image = Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError as error:
         if _BEGINNINGS.match(head):
-            raise ImageError(f"{name} is damaged or cut off: its head cannot be read") from error
+            raise ImageError(
+                f"{name} is damaged, cut off or without pixels: its head cannot be read, or says a "
+                "side of 0"
+            ) from error
         raise ImageError(f"{name} is not an image; {_SHOWN_FORMATS} read") from error
     except Image.DecompressionBombError as error:
         raise ImageError(

@@ -20,6 +20,9 @@ from .pictures import MAX_PIXELS, check_size, from_data_url, is_data_url, opened
 
 _UNKNOWN_RATE = 24.0  # frames a second, where a file does not say; the published processor's
 _MOST_FRAMES = 100_000  # about an hour; all up to the last one that is shown are decoded
+# What a file may have FFmpeg open beside itself, such as the sockets or files that a playlist or a
+# session description names: nothing, since no protocol has this name.
+_OPENS = {"protocol_whitelist": "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ def places(total: int, wanted: int) -> list[int]:
 def _frames(
     file: Any, wanted: int, name: str, max_pixels: int, form: tuple[int, int, int]
 ) -> list[Frame]:
-    total, rate = _counted(file, name)
+    total, rate = _counted(file, name, max_pixels)
     if total == 0:
         raise ImageError(f"{name} is a video without frames")
     if total > _MOST_FRAMES:
@@ -108,9 +111,12 @@ def _frames(
     return found
 
 
-def _counted(file: Any, name: str) -> tuple[int, float]:
-    """Return a video's frames, and how many there are a second."""
+def _counted(file: Any, name: str, max_pixels: int) -> tuple[int, float]:
+    """Return a video's frames, and how many there are a second; check their size as its head says
+    it, which is before they are decoded."""
     with _stream(file, name) as (container, stream):
+        if stream.width and stream.height:
+            check_size((stream.width, stream.height), name, max_pixels)
         rate = float(stream.average_rate or _UNKNOWN_RATE)
         if stream.frames:
             return stream.frames, rate
@@ -128,7 +134,7 @@ def _stream(file: Any, name: str) -> Iterator[tuple[Any, Any]]:
             f"{name} cannot be decoded: videos need PyAV; run: pip install 'mlx-diffgemma[video]'"
         ) from error
     try:
-        with av.open(file) as container:
+        with av.open(file, options=_OPENS) as container:
             if not container.streams.video:
                 raise ImageError(f"{name} has no video in it")
             yield container, container.streams.video[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -66,6 +68,15 @@ def test_pieces_of_any_size_give_the_answer_of_one_piece():
     whole, _ = answer(tokens, shown)
     for size in (1, 5, 17):
         assert answer(tokens, shown, prefill_step_size=size)[0] == whole
+
+
+def test_an_images_token_may_be_the_first_of_the_vocabulary():
+    (picture,) = pictures(1)
+    config = replace(model_of(MODEL).config, image_token_id=0)
+    tokens = np.array([5, *[0] * picture.soft_tokens, 6], np.int32)
+    assert [placed.start for placed in place_images(tokens, [picture], config)] == [1]
+    with pytest.raises(PromptError, match="has 1 place for images"):
+        place_images(tokens, [], config)
 
 
 def test_other_pixels_give_another_context_behind_the_same_tokens():

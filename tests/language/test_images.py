@@ -277,6 +277,8 @@ def test_limits_are_named_with_the_file(refused, tmp_path):
         "has 30,000 x 3,000 pixels, 90,000,000 in all; at most 50,000,000 are read "
         "(max_image_pixels)"
     )
+    for sides in ((0, 5), (5, 0)):
+        assert "is damaged, cut off or without pixels" in refused(chunk_sized(*sides))
     assert "has more than 178,956,970 pixels" in refused(chunk_sized(60_000, 60_000))
     assert "10 x 10 pixels, 100 in all; at most 99" in refused(
         saved(Image.new("L", (10, 10))), max_pixels=99
@@ -299,6 +301,7 @@ def test_no_pixels_are_refused():
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG drawing; convert it to PNG"),
         (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- x --><svg/>', "is an SVG drawing"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC picture; convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "is a HEIC picture; convert it to JPEG or PNG"),
         (b"%PDF-1.7\n", "is a PDF; convert its page to PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is a PostScript drawing; convert it to PNG"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0", "is a video; give it as one"),
@@ -307,6 +310,14 @@ def test_no_pixels_are_refused():
 )
 def test_other_formats_are_named_with_what_to_do(refused, data, said):
     assert refused(data + b"\0" * 99).startswith(said)
+
+
+def test_an_avif_picture_may_begin_as_a_heic_one_does():
+    data = bytearray(saved(Image.fromarray(pattern(64, 48)), "AVIF"))
+    whole = read_image(bytes(data))
+    assert data[4:12] == b"ftypavif"
+    data[8:12] = b"mif1"
+    assert read_image(bytes(data)) == whole
 
 
 @pytest.mark.parametrize(

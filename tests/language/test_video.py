@@ -121,6 +121,32 @@ def test_limits_hold_for_videos_too(tmp_path):
         read_video(clip(2), max_pixels=1000)
 
 
+def test_the_size_is_checked_before_a_frame_is_decoded():
+    with pytest.raises(ImageError, match=r"has 64 x 48 pixels, 3,072 in all; at most 1,000"):
+        read_video(no_frames(), max_pixels=1000)
+
+
+SESSION = (
+    b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+    b"m=video 45678 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nb.mp4\n#EXT-X-ENDLIST\n"),
+        ("a.ffconcat", b"ffconcat version 1.0\nfile 'b.mp4'\n"),
+        ("a.sdp", SESSION),  # FFmpeg would wait at this port for frames
+    ],
+)
+def test_a_file_that_names_others_opens_none_of_them(name, content, tmp_path):
+    (tmp_path / "b.mp4").write_bytes(clip(2))
+    (path := tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageError, match=r"is no video that can be read: Invalid"):
+        read_video(path)
+
+
 def test_a_picture_is_one_frame():
     from PIL import Image
 
