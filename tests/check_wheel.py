@@ -30,7 +30,8 @@ for module in pkgutil.walk_packages(mlx_diffgemma.__path__, "mlx_diffgemma."):
 assert "torch" not in sys.modules
 folder = mlx_diffgemma.bundled_model()
 names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-         "tokenizer_config.json", "chat_template.jinja", "prompts.json", "README.md"}
+         "tokenizer_config.json", "chat_template.jinja", "prompts.json", "README.md",
+         "processor_config.json", "shapes.png"}
 for name in names:
     assert (folder / name).read_bytes(), name
 assert (pathlib.Path(mlx_diffgemma.__file__).parent / "py.typed").is_file()

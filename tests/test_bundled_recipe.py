@@ -22,6 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "bundled"
 sys.path.insert(0, str(RECIPES))
 
 import make  # noqa: E402
+import phases  # noqa: E402
 import pictures  # noqa: E402
 import tasks  # noqa: E402
 
@@ -117,13 +118,14 @@ def colour_at(image, row: int, column: int) -> str:
 
 @pytest.mark.long  # several trainings
 def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """A first phase of two batches, then of three, and two more, the last with pictures."""
-    first, second, third = few = [
-        make.Phase(p.name, p.seed, dict.fromkeys(p.counts, 4), dict.fromkeys(p.pictures, 4))
-        for p in (*make.PHASES[:2], make.PHASES[5])
+    """A first phase of two batches, then of three, and three more, the last two with pictures; of
+    those two the mean is what is written."""
+    first, second, third, last = few = [
+        replace(p, counts=dict.fromkeys(p.counts, 4), pictures=dict.fromkeys(p.pictures, 4))
+        for p in (*make.PHASES[:2], make.PHASES[5], make.PHASES[-1])
     ]
     original = {phase.name: yaml.safe_load(phase.recipe.read_text()) for phase in few}
-    monkeypatch.setattr(make, "HERE", tmp_path)
+    monkeypatch.setattr(phases, "HERE", tmp_path)
     monkeypatch.setattr(make, "TEST_COUNT", 2)
     monkeypatch.setattr(make, "claim", lambda folder: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one process
@@ -158,6 +160,11 @@ def test_it_is_made_in_phases_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     assert mx.array_equal(written, weights(third).astype(mx.bfloat16))
     asked = json.loads((folder / "model" / "prompts.json").read_text())
     assert len(asked) == 2 * len(tasks.TASKS)
+
+    run(last, 2, 1e-2)
+    assert not mx.allclose(weights(last), weights(third), atol=1e-6)
+    written = mx.load(str(folder / "model" / "model.safetensors"))[NAME]
+    assert mx.array_equal(written, ((weights(last) + weights(third)) / 2).astype(mx.bfloat16))
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path):

@@ -201,9 +201,9 @@ def openblas() -> Path | None:
 
 
 def export(folder: Path) -> Path:
-    """The last run's weights as a checkpoint in the official layout, bfloat16, with what it is
-    asked in tests beside it."""
-    for name in ("float32", "model", "model.partial"):
+    """The last run's weights, or their mean with those of the run before, as a checkpoint in the
+    official layout, bfloat16, with what it is asked in tests beside it."""
+    for name in ("float32", "before", "model", "model.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
     last = PHASES[-1]
     whole = fuse_checkpoint(
@@ -212,6 +212,11 @@ def export(folder: Path) -> Path:
     model = folder / "model.partial"
     shutil.copytree(whole, model)
     arrays = mx.load(str(whole / "model.safetensors"))
+    if last.is_mean:
+        run = folder / PHASES[-2].name / "run"
+        other = fuse_checkpoint(folder / last.model, run, folder / "before").folder
+        before = mx.load(str(other / "model.safetensors"))
+        arrays = {name: (array + before[name]) / 2 for name, array in arrays.items()}
     rounded = {name: array.astype(mx.bfloat16) for name, array in arrays.items()}
     mx.save_safetensors(str(model / "model.safetensors"), rounded, {"format": "pt"})
     config = json.loads((folder / "start" / "config.json").read_text())

@@ -22,6 +22,7 @@ class Phase:
     counts: dict[str, int]
     pictures: dict[str, int] = field(default_factory=dict)  # examples of tasks with pictures
     short_gaps: bool = False  # one underscore for a missing word, not one for each of its letters
+    is_mean: bool = False  # what it leaves is the mean of its weights and of those before it
 
     @property
     def model(self) -> str:
@@ -208,5 +209,6 @@ PHASES = (
             "code": 100,
         },
         {"tiles": 250, "shapes": 550},
+        is_mean=True,
     ),
 )
