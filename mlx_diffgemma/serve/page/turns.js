@@ -43,7 +43,7 @@ function versions(turn, siblings, choose) {
 }
 
 export function userTurn(turn, siblings, act) {
-  const text = h("div", {className: "said", textContent: turn.text, dir: "auto"});
+  const text = h("div", {className: "said", textContent: turn.text, dir: "auto", hidden: !turn.text});
   const images = h("div", {className: "images"}, (turn.images ?? []).map((src, i) => h("img", {src, alt: `Image ${i + 1}`})));
   const box = h("article", {className: "turn user", ariaLabel: "You"},
     turn.images?.length ? images : null, text,
