@@ -37,9 +37,7 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (32, 24), colour: str = "
     return made.getvalue()
 
 
-def give(
-    person: Person, how: str, *files: tuple[str, str, bytes], text: str = ""
-) -> bool:
+def give(person: Person, how: str, *files: tuple[str, str, bytes], text: str = "") -> bool:
     """Drop or paste files, each a name, a type and bytes; return whether the page takes them."""
     coded = [(name, kind, base64.b64encode(data).decode()) for name, kind, data in files]
     return bool(person.js(GIVE, how, coded, text))
@@ -67,9 +65,7 @@ def seen(person: Person) -> list[list[int]]:
     )
 
 
-def test_images_are_attached_sent_kept_and_go_from_browser_to_browser(
-    person, tmp_path, downloads
-):
+def test_images_are_attached_sent_kept_and_go_from_browser_to_browser(person, tmp_path, downloads):
     person.open()
     person.keep(**FEW)
     person.open()
@@ -105,6 +101,14 @@ def test_images_are_attached_sent_kept_and_go_from_browser_to_browser(
     person.one(".editing textarea").send_keys(Keys.ENTER)
     person.see("document.querySelector('.turn.user .versions span')?.textContent === '2/2'")
     person.answered()
+    assert seen(person) == [[30, 20]]
+    # An image that the model cannot take must not stay in the way.
+    person.click("Edit")
+    person.one(".turn.user [aria-label='Remove image 1']").click()
+    person.one(".editing textarea").send_keys("Sort: 6 3 1 7", Keys.ENTER)
+    person.see("document.querySelector('.turn.user .versions span')?.textContent === '3/3'")
+    person.answered()
+    assert seen(person) == []
     person.click("Export", "#side")
     file = downloads / "conversations.json"
     until(file.is_file, "the download")
@@ -136,7 +140,7 @@ def test_what_is_no_image_or_too_large_is_refused_by_name(person, monkeypatch):
             ("notes.png", "image/png", b"hello", "notes.png is no image"),
             ("x.svg", "image/svg+xml", b"<svg/>", "x.svg is no image"),
             ("half.png", "image/png", png[:40], "half.png is damaged"),
-            ("wide.png", "image/png", picture(size=(100, 51)), "100 × 51 pixels"),
+            ("wide.png", "image/png", picture(size=(100, 51)), "51 pixels"),
             ("fat.png", "image/png", png + bytes(200_000), "fat.png is too large"),
         ):
             assert give(person, "drop", (name, kind, data))

@@ -129,9 +129,9 @@ class ChatPart {
     this.ask(lastOf(this.conversation), {role: "user", text, ...(images.length && {images})});
   }
 
-  edit(turn, text) {
-    if ((!text.trim() && !turn.images?.length) || this.running.has(this.conversation.id)) return;
-    this.ask(parentOf(this.conversation, turn), {role: "user", text, ...(turn.images && {images: turn.images})});
+  edit(turn, text, images) {
+    if ((!text.trim() && !images.length) || this.running.has(this.conversation.id)) return;
+    this.ask(parentOf(this.conversation, turn), {role: "user", text, ...(images.length && {images})});
   }
 
   retry(turn) {

@@ -42,6 +42,17 @@ async function read(file, {max_image_pixels: most}) {
   return dataUrl(blob);
 }
 
+// Shows images with buttons that take them out of their list; the focus goes to a field then.
+export function thumbnails(strip, urls, field) {
+  strip.hidden = !urls.length;
+  strip.replaceChildren(...urls.map((src, i) => h("span", {className: "attached"}, h("img", {src, alt: `Image ${i + 1}`}),
+    button("Remove", () => {
+      urls.splice(i, 1);
+      thumbnails(strip, urls, field);
+      field.focus();
+    }, {className: "quiet", ariaLabel: `Remove image ${i + 1}`}))));
+}
+
 // Lets a field take images. `strip` shows them; `take` returns and forgets them. `before` returns
 // those that the next request has already.
 export function pictures(field, before) {
@@ -52,12 +63,7 @@ export function pictures(field, before) {
   const chooser = h("input", {type: "file", accept: IMAGE_TYPES.join(","), multiple: true, hidden: true, ariaLabel: "Images"});
   const add = button("Image", () => chooser.click(), {hidden: true, className: "quiet", ariaLabel: "Add an image"});
 
-  function show() {
-    strip.hidden = !urls.length;
-    strip.replaceChildren(...urls.map((src, i) => h("span", {className: "attached"},
-      h("img", {src, alt: `Image ${i + 1}`}),
-      button("Remove", () => { urls.splice(i, 1); show(); field.focus(); }, {className: "quiet", ariaLabel: `Remove image ${i + 1}`}))));
-  }
+  const show = () => thumbnails(strip, urls, field);
 
   // Adds an image that the next request has room for.
   function put(name, url) {
