@@ -159,7 +159,7 @@ def test_formulas_are_displayed_wherever_they_stand(before):
         ]
         # Below the text before it, in the middle, and within the page.
         line, shown, column = person.js(
-            "const shown = document.querySelector('.answer .katex-display .base');"
+            "const shown = document.querySelector('.answer .katex-display .mfrac');"
             "return [document.querySelector('.answer .katex'), shown, shown.closest('p')]"
             ".map((e) => { const {left, right, bottom, top} = e.getBoundingClientRect();"
             "return {left, right, bottom, top}; })"
