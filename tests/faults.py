@@ -62,7 +62,7 @@ SERVE_OPENAI, SERVE_EDITORS = "tests/serve/test_openai.py", "tests/serve/test_ed
 REPORT, DOCTOR = "tests/doctor/test_report.py", "tests/doctor/test_command.py"
 MESSAGES, RESPONSES = "tests/serve/test_anthropic.py", "tests/serve/test_responses.py"
 PAGE_EVENTS, PAGE_FILES = "tests/page/test_events.py", "tests/page/test_files.py"
-PAGE_GUARDS = "tests/page/test_guards.py"
+PAGE_GUARDS, PAGE_IMAGES = "tests/page/test_guards.py", "tests/page/test_images.py"
 
 
 @dataclass(frozen=True)
@@ -2151,6 +2151,49 @@ FAULTS = (
         "html: false",
         "html: true",
         (PAGE_GUARDS,),
+    ),
+    Fault(
+        "page: displayed formulas stand within their line",
+        "serve/page/markdown.js",
+        'ADD_URI_SAFE_ATTR: ["start", "data-display"],',
+        "",
+        (PAGE_GUARDS,),
+    ),
+    Fault(
+        "page: a formula in a quotation keeps its marks",
+        "serve/page/math.js",
+        "const lines = state.getLines(startLine, stop, state.blkIndent, false);",
+        "const lines = state.src.slice(start, state.eMarks[stop - 1]);",
+        (PAGE_GUARDS,),
+    ),
+    Fault(
+        "page: a bar within a formula ends its cell",
+        "serve/page/math.js",
+        'found.text.replaceAll("|", BAR)',
+        "found.text",
+        (PAGE_GUARDS,),
+    ),
+    Fault(
+        "page: an image is what its name says",
+        "serve/page/images.js",
+        "const blob = file.slice(0, file.size, type);",
+        "const blob = file;",
+        (PAGE_IMAGES,),
+    ),
+    Fault(
+        "page: images are lost while an answer is written",
+        "serve/page/chat_part.js",
+        "    if (this.running.has(this.conversation.id)) return;\n    if (this.images.reading)",
+        "    if (this.running.has(this.conversation.id)) return void this.images.take();\n"
+        "    if (this.images.reading)",
+        (PAGE_IMAGES,),
+    ),
+    Fault(
+        "page: images are offered to a model that reads none",
+        "serve/page_settings.py",
+        "        return None\n    if ImageForm",
+        "        pass\n    if ImageForm",
+        (PAGE_IMAGES,),
     ),
     Fault(
         "server: keys are compared as strings",

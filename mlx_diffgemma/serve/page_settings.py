@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from ..config.entry import choices, entries, kinds
 from ..config.generation import GenerationSettings
-from ..errors import ConfigError
+from ..errors import ConfigError, DiffGemmaError
 from ..language.encoded import ImageForm
 from .state import Served, State
 
@@ -38,16 +38,27 @@ def routes(state: State) -> list[Route]:
             {
                 "settings": [_object(state, name, served) for name in SHOWN],
                 "thinking": state.thinking,
-                "sees": sees(served),
+                "images": images(state, served),
             }
         )
 
     return [Route("/x/settings", settings, methods=["GET"])]
 
 
-def sees(served: Served) -> bool:
-    """Return whether the model reads images."""
-    return ImageForm.of(served.engine.model.config) is not None
+def images(state: State, served: Served) -> dict[str, int] | None:
+    """Return the limits of images in a request; None if the model reads none."""
+    model = served.engine.model
+    try:
+        model.check_vision()
+    except DiffGemmaError:  # it has no tower, or was loaded without it
+        return None
+    if ImageForm.of(model.config) is None:
+        return None
+    return {
+        "max_images": state.limits.max_images,
+        "max_image_pixels": state.limits.max_image_pixels,
+        "max_body_bytes": state.limits.max_body_bytes,
+    }
 
 
 def settings_from(given: dict[str, Any], served: Served) -> dict[str, Any]:

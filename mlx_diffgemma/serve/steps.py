@@ -23,6 +23,7 @@ from ..events import (
     TrialStarted,
 )
 from ..language.controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
+from ..language.encoded import ImageForm
 from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..language.text import Spellings
 from ..language.tools import CALL_BEGIN, CALL_END
@@ -125,7 +126,7 @@ class _Stepped:
         job = self.task.job(model, tokenizer)
         ids: list[int] = []
         if self.asked.prompt is not None:
-            ids = encode_prompt(tokenizer, *self.asked.prompt)
+            ids = encode_prompt(tokenizer, *self.asked.prompt, ImageForm.of(model.config))
         ends = self.asked.settings.resolve(model.config).eos_token_ids
         return _told(job, _Teller(Kinds(tokenizer, ends, ids), self.asked.check, self.on_step))
 

@@ -34,6 +34,29 @@ $\\href{javascript:window.hit=9}{x} \\htmlData{a=b}{y} \\includegraphics{http://
 <form action="http://evil.example"><input name=x autofocus onfocus="window.hit=11"></form>
 """
 
+FORMULAS = r"""Inline $x^2$ and \(a_b\), in a line $$\frac{a}{b}$$ and on.
+
+\[ \int_0^1 x\,dx \]
+
+3. In a list:
+
+   $$
+   - n + 1
+   $$
+4. Inline $\alpha$
+
+> $$
+> E
+> = mc^2
+> $$
+
+| way | cost |
+|:--|--:|
+| $P(A|B)$ | $$|z|$$ |
+
+Prices $5 and $6, and a bad one: $\frac{1$
+"""
+
 
 @pytest.fixture
 def before(person, monkeypatch):
@@ -108,6 +131,46 @@ def test_code_mathematics_and_calls_are_shown(before):
         person.see("document.querySelectorAll('.turn.assistant').length === 2")
         assert person.answered(2) == "It is 20 degrees."
         assert "20 degrees" in person.text(".turn.tool pre")
+
+
+def test_formulas_are_displayed_wherever_they_stand(before):
+    with serving(model=scripted(FORMULAS)) as running:
+        person = before(running.port)
+        person.open()
+        person.ask("formulas")
+        person.answered()
+        person.see("document.querySelectorAll('.answer .katex').length === 9")
+        told = person.js(
+            "return [...document.querySelectorAll('.answer .formula')].map((e) => ["
+            "e.querySelector('annotation').textContent.replace(/\\s+/g, ' ').trim(),"
+            "getComputedStyle(e).display === 'block' && Boolean(e.querySelector('.katex-display')),"
+            "e.closest('ol, blockquote, td')?.tagName ?? ''])"
+        )
+        assert told == [
+            ["x^2", False, ""],
+            ["a_b", False, ""],
+            [r"\frac{a}{b}", True, ""],
+            [r"\int_0^1 x\,dx", True, ""],
+            ["- n + 1", True, "OL"],
+            [r"\alpha", False, "OL"],
+            ["E = mc^2", True, "BLOCKQUOTE"],
+            ["P(A|B)", False, "TD"],
+            ["|z|", True, "TD"],
+        ]
+        # Below the text before it, in the middle, and within the page.
+        line, shown, column = person.js(
+            "const shown = document.querySelector('.answer .katex-display .mfrac');"
+            "return [document.querySelector('.answer .katex'), shown, shown.closest('p')]"
+            ".map((e) => { const {left, right, bottom, top} = e.getBoundingClientRect();"
+            "return {left, right, bottom, top}; })"
+        )
+        assert shown["top"] >= line["bottom"]
+        between = shown["left"] + shown["right"] - column["left"] - column["right"]
+        assert abs(between) < 4
+        assert person.one(".answer ol").get_attribute("start") == "3"
+        assert "Prices $5 and $6" in person.text(".answer")
+        # One that cannot be read is shown as it was written.
+        assert person.texts(".answer code") == [r"$\frac{1$"]
 
 
 def test_a_thought_is_folded_away(before):

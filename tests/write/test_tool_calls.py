@@ -23,7 +23,7 @@ from mlx_diffgemma.cli.generate import _answer
 from mlx_diffgemma.cli.output import Follower
 from mlx_diffgemma.cli.render import View
 from mlx_diffgemma.config.model import ModelConfig
-from mlx_diffgemma.errors import ConfigError
+from mlx_diffgemma.errors import ConfigError, PromptError
 from mlx_diffgemma.events import (
     BrokenToolCall,
     CanvasCommitted,
@@ -80,6 +80,9 @@ class Script:
             length = context.length + piece.shape[1]
             known.append(Known(context.row, length, context.commits + 1))
         return None, known
+
+    def check_vision(self):
+        raise PromptError("a script reads no images")
 
     def open(self, context, canvas_length):
         return context

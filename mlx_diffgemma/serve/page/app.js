@@ -14,7 +14,7 @@ const PARTS = {
 };
 
 const app = {
-  facts: null, // {model, models, canvas, context, sees, thinking, settings}, once the server tells them
+  facts: null, // {model, models, canvas, context, images, thinking, settings}, once the server tells them
   inside: null, // the run that Look inside shows; null for the last one
   side: null,
   opened: new Map(),
@@ -68,7 +68,7 @@ async function learn() {
     for (const part of app.opened.values()) part.then((each) => each.learned?.());
     if (app.opened.has("chat")) {
       const chat = await app.part("chat");
-      if (document.body.dataset.part === "chat") chat.images.offer(app.facts.sees);
+      if (document.body.dataset.part === "chat") chat.images.offer(app.facts.images);
       if (!chat.turns.querySelector(".turn")) chat.show();
     }
     document.documentElement.dataset.ready = "yes";
@@ -105,6 +105,14 @@ addEventListener("hashchange", show);
 addEventListener("click", (event) => {
   if (document.body.classList.contains("with-side") && !event.target.closest("#side, .narrow-only")) app.closeSide();
 });
+// A file that nothing takes is not opened in place of the page.
+for (const kind of ["dragover", "drop"]) {
+  addEventListener(kind, (event) => {
+    if (event.defaultPrevented || ![...event.dataTransfer.types].includes("Files")) return;
+    event.preventDefault();
+    event.dataTransfer.dropEffect = "none";
+  });
+}
 await show();
 performance.mark("shown");
 app.side.refresh();

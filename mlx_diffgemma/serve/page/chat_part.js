@@ -35,7 +35,7 @@ class ChatPart {
     this.grow = growing(this.field);
     this.send = h("button", {className: "primary", textContent: "Send"});
     this.stop = button("Stop", () => this.running.get(this.conversation.id)?.run.stop(), {hidden: true, className: "primary"});
-    this.images = pictures(this.field);
+    this.images = pictures(this.field, () => path(this.conversation).flatMap((turn) => turn.images ?? []));
     this.strip = h("p", {className: "faint small strip"});
     const form = h("form", {className: "composer", on: {submit: (event) => { event.preventDefault(); this.submit(); }}},
       this.images.strip, h("div", {className: "field"}, this.images.button, this.field, this.send, this.stop), this.strip);
@@ -65,7 +65,7 @@ class ChatPart {
   }
 
   shown() {
-    this.images.offer(this.app.facts?.sees ?? false);
+    this.images.offer(this.app.facts?.images ?? null);
     this.grow();
     if (matchMedia("(hover: hover)").matches) this.field.focus({preventScroll: true});
   }
@@ -117,16 +117,21 @@ class ChatPart {
   // What turns can do
 
   submit() {
+    if (this.running.has(this.conversation.id)) return;
+    if (this.images.reading) {
+      this.images.reading.then((isWhole) => { if (isWhole) this.submit(); });
+      return;
+    }
     const text = this.field.value, images = this.images.take();
-    if ((!text.trim() && !images.length) || this.running.has(this.conversation.id)) return;
+    if (!text.trim() && !images.length) return;
     this.field.value = "";
     this.grow();
     this.ask(lastOf(this.conversation), {role: "user", text, ...(images.length && {images})});
   }
 
-  edit(turn, text) {
-    if (!text.trim() || this.running.has(this.conversation.id)) return;
-    this.ask(parentOf(this.conversation, turn), {role: "user", text, ...(turn.images && {images: turn.images})});
+  edit(turn, text, images) {
+    if ((!text.trim() && !images.length) || this.running.has(this.conversation.id)) return;
+    this.ask(parentOf(this.conversation, turn), {role: "user", text, ...(images.length && {images})});
   }
 
   retry(turn) {
@@ -156,7 +161,7 @@ class ChatPart {
   async ask(parent, turn) {
     const {conversation} = this;
     const asked = added(parent, turn);
-    if (!conversation.title && turn.text) conversation.title = titleOf(turn.text);
+    conversation.title ||= titleOf(turn);
     this.answer(asked);
     await this.keep(conversation);
   }

@@ -4,6 +4,7 @@
 // assistant `text`, `thought`, `calls`, `stats`, `seed`, `state` and `error`; of tools, `results`.
 
 export const FORMAT = "mlx_diffgemma.conversations/1";
+export const IMAGE_TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif"];
 const ROLES = ["user", "assistant", "tool"];
 
 export function newId() {
@@ -75,8 +76,8 @@ function contentOf(turn) {
   return turn.text ? [...images, {type: "text", text: turn.text}] : images;
 }
 
-export function titleOf(text) {
-  const line = text.trim().split("\n")[0];
+export function titleOf({text, images}) {
+  const line = (text || (images ? "Image" : "")).trim().split("\n")[0];
   return [...line].length > 48 ? [...line].slice(0, 47).join("") + "…" : line;
 }
 
@@ -107,7 +108,7 @@ function turns(given) {
     thought: words(turn.thought),
     calls: list(turn.calls).map((call) => ({id: words(call?.id), name: words(call?.name), arguments: call?.arguments ?? {}})),
     results: list(turn.results).map((result) => ({id: words(result?.id), name: words(result?.name), content: words(result?.content)})),
-    images: list(turn.images).filter((url) => /^data:image\/(png|jpeg|webp|gif);base64,/.test(url)),
+    images: list(turn.images).filter(isImage),
     stats: words(turn.stats),
     state: turn.state === "stopped" || turn.state === "failed" ? turn.state : "done",
     error: words(turn.error),
@@ -116,6 +117,7 @@ function turns(given) {
   }));
 }
 
+const isImage = (url) => typeof url === "string" && IMAGE_TYPES.some((type) => url.startsWith(`data:${type};base64,`));
 const list = (value) => Array.isArray(value) ? value : [];
 const words = (value) => typeof value === "string" ? value : "";
 const number = (value) => Number.isFinite(value) ? value : 0;

@@ -12,6 +12,7 @@ const ALLOWED = {
   ALLOWED_TAGS: ("p br hr h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code em strong s a table thead tbody tr th td span").split(" "),
   ALLOWED_ATTR: ["href", "title", "class", "start", "data-display"],
   ALLOW_DATA_ATTR: false,
+  ADD_URI_SAFE_ATTR: ["start", "data-display"], // others are held against the pattern below
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   RETURN_DOM_FRAGMENT: true,
 };
@@ -100,17 +101,30 @@ async function formulas(made) {
     await import("./vendor/katex/katex.min.js");
   }
   if (!globalThis.katex) await import("./vendor/katex/katex.min.js");
-  for (const place of places) {
-    const formula = place.textContent;
+  for (const place of places) draw(place);
+}
+
+// Draws a formula; one that cannot be read is shown as it was written.
+function draw(place) {
+  const formula = place.textContent, isBlock = place.dataset.display === "block";
+  if (isBlock) {
+    place.tabIndex = 0; // a wide one is scrolled
+    place.setAttribute("role", "group");
+    place.setAttribute("aria-label", "Formula");
+  }
+  try {
     // It builds elements and sets their styles one by one, which the page's policy allows.
     globalThis.katex.render(formula, place, {
-      displayMode: place.dataset.display === "block",
-      throwOnError: false,
+      displayMode: isBlock,
+      throwOnError: true,
       trust: false,
       strict: "ignore",
       maxSize: 20,
       maxExpand: 300,
     });
+  } catch (error) {
+    const sign = isBlock ? "$$" : "$";
+    place.replaceWith(h("code", {textContent: sign + formula + sign, title: error.message}));
   }
 }
 

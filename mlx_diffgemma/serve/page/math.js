@@ -1,5 +1,8 @@
 // Formulas in Markdown: $...$, $$...$$, \(...\) and \[...\].
 
+// Stands for a bar within a formula while a table is split into cells: one character as well.
+const BAR = "\ue000";
+const RULER = /^[\s>|:-]*-[\s|:-]*$/; // the second line of a table
 // The delimiters, the longer ones first.
 const PAIRS = [["$$", "$$", true], ["\\[", "\\]", true], ["\\(", "\\)", false], ["$", "$", false]];
 
@@ -34,27 +37,74 @@ function inline(state, silent) {
   return true;
 }
 
-// A formula on lines of its own, which may begin like a list or a heading.
+// A formula on lines of its own, which may begin like a list or a heading. Its lines are those of
+// the list or quotation that it stands in, without what marks them.
 function block(state, startLine, endLine, silent) {
   const start = state.bMarks[startLine] + state.tShift[startLine];
   if (!/^(\$\$|\\\[)/.test(state.src.slice(start, start + 2))) return false;
-  const found = formulaAt(state.src, start, state.eMarks[endLine - 1]);
+  let stop = startLine;
+  while (stop < endLine && !state.isEmpty(stop) && state.sCount[stop] >= state.blkIndent) stop += 1;
+  const lines = state.getLines(startLine, stop, state.blkIndent, false);
+  const from = lines.length - lines.trimStart().length;
+  const found = formulaAt(lines, from, lines.length);
   if (!found?.isBlock) return false;
-  let next = startLine;
-  while (next < endLine && state.eMarks[next] < found.end) next += 1;
-  if (next >= endLine || state.src.slice(found.end, state.eMarks[next]).trim()) return false;
+  const rest = lines.slice(found.end);
+  if (rest.split("\n", 1)[0].trim()) return false;
   if (silent) return true;
   state.push("paragraph_open", "p", 1);
   const token = state.push("formula", "span", 0);
   token.content = found.text;
   token.meta = true;
   state.push("paragraph_close", "p", -1);
-  state.line = next + 1;
+  state.line = stop - (rest.split("\n").length - 1);
   return true;
+}
+
+// Returns lines of a table with the bars of formulas, as in $P(A|B)$, put out of the way.
+function withoutBars(lines) {
+  let made = "", from = 0;
+  for (let at = lines.indexOf("$"); at >= 0; at = lines.indexOf("$", at)) {
+    const end = lines.indexOf("\n", at);
+    const found = formulaAt(lines, at, end < 0 ? lines.length : end);
+    at = found ? found.end : at + 1;
+    if (!found) continue;
+    // "|$A|$B|" are two cells.
+    const isHalf = /^\||\|$/.test(found.text) && found.text.split("|").length % 2 === 0;
+    if (isHalf) continue;
+    const start = lines.indexOf(found.text, Math.max(from, at - found.text.length - 2));
+    made += lines.slice(from, start) + found.text.replaceAll("|", BAR);
+    from = start + found.text.length;
+  }
+  return made + lines.slice(from);
+}
+
+// Lets the rule for tables leave the bars of formulas alone.
+function tables(rule) {
+  return (state, startLine, endLine, silent) => {
+    const second = startLine + 1;
+    if (second >= endLine || !RULER.test(state.src.slice(state.bMarks[second], state.eMarks[second]))) return false;
+    let stop = startLine;
+    while (stop < endLine && !state.isEmpty(stop)) stop += 1;
+    const kept = state.src, start = state.bMarks[startLine], end = state.eMarks[stop - 1];
+    state.src = kept.slice(0, start) + withoutBars(kept.slice(start, end)) + kept.slice(end);
+    const isTable = rule(state, startLine, endLine, silent);
+    state.src = kept;
+    return isTable;
+  };
+}
+
+// Puts the bars back.
+function withBars({tokens}) {
+  for (const {children} of tokens) {
+    for (const each of children ?? []) each.content = each.content.replaceAll(BAR, "|");
+  }
 }
 
 // A plugin of markdown-it.
 export function withMath(reader) {
+  const [table] = reader.block.ruler.getRules(""); // the first of them
+  reader.block.ruler.at("table", tables(table), {alt: ["paragraph", "reference"]});
+  reader.core.ruler.after("inline", "bars", withBars);
   reader.inline.ruler.before("escape", "formula", inline);
   reader.block.ruler.before("fence", "formula", block, {alt: ["paragraph", "blockquote", "list"]});
   reader.renderer.rules.formula = (tokens, i) =>

@@ -1,6 +1,7 @@
 // How turns of a conversation look, at rest and while they are written.
 
 import {button, copied, counted, eachFrame, growing, h, say} from "./dom.js";
+import {thumbnails} from "./images.js";
 import {numbers} from "./run.js";
 import {Canvas} from "./settle.js";
 
@@ -43,20 +44,23 @@ function versions(turn, siblings, choose) {
 }
 
 export function userTurn(turn, siblings, act) {
-  const text = h("div", {className: "said", textContent: turn.text, dir: "auto"});
+  const text = h("div", {className: "said", textContent: turn.text, dir: "auto", hidden: !turn.text});
   const images = h("div", {className: "images"}, (turn.images ?? []).map((src, i) => h("img", {src, alt: `Image ${i + 1}`})));
   const box = h("article", {className: "turn user", ariaLabel: "You"},
     turn.images?.length ? images : null, text,
     h("footer", {}, versions(turn, siblings, (i) => act.choose(turn, i)), button("Edit", () => edit(), {className: "quiet"})));
   function edit() {
     const field = h("textarea", {value: turn.text, rows: 1, ariaLabel: "Your message", dir: "auto"});
-    const send = () => act.edit(turn, field.value);
+    const kept = [...(turn.images ?? [])], strip = h("div", {className: "images"});
+    const send = () => act.edit(turn, field.value, kept);
     field.addEventListener("keydown", (event) => {
       if (event.key === "Escape") act.show();
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
     });
     growing(field);
-    text.replaceWith(h("div", {className: "editing"}, field,
+    thumbnails(strip, kept, field);
+    images.remove();
+    text.replaceWith(h("div", {className: "editing"}, strip, field,
       h("p", {className: "buttons"}, button("Send", send, {className: "primary"}), button("Cancel", act.show))));
     box.querySelector("footer").hidden = true;
     field.focus();
@@ -95,7 +99,7 @@ export function assistantTurn(turn, siblings, act, isLast) {
   if (turn.text) fillMarkdown(answer, turn.text);
   const copy = button("Copy", () => copied(turn.text, copy), {className: "quiet"});
   const isEmpty = turn.state === "done" && !turn.text && !turn.calls?.length;
-  const problem = isEmpty ? "The answer is empty." : turn.state === "failed" ? `Not finished: ${turn.error}` : turn.state === "stopped" ? "Stopped." : turn.state === "length" ? "Cut: the limit of tokens was reached." : "";
+  const problem = isEmpty ? "The answer is empty." : turn.state === "failed" ? `Not finished: ${turn.error}` : turn.state === "running" ? "Not finished: its tab was closed, or is still at it." : turn.state === "stopped" ? "Stopped." : turn.state === "length" ? "Cut: the limit of tokens was reached." : "";
   return h("article", {className: "turn assistant", ariaLabel: "Answer"},
     turn.thought ? thoughtBox(turn.thought) : null,
     answer,
