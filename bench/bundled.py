@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,11 +53,13 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="append to bench/results/")
     options = parser.parse_args()
     for folder in (options.folder, options.against):
-        if folder and not read(folder / PHASES[0].name / "run" / METRICS):
+        if folder and not any(read(folder / p.name / "run" / METRICS) for p in PHASES):
             parser.error(f"{folder} has no run of the recipe")
     phases: dict[str, dict[str, Any]] = {}
     for phase in PHASES:
         run = options.folder / phase.name / "run"
+        if not read(run / METRICS):
+            continue  # a model given by --language stands for it
         phases[phase.name] = row = summary(run)
         if options.against:
             row["again"] = compare(phase, run, options.against / phase.name / "run")
@@ -123,9 +124,10 @@ def sha256(run: Path) -> str | None:
 def ask(folder: Path, count: int) -> dict[str, dict[str, int]]:
     """Exact answers to prompts of held-out tasks that no phase trained on."""
     trained = {
-        json.loads(line)["prompt"]
+        one.prompt
         for phase in PHASES
-        for line in (folder / phase.name / "data" / "train.jsonl").open(encoding="utf-8")
+        for task in HELD_OUT
+        for one in tasks.make(task, phase.counts[task], phase.seed)
     }
     model, tokenizer = load(folder / "model")
     model.set_dtype(mx.float32)
