@@ -24,6 +24,7 @@ def load_variants(
     adapters: Mapping[str, str | os.PathLike[str]],
     *,
     revision: str | None = None,
+    vision: bool | None = None,
 ) -> tuple[DiffusionGemma, dict[str, DiffusionGemma], PreTrainedTokenizerBase]:
     """Load a checkpoint once, and variants of it with adapters. A variant takes the memory of its
     adapter alone; products whose weights some adapter changes are fused in no variant.
@@ -32,6 +33,7 @@ def load_variants(
       path_or_repo: as for `load`.
       adapters: folders of adapters, or of weights trained in full, by the variants' names.
       revision: as for `load`.
+      vision: as for `load`.
 
     Returns:
       The model without adapters, the variants by name, and the tokenizer of all.
@@ -40,9 +42,9 @@ def load_variants(
       DiffGemmaError: as `load`; SourceError names the folder of an adapter that does not fit.
     """
     if not adapters:
-        model, tokenizer = load(path_or_repo, revision=revision)
+        model, tokenizer = load(path_or_repo, revision=revision, vision=vision)
         return model, {}, tokenizer
-    model, tokenizer = load(path_or_repo, revision=revision, fused=False)
+    model, tokenizer = load(path_or_repo, revision=revision, vision=vision, fused=False)
     return model, variants_of(model, adapters), tokenizer
 
 

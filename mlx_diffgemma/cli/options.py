@@ -164,6 +164,11 @@ class SeeingModelOptions(ModelOptions):
         ),
     ] = False
 
+    @property
+    def vision(self) -> bool | None:
+        """What `load` is told of it."""
+        return False if self.no_vision else None
+
     def load(self) -> tuple[Any, Any]:
         """Load model and tokenizer."""
         from ..checkpoint.load import load
@@ -172,7 +177,7 @@ class SeeingModelOptions(ModelOptions):
             self.source,
             revision=self.revision,
             adapter_path=self.adapter_path,
-            vision=False if self.no_vision else None,
+            vision=self.vision,
         )
 
 

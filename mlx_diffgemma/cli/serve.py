@@ -12,7 +12,7 @@ import typer
 from ..config.generation import GenerationSettings
 from ..config.serving import Limits
 from ..errors import ConfigError
-from .options import ContextOptions, ModelOptions, command, run, unescape
+from .options import ContextOptions, SeeingModelOptions, command, run, unescape
 
 KEY_VARIABLE = "MLX_DIFFGEMMA_API_KEY"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -143,7 +143,7 @@ def serve(
         bool, typer.Option("--open", help="Open the page in a browser once the model is loaded.")
     ] = False,
     *,
-    model: ModelOptions,
+    model: SeeingModelOptions,
     address: AddressOptions,
     served: ServedOptions,
     contexts: ContextOptions,
@@ -196,7 +196,9 @@ def serve(
         os._exit(0)  # a step takes longer than anybody wants to wait
 
 
-def _names(model: ModelOptions, adapters: Mapping[str, Path], aliases: list[str]) -> list[str]:
+def _names(
+    model: SeeingModelOptions, adapters: Mapping[str, Path], aliases: list[str]
+) -> list[str]:
     """Return the names of all models, the default one first.
 
     Raises:
@@ -212,7 +214,7 @@ def _names(model: ModelOptions, adapters: Mapping[str, Path], aliases: list[str]
 
 
 def _load(
-    model: ModelOptions,
+    model: SeeingModelOptions,
     adapters: Mapping[str, Path],
     names: list[str],
     options: ServedOptions,
@@ -231,7 +233,7 @@ def _load(
 
     folders: dict[str, str | Path] = {"": model.adapter_path} if model.adapter_path else {}
     base, variants, tokenizer = load_variants(
-        model.source, folders | dict(adapters), revision=model.revision
+        model.source, folders | dict(adapters), revision=model.revision, vision=model.vision
     )
     models = [variants.pop("", base), *variants.values()]
     stores = [store or chat_store(), *(chat_store() for _ in adapters)]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -120,6 +121,14 @@ def test_it_prints_its_address_and_a_curl_call_that_works():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("option", [(), ("--no-vision",)])
+def test_without_vision_it_reads_no_images(option):
+    with program(*option) as running:
+        address = f"{running.url.removesuffix('/v1')}/x/settings"
+        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+            assert (json.load(answer)["images"] is None) == bool(option)
+
+
 def test_the_key_comes_from_the_environment_and_is_not_printed():
     key = "a key of this test"
     with program("--quiet", MLX_DIFFGEMMA_API_KEY=key) as running:
