@@ -120,7 +120,6 @@ def test_it_prints_its_address_and_a_curl_call_that_works():
     assert len(running.lines) == 4  # note, address, curl, request
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("option", [(), ("--no-vision",)])
 def test_without_vision_it_reads_no_images(option):
     with program(*option) as running:
@@ -129,6 +128,7 @@ def test_without_vision_it_reads_no_images(option):
             assert (json.load(answer)["images"] is None) == bool(option)
 
 
+@pytest.mark.long
 def test_the_key_comes_from_the_environment_and_is_not_printed():
     key = "a key of this test"
     with program("--quiet", MLX_DIFFGEMMA_API_KEY=key) as running:
