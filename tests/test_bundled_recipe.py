@@ -190,7 +190,7 @@ def test_a_folder_is_of_one_recipe(tmp_path, monkeypatch):
         make.claim(tmp_path / "made")
     changed = (*make.PHASES[:-1], replace(make.PHASES[-1], seed=77))
     monkeypatch.setattr(make, "PHASES", changed)
-    with pytest.raises(SystemExit, match=r"other was not made by this recipe \(phase eighth\)"):
+    with pytest.raises(SystemExit, match=r"other was not made by this recipe \(phase eleventh\)"):
         make.claim(tmp_path / "other")
 
 

@@ -488,7 +488,7 @@ def test_info_of_a_repository_fetches_headers_and_no_weights(hub, tmp_path, shar
     )
     assert finished.returncode == 0, finished.stderr
     found = json.loads(finished.stdout)
-    assert (found["parameters"], found["files"]) == (1_696_196, shards)
+    assert (found["parameters"], found["files"]) == (1_952_292, shards)
     assert (found["model"], found["folder"]) == ("owner/name", None)
     weights = {name: n for name, n in hub.contents.items() if name.endswith(".safetensors")}
     assert len(weights) == shards
@@ -515,5 +515,5 @@ def test_info_of_a_cached_repository_fetches_nothing_more(hub, tmp_path):
     finished = run_elsewhere(
         hub.address, tmp_path, "-m", "mlx_diffgemma.info", "--model", "owner/name", "--json"
     )
-    assert json.loads(finished.stdout)["parameters"] == 1_696_196
+    assert json.loads(finished.stdout)["parameters"] == 1_952_292
     assert max(hub.sent.values()) <= HEADER_READ

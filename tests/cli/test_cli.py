@@ -243,9 +243,9 @@ def test_usage_errors_keep_typers_form():
 
 def test_info_prints_the_parameters_and_as_json_the_same():
     plain, as_json = invoke(info), invoke(info, "--json")
-    assert "1,696,196 parameters" in plain.stdout and "memory at 2K context" in plain.stdout
-    assert "\nvision: 30,016 bytes, loaded with the first image\n" in plain.stdout
-    assert json.loads(as_json.stdout)["parameters"] == 1_696_196
+    assert "1,952,292 parameters" in plain.stdout and "memory at 2K context" in plain.stdout
+    assert "\nvision: 542,208 bytes, loaded with the first image\n" in plain.stdout
+    assert json.loads(as_json.stdout)["parameters"] == 1_952_292
     assert_one_line(invoke(info, "--model", "./no-such-folder"), "no folder ./no-such-folder")
 
 

@@ -196,7 +196,7 @@ def test_images_and_places_that_do_not_match_are_counted(shown, tokens, message)
 def test_an_image_of_other_patches_is_refused():
     (picture,) = pictures(1)
     odd = ImagePatches(picture.pixels[:, :-3], picture.positions, picture.soft_tokens)
-    with pytest.raises(PromptError, match="patches of 45 numbers, and this model's have 48"):
+    with pytest.raises(PromptError, match="patches of 765 numbers, and this model's have 768"):
         place_images(text_with(odd), [odd], model_of(MODEL).config)
 
 

@@ -50,7 +50,7 @@ from tests.engine.cases import (
 
 FILL = FillTask(
     template="Monday {{gap}} Wednesday",
-    gap_tokens=(1, 4),
+    gap_tokens=(6, 8),
     settings=GenerationSettings(seed=8, max_denoising_steps=4),
 )
 

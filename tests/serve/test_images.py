@@ -150,7 +150,7 @@ REFUSED = {
     "data:image/png;base64,????": "is not valid base64",
     "data:image/png,abc": "must be of the form data:image/png;base64",
     "data:image/png;base64,": "is empty",
-    data_url(b"GIF89a"): "damaged or cut off",
+    data_url(b"GIF89a"): "is damaged, cut off or without pixels",
     data_url(b"hello"): "is not an image",
     data_url(picture("JPEG")): "is declared as image/png, but it is JPEG",
     data_url(picture(size=(1001, 1000))): "at most 1,000,000 are read",
