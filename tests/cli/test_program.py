@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from mlx_diffgemma.cli.program import scripts, variable
+from tests.sampled import first
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -128,7 +129,7 @@ def test_shells_propose_options_and_their_values(programs, shell, case):
     assert some <= found and not others & found, found
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", first(1, ["zsh", "bash", "fish"]))
 def test_completion_works_in_a_session_once_it_is_installed(programs, shell, tmp_path):
     """At the first Tab, too, which is another one in zsh than those after it."""
     if shutil.which(shell) is None:
