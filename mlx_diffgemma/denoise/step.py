@@ -15,6 +15,7 @@ from .canvas import Belief, Canvas, Taken
 from .classes import LARGEST_BLOCK
 from .noise import SeededNoise
 from .pinned import PinnedCanvas
+from .prefix import settled_columns
 from .sampler import (
     Statistics,
     decide,
@@ -27,7 +28,7 @@ from .sampler import (
     top_candidates,
 )
 from .schedule import temperature
-from .stopping import all_that_matter, answer_length, is_settled
+from .stopping import all_that_matter, answer_length, columns_before_end, is_settled, is_still
 
 # Head, statistics and soft embedding go in pieces of whole rows: at most so many numbers over the
 # vocabulary at once (64 MiB in float32), and at least one row. A large model's canvas is more, and
@@ -138,15 +139,21 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
         settled = mx.ones_like(settled)
     if settings.canvas_width == "answer":
         assert length is not None
-        needed = _needed(length, judged.accepted, canvas.plan.widest)
+        needed = _needed(canvas, look, length, judged.accepted)
         check.append(needed)
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
-    check.insert(0, settled.astype(mx.int32))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
         check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1).astype(mx.int32))
+    if settings.prefix_commit != "off":
+        assert length is not None
+        part = _settled_columns(canvas, seen)
+        check.append(part)
+        # An end token in it ends the answer, whatever stands behind.
+        settled = settled | (part >= mx.minimum(length, canvas.plan.widest))
+    check.insert(0, settled.astype(mx.int32))
     candidates = None
     if count := settings.top_candidates:
         confidence = look.thought.confidence
@@ -171,7 +178,7 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
             canvas,
             tokens=tokens,
             step=canvas.step + 1,
-            drafts=(*canvas.drafts, draft)[-max(1, settings.stability_threshold) :],
+            drafts=(*canvas.drafts, draft)[-settings.steps_looked_back :],
             belief=Belief(seen.weights, seen.total, seen.entropy, likeliest),
             held=judged.held,
         ),
@@ -198,7 +205,7 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
         start, stop = stop, stop + sum(widths[row] for row in rows)
         outputs = model.outputs(_columns(states, start, stop))
         # Arrays, so that no step costs a new trace.
-        heats = [mx.array(temperature(canvases[r].step, canvases[r].settings)) for r in rows]
+        heats = [mx.array(_temperature(canvases[r])) for r in rows]
         if len(rows) == 1:
             pinned = canvases[rows[0]].pinned
             allowed = None if pinned is None else pinned.allowed
@@ -214,6 +221,10 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
             part = Statistics(*(x[:, at:end] for x in thought))
             yield _Look(outputs[:, at:end], part, own, cap, None)
             at = end
+
+
+def _temperature(canvas: Canvas) -> float:
+    return temperature(canvas.age + canvas.step, canvas.settings)
 
 
 def _pieces(
@@ -285,16 +296,47 @@ def _judge(
         )
         settled = is_settled(
             draft,
-            [_fitted(previous, W, -1) for previous in canvas.drafts],
+            _fitted_drafts(canvas),
             seen.entropy,
             stability_threshold=settings.stability_threshold,
             confidence_threshold=settings.confidence_threshold,
+            matters=matters,
+            committed=canvas.committed,
+        )
+    if settings.change_threshold and canvas.belief is not None:
+        settled = settled | is_still(
+            draft,
+            _fitted_drafts(canvas),
+            _moved(draft, look, canvas.belief),
+            stability_threshold=settings.stability_threshold,
+            change_threshold=settings.change_threshold,
             matters=matters,
         )
     if pinned is not None:
         accepted = accepted | ~pinned.free[:, :W]
         tokens = pinned.over(tokens)
     return _Judgement(tokens, accepted, settled, held)
+
+
+def _settled_columns(canvas: Canvas, seen: Statistics) -> mx.array:
+    settings = canvas.settings
+    return settled_columns(
+        seen.draft,
+        _fitted_drafts(canvas),
+        seen.entropy,
+        steps=settings.prefix_steps,
+        most_entropy=settings.prefix_entropy,
+    )
+
+
+def _moved(draft: mx.array, look: _Look, belief: Belief) -> mx.array:
+    """Return by how much the probability of each token of the draft has changed since the last
+    step, float32 [1, W]; 1 in columns that it did not compute."""
+    W = min(draft.shape[1], belief.weights.shape[1])
+    weight = mx.take_along_axis(belief.weights[:, :W], draft[:, :W, None], axis=-1)[..., 0]
+    before = weight.astype(mx.float32) / belief.total[:, :W]
+    moved = mx.abs(probability_of(draft, look.thought)[:, :W] - before)
+    return mx.pad(moved, [(0, 0), (0, draft.shape[1] - W)], constant_values=1)
 
 
 def _probability(proposal: mx.array, look: _Look, choice: constrained.Choice | None) -> mx.array:
@@ -397,13 +439,24 @@ def _placed(model: DiffusionGemma, canvas: Canvas, soft: mx.array) -> mx.array:
     return mx.where(canvas.pinned.free[:, :W, None], soft, given)
 
 
-def _needed(length: mx.array, accepted: mx.array, widest: int) -> mx.array:
+def _needed(canvas: Canvas, look: _Look, length: mx.array, accepted: mx.array) -> mx.array:
     """Return the columns that a row needs, int32 [1]: up to its first end token if that has been
-    accepted, else all."""
-    W = accepted.shape[1]
+    accepted, or is likely enough; else all."""
+    settings, widest, W = canvas.settings, canvas.plan.widest, accepted.shape[1]
     last = mx.minimum(length, W)[:, None] - 1
     has_end = (length <= W) & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
-    return mx.where(has_end, length, widest)
+    needed = mx.where(has_end, length, widest)
+    if not settings.width_mass:
+        return needed
+    ends = mx.array(sorted({*settings.eos_token_ids, settings.pad_token_id}))
+    ratios = mx.take(look.thought.ratios, ends, axis=-1)
+    ended = ratios.sum(axis=-1) * look.thought.confidence
+    likely = columns_before_end(ended, length, settings.width_mass, widest)
+    return mx.minimum(needed, likely)
+
+
+def _fitted_drafts(canvas: Canvas) -> list[mx.array]:
+    return [_fitted(previous, canvas.plan.width, -1) for previous in canvas.drafts]
 
 
 def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
