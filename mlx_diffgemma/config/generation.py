@@ -34,8 +34,7 @@ POLICIES: dict[Policy, dict[str, Any]] = {
 _ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
 _GENERATE = ("generate", "chat", "serve", "batch")
 _BY_ENTROPY, _BY_CONFIDENCE = ("acceptance", "entropy"), ("acceptance", "confidence")
-_SPARSE = ("self_conditioning", "sparse")
-_BY_PARTS = ("prefix_commit", ("shrink", "slide"))
+_SPARSE, _BY_PARTS = ("self_conditioning", "sparse"), ("prefix_commit", ("shrink", "slide"))
 
 # Keys of generation_config.json without a meaning here.
 _INERT = frozenset(
@@ -429,14 +428,13 @@ class ResolvedSettings(_Settings[Never]):
 
     @property
     def looks_for_end(self) -> bool:
-        """Whether any setting depends on the position of the draft's first end token."""
+        """Whether any setting depends on the draft's first end token."""
         return "answer" in (self.stop_on, self.canvas_width) or self.prefix_commit != "off"
 
     @property
     def steps_looked_back(self) -> int:
         """How many drafts of steps before a step's stop rules compare with its own."""
-        by_parts = self.prefix_steps if self.prefix_commit != "off" else 0
-        return max(1, self.stability_threshold, by_parts)
+        return max(1, self.stability_threshold, self.prefix_steps * (self.prefix_commit != "off"))
 
 
 def default_of(name: str) -> Any:

@@ -21,6 +21,8 @@ from .sampler import (
     decide,
     draw,
     hold,
+    mass_of,
+    moved_by,
     probability_of,
     scaled_logits,
     shortlist,
@@ -28,7 +30,14 @@ from .sampler import (
     top_candidates,
 )
 from .schedule import temperature
-from .stopping import all_that_matter, answer_length, columns_before_end, is_settled, is_still
+from .stopping import (
+    all_that_matter,
+    answer_length,
+    columns_to_end,
+    columns_to_likely_end,
+    is_settled,
+    is_still,
+)
 
 # Head, statistics and soft embedding go in pieces of whole rows: at most so many numbers over the
 # vocabulary at once (64 MiB in float32), and at least one row. A large model's canvas is more, and
@@ -139,7 +148,11 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
         settled = mx.ones_like(settled)
     if settings.canvas_width == "answer":
         assert length is not None
-        needed = _needed(canvas, look, length, judged.accepted)
+        needed = columns_to_end(length, judged.accepted, canvas.plan.widest)
+        if settings.width_mass:
+            ended = mass_of({*settings.eos_token_ids, settings.pad_token_id}, look.thought)
+            likely = columns_to_likely_end(ended, length, settings.width_mass, canvas.plan.widest)
+            needed = mx.minimum(needed, likely)
         check.append(needed)
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
@@ -149,15 +162,15 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
         check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1).astype(mx.int32))
     if settings.prefix_commit != "off":
         assert length is not None
-        part = _settled_columns(canvas, seen)
+        steps, most, drafts = settings.prefix_steps, settings.prefix_entropy, _fitted_drafts(canvas)
+        part = settled_columns(draft, drafts, seen.entropy, steps=steps, most_entropy=most)
         check.append(part)
         # An end token in it ends the answer, whatever stands behind.
         settled = settled | (part >= mx.minimum(length, canvas.plan.widest))
     check.insert(0, settled.astype(mx.int32))
     candidates = None
     if count := settings.top_candidates:
-        confidence = look.thought.confidence
-        candidates = top_candidates(look.outputs, count, confidence, *look.scaled)
+        candidates = top_candidates(look.outputs, count, look.thought.confidence, *look.scaled)
     tokens = judged.canvas
     if shape[1] > W:
         tokens = mx.concatenate([tokens, fresh[:, W:]], axis=1)
@@ -205,7 +218,8 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
         start, stop = stop, stop + sum(widths[row] for row in rows)
         outputs = model.outputs(_columns(states, start, stop))
         # Arrays, so that no step costs a new trace.
-        heats = [mx.array(_temperature(canvases[r])) for r in rows]
+        some = [canvases[row] for row in rows]
+        heats = [mx.array(temperature(c.age + c.step, c.settings)) for c in some]
         if len(rows) == 1:
             pinned = canvases[rows[0]].pinned
             allowed = None if pinned is None else pinned.allowed
@@ -221,10 +235,6 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
             part = Statistics(*(x[:, at:end] for x in thought))
             yield _Look(outputs[:, at:end], part, own, cap, None)
             at = end
-
-
-def _temperature(canvas: Canvas) -> float:
-    return temperature(canvas.age + canvas.step, canvas.settings)
 
 
 def _pieces(
@@ -307,7 +317,7 @@ def _judge(
         settled = settled | is_still(
             draft,
             _fitted_drafts(canvas),
-            _moved(draft, look, canvas.belief),
+            moved_by(draft, look.thought, canvas.belief.weights, canvas.belief.total),
             stability_threshold=settings.stability_threshold,
             change_threshold=settings.change_threshold,
             matters=matters,
@@ -316,27 +326,6 @@ def _judge(
         accepted = accepted | ~pinned.free[:, :W]
         tokens = pinned.over(tokens)
     return _Judgement(tokens, accepted, settled, held)
-
-
-def _settled_columns(canvas: Canvas, seen: Statistics) -> mx.array:
-    settings = canvas.settings
-    return settled_columns(
-        seen.draft,
-        _fitted_drafts(canvas),
-        seen.entropy,
-        steps=settings.prefix_steps,
-        most_entropy=settings.prefix_entropy,
-    )
-
-
-def _moved(draft: mx.array, look: _Look, belief: Belief) -> mx.array:
-    """Return by how much the probability of each token of the draft has changed since the last
-    step, float32 [1, W]; 1 in columns that it did not compute."""
-    W = min(draft.shape[1], belief.weights.shape[1])
-    weight = mx.take_along_axis(belief.weights[:, :W], draft[:, :W, None], axis=-1)[..., 0]
-    before = weight.astype(mx.float32) / belief.total[:, :W]
-    moved = mx.abs(probability_of(draft, look.thought)[:, :W] - before)
-    return mx.pad(moved, [(0, 0), (0, draft.shape[1] - W)], constant_values=1)
 
 
 def _probability(proposal: mx.array, look: _Look, choice: constrained.Choice | None) -> mx.array:
@@ -437,22 +426,6 @@ def _placed(model: DiffusionGemma, canvas: Canvas, soft: mx.array) -> mx.array:
         return soft
     given = model.embed(canvas.pinned.tokens[:, :W])
     return mx.where(canvas.pinned.free[:, :W, None], soft, given)
-
-
-def _needed(canvas: Canvas, look: _Look, length: mx.array, accepted: mx.array) -> mx.array:
-    """Return the columns that a row needs, int32 [1]: up to its first end token if that has been
-    accepted, or is likely enough; else all."""
-    settings, widest, W = canvas.settings, canvas.plan.widest, accepted.shape[1]
-    last = mx.minimum(length, W)[:, None] - 1
-    has_end = (length <= W) & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
-    needed = mx.where(has_end, length, widest)
-    if not settings.width_mass:
-        return needed
-    ends = mx.array(sorted({*settings.eos_token_ids, settings.pad_token_id}))
-    ratios = mx.take(look.thought.ratios, ends, axis=-1)
-    ended = ratios.sum(axis=-1) * look.thought.confidence
-    likely = columns_before_end(ended, length, settings.width_mass, widest)
-    return mx.minimum(needed, likely)
 
 
 def _fitted_drafts(canvas: Canvas) -> list[mx.array]:

@@ -94,7 +94,16 @@ def answer_length(draft: mx.array, eos_token_ids: Sequence[int]) -> mx.array:
     return mx.where(is_end.any(axis=-1), first, draft.shape[1]).astype(mx.int32) + 1
 
 
-def columns_before_end(ended: mx.array, length: mx.array, mass: float, most: int) -> mx.array:
+def columns_to_end(length: mx.array, accepted: mx.array, most: int) -> mx.array:
+    """Return the columns that an answer needs, int32 [B]: up to its first end token if that has
+    been accepted, bool [B, W]; else `most`."""
+    W = accepted.shape[1]
+    last = mx.minimum(length, W)[:, None] - 1
+    has_end = (length <= W) & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
+    return mx.where(has_end, length, most)
+
+
+def columns_to_likely_end(ended: mx.array, length: mx.array, mass: float, most: int) -> mx.array:
     """Return the columns that an answer needs by the probability that it has ended: int32 [B].
 
     Args:

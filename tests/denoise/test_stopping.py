@@ -7,7 +7,7 @@ import pytest
 
 from mlx_diffgemma.denoise.stopping import (
     answer_length,
-    columns_before_end,
+    columns_to_likely_end,
     is_settled,
     is_still,
     width_for,
@@ -168,5 +168,5 @@ def test_widths_are_whole_eighths_with_one_to_spare(needed, canvas, width):
     ],
 )
 def test_columns_are_needed_up_to_a_likely_end(ended, length, needed):
-    found = columns_before_end(mx.array([ended]), mx.array([length]), 0.7, 99)
+    found = columns_to_likely_end(mx.array([ended]), mx.array([length]), 0.7, 99)
     assert found.tolist() == [needed]
