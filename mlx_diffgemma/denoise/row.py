@@ -85,10 +85,16 @@ class Row:
         room = check_room(model.config, settings, before + count, images)
         self.model, self.settings, self.number = model, settings, number
         self.noise, self.pinned = _checked(noise, settings, constraint), pinned
-        if settings.prefix_commit != "off" and not (pinned is None and readout is None):
+        is_free = pinned is None and readout is None
+        if settings.prefix_commit != "off" and not is_free:
             raise ConfigError(
                 f"prefix_commit {settings.prefix_commit!r} is not possible where text is pinned or "
                 "probabilities are read, as fill, edit and decide do; it must be 'off'"
+            )
+        if settings.change_threshold and not (is_free and constraint is None):
+            raise ConfigError(
+                "change_threshold is not possible where text is pinned or under a constraint: what "
+                "moves there is not the model's own probability; it must be 0"
             )
         self._constraint, self._state = constraint, 0  # the state behind what is written
         self.context, self.is_shared = context, is_shared

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_diffgemma import Constraint, GenerationSettings, SeededNoise, bundled_model, generate, load
 from mlx_diffgemma.denoise import row as row_module
-from mlx_diffgemma.denoise.canvas import Belief, Canvas, Plan
+from mlx_diffgemma.denoise.canvas import Belief, Canvas, Plan, Readout
 from mlx_diffgemma.denoise.loop import Rows
 from mlx_diffgemma.denoise.pinned import Pinned
 from mlx_diffgemma.denoise.prefix import least_part, rest_of, settled_columns
@@ -259,16 +259,21 @@ class _Replay:
     """Another framework's draws."""
 
 
+GIVEN = {"pinned": Pinned(np.array([3], np.int32))}
+
+
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("settings", "more", "said"),
     [
-        ({"noise": _Replay()}, "prefix_commit needs seeded noise"),
-        ({"pinned": Pinned(np.array([3], np.int32))}, "'slide' is not possible where text is pinn"),
+        (SLIDE, {"noise": _Replay()}, "prefix_commit needs seeded noise"),
+        (SLIDE, GIVEN, "prefix_commit 'slide' is not possible where text is pinned"),
+        (SLIDE, {"readout": Readout(1, (3,))}, "prefix_commit 'slide' is not possible"),
+        ({"change_threshold": 0.1}, GIVEN, "change_threshold is not possible where text is pinned"),
     ],
 )
-def test_what_has_no_parts_is_refused_by_name(more, said):
+def test_what_is_not_possible_is_refused_by_name(settings, more, said):
     oracle = Oracle(lambda canvas, look: sure(WORDS))
-    settings = GenerationSettings(seed=1, **SLIDE).resolve(oracle.config)
+    settings = GenerationSettings(seed=1, **settings).resolve(oracle.config)
     with pytest.raises(ConfigError, match=said):
         Row(oracle, settings, np.array([10], np.int32), **more)
 
@@ -290,6 +295,12 @@ def test_an_answer_by_parts_fits_its_constraint(loaded, kind):
     constraint = Constraint.regex("([0-9]+ ){20}end")
     text = generate(*loaded, "Count from 10 to 40.", settings=settings, constraint=constraint)
     assert constraint.accepts(text)
+
+
+def test_no_canvas_under_a_constraint_ends_by_standing_still(loaded):
+    settings = GenerationSettings(change_threshold=0.1)
+    with pytest.raises(ConfigError, match="change_threshold is not possible .* a constraint"):
+        generate(*loaded, "Hi", settings=settings, constraint=Constraint.regex("[0-9]+"))
 
 
 @pytest.mark.parametrize("kind", ["shrink", "slide"])
