@@ -299,7 +299,7 @@ def test_an_answer_by_parts_fits_its_constraint(loaded, kind):
 
 def test_no_canvas_under_a_constraint_ends_by_standing_still(loaded):
     settings = GenerationSettings(change_threshold=0.1)
-    with pytest.raises(ConfigError, match="change_threshold is not possible .* a constraint"):
+    with pytest.raises(ConfigError, match=r"change_threshold is not possible .* a constraint"):
         generate(*loaded, "Hi", settings=settings, constraint=Constraint.regex("[0-9]+"))
 
 
