@@ -179,8 +179,7 @@ def help_of(field: Field[Any], entry: Entry | None) -> str:
         return str(field.metadata.get("help", OTHER_HELP.get(field.name, "")))
     if entry.only_with is None:
         return entry.help
-    other, value = entry.only_with
-    return f"{entry.help} Only with `{other}={value!r}`."
+    return f"{entry.help} Only with `{entry.only_with[0]}={entry.wanted}`."
 
 
 # Fields without an entry.

@@ -2,7 +2,8 @@
 
 Each event speaks of one row; the rows of a run are numbered from 0. Arrays are `[1, L]` (L the
 canvas) and lazy: nothing is computed for a listener that does not read them. Under
-`canvas_width="answer"` a step's arrays hold only the columns that the step computed.
+`canvas_width="answer"` and `prefix_commit` a step's arrays hold only the columns that the step
+computed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanvasCommitted:
-    """A canvas is final. After the first end token `tokens` holds padding."""
+    """A canvas is final. After the first end token `tokens` holds padding. Under `prefix_commit` it
+    may be the left part of a canvas, whose rest goes on as the next one."""
 
     canvas_index: int
     # [1, L] int32; narrower where `max_new_tokens` cuts the canvas, or where a narrow canvas lost

@@ -23,6 +23,7 @@ LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.p
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 ROWS, LOOKS = "tests/denoise/test_rows.py", "tests/parity/test_images.py"
+PREFIX = "tests/denoise/test_prefix.py"
 STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_files.py"
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
 LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
@@ -341,8 +342,8 @@ FAULTS = (
     Fault(
         "stop rule: stable is enough",
         "denoise/stopping.py",
-        "settled = entropy.mean(axis=-1) < confidence_threshold",
-        "settled = entropy.mean(axis=-1) < 1e9",
+        "settled = mean < confidence_threshold",
+        "settled = mean < 1e9",
         (STOPPING,),
     ),
     Fault(
@@ -804,8 +805,99 @@ FAULTS = (
         (STOPPING,),
     ),
     Fault(
-        "narrow canvas: a lost end keeps it narrow",
+        "narrow canvas: a likely end in the draft alone",
+        "denoise/stopping.py",
+        "(length <= W) & (last + 1 < W)",
+        "last + 1 < W",
+        (STOPPING,),
+    ),
+    Fault(
+        "narrow canvas: a likely end counts before the last doubt",
+        "denoise/stopping.py",
+        "found = mx.maximum(last + 2, length)",
+        "found = length",
+        (STOPPING,),
+    ),
+    Fault(
+        "still: tokens may move",
+        "denoise/stopping.py",
+        "holds = holds & (draft == previous)\n    return all_that_matter(holds, matters)",
+        "holds = holds & (draft == draft)\n    return all_that_matter(holds, matters)",
+        (STOPPING,),
+    ),
+    Fault(
+        "still: probabilities of the step itself",
+        "denoise/sampler.py",
+        "moved = mx.abs(probability_of(tokens, seen)[:, :W] - before)",
+        "moved = mx.abs(before - before)",
+        (LOOP,),
+    ),
+    Fault(
+        "prefix: any settled columns",
+        "denoise/prefix.py",
+        "mx.cumprod(holds.astype(mx.int32), axis=-1)",
+        "holds.astype(mx.int32)",
+        (PREFIX,),
+    ),
+    Fault(
+        "prefix: sure is enough",
+        "denoise/prefix.py",
+        "holds = holds & (draft == previous)",
+        "holds = holds & (draft == draft)",
+        (PREFIX,),
+    ),
+    Fault(
+        "prefix: stable is enough",
+        "denoise/prefix.py",
+        "holds = entropy <= most_entropy",
+        "holds = entropy <= 1e9",
+        (PREFIX,),
+    ),
+    Fault(
+        "prefix: the rest is conditioned on the committed part",
+        "denoise/prefix.py",
+        "belief.weights[:, part:], belief.total[:, part:]",
+        "belief.weights[:, :-part], belief.total[:, :-part]",
+        (PREFIX,),
+    ),
+    Fault(
+        "prefix: the rest begins with the committed part",
+        "denoise/prefix.py",
+        "tokens, age, committed = canvas.tokens[:, part:]",
+        "tokens, age, committed = canvas.tokens[:, :-part]",
+        (PREFIX,),
+    ),
+    Fault(
+        "prefix: the rest is young",
+        "denoise/prefix.py",
+        "seen, length = canvas.step + canvas.age,",
+        "seen, length = 0,",
+        (PREFIX,),
+    ),
+    Fault(
+        "prefix: the rest has to be surer than the whole",
         "denoise/step.py",
+        "            committed=canvas.committed,\n",
+        "",
+        (PREFIX,),
+    ),
+    Fault(
+        "prefix: no canvas behind the positions",
+        "denoise/row.py",
+        "widest = min(widest, self._places)",
+        "pass",
+        (PREFIX,),
+    ),
+    Fault(
+        "prefix: what a canvas has to begin with is left out",
+        "denoise/row.py",
+        "            self._rest = None\n        if given",
+        "        if given",
+        (PREFIX,),
+    ),
+    Fault(
+        "narrow canvas: a lost end keeps it narrow",
+        "denoise/stopping.py",
         "has_end = (length <= W) & mx.take",
         "has_end = mx.take",
         (LOOP,),

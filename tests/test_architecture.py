@@ -24,7 +24,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading formats generation quantization vision images model training serving",
+    "config": "entry reading formats refusals generation quantization vision images model training "
+    "serving",
     "language": "tokenizer controls tools bombs pictures images video encoded given media prompt "
     "template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
@@ -34,7 +35,7 @@ WINGS = {
     "self_conditioning vision stack images diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
-    "denoise": "schedule sampler classes constrained pinned noise stopping canvas images "
+    "denoise": "schedule sampler classes constrained pinned noise stopping canvas prefix images "
     "store_format store_files store row step loop",
     "write": "job verbose constrained regions writer generate fill edit questions decide said "
     "chat_file chat_images chat",

@@ -11,11 +11,13 @@ from typing import Any, Generic, Literal, Never, Protocol, TypeVar
 from ..errors import ConfigError
 from .entry import Entry, check, entries, kinds, setting
 from .reading import Raw, warn_unknown
+from .refusals import refuse_contradictions, refuse_idle
 
 Policy = Literal["reference", "fast"]
 Acceptance = Literal["entropy", "confidence"]
 StopOn = Literal["canvas", "answer"]
 CanvasWidth = Literal["fixed", "answer"]
+PrefixCommit = Literal["off", "shrink", "slide"]
 SelfConditioning = Literal["dense", "sparse"]
 
 # Values of each policy. The user's values come before them, the checkpoint's after.
@@ -29,11 +31,10 @@ POLICIES: dict[Policy, dict[str, Any]] = {
     },
 }
 
-_COLDEST = 1e-4  # below it, logits / temperature overflow float32
 _ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
 _GENERATE = ("generate", "chat", "serve", "batch")
 _BY_ENTROPY, _BY_CONFIDENCE = ("acceptance", "entropy"), ("acceptance", "confidence")
-_SPARSE = ("self_conditioning", "sparse")
+_SPARSE, _BY_PARTS = ("self_conditioning", "sparse"), ("prefix_commit", ("shrink", "slide"))
 
 # Keys of generation_config.json without a meaning here.
 _INERT = frozenset(
@@ -239,6 +240,53 @@ class _Settings(Generic[Open]):
             commands=_GENERATE,
         )
     )
+    width_mass: float | Open = _setting(
+        Entry(
+            help="Probability that the answer has ended, from which columns are dropped before an "
+            "end token is accepted; 0: only then.",
+            default=0.0,
+            at_least=0,
+            at_most=1,
+            only_with=("canvas_width", "answer"),
+            commands=_GENERATE,
+        )
+    )
+    change_threshold: float | Open = _setting(
+        Entry(
+            help="Most probability that any token of a stable draft may have moved by since the "
+            "last step for a canvas to settle though it is not sure; 0: it must be sure.",
+            default=0.0,
+            at_least=0,
+            at_most=1,
+            commands=_GENERATE,
+        )
+    )
+    prefix_commit: PrefixCommit | Open = _setting(
+        Entry(
+            help="Whether the left part of a canvas is committed once it has settled: 'off'; "
+            "'shrink', the canvas goes on without it; 'slide', new noise enters on the right.",
+            default="off",
+            commands=_GENERATE,
+        )
+    )
+    prefix_steps: int | Open = _setting(
+        Entry(
+            help="Steps for which such a part must not change.",
+            default=2,
+            at_least=1,
+            only_with=_BY_PARTS,
+            commands=_GENERATE,
+        )
+    )
+    prefix_entropy: float | Open = _setting(
+        Entry(
+            help="Nats of entropy that each position of such a part may have.",
+            default=0.01,
+            at_least=0,
+            only_with=_BY_PARTS,
+            commands=_GENERATE,
+        )
+    )
     self_conditioning: SelfConditioning | Open = _setting(
         Entry(
             help="How predictions go into the next step: 'dense', the mean over the whole "
@@ -318,8 +366,8 @@ class GenerationSettings(_Settings[None]):
             values["seed"] = secrets.randbits(32)
         if self.sparse_tokens is None:  # the default may exceed a small vocabulary
             values["sparse_tokens"] = min(values["sparse_tokens"], checkpoint.vocab_size)
-        self._refuse_idle(values)
-        _refuse_contradictions(values, self.extra_eos_token_ids, checkpoint)
+        refuse_idle(self, values, POLICIES[values["policy"]])
+        refuse_contradictions(values, self.extra_eos_token_ids, checkpoint)
         return ResolvedSettings(
             **values,
             extra_eos_token_ids=self.extra_eos_token_ids,
@@ -345,20 +393,6 @@ class GenerationSettings(_Settings[None]):
                 value = float(value)
             values[name] = value
         return values
-
-    def _refuse_idle(self, values: Mapping[str, Any]) -> None:
-        """Refuse a setting that has no effect."""
-        for name, entry in entries(type(self)).items():
-            if entry.only_with is None or getattr(self, name) is None:
-                continue
-            other, wanted = entry.only_with
-            if values[other] != wanted:
-                is_policys = getattr(self, other) is None and other in POLICIES[values["policy"]]
-                which = f", which policy {values['policy']!r} sets" * is_policys
-                raise ConfigError(
-                    f"{name} has no effect with {other} {values[other]!r}{which}, only with "
-                    f"{wanted!r}"
-                )
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> GenerationSettings:
@@ -394,8 +428,13 @@ class ResolvedSettings(_Settings[Never]):
 
     @property
     def looks_for_end(self) -> bool:
-        """Whether any setting depends on the position of the draft's first end token."""
-        return "answer" in (self.stop_on, self.canvas_width)
+        """Whether any setting depends on the draft's first end token."""
+        return "answer" in (self.stop_on, self.canvas_width) or self.prefix_commit != "off"
+
+    @property
+    def steps_looked_back(self) -> int:
+        """How many drafts of steps before a step's stop rules compare with its own."""
+        return max(1, self.stability_threshold, self.prefix_steps * (self.prefix_commit != "off"))
 
 
 def default_of(name: str) -> Any:
@@ -409,37 +448,3 @@ def decider_of(name: str, entry: Entry) -> str:
     if any(name in fills for fills in POLICIES.values()):
         return "policy"
     return "checkpoint" if entry.checkpoint else ""
-
-
-def _refuse_contradictions(
-    values: Mapping[str, Any], extra: tuple[int, ...], checkpoint: Checkpoint
-) -> None:
-    """Raise ConfigError for values that contradict each other or the checkpoint."""
-    vocab_size, canvas_length = checkpoint.vocab_size, values["canvas_length"]
-    t_min, t_max, temperature = values["t_min"], values["t_max"], values["temperature"]
-    if canvas_length > checkpoint.canvas_length:
-        raise ConfigError(
-            f"canvas_length {canvas_length} is longer than "
-            f"the checkpoint's {checkpoint.canvas_length}"
-        )
-    if t_min > t_max:
-        raise ConfigError(
-            f"t_min {t_min} is above t_max {t_max}; the temperature falls from t_max to t_min"
-        )
-    if temperature and temperature * t_min < _COLDEST:
-        raise ConfigError(
-            f"temperature {temperature} times t_min {t_min} is below {_COLDEST}; "
-            "0 is the greedy limit"
-        )
-    for name in ("top_candidates", "sparse_tokens"):
-        if values[name] > vocab_size:
-            raise ConfigError(
-                f"{name} {values[name]} is more than the {vocab_size} tokens there are"
-            )
-    if (values["canvas_width"], values["stop_on"]) == ("answer", "canvas"):
-        raise ConfigError(
-            "canvas_width 'answer' drops what stop_on 'canvas' waits for; "
-            "stop_on must be 'answer' too"
-        )
-    if bad := [t for t in extra if not isinstance(t, int) or not 0 <= t < vocab_size]:
-        raise ConfigError(f"extra end tokens {bad} are outside the vocabulary of {vocab_size}")

@@ -55,7 +55,11 @@ class Canvas:
     plan: Plan
     tokens: mx.array  # [1, L] int32, the step's input
     step: int = 0
-    drafts: tuple[mx.array, ...] = ()  # [1, W] each, of the last `stability_threshold` steps
+    # With `prefix_commit`, of the canvas that this is the rest of: its steps, which count in the
+    # schedule, and its columns that have been committed.
+    age: int = 0
+    committed: int = 0
+    drafts: tuple[mx.array, ...] = ()  # [1, W] each, of the steps that the stop rules look back to
     belief: Belief | None = None
     held: mx.array | None = None  # [1, W] int32, see `sampler.hold`
     constraints: Sequence[CanvasConstraint | Span] = ()  # of different columns
@@ -68,7 +72,7 @@ class Canvas:
 
     @property
     def has_steps_left(self) -> bool:
-        return self.step < self.settings.max_denoising_steps
+        return self.age + self.step < self.settings.max_denoising_steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +81,7 @@ class Taken:
 
     event: StepDone
     # int32 [1] each, the numbers that the host reads: whether the row has settled; if the width
-    # follows the answer, the columns needed; if self-conditioning is sparse, the uncertain ones.
+    # follows the answer, the columns needed; if self-conditioning is sparse, the uncertain ones;
+    # if parts are committed, the settled columns on the left.
     check: tuple[mx.array, ...]
     after: Canvas  # before the next step, under the same plan

@@ -24,6 +24,7 @@ from .constrained import CanvasConstraint, Span, TokenConstraint
 from .images import Features, Placed, as_text, outside, place_images, seen_between
 from .noise import Noise, SeededNoise
 from .pinned import FREE, Pinned, PinnedCanvas
+from .prefix import least_part, rest_of
 from .stopping import width_for
 from .store import Store, snapshots
 
@@ -84,12 +85,25 @@ class Row:
         room = check_room(model.config, settings, before + count, images)
         self.model, self.settings, self.number = model, settings, number
         self.noise, self.pinned = _checked(noise, settings, constraint), pinned
+        is_free = pinned is None and readout is None
+        if settings.prefix_commit != "off" and not is_free:
+            raise ConfigError(
+                f"prefix_commit {settings.prefix_commit!r} is not possible where text is pinned or "
+                "probabilities are read, as fill, edit and decide do; it must be 'off'"
+            )
+        if settings.change_threshold and not (is_free and constraint is None):
+            raise ConfigError(
+                "change_threshold is not possible where text is pinned or under a constraint: what "
+                "moves there is not the model's own probability; it must be 0"
+            )
         self._constraint, self._state = constraint, 0  # the state behind what is written
         self.context, self.is_shared = context, is_shared
         self.shared = context if is_shared else None  # to know it by, until the row is done
         self.unread, self.prompt_tokens = tokens, count
         self.opened: list[OpenContext] = []  # the open context, while there is a canvas
         self.canvas: Canvas | None = None
+        self._part = 0  # settled columns of the canvas that are to be committed before the rest
+        self._rest: Canvas | None = None  # of a canvas whose part is committed
         self.is_done = False
         self._is_prompt, self._only_reads = count > 0, only_reads
         self._store: Store | None = None
@@ -186,7 +200,7 @@ class Row:
     def leave(self) -> None:
         """End the row where it is, and give its memory back."""
         self.is_done = True
-        self.unread = self.canvas = self.context = self.shared = None
+        self.unread = self.canvas = self._rest = self.context = self.shared = None
         self.opened, self._images = [], ()
 
     def begin_canvas(self) -> list[LoopEvent]:
@@ -207,9 +221,14 @@ class Row:
             given = self.pinned.canvas(self._written, settings.canvas_length, vocab_size)
         elif self.begin is not None and (first := self.begin()):
             given = Pinned(np.array(first)).canvas(0, settings.canvas_length, vocab_size)
+            self._rest = None
         if given is not None and not given.has_free:
             return self._commit(given.tokens)
-        self._start(given)
+        if self._rest is not None:
+            self.canvas = replace(self._rest, constraints=self._constraints(None))
+            self._rest = None
+        else:
+            self._start(given)
         return []
 
     def _start(self, given: PinnedCanvas | None) -> None:
@@ -259,7 +278,11 @@ class Row:
         if check[0] or not self.canvas.has_steps_left:
             return False
         self.canvas = replace(self.canvas, plan=self._next_plan(check))
-        return True
+        if self.settings.prefix_commit != "off" and check[-1] >= least_part(
+            self.settings.canvas_length
+        ):
+            self._part = check[-1]
+        return not self._part
 
     def end_canvas(self, last: StepDone) -> list[LoopEvent]:
         """Commit a canvas after its last step, or start it again if its answer is empty and that is
@@ -273,12 +296,13 @@ class Row:
                 f"step {last.step + 1} of canvas {last.canvas_index + 1} gave numbers that are not "
                 "finite; the weights are damaged, or the model's type is too narrow for them"
             )
-        return self._commit(last.draft)
+        return self._commit(last.draft[:, : self._part] if self._part else last.draft)
 
     def _commit(self, draft: mx.array) -> list[LoopEvent]:
-        """Commit a canvas, [1, W]: cut it at `max_new_tokens`, pad it after end tokens, count its
-        tokens."""
+        """Commit a canvas or its settled part, [1, W]: cut it at `max_new_tokens`, pad it after end
+        tokens, count its tokens."""
         settings, canvas = self.settings, self.canvas
+        part, self._part = self._part, 0
         self.canvas = None  # the belief holds arrays of the logits' size
         host = np.array(draft)[0]
         is_empty = bool(np.isin(host[0], settings.eos_token_ids))
@@ -304,13 +328,27 @@ class Row:
             CanvasCommitted(self._index, mx.array(tokens[None]), self._steps_here, self.number)
         ]
         self._index += 1
-        if has_ended or self._left == 0 or self._places < settings.canvas_length:
+        is_full = self._places < settings.canvas_length and settings.prefix_commit == "off"
+        if has_ended or self._left == 0 or is_full:
             self.is_done, self.opened = True, []
             events.append(self._finished("stop" if has_ended else "length"))
         else:
             self.context, self.unread = self.opened.pop().closed(), tokens
             self._text = np.concatenate([self._text, tokens])
+            if part:
+                assert canvas is not None
+                self._rest = self._behind(canvas, part)
         return events
+
+    def _behind(self, canvas: Canvas, part: int) -> Canvas:
+        """Return what is left of a canvas, with its plan."""
+        before, widest = canvas.plan, self._first_plan().widest
+        if self.settings.prefix_commit == "shrink":
+            widest = min(widest, before.widest - part)
+        width = widest if before.width == before.widest else min(widest, before.width - part)
+        plan = Plan(width, min(width, before.dense), widest)
+        vocab_size = self.model.config.text.vocab_size
+        return rest_of(canvas, part, self._index, plan, self.noise, vocab_size)
 
     def _finished(self, reason: Literal["stop", "length"]) -> Finished:
         return Finished(
@@ -321,17 +359,19 @@ class Row:
         widest = self.settings.canvas_length
         if self.settings.canvas_width == "answer":  # columns past the budget are never written
             widest = width_for(min(self._left, widest), widest)
+        if self.settings.prefix_commit != "off":  # canvases end at any position
+            widest = min(widest, self._places)
         return Plan(widest, widest, widest)
 
     def _next_plan(self, check: list[int]) -> Plan:
         assert self.canvas is not None
-        settings, width = self.settings, self.canvas.plan.widest
+        settings, width, numbers = self.settings, self.canvas.plan.widest, iter(check[1:])
         if settings.canvas_width == "answer":
-            width = min(width, width_for(check[1], settings.canvas_length))
+            width = min(width, width_for(next(numbers), settings.canvas_length))
         dense = width
         if settings.self_conditioning == "sparse":
             quarter = -(-width // 4)
-            dense = min(width, -(-check[-1] // quarter) * quarter)
+            dense = min(width, -(-next(numbers) // quarter) * quarter)
         return Plan(width, dense, self.canvas.plan.widest)
 
 
@@ -385,6 +425,8 @@ def _checked(
         raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws")
     if constraint is not None and not isinstance(noise, SeededNoise):
         raise ConfigError("a constraint needs seeded noise: a replay has no draws for it")
+    if settings.prefix_commit != "off" and not isinstance(noise, SeededNoise):
+        raise ConfigError("prefix_commit needs seeded noise: a replay's canvas is whole")
     if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
         raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
     return noise

@@ -9,6 +9,7 @@ else uses those, or a few of their columns, so that one of the two can reuse the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -128,6 +129,22 @@ def probability_of(tokens: mx.array, seen: Statistics) -> mx.array:
     """Return the probability of one token per position, int32 [B, L]: float32 [B, L]."""
     ratio = mx.take_along_axis(seen.ratios, tokens[..., None], axis=-1)[..., 0]
     return ratio * seen.confidence
+
+
+def mass_of(ids: Iterable[int], seen: Statistics) -> mx.array:
+    """Return the probability of some tokens together at every position: float32 [B, L]."""
+    ratios = mx.take(seen.ratios, mx.array(sorted(ids)), axis=-1)
+    return ratios.sum(axis=-1) * seen.confidence
+
+
+def moved_by(tokens: mx.array, seen: Statistics, weights: mx.array, total: mx.array) -> mx.array:
+    """Return by how much the probability of tokens, int32 [B, L], has changed since an earlier
+    step, float32 [B, L]; 1 at positions behind those of its `weights` [B, W, V] and `total`."""
+    L, W = tokens.shape[1], min(tokens.shape[1], total.shape[1])
+    weight = mx.take_along_axis(weights[:, :W], tokens[:, :W, None], axis=-1)[..., 0]
+    before = weight.astype(mx.float32) / total[:, :W]
+    moved = mx.abs(probability_of(tokens, seen)[:, :W] - before)
+    return mx.pad(moved, [(0, 0), (0, L - W)], constant_values=1)
 
 
 @cache

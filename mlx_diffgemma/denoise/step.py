@@ -15,11 +15,14 @@ from .canvas import Belief, Canvas, Taken
 from .classes import LARGEST_BLOCK
 from .noise import SeededNoise
 from .pinned import PinnedCanvas
+from .prefix import settled_columns
 from .sampler import (
     Statistics,
     decide,
     draw,
     hold,
+    mass_of,
+    moved_by,
     probability_of,
     scaled_logits,
     shortlist,
@@ -27,7 +30,14 @@ from .sampler import (
     top_candidates,
 )
 from .schedule import temperature
-from .stopping import all_that_matter, answer_length, is_settled
+from .stopping import (
+    all_that_matter,
+    answer_length,
+    columns_to_end,
+    columns_to_likely_end,
+    is_settled,
+    is_still,
+)
 
 # Head, statistics and soft embedding go in pieces of whole rows: at most so many numbers over the
 # vocabulary at once (64 MiB in float32), and at least one row. A large model's canvas is more, and
@@ -138,19 +148,29 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
         settled = mx.ones_like(settled)
     if settings.canvas_width == "answer":
         assert length is not None
-        needed = _needed(length, judged.accepted, canvas.plan.widest)
+        needed = columns_to_end(length, judged.accepted, canvas.plan.widest)
+        if settings.width_mass:
+            ended = mass_of({*settings.eos_token_ids, settings.pad_token_id}, look.thought)
+            likely = columns_to_likely_end(ended, length, settings.width_mass, canvas.plan.widest)
+            needed = mx.minimum(needed, likely)
         check.append(needed)
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
-    check.insert(0, settled.astype(mx.int32))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)
         check.append((seen.entropy > settings.sparse_entropy).sum(axis=-1).astype(mx.int32))
+    if settings.prefix_commit != "off":
+        assert length is not None
+        steps, most, drafts = settings.prefix_steps, settings.prefix_entropy, _fitted_drafts(canvas)
+        part = settled_columns(draft, drafts, seen.entropy, steps=steps, most_entropy=most)
+        check.append(part)
+        # An end token in it ends the answer, whatever stands behind.
+        settled = settled | (part >= mx.minimum(length, canvas.plan.widest))
+    check.insert(0, settled.astype(mx.int32))
     candidates = None
     if count := settings.top_candidates:
-        confidence = look.thought.confidence
-        candidates = top_candidates(look.outputs, count, confidence, *look.scaled)
+        candidates = top_candidates(look.outputs, count, look.thought.confidence, *look.scaled)
     tokens = judged.canvas
     if shape[1] > W:
         tokens = mx.concatenate([tokens, fresh[:, W:]], axis=1)
@@ -171,7 +191,7 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
             canvas,
             tokens=tokens,
             step=canvas.step + 1,
-            drafts=(*canvas.drafts, draft)[-max(1, settings.stability_threshold) :],
+            drafts=(*canvas.drafts, draft)[-settings.steps_looked_back :],
             belief=Belief(seen.weights, seen.total, seen.entropy, likeliest),
             held=judged.held,
         ),
@@ -198,7 +218,8 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
         start, stop = stop, stop + sum(widths[row] for row in rows)
         outputs = model.outputs(_columns(states, start, stop))
         # Arrays, so that no step costs a new trace.
-        heats = [mx.array(temperature(canvases[r].step, canvases[r].settings)) for r in rows]
+        some = [canvases[row] for row in rows]
+        heats = [mx.array(temperature(c.age + c.step, c.settings)) for c in some]
         if len(rows) == 1:
             pinned = canvases[rows[0]].pinned
             allowed = None if pinned is None else pinned.allowed
@@ -285,10 +306,20 @@ def _judge(
         )
         settled = is_settled(
             draft,
-            [_fitted(previous, W, -1) for previous in canvas.drafts],
+            _fitted_drafts(canvas),
             seen.entropy,
             stability_threshold=settings.stability_threshold,
             confidence_threshold=settings.confidence_threshold,
+            matters=matters,
+            committed=canvas.committed,
+        )
+    if settings.change_threshold and canvas.belief is not None:
+        settled = settled | is_still(
+            draft,
+            _fitted_drafts(canvas),
+            moved_by(draft, look.thought, canvas.belief.weights, canvas.belief.total),
+            stability_threshold=settings.stability_threshold,
+            change_threshold=settings.change_threshold,
             matters=matters,
         )
     if pinned is not None:
@@ -397,13 +428,8 @@ def _placed(model: DiffusionGemma, canvas: Canvas, soft: mx.array) -> mx.array:
     return mx.where(canvas.pinned.free[:, :W, None], soft, given)
 
 
-def _needed(length: mx.array, accepted: mx.array, widest: int) -> mx.array:
-    """Return the columns that a row needs, int32 [1]: up to its first end token if that has been
-    accepted, else all."""
-    W = accepted.shape[1]
-    last = mx.minimum(length, W)[:, None] - 1
-    has_end = (length <= W) & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
-    return mx.where(has_end, length, widest)
+def _fitted_drafts(canvas: Canvas) -> list[mx.array]:
+    return [_fitted(previous, canvas.plan.width, -1) for previous in canvas.drafts]
 
 
 def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:

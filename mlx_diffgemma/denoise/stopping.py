@@ -17,6 +17,7 @@ def is_settled(
     stability_threshold: int,
     confidence_threshold: float,
     matters: mx.array | None = None,
+    committed: int = 0,
 ) -> mx.array:
     """Return whether each row's draft is stable and sure.
 
@@ -30,6 +31,7 @@ def is_settled(
       stability_threshold: steps, >= 0; 0 asks for no stability.
       confidence_threshold: nats.
       matters: bool [B, L], the positions that are judged; None for all. A row without any is sure.
+      committed: columns of the canvas that are committed already, and count as sure in the mean.
 
     Returns:
       [B] bool.
@@ -39,13 +41,44 @@ def is_settled(
     if len(previous_drafts) < stability_threshold:
         return mx.zeros(draft.shape[0], dtype=mx.bool_)
     if matters is None:
-        settled = entropy.mean(axis=-1) < confidence_threshold
+        mean = entropy.mean(axis=-1)
+        if committed:
+            mean = mean * (draft.shape[1] / (draft.shape[1] + committed))
     else:
-        mean = (entropy * matters).sum(axis=-1) / mx.maximum(matters.sum(axis=-1), 1)
-        settled = mean < confidence_threshold
+        mean = (entropy * matters).sum(axis=-1) / mx.maximum(matters.sum(axis=-1) + committed, 1)
+    settled = mean < confidence_threshold
     for previous in previous_drafts[len(previous_drafts) - stability_threshold :]:
         settled = settled & all_that_matter(draft == previous, matters)
     return settled
+
+
+def is_still(
+    draft: mx.array,
+    previous_drafts: Sequence[mx.array],
+    moved: mx.array,
+    *,
+    stability_threshold: int,
+    change_threshold: float,
+    matters: mx.array | None = None,
+) -> mx.array:
+    """Return whether each row's draft is stable, and its probabilities with it: bool [B].
+
+    Args:
+      draft: [B, L] int32, this step's likeliest tokens.
+      previous_drafts: the drafts of the steps before, oldest first.
+      moved: [B, L] float32, by how much the probability of each token of the draft differs from
+        the last step's.
+      stability_threshold: steps for which the draft must not have changed; 0 counts as 1.
+      change_threshold: the most that any probability may have moved.
+      matters: bool [B, L], the positions that are judged; None for all.
+    """
+    steps = max(1, stability_threshold)
+    if len(previous_drafts) < steps:
+        return mx.zeros(draft.shape[0], dtype=mx.bool_)
+    holds = moved <= change_threshold
+    for previous in previous_drafts[len(previous_drafts) - steps :]:
+        holds = holds & (draft == previous)
+    return all_that_matter(holds, matters)
 
 
 def all_that_matter(holds: mx.array, matters: mx.array | None) -> mx.array:
@@ -59,6 +92,32 @@ def answer_length(draft: mx.array, eos_token_ids: Sequence[int]) -> mx.array:
     is_end = (draft[..., None] == mx.array(list(eos_token_ids))).any(axis=-1)
     first = mx.argmax(is_end, axis=-1)
     return mx.where(is_end.any(axis=-1), first, draft.shape[1]).astype(mx.int32) + 1
+
+
+def columns_to_end(length: mx.array, accepted: mx.array, most: int) -> mx.array:
+    """Return the columns that an answer needs, int32 [B]: up to its first end token if that has
+    been accepted, bool [B, W]; else `most`."""
+    W = accepted.shape[1]
+    last = mx.minimum(length, W)[:, None] - 1
+    has_end = (length <= W) & mx.take_along_axis(accepted, last, axis=-1)[:, 0]
+    return mx.where(has_end, length, most)
+
+
+def columns_to_likely_end(ended: mx.array, length: mx.array, mass: float, most: int) -> mx.array:
+    """Return the columns that an answer needs by the probability that it has ended: int32 [B].
+
+    Args:
+      ended: [B, W] float32, for each column the probability that it holds an end token or one
+        behind it.
+      length: int32 [B], from `answer_length`.
+      mass: columns from which on all of them have ended with this probability are not needed.
+      most: what is returned where the last column has not, or the draft has no end.
+    """
+    W = ended.shape[1]
+    goes_on = ended < mass
+    last = mx.where(goes_on, mx.arange(W), -1).max(axis=-1)  # the last one without
+    found = mx.maximum(last + 2, length)  # the one behind it holds the end
+    return mx.where((length <= W) & (last + 1 < W), found, most).astype(mx.int32)
 
 
 def width_for(needed: int, canvas_length: int) -> int:

@@ -896,6 +896,58 @@ def test_an_empty_row_is_drawn_again_with_all_its_columns_beside_a_narrow_one(ah
     assert widths_of(second)[2] == L
 
 
+LIKELY = [30, 31, *[EOS] * 6], [SURE, SURE, *[4.5] * 6]  # an end of 0.81 is not accepted at once
+
+
+@pytest.mark.parametrize(
+    ("mass", "widths"),
+    [({}, [8, 8]), ({"width_mass": 0.7}, [8, 4]), ({"width_mass": 0.9}, [8, 8])],
+)
+def test_columns_behind_a_likely_end_are_dropped_before_it_is_accepted(mass, widths):
+    events = run(Oracle(lambda canvas, look: LIKELY), **FAST, **mass)
+    assert widths_of(events) == widths
+    assert committed(events)[0].tokens[0].tolist()[:3] == [30, 31, EOS]
+
+
+def test_a_likely_end_that_is_lost_gives_all_columns_back(ahead):
+    def script(canvas, look):
+        return LIKELY if look < 1 + ahead else sure(WORDS)
+
+    events = run(Oracle(script), **FAST, width_mass=0.7)
+    assert widths_of(events) == [8, 4, 8]
+    assert committed(events)[0].tokens.tolist() == [WORDS]
+
+
+@pytest.mark.parametrize("more", [{}, {"acceptance": "confidence"}])
+def test_a_canvas_that_stands_still_settles_though_it_is_unsure(more):
+    oracle = Oracle(lambda canvas, look: unsure(WORDS))
+    settings = {"max_denoising_steps": 6, **more}
+    assert len(steps_of(run(Oracle(lambda canvas, look: unsure(WORDS)), **settings))) == 6
+    events = run(oracle, change_threshold=0.05, **settings)
+    assert len(steps_of(events)) == 2
+    assert committed(events)[0].tokens.tolist() == [WORDS]
+
+
+@pytest.mark.parametrize("moves", ["token", "probability"])
+def test_a_canvas_that_moves_does_not_stand_still(moves):
+    def script(canvas, look):
+        if moves == "token":
+            return unsure([20 + look % 2, *WORDS[1:]])
+        return WORDS, [4.5 if look % 2 else UNSURE, *[UNSURE] * 7]
+
+    events = run(Oracle(script), change_threshold=0.05, max_denoising_steps=6)
+    assert len(steps_of(events)) == 6
+
+
+def test_what_is_behind_the_answer_may_move():
+    def script(canvas, look):
+        return unsure([30, 31, EOS, *[40 + look] * 5])
+
+    settings = {"change_threshold": 0.05, "max_denoising_steps": 6}
+    assert len(steps_of(run(Oracle(script), **settings))) == 6
+    assert len(steps_of(run(Oracle(script), **settings, stop_on="answer"))) == 2
+
+
 def test_a_width_that_follows_the_answer_needs_seeded_noise():
     class Replay:
         pass

@@ -5,7 +5,13 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_diffgemma.denoise.stopping import answer_length, is_settled, width_for
+from mlx_diffgemma.denoise.stopping import (
+    answer_length,
+    columns_to_likely_end,
+    is_settled,
+    is_still,
+    width_for,
+)
 
 A, B, C = [1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9, 9]
 SURE, UNSURE = [0.0, 0.0, 0.0, 0.0196], [0.0, 0.0, 0.0, 0.0204]  # means 0.0049 and 0.0051 nats
@@ -66,6 +72,46 @@ def test_a_mean_entropy_that_equals_the_threshold_is_not_below_it():
         assert out.tolist() == [answer]
 
 
+def test_columns_that_are_committed_count_as_sure_in_the_mean():
+    draft, entropy = mx.array([[1, 2]]), mx.array([[0.009, 0.009]])
+    rules = {"stability_threshold": 1, "confidence_threshold": 0.005}
+    for matters in (None, mx.array([[True, True]])):
+        assert [
+            is_settled(
+                draft, [draft], entropy, matters=matters, committed=committed, **rules
+            ).item()
+            for committed in (0, 1, 2)
+        ] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("previous", "moved", "steps", "still"),
+    [
+        ([A], [0.0, 0.1, 0.0, 0.0], 1, True),
+        ([A], [0.0, 0.11, 0.0, 0.0], 1, False),
+        ([B], [0.0, 0.0, 0.0, 0.0], 1, False),
+        ([], [0.0, 0.0, 0.0, 0.0], 0, False),
+        ([A], [0.0, 0.0, 0.0, 0.0], 0, True),
+        ([B, A], [0.0, 0.0, 0.0, 0.0], 2, False),
+        ([A, A], [0.0, 0.0, 0.0, 0.0], 2, True),
+    ],
+)
+def test_still_means_stable_tokens_and_probabilities(previous, moved, steps, still):
+    def found(**more):
+        return is_still(
+            mx.array([A]),
+            [mx.array([p]) for p in previous],
+            mx.array([moved]),
+            stability_threshold=steps,
+            change_threshold=0.1,
+            **more,
+        ).tolist()
+
+    assert found() == [still]
+    if previous:
+        assert found(matters=mx.zeros((1, 4), mx.bool_)) == [True], "nothing matters"
+
+
 def test_rows_settle_on_their_own():
     assert settled([A, A, A], [[A, B, A]], [SURE, SURE, UNSURE]) == [True, False, False]
 
@@ -98,3 +144,29 @@ def test_what_stands_behind_the_answer_neither_moves_nor_worries():
 )  # fmt: skip
 def test_widths_are_whole_eighths_with_one_to_spare(needed, canvas, width):
     assert width_for(needed, canvas) == width
+
+
+@pytest.mark.parametrize(
+    ("ended", "length", "needed"),
+    [
+        ([0.0, 0.1, 0.8, 0.9, 0.9, 0.9], 3, 3),
+        ([0.0, 0.1, 0.8, 0.6, 0.9, 0.9], 3, 5),
+        ([0.0, 0.1, 0.8, 0.9, 0.9, 0.9], 5, 5),
+        ([0.0, 0.1, 0.8, 0.9, 0.9, 0.6], 3, 99),
+        ([0.0, 0.1, 0.8, 0.9, 0.9, 0.9], 7, 99),
+        ([0.9, 0.9, 0.9, 0.9, 0.9, 0.9], 1, 1),
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 0.7], 6, 6),
+    ],
+    ids=[
+        "the first likely end",
+        "behind the last doubt",
+        "no less than the draft's own answer",
+        "the last column is in doubt",
+        "the draft has no end",
+        "an empty answer",
+        "an end in the last column",
+    ],
+)
+def test_columns_are_needed_up_to_a_likely_end(ended, length, needed):
+    found = columns_to_likely_end(mx.array([ended]), mx.array([length]), 0.7, 99)
+    assert found.tolist() == [needed]
