@@ -273,6 +273,16 @@ class _Settings(Generic[Open]):
             shown_default="max_denoising_steps",
         )
     )
+    warm_start: float | Open = _setting(
+        Entry(
+            help="Where a text stands already: keep, behind a first step that does not see it, its "
+            "tokens of at least this probability over that of the likeliest; 0 starts from noise.",
+            default=0.0,
+            at_least=0,
+            below=1,
+            commands=("edit", "fill", "chat", "serve"),
+        )
+    )
     max_thinking_tokens: int | Open = _setting(
         Entry(
             help="Tokens of thoughts after which the next canvas begins with the end of the "

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
@@ -24,8 +25,10 @@ from .constrained import CanvasConstraint, Span, TokenConstraint
 from .images import Features, Placed, as_text, outside, place_images, seen_between
 from .noise import Noise, SeededNoise
 from .pinned import FREE, Pinned, PinnedCanvas
+from .standing import Stands
 from .stopping import width_for
 from .store import Store, snapshots
+from .warm import going_on
 
 
 class Row:
@@ -49,6 +52,8 @@ class Row:
         stop: Callable[[np.ndarray], bool] | None = None,
         begin: Callable[[], Sequence[int]] | None = None,
         readout: Readout | None = None,
+        stands: Stands | None = None,
+        start: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Make a row.
@@ -71,6 +76,9 @@ class Row:
           begin: called before each canvas; returns the tokens that the canvas begins with, if any.
             Without effect where `pinned` is given.
           readout: whose probabilities each step's event holds.
+          stands: what stands where the answer is written, for a warm start.
+          start: int32 [up to L], the tokens that the first canvas begins with instead of noise;
+            NONE for noise.
           progress: called with (tokens read, tokens in all) while the text is read.
 
         Raises:
@@ -101,6 +109,7 @@ class Row:
         self._snapshots: list[int] = []  # its lengths at which it is kept
         self._cached = 0
         self.stop, self.begin, self._readout = stop, begin, readout
+        self._stands, self._start_tokens = stands, start
         self._progress, self._started = progress, time.perf_counter()
         self._left = min(settings.max_new_tokens, room * settings.canvas_length)
         if constraint is not None:
@@ -223,7 +232,7 @@ class Row:
         if given is not None:
             start = given.kept_to(start)
         plan, constraints = self._first_plan(), self._constraints(given)
-        self.canvas = Canvas(
+        canvas = Canvas(
             self.number,
             settings,
             noise,
@@ -234,6 +243,19 @@ class Row:
             constraints=constraints,
             readout=self._readout,
         )
+        self.canvas = canvas if self._attempt else self._warm(canvas)
+
+    def _warm(self, canvas: Canvas) -> Canvas:
+        """Return a canvas with what stands in its place."""
+        given, length = canvas.pinned, self.settings.canvas_length
+        if self._stands is not None:
+            begin = 0
+            if self.pinned is None and given is not None:
+                begin = int((given.host_tokens != FREE).sum())
+            canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))
+        if self._start_tokens is not None and self._index == 0:
+            canvas = going_on(canvas, self._start_tokens[None])
+        return canvas
 
     def _constraints(self, given: PinnedCanvas | None) -> Sequence[CanvasConstraint | Span]:
         """Return what the next canvas must fit, behind the tokens that it begins with."""
@@ -251,6 +273,9 @@ class Row:
         self._steps_here += 1
         self._positions += taken.after.plan.width
         self.canvas, self.opened = taken.after, [opened]
+        if taken.kept is not None:
+            assert self._stands is not None
+            self._stands.kept(taken.kept)
 
     def goes_on(self, check: list[int]) -> bool:
         """Return whether the canvas needs another step, from the numbers that the host read of the
@@ -296,6 +321,8 @@ class Row:
         self._new_tokens += int(keep.sum())
         if self._constraint is not None:
             self._state = self._constraint.after(tokens, self._state)
+        if self._stands is not None:
+            self._stands.committed(tokens)
         self._steps += self._steps_here
         has_ended = bool(is_end.any())
         if self.stop is not None:
@@ -318,10 +345,13 @@ class Row:
         )
 
     def _first_plan(self) -> Plan:
-        widest = self.settings.canvas_length
+        widest = width = self.settings.canvas_length
         if self.settings.canvas_width == "answer":  # columns past the budget are never written
             widest = width_for(min(self._left, widest), widest)
-        return Plan(widest, widest, widest)
+            if self._stands is not None and not self._attempt:
+                width = width_for(self._stands.columns(widest), self.settings.canvas_length)
+        width = min(width, widest)
+        return Plan(width, width, widest)
 
     def _next_plan(self, check: list[int]) -> Plan:
         assert self.canvas is not None

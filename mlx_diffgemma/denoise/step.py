@@ -28,6 +28,7 @@ from .sampler import (
 )
 from .schedule import temperature
 from .stopping import all_that_matter, answer_length, is_settled
+from .warm import going_on, kept_by
 
 # Head, statistics and soft embedding go in pieces of whole rows: at most so many numbers over the
 # vocabulary at once (64 MiB in float32), and at least one row. A large model's canvas is more, and
@@ -134,11 +135,14 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
     fresh_columns, matters = _columns(fresh, 0, W), _matters(canvas, length)
     judged = _judge(canvas, look, choice, seen, proposal, fresh_columns, matters)
     settled, check = judged.settled, []
+    kept = kept_by(canvas, look.thought)
     if choice is not None and choice.is_decided:
         settled = mx.ones_like(settled)
     if settings.canvas_width == "answer":
         assert length is not None
         needed = _needed(length, judged.accepted, canvas.plan.widest)
+        if kept is not None and (end := kept.length(settings.eos_token_ids)) is not None:
+            needed = mx.array([end])
         check.append(needed)
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
@@ -154,6 +158,14 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
     tokens = judged.canvas
     if shape[1] > W:
         tokens = mx.concatenate([tokens, fresh[:, W:]], axis=1)
+    after = replace(
+        canvas,
+        tokens=tokens,
+        step=canvas.step + 1,
+        drafts=(*canvas.drafts, draft)[-max(1, settings.stability_threshold) :],
+        belief=Belief(seen.weights, seen.total, seen.entropy, likeliest),
+        held=judged.held,
+    )
     return Taken(
         StepDone(
             canvas.index,
@@ -167,14 +179,8 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
             _read_out(canvas, look),
         ),
         tuple(check),
-        replace(
-            canvas,
-            tokens=tokens,
-            step=canvas.step + 1,
-            drafts=(*canvas.drafts, draft)[-max(1, settings.stability_threshold) :],
-            belief=Belief(seen.weights, seen.total, seen.entropy, likeliest),
-            held=judged.held,
-        ),
+        after if kept is None else going_on(after, kept.tokens),
+        kept,
     )
 
 
@@ -198,7 +204,11 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
         start, stop = stop, stop + sum(widths[row] for row in rows)
         outputs = model.outputs(_columns(states, start, stop))
         # Arrays, so that no step costs a new trace.
-        heats = [mx.array(temperature(canvases[r].step, canvases[r].settings)) for r in rows]
+        steps = [canvases[r].step + canvases[r].skipped for r in rows]
+        heats = [
+            mx.array(temperature(step, canvases[r].settings))
+            for step, r in zip(steps, rows, strict=True)
+        ]
         if len(rows) == 1:
             pinned = canvases[rows[0]].pinned
             allowed = None if pinned is None else pinned.allowed

@@ -13,11 +13,12 @@ from ..config.generation import GenerationSettings
 from ..constraint.constraint import Constraint
 from ..denoise.noise import Noise
 from ..denoise.row import Row, checked_tokens
+from ..denoise.standing import StandingAnswer
 from ..errors import ConfigError, PromptError
 from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text, ToolCall
-from ..language.controls import THOUGHT_END, special_tokens
+from ..language.controls import THOUGHT_END, special_tokens, turn_ends
 from ..language.encoded import ImageForm
-from ..language.prompt import Prompt, PromptOptions, encode
+from ..language.prompt import Prompt, PromptOptions, encode, encode_text
 from ..language.stops import stop_strings
 from ..language.text import TextStream
 from ..language.tools import CallEvent
@@ -50,6 +51,7 @@ class Request:
     prompt_options: PromptOptions = PromptOptions()
     stop: str | Sequence[str] = ()
     constraint: Constraint | None = None
+    standing: str | None = None
 
     def job(
         self,
@@ -72,6 +74,10 @@ class Request:
             made = 'Constraint.regex("[0-9]+")'
             refuse_other("a constraint", self.constraint, Constraint, made)
         resolved = self.settings.resolve(model.config)
+        stands = None
+        if self.standing is not None:
+            old = np.array(encode_text(tokenizer, self.standing), np.int32)
+            stands = StandingAnswer(old, turn_ends(tokenizer, resolved))
         strings = stop_strings(self.stop)
         bound = None
         if self.constraint is not None:
@@ -90,6 +96,7 @@ class Request:
             images=encoded.images,
             noise=noise,
             constraint=bound,
+            stands=stands,
             progress=progress,
         )
         return _answer(stream, row, end, self.constraint)

@@ -3,7 +3,7 @@ the whole window, then the text at these lengths. Knows ids, not text."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -18,6 +18,7 @@ from ..denoise.constrained import Span, TokenConstraint
 from ..denoise.noise import SeededNoise
 from ..denoise.pinned import FREE, Pinned, TokenSet
 from ..denoise.row import Row
+from ..denoise.standing import NONE, Kept, Standing
 from ..denoise.stopping import width_for
 from ..events import Event, Finished, LoopEvent, StepDone, TrialStarted
 from ..language.images import ImagePatches
@@ -67,6 +68,8 @@ class _Search:
     """The lengths of regions as the strings of a step have them."""
 
     window: _Window
+    left: int  # steps
+    is_over: bool = False
     lengths: list[int] = field(default_factory=list)
     chances: list[dict[int, float]] = field(default_factory=list)
 
@@ -85,7 +88,38 @@ class _Search:
             self.chances.append(
                 {n: float(chances[n]) for n in np.flatnonzero(chances >= LEAST_SHOWN).tolist()}
             )
-        return bool(sure >= DECIDED)
+        self.left -= 1
+        self.is_over = bool(sure >= DECIDED) or not self.left
+        return self.is_over
+
+    def places(self) -> list[tuple[int, int]]:
+        """Return first and last columns of the regions at the lengths found, with the latter not
+        included."""
+        places, at = [], 0
+        for gap, length in zip(self.window.gaps, self.lengths, strict=True):
+            places.append((at + gap, at + gap + length))
+            at += gap + length
+        return places
+
+
+@dataclass(slots=True, eq=False)
+class _Stands:
+    """The texts that stand in regions, once their columns are known."""
+
+    find: Callable[[], Sequence[Standing]]
+    found: np.ndarray | None = None  # int32 [W], the tokens kept, NONE elsewhere
+
+    def columns(self, width: int) -> int:
+        return width  # the budget says how many
+
+    def texts(self, begin: int, width: int) -> Sequence[Standing]:
+        return self.find()
+
+    def kept(self, kept: Kept) -> None:
+        self.found = kept.tokens[0]
+
+    def committed(self, tokens: np.ndarray) -> None:
+        pass  # a row of a writer has one canvas
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +132,8 @@ class Writer:
     ends: tuple[int, int]  # the end of the turn, and the token that fills a canvas after it
     texts: TokenSet  # all tokens that are text
     rest: list[Piece]
+    # The texts of regions that stand already, as tokens, by the slot's name.
+    standing: Mapping[str, np.ndarray] = field(default_factory=dict)
     context: Context | None = None
     done: list[Written] = field(default_factory=list)
     canvases: int = 0
@@ -129,12 +165,13 @@ class Writer:
             regions = [p for p in self.rest[:inside] if isinstance(p, Region)]
             lengths = [region.lengths[0] for region in regions]
             chances: list[dict[int, float]] = [{} for _ in regions]
+            start = None
             if any(len(region.lengths) > 1 for region in regions):
                 self._note_bounds(regions)
-                search = _Search(self._window(inside))
-                yield from self._find(regions, search)
+                search = _Search(self._window(inside), self._search_steps)
+                start = yield from self._find(regions, search)
                 lengths, chances = search.lengths, search.chances
-            yield from self._settle(regions, lengths, chances)
+            yield from self._settle(regions, lengths, chances, start)
             self.canvases += 1
 
     def _advance(self) -> Job[Event]:
@@ -148,8 +185,15 @@ class Writer:
         if lead:
             yield from self.read(np.array(lead, np.int32))
 
-    def _find(self, regions: list[Region], search: _Search) -> Job[Event]:
-        """Denoise a canvas under the whole window until the lengths of the regions are decided."""
+    @property
+    def _search_steps(self) -> int:
+        return min(SEARCH_STEPS, self.settings.max_denoising_steps)
+
+    def _find(
+        self, regions: list[Region], search: _Search
+    ) -> Generator[Event | Ask | None, LoopEvent | None, np.ndarray | None]:
+        """Denoise a canvas under the whole window until the lengths of the regions are decided.
+        Return what a warm start begins with, int32 [W]; None for noise."""
         window, width = search.window, self._widest()
         automaton = window.constraint.automaton
         given = Pinned(
@@ -159,14 +203,47 @@ class Writer:
         if (given.tokens != FREE).all():  # there is one text only, and nothing to denoise
             masses = np.tile(automaton.sizes / automaton.sizes.sum(), (width, 1))
             search(Strings.of(automaton, masses, window.ends))
-            return
+            return None
         settings = replace(
             self.settings,
             canvas_length=width,
             canvas_width="fixed",
-            max_denoising_steps=min(SEARCH_STEPS, self.settings.max_denoising_steps),
+            max_denoising_steps=self._search_steps,
         )
-        yield from self._denoise(regions, [None] * len(regions), given, settings, width)
+        stands = self._stands(
+            regions, lambda: search.places() if search.is_over else None
+        )
+        last = yield from self._denoise(
+            regions, [None] * len(regions), given, settings, width, stands=stands
+        )
+        if not self.settings.warm_start or last is None:
+            return None
+        # What this canvas has accepted is as good as noise that a first step accepts.
+        start = np.where(np.array(last.accepted)[0], np.array(last.draft)[0], NONE)
+        found = None if stands is None else stands.found
+        return start if found is None else np.where(found != NONE, found, start)
+
+    def _stands(
+        self, regions: list[Region], places: Callable[[], list[tuple[int, int]] | None]
+    ) -> _Stands | None:
+        """Return what stands in regions; None if nothing does, or nothing is to be kept.
+
+        Args:
+          regions: of the canvas.
+          places: returns their columns, once they are known.
+        """
+        stands = any(region.name in self.standing for region in regions)
+        if not (self.settings.warm_start and stands):
+            return None
+
+        def texts() -> list[Standing]:
+            return [
+                Standing(self.standing[region.name], start, stop, is_whole=True)
+                for region, (start, stop) in zip(regions, places() or (), strict=False)
+                if region.name in self.standing
+            ]
+
+        return _Stands(texts)
 
     def _widest(self) -> int:
         """Return the columns that the rest may need, where only such are computed; else all."""
@@ -177,11 +254,18 @@ class Writer:
         return width_for(min(1 + sum(longest), L), L)
 
     def _settle(
-        self, regions: list[Region], lengths: list[int], chances: list[dict[int, float]]
+        self,
+        regions: list[Region],
+        lengths: list[int],
+        chances: list[dict[int, float]],
+        start: np.ndarray | None,
     ) -> Job[Event]:
         """Denoise the window at the lengths of its regions, and take their tokens."""
         given, places, needed = self._pin(regions, lengths)
-        last = yield from self._denoise(regions, lengths, given, self.settings, needed)
+        stands = self._stands(regions, lambda: places) if start is None else None
+        last = yield from self._denoise(
+            regions, lengths, given, self.settings, needed, stands=stands, start=start
+        )
         draft, certainty = given.tokens, np.ones(len(given.tokens))
         if last is not None:
             draft, certainty = np.array(last.draft)[0], np.array(last.certainty)[0]
@@ -270,6 +354,9 @@ class Writer:
         given: Pinned,
         settings: ResolvedSettings,
         needed: int,
+        *,
+        stands: _Stands | None = None,
+        start: np.ndarray | None = None,
     ) -> Generator[Event | Ask | None, LoopEvent | None, StepDone | None]:
         """Denoise one canvas after the context; return its last step, None if all is given."""
         settings = replace(
@@ -297,6 +384,8 @@ class Writer:
             is_shared=not is_final,  # a few steps are not worth a copy
             noise=noise,
             pinned=given,
+            stands=stands,
+            start=start,
         )
         yield Ask([row])
         last = event = None
