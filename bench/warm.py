@@ -9,7 +9,7 @@ prompt that differs a little, or the right one with mistakes. Five kinds, drawn 
 
 Each is written whole (`generate`, as a retry or the server's apply route) and as a part (`fill`, as
 `edit` does: the changed part with up to 4 tokens on both sides is the slot, the rest is pinned, and
-the number of tokens is open), in these ways:
+the number of tokens is open; tasks whose part a canvas does not hold are left out), in these ways:
 - cold: from noise;
 - agreed: after a first step from noise, which does not see the standing text, from those of its
   tokens that have a share of the likeliest one's probability (`warm_start`);
@@ -56,7 +56,7 @@ from mlx_diffgemma.write.job import Job, run_jobs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "bundled"))
 
-import tasks  # noqa: E402
+import tasks
 
 MOST_TOKENS = 160
 AROUND = 4  # tokens beside a change that an edit selects too
@@ -158,9 +158,7 @@ KINDS = {"sudoku4": sudoku4, "count": count, "sort": sort, "reverse": reverse, "
 def drawn(kind: str, count: int, seed: int, digits: int) -> list[Rewriting]:
     """The same for the same seed, and the first of a longer list."""
     place = list(KINDS).index(kind)
-    return [
-        KINDS[kind](np.random.default_rng([seed, place, i]), digits) for i in range(count)
-    ]
+    return [KINDS[kind](np.random.default_rng([seed, place, i]), digits) for i in range(count)]
 
 
 class Noised(StandingAnswer):
@@ -195,7 +193,7 @@ class NoisedRow(Row):
 
 
 def part_of(task: Rewriting) -> tuple[str, str, str, str]:
-    """The text before the changed part, the part that stands, the right one, and the text behind."""
+    """The text before a changed part, what stands there, what is right, and the text behind."""
     old, new = task.stands, task.answer
     before = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), None)
     before = min(len(old), len(new)) if before is None else before
@@ -258,12 +256,22 @@ class Ways:
             for i, text in enumerate(texts)
         ]
 
+    def holds(self, task: Rewriting) -> bool:
+        """Whether a canvas holds the part of a task."""
+        return self._tokens(part_of(task)[1]) <= self.model.config.canvas_length
+
+    def _tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
     def parts(self, wanted: Sequence[Rewriting], agreement: float | None) -> list[Outcome]:
-        return [outcome for i, task in enumerate(wanted) for outcome in self._part(task, i, agreement)]
+        found: list[Outcome] = []
+        for number, task in enumerate(wanted):
+            found += self._part(task, number, agreement)
+        return found
 
     def _part(self, task: Rewriting, seed: int, agreement: float | None) -> Iterator[Outcome]:
         before, old, _, behind = part_of(task)
-        count = len(self.tokenizer.encode(old, add_special_tokens=False))
+        count = self._tokens(old)
         low, high = max(1, count // 2), min(2 * count + 8, self.model.config.canvas_length)
         slot = Slot("part", "gap", low, high)
         fill = FillTask(
@@ -286,7 +294,7 @@ def summed(wanted: Sequence[Rewriting], found: Sequence[Outcome]) -> dict[str, A
         "tasks": len(found),
         "exact": exact,
         "rate": round(exact / len(found), 4),
-        "interval": wilson(exact, len(found)),
+        "interval": [round(bound, 4) for bound in wilson(exact, len(found))],
         "copied": sum(o.text == task.stands for task, o in zip(wanted, found, strict=True)),
         "positions": round(fmean(o.positions for o in found), 1),
         "steps_per_canvas": round(sum(o.steps for o in found) / sum(o.canvases for o in found), 2),
@@ -317,12 +325,14 @@ def main() -> None:
     mx.eval(model.parameters())
     ways = Ways(model, tokenizer, options.policy)
     wanted = {kind: drawn(kind, options.limit, options.seed, options.digits) for kind in kinds}
+    asked = {"whole": wanted}
+    asked["part"] = {kind: [t for t in some if ways.holds(t)] for kind, some in wanted.items()}
     found: dict[str, dict[str, list[Outcome]]] = {}
     for form in forms:
         for agreement in (None, *agreements):
             way = f"{form} cold" if agreement is None else f"{form} agreed {agreement}"
             found[way] = {}
-            for kind, some in wanted.items():
+            for kind, some in asked[form].items():
                 is_whole = form == "whole"
                 found[way][kind] = (
                     ways.whole(some, agreement, None) if is_whole else ways.parts(some, agreement)
@@ -333,9 +343,11 @@ def main() -> None:
         for kind, some in wanted.items():
             found[way][kind] = ways.whole(some, None, level)
             print(f"{way} {kind}: {summed(some, found[way][kind])}", flush=True)
-    every = [task for some in wanted.values() for task in some]
     pooled = {
-        way: summed(every, [outcome for some in kinds.values() for outcome in some])
+        way: summed(
+            [task for some in asked[way.split()[0]].values() for task in some],
+            [outcome for some in kinds.values() for outcome in some],
+        )
         for way, kinds in found.items()
     }
     passed = True
@@ -363,7 +375,9 @@ def main() -> None:
             policy=options.policy,
             seed=options.seed,
             by_kind={
-                way: {kind: summed(wanted[kind], some) for kind, some in kinds.items()}
+                way: {
+                    kind: summed(asked[way.split()[0]][kind], some) for kind, some in kinds.items()
+                }
                 for way, kinds in found.items()
             },
             pooled=pooled,

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL, LOGITS = "tests/model/test_model.py", "tests/parity/test_logits.py"
 LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.py"
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
+STANDING, WARM = "tests/denoise/test_standing.py", "tests/denoise/test_warm.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 ROWS, LOOKS = "tests/denoise/test_rows.py", "tests/parity/test_images.py"
 STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_files.py"
@@ -76,6 +77,64 @@ class Fault:
 
 
 FAULTS = (
+    Fault(
+        "warm start: the first step sees the text",
+        "denoise/row.py",
+        "canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))",
+        "canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))\n"
+        "            text = self._stands.texts(begin, length)[0].tokens[None, :length]\n"
+        "            canvas = replace(going_on(canvas, text), standing=canvas.standing)",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: text never moves",
+        "denoise/standing.py",
+        "_SHIFT = 2.0",
+        "_SHIFT = 1e9",
+        (STANDING, WARM),
+    ),
+    Fault(
+        "warm start: tokens that the model finds unlikely are kept",
+        "denoise/standing.py",
+        "            if fits[column, place]:\n",
+        "            if place >= 0:\n",
+        (STANDING, WARM),
+    ),
+    Fault(
+        "warm start: a canvas must change nothing from the first look's own draft",
+        "denoise/warm.py",
+        "drafts=(*before, _over(own, last)),",
+        "drafts=canvas.drafts,",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: the schedule begins anew",
+        "denoise/warm.py",
+        "skipped=max(0, int(share * settings.schedule_steps) - canvas.step),",
+        "skipped=0,",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: given places hold standing tokens",
+        "denoise/warm.py",
+        "shown = np.where(canvas.pinned.host_tokens == FREE, shown, NONE)",
+        "shown = shown.copy()",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: the second canvas gets the beginning of the text again",
+        "denoise/row.py",
+        "            self._stands.committed(tokens)\n",
+        "            pass\n",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: another try at a message begins from its answer",
+        "write/chat.py",
+        " and text != text_of(self._messages[start])",
+        "",
+        (CHAT,),
+    ),
     Fault(
         "images: causal like text",
         "model/masks.py",

@@ -75,14 +75,17 @@ class StandingAnswer:
     def committed(self, tokens: np.ndarray) -> None:
         part, begins = self._near(len(tokens))
         are_equal = (tokens[:, None] == part[None]).astype(float)
-        self._at += lay(are_equal, _EQUAL, begins=begins).reached - begins
+        reached = self._at + lay(are_equal, _EQUAL, begins=begins).reached - begins
+        self._at = min(reached, len(self._tokens))
 
     def _near(self, width: int) -> tuple[np.ndarray, int]:
         """Return the text around the place where the next canvas begins, and that place in it."""
-        end, fill = self._ends
-        start = max(0, self._at - width)
-        part = self._tokens[start : self._at + 2 * width]
-        return np.concatenate([part, [end], np.full(width, fill)]).astype(np.int32), self._at - start
+        start, stop = max(0, self._at - width), self._at + 2 * width
+        part = self._tokens[start:stop]
+        if stop >= len(self._tokens):
+            end, fill = self._ends
+            part = np.concatenate([part, [end], np.full(width, fill)])
+        return part.astype(np.int32), self._at - start
 
 
 class Kept(NamedTuple):

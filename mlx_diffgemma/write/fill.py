@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config.generation import GenerationSettings, ResolvedSettings
+from ..config.generation import GenerationSettings
 from ..denoise.pinned import TokenSet
 from ..denoise.row import checked_tokens
 from ..errors import TemplateError
 from ..events import Event
+from ..language.controls import turn_ends
 from ..language.encoded import ImageForm
 from ..language.images import ImagePatches
-from ..language.controls import turn_ends
 from ..language.prompt import Prompt, PromptOptions, encode, encode_text
 from ..language.template import Template
 from ..model import DiffusionGemma

@@ -44,7 +44,8 @@ class BatchResponse:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An answer to one prompt, as a task for an engine; the fields are `generate`'s arguments."""
+    """An answer to one prompt, as a task for an engine; the fields are `generate`'s arguments. A
+    standing text without the setting `warm_start`, or the other way round, has no effect here."""
 
     prompt: Prompt
     settings: GenerationSettings = GenerationSettings()
@@ -75,7 +76,7 @@ class Request:
             refuse_other("a constraint", self.constraint, Constraint, made)
         resolved = self.settings.resolve(model.config)
         stands = None
-        if self.standing is not None:
+        if self.standing and resolved.warm_start:
             old = np.array(encode_text(tokenizer, self.standing), np.int32)
             stands = StandingAnswer(old, turn_ends(tokenizer, resolved))
         strings = stop_strings(self.stop)
@@ -162,6 +163,7 @@ def generate(
     verbose: bool = False,
     stop: str | Sequence[str] = (),
     constraint: Constraint | None = None,
+    standing: str | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
@@ -180,6 +182,8 @@ def generate(
       verbose: print the answer while it is written, and then the speed, on stdout.
       stop: strings that end the answer; it ends before the one that is complete first.
       constraint: what the answer must be; `constraint.parse` makes the value of it.
+      standing: what the answer is likely to be for the most part, such as the answer to an earlier
+        form of the prompt; with the setting `warm_start` alone. The model need not know it.
       settings: how to denoise; the checkpoint fills in open settings.
       prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
@@ -197,6 +201,7 @@ def generate(
         max_tokens=max_tokens,
         stop=stop,
         constraint=constraint,
+        standing=standing,
         settings=settings,
         prompt_options=prompt_options,
         noise=noise,
@@ -216,6 +221,7 @@ def stream_generate(
     max_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     constraint: Constraint | None = None,
+    standing: str | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
@@ -234,6 +240,7 @@ def stream_generate(
       max_tokens: as in `generate`.
       stop: as in `generate`.
       constraint: as in `generate`.
+      standing: as in `generate`.
       settings: how to denoise; the checkpoint fills in open settings.
       prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
@@ -244,7 +251,13 @@ def stream_generate(
         used.
     """
     limited = _limited(settings, max_tokens)
-    request = Request(prompt, limited, prompt_options, stop, constraint)
+    if (standing is None) != (not settings.warm_start):
+        raise ConfigError(
+            "a standing text and the setting warm_start go together, such as "
+            "generate(..., standing=..., settings=GenerationSettings(warm_start=0.1)); "
+            f"got {standing!r} with warm_start {settings.warm_start}"
+        )
+    request = Request(prompt, limited, prompt_options, stop, constraint, standing)
     job = request.job(model, tokenizer, noise=noise, progress=prompt_progress_callback)
     for _, event in run_jobs(model, [job]):
         yield event
@@ -282,6 +295,8 @@ def batch_generate(
       DiffGemmaError: if a prompt, the stop strings or the settings cannot be used.
     """
     settings = _limited(settings, max_tokens)
+    if settings.warm_start:
+        raise ConfigError("warm_start has no effect in a batch: there is no standing text")
     seed = settings.resolve(model.config).seed
     jobs, listed = [], _listed(prompts)
     if constraints is None:

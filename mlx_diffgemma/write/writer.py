@@ -18,21 +18,15 @@ from ..denoise.constrained import Span, TokenConstraint
 from ..denoise.noise import SeededNoise
 from ..denoise.pinned import FREE, Pinned, TokenSet
 from ..denoise.row import Row
-from ..denoise.standing import NONE, Kept, Standing
+from ..denoise.standing import NONE, Standing
 from ..denoise.stopping import width_for
 from ..events import Event, Finished, LoopEvent, StepDone, TrialStarted
 from ..language.images import ImagePatches
 from ..model import Context, DiffusionGemma
 from .job import Ask, Job
+from .lengths import Search, StandingSlots, Window
 from .regions import Piece, Region
 
-# Where the length of a slot is open, a canvas is denoised first that may hold any window of the
-# template. The lengths are those that are likeliest under the model once they are DECIDED, a
-# probability, or after SEARCH_STEPS steps. Text that stands at its place by then helps with the
-# rest: the final text is written from noise again, with everything given in its place.
-DECIDED = 0.9
-SEARCH_STEPS = 4
-LEAST_SHOWN = 1e-3  # probability of a length in a result
 _LEAST_CERTAIN = 1e-12
 _GROWTH = 8  # tokens
 
@@ -50,76 +44,6 @@ class Written:
         """Return the geometric mean of some tokens' probabilities."""
         part = np.maximum(self.certainties[inside], _LEAST_CERTAIN)
         return float(np.exp(np.log(part).mean()))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Window:
-    """What a canvas may hold from some piece on, as an automaton."""
-
-    constraint: TokenConstraint
-    entries: list[int]  # per region that is written: the state before it
-    exits: list[int]  # and the one behind it
-    gaps: list[int]  # given tokens before it, from the region before on
-    ends: np.ndarray  # bool [S], the states that may stand at the canvas's end
-
-
-@dataclass(slots=True, eq=False)
-class _Search:
-    """The lengths of regions as the strings of a step have them."""
-
-    window: _Window
-    left: int  # steps
-    is_over: bool = False
-    lengths: list[int] = field(default_factory=list)
-    chances: list[dict[int, float]] = field(default_factory=list)
-
-    def __call__(self, strings: Strings) -> bool:
-        """Take the lengths of a step; return whether they are decided. Each is the likeliest given
-        those before it."""
-        self.lengths, self.chances = [], []
-        at, sure, window = 0, 1.0, self.window
-        for entry, leave, gap in zip(window.entries, window.exits, window.gaps, strict=True):
-            at += gap
-            chances = strings.passages(at, entry, leave)[at:]
-            length = int(chances.argmax())
-            sure *= chances[length]
-            at += length
-            self.lengths.append(length)
-            self.chances.append(
-                {n: float(chances[n]) for n in np.flatnonzero(chances >= LEAST_SHOWN).tolist()}
-            )
-        self.left -= 1
-        self.is_over = bool(sure >= DECIDED) or not self.left
-        return self.is_over
-
-    def places(self) -> list[tuple[int, int]]:
-        """Return first and last columns of the regions at the lengths found, with the latter not
-        included."""
-        places, at = [], 0
-        for gap, length in zip(self.window.gaps, self.lengths, strict=True):
-            places.append((at + gap, at + gap + length))
-            at += gap + length
-        return places
-
-
-@dataclass(slots=True, eq=False)
-class _Stands:
-    """The texts that stand in regions, once their columns are known."""
-
-    find: Callable[[], Sequence[Standing]]
-    found: np.ndarray | None = None  # int32 [W], the tokens kept, NONE elsewhere
-
-    def columns(self, width: int) -> int:
-        return width  # the budget says how many
-
-    def texts(self, begin: int, width: int) -> Sequence[Standing]:
-        return self.find()
-
-    def kept(self, kept: Kept) -> None:
-        self.found = kept.tokens[0]
-
-    def committed(self, tokens: np.ndarray) -> None:
-        pass  # a row of a writer has one canvas
 
 
 @dataclass(slots=True, eq=False)
@@ -168,7 +92,7 @@ class Writer:
             start = None
             if any(len(region.lengths) > 1 for region in regions):
                 self._note_bounds(regions)
-                search = _Search(self._window(inside), self._search_steps)
+                search = Search.under(self._window(inside), self.settings)
                 start = yield from self._find(regions, search)
                 lengths, chances = search.lengths, search.chances
             yield from self._settle(regions, lengths, chances, start)
@@ -185,12 +109,8 @@ class Writer:
         if lead:
             yield from self.read(np.array(lead, np.int32))
 
-    @property
-    def _search_steps(self) -> int:
-        return min(SEARCH_STEPS, self.settings.max_denoising_steps)
-
     def _find(
-        self, regions: list[Region], search: _Search
+        self, regions: list[Region], search: Search
     ) -> Generator[Event | Ask | None, LoopEvent | None, np.ndarray | None]:
         """Denoise a canvas under the whole window until the lengths of the regions are decided.
         Return what a warm start begins with, int32 [W]; None for noise."""
@@ -208,11 +128,9 @@ class Writer:
             self.settings,
             canvas_length=width,
             canvas_width="fixed",
-            max_denoising_steps=self._search_steps,
+            max_denoising_steps=search.steps,
         )
-        stands = self._stands(
-            regions, lambda: search.places() if search.is_over else None
-        )
+        stands = self._stands(regions, lambda: search.places() if search.is_over else None)
         last = yield from self._denoise(
             regions, [None] * len(regions), given, settings, width, stands=stands
         )
@@ -225,7 +143,7 @@ class Writer:
 
     def _stands(
         self, regions: list[Region], places: Callable[[], list[tuple[int, int]] | None]
-    ) -> _Stands | None:
+    ) -> StandingSlots | None:
         """Return what stands in regions; None if nothing does, or nothing is to be kept.
 
         Args:
@@ -243,7 +161,7 @@ class Writer:
                 if region.name in self.standing
             ]
 
-        return _Stands(texts)
+        return StandingSlots(texts)
 
     def _widest(self) -> int:
         """Return the columns that the rest may need, where only such are computed; else all."""
@@ -269,15 +187,15 @@ class Writer:
         draft, certainty = given.tokens, np.ones(len(given.tokens))
         if last is not None:
             draft, certainty = np.array(last.draft)[0], np.array(last.certainty)[0]
-        for region, (start, stop), found in zip(regions, places, chances, strict=True):
-            tokens = draft[start:stop].tolist()
+        for region, (first, stop), found in zip(regions, places, chances, strict=True):
+            tokens = draft[first:stop].tolist()
             self.rest[self.rest.index(region)] = tokens
             likely: dict[int, float] = {}
             for n, chance in found.items():
                 likely[region.own(n)] = likely.get(region.own(n), 0.0) + chance
             if len(region.lengths) == 1:
                 likely = {}
-            self.done.append(Written(region, tuple(tokens), certainty[start:stop], likely))
+            self.done.append(Written(region, tuple(tokens), certainty[first:stop], likely))
 
     def _note_bounds(self, regions: list[Region]) -> None:
         """Note where fewer tokens are possible than were asked for."""
@@ -306,7 +224,7 @@ class Writer:
         used = least_tokens(self.rest[: last + 1]) - 1
         return min(least_tokens(self.rest[last + 1 :]), L // 2, L - used)
 
-    def _window(self, inside: int) -> _Window:
+    def _window(self, inside: int) -> Window:
         """Return what the canvas may hold."""
         L, line = self.settings.canvas_length, Line(self.model.config.text.vocab_size)
         visible, last = self._visible(inside), _last_region(self.rest[:inside])
@@ -345,7 +263,7 @@ class Writer:
         ends = np.zeros(len(automaton.distance), bool)
         ends[[*allowed, automaton.end]] = True
         constraint = TokenConstraint.of(automaton)
-        return _Window(constraint, entries, exits, gaps, ends)
+        return Window(constraint, entries, exits, gaps, ends)
 
     def _denoise(
         self,
@@ -355,7 +273,7 @@ class Writer:
         settings: ResolvedSettings,
         needed: int,
         *,
-        stands: _Stands | None = None,
+        stands: StandingSlots | None = None,
         start: np.ndarray | None = None,
     ) -> Generator[Event | Ask | None, LoopEvent | None, StepDone | None]:
         """Denoise one canvas after the context; return its last step, None if all is given."""
