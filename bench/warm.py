@@ -42,7 +42,7 @@ import numpy as np
 from answer import wilson
 from common import finish, record
 
-from mlx_diffgemma import GenerationSettings, Template, bundled_model, load
+from mlx_diffgemma import GenerationSettings, Request, Template, bundled_model, load
 from mlx_diffgemma.denoise.canvas import Canvas
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.denoise.standing import NONE, Kept, Standing, StandingAnswer
@@ -51,7 +51,6 @@ from mlx_diffgemma.events import CanvasCommitted, Finished, StepDone, Text
 from mlx_diffgemma.language.template import Slot
 from mlx_diffgemma.write import generate
 from mlx_diffgemma.write.fill import Filled, FillTask
-from mlx_diffgemma.write.generate import Request
 from mlx_diffgemma.write.job import Job, run_jobs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "bundled"))

@@ -177,11 +177,7 @@ class _Settings(Generic[Open]):
         )
     )
     top_candidates: int | Open = _setting(
-        Entry(
-            help="Likeliest tokens per position that each step event carries.",
-            default=0,
-            at_least=0,
-        )
+        Entry(help="Likeliest tokens per position that step events carry.", default=0, at_least=0)
     )
     prefill_step_size: int | Open = _setting(
         Entry(help="Prompt tokens encoded at a time.", default=2048, at_least=1, commands=_GENERATE)
@@ -280,7 +276,7 @@ class _Settings(Generic[Open]):
             default=0.0,
             at_least=0,
             below=1,
-            commands=("edit", "fill", "chat", "serve"),
+            commands=("edit", "chat", "serve"),
         )
     )
     max_thinking_tokens: int | Open = _setting(
@@ -308,8 +304,7 @@ class _Settings(Generic[Open]):
 class GenerationSettings(_Settings[None]):
     """How to denoise. Names follow the checkpoint's generation_config.json.
 
-    None means the policy's value, else the checkpoint's, else the default of the setting's entry.
-    `resolve` fills them in.
+    None means the policy's value, else the checkpoint's, else the default; `resolve` fills it in.
     """
 
     def resolve(self, checkpoint: Checkpoint) -> ResolvedSettings:
@@ -338,8 +333,7 @@ class GenerationSettings(_Settings[None]):
         )
 
     def _filled(self, own: GenerationSettings) -> dict[str, Any]:
-        """Return each setting's value, or None if it has none. `own` holds the checkpoint's
-        values."""
+        """Return each setting's value, None if it has none. `own` holds the checkpoint's."""
         policy: Policy = self.policy or default_of("policy")
         cls: Any = type(self)
         values: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from ..denoise.standing import Kept, Standing
 # template. The lengths are those that are likeliest under the model once they are DECIDED, a
 # probability, or after SEARCH_STEPS steps. Text that stands at its place by then helps with the
 # rest: the final text is written from noise again, with everything given in its place. A warm start
-# goes on from what the search has accepted, and from what stands there.
+# begins with what stands there and what the search has accepted.
 DECIDED = 0.9
 SEARCH_STEPS = 4
 LEAST_SHOWN = 1e-3  # probability of a length in a result

@@ -134,11 +134,11 @@ class Writer:
         last = yield from self._denoise(
             regions, [None] * len(regions), given, settings, width, stands=stands
         )
-        if not self.settings.warm_start or last is None:
+        if stands is None or last is None:
             return None
         # What this canvas has accepted is as good as noise that a first step accepts.
         start = np.where(np.array(last.accepted)[0], np.array(last.draft)[0], NONE)
-        found = None if stands is None else stands.found
+        found = stands.found
         return start if found is None else np.where(found != NONE, found, start)
 
     def _stands(

@@ -3,7 +3,6 @@ second where the model agrees, and never frozen."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -124,7 +123,7 @@ def test_a_warm_row_and_a_cold_one_write_what_each_writes_alone():
         alone = Oracle(script)
         events = run(alone, rows(alone)[number])
         (own,) = (e for e in together if isinstance(e, Finished) and e.row == number)
-        assert own == replace(events[-1], row=number)
+        assert repr(own) == repr(events[-1])
         seen = [tokens.tolist() for tokens, _ in model.rows[number].looks[0]]
         assert seen == [tokens.tolist() for tokens, _ in alone.looks[0]]
 

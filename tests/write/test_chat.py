@@ -16,6 +16,7 @@ from mlx_diffgemma import (
     DiffGemmaError,
     Engine,
     GenerationSettings,
+    Request,
     Store,
     bundled_model,
     encode_prompt,
@@ -34,7 +35,6 @@ from mlx_diffgemma.events import (
     Text,
     ToolCall,
 )
-from mlx_diffgemma.write.generate import Request
 
 MODEL, TOKENIZER = load(bundled_model())
 # The bundled model knows single questions: behind a first turn it writes anything.

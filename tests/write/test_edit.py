@@ -122,7 +122,7 @@ def test_an_edit_can_begin_from_the_text_that_stands(gap_tokens):
 
     def noted(*arguments, start=None, **more):
         starts.append(start)
-        stands.append(more["stands"])
+        stands.append(more.get("stands"))
         return Row(*arguments, start=start, **more)
 
     # So low a share keeps whatever is no longer or shorter.
