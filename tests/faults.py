@@ -1757,7 +1757,7 @@ FAULTS = (
         "language/images.py",
         "factor = math.sqrt(soft_tokens * unit**2 / (height * width))",
         "factor = math.sqrt(soft_tokens / height / width) * unit",
-        (IMAGES,),
+        ("tests/parity/test_pixels.py",),
     ),
     Fault(
         "images: a part's URL opens a file",
