@@ -36,6 +36,11 @@ class Row:
     """One request among the rows of a loop. It reads its text piece by piece, then denoises a
     canvas, commits it, which is reading too, and so on until it is done."""
 
+    canvas: Canvas | None = None
+    is_done = False
+    _rest: Canvas | None = None  # of a canvas whose part is committed
+    _store: Store | None = None
+
     def __init__(
         self,
         model: DiffusionGemma,
@@ -66,20 +71,16 @@ class Row:
           images: those whose tokens the text holds, in order.
           number: of the row in its events.
           context: the text before `tokens`.
-          is_shared: whether other rows use the context too; it is then not copied, and what the
-            row reads is kept apart from it.
+          is_shared: whether other rows use it too; what the row reads is then kept apart from it.
           only_reads: whether the row ends once it has read its text, and leaves its context.
           noise: where draws come from; by default the settings' seed.
           pinned: the given parts of the answer.
           constraint: what the whole answer must fit; not together with `pinned`.
-          stop: called with each committed canvas, int32 [up to L]; the row ends with it if the
-            result is True.
-          begin: called before each canvas; returns the tokens that the canvas begins with, if any.
-            Without effect where `pinned` is given.
+          stop: called with each committed canvas, int32 [up to L]; True ends the row.
+          begin: called before each canvas for tokens that it begins with; not where text is pinned.
           readout: whose probabilities each step's event holds.
           stands: what stands where the answer is written, for a warm start.
-          start: int32 [up to L], the tokens that the first canvas begins with instead of noise;
-            NONE for noise.
+          start: int32 [up to L], what the first canvas begins with; NONE for noise.
           progress: called with (tokens read, tokens in all) while the text is read.
 
         Raises:
@@ -100,12 +101,8 @@ class Row:
         self.shared = context if is_shared else None  # to know it by, until the row is done
         self.unread, self.prompt_tokens = tokens, count
         self.opened: list[OpenContext] = []  # the open context, while there is a canvas
-        self.canvas: Canvas | None = None
         self._part = 0  # settled columns of the canvas that are to be committed before the rest
-        self._rest: Canvas | None = None  # of a canvas whose part is committed
-        self.is_done = False
         self._is_prompt, self._only_reads = count > 0, only_reads
-        self._store: Store | None = None
         self._images: tuple[Placed, ...] = ()
         self._text = np.zeros(0, np.int32) if tokens is None else tokens  # behind `context`
         if images:
