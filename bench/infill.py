@@ -42,7 +42,7 @@ from common import finish, record
 from mlx_diffgemma import GenerationSettings, Template, bundled_model, fill, load, stream_generate
 from mlx_diffgemma.events import Finished, StepDone, Text, TrialStarted
 from mlx_diffgemma.language.template import Slot
-from mlx_diffgemma.write import writer
+from mlx_diffgemma.write import lengths
 from mlx_diffgemma.write.fill import Filled, stream_fill
 
 GRIDS = ("sudoku4", "sudoku6")
@@ -163,7 +163,7 @@ class Runner:
         """The text of the canvas in which the length is looked for, and its rows x steps."""
         template = Template(tuple(part for part in parts if part != ""))
         settings, last, positions = self.settings(seed), None, 0
-        with patch.multiple(writer, DECIDED=2.0, SEARCH_STEPS=settings.max_denoising_steps or 48):
+        with patch.multiple(lengths, DECIDED=2.0, SEARCH_STEPS=settings.max_denoising_steps or 48):
             for event in stream_fill(
                 self.model, self.tokenizer, template, prompt=prompt, settings=settings
             ):

@@ -29,8 +29,9 @@ from mlx_diffgemma.constraint.decode import best
 from mlx_diffgemma.constraint.marginals import Strings
 from mlx_diffgemma.denoise.pinned import TokenSet
 from mlx_diffgemma.language.prompt import encode_text, special_tokens
+from mlx_diffgemma.write.lengths import Search
 from mlx_diffgemma.write.regions import Regions
-from mlx_diffgemma.write.writer import Writer, _Search
+from mlx_diffgemma.write.writer import Writer
 
 CANVAS = 256
 CASES = (
@@ -113,7 +114,7 @@ def measure(tokenizer: Any, template: str, answer: str) -> dict[str, Any]:
     masses = np.full(maxima.shape, 1e-6)
     masses[at] = 0.99
     started = time.process_time()
-    found = _Search(window)(Strings.of(automaton, masses, window.ends))
+    found = Search(window, 1)(Strings.of(automaton, masses, window.ends))
     search_seconds = time.process_time() - started
     return {
         "template": template,

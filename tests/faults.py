@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL, LOGITS = "tests/model/test_model.py", "tests/parity/test_logits.py"
 LOOP, TRAJECTORY = "tests/denoise/test_loop.py", "tests/parity/test_trajectory.py"
 SAMPLER, PARITY_SAMPLER = "tests/denoise/test_sampler.py", "tests/parity/test_sampler.py"
+STANDING, WARM = "tests/denoise/test_standing.py", "tests/denoise/test_warm.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 ROWS, LOOKS = "tests/denoise/test_rows.py", "tests/parity/test_images.py"
 PREFIX = "tests/denoise/test_prefix.py"
@@ -78,6 +79,64 @@ class Fault:
 
 
 FAULTS = (
+    Fault(
+        "warm start: the first step sees the text",
+        "denoise/row.py",
+        "canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))",
+        "canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))\n"
+        "            text = self._stands.texts(begin, length)[0].tokens[None, :length]\n"
+        "            canvas = replace(going_on(canvas, text), standing=canvas.standing)",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: text never moves",
+        "denoise/standing.py",
+        "_SHIFT = 2.0",
+        "_SHIFT = 1e9",
+        (STANDING, WARM),
+    ),
+    Fault(
+        "warm start: tokens that the model finds unlikely are kept",
+        "denoise/standing.py",
+        "            if fits[column, place]:\n",
+        "            if place >= 0:\n",
+        (STANDING, WARM),
+    ),
+    Fault(
+        "warm start: a canvas must change nothing from the first look's own draft",
+        "denoise/warm.py",
+        "drafts=(*before, _over(own, last)),",
+        "drafts=canvas.drafts,",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: the schedule begins anew",
+        "denoise/warm.py",
+        "skipped=max(0, int(share * settings.schedule_steps) - canvas.step),",
+        "skipped=0,",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: given places hold standing tokens",
+        "denoise/warm.py",
+        "shown = np.where(canvas.pinned.host_tokens == FREE, shown, NONE)",
+        "shown = shown.copy()",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: the second canvas gets the beginning of the text again",
+        "denoise/row.py",
+        "            self._stands.committed(tokens)\n",
+        "            pass\n",
+        (WARM,),
+    ),
+    Fault(
+        "warm start: another try at a message begins from its answer",
+        "write/chat.py",
+        " and text != text_of(self._messages[start])",
+        "",
+        (CHAT,),
+    ),
     Fault(
         "images: causal like text",
         "model/masks.py",
@@ -236,7 +295,7 @@ FAULTS = (
     Fault(
         "self-conditioning: never comes back",
         "denoise/step.py",
-        "soft = _self_conditioning(model, canvases, mean_row)",
+        "soft = self_conditioning(model, canvases, mean_row)",
         "soft = None",
         (LOOP,),
     ),
@@ -279,8 +338,8 @@ FAULTS = (
     Fault(
         "commit: other tokens than the draft",
         "denoise/row.py",
-        "return self._commit(last.draft)",
-        "return self._commit(mx.zeros_like(last.draft))",
+        "if self._part else last.draft)",
+        "if self._part else mx.zeros_like(last.draft))",
         (LOOP,),
     ),
     Fault(
@@ -708,14 +767,14 @@ FAULTS = (
     ),
     Fault(
         "rows: soft embeddings in the wrong order",
-        "denoise/step.py",
-        "own = _columns(soft, at, at + widths[row])\n                parts.append(",
-        "own = _columns(soft, at, at + widths[row])\n                parts.insert(0, ",
+        "denoise/conditioning.py",
+        "own = columns(soft, at, at + widths[row])\n                parts.append(",
+        "own = columns(soft, at, at + widths[row])\n                parts.insert(0, ",
         (LOOP,),
     ),
     Fault(
         "rows: one without a belief shifts the others",
-        "denoise/step.py",
+        "denoise/conditioning.py",
         "parts.append(mx.zeros((1, first.plan.width, hidden), model.dtype))",
         "parts.insert(0, mx.zeros((1, first.plan.width, hidden), model.dtype))",
         (LOOP,),
@@ -911,7 +970,7 @@ FAULTS = (
     ),
     Fault(
         "pinned: conditioned on what the model thought there",
-        "denoise/step.py",
+        "denoise/conditioning.py",
         "mx.where(canvas.pinned.free[:, :W, None], soft, given)",
         "soft",
         (FILL,),
@@ -1698,7 +1757,7 @@ FAULTS = (
         "language/images.py",
         "factor = math.sqrt(soft_tokens * unit**2 / (height * width))",
         "factor = math.sqrt(soft_tokens / height / width) * unit",
-        (IMAGES,),
+        ("tests/parity/test_pixels.py",),
     ),
     Fault(
         "images: a part's URL opens a file",
@@ -2733,7 +2792,7 @@ FAULTS = (
     ),
     Fault(
         "fill: lengths are those of the first step that is taken",
-        "write/writer.py",
+        "write/lengths.py",
         "length = int(chances.argmax())",
         "length = int(np.flatnonzero(chances)[0])",
         (FILL,),

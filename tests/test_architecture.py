@@ -35,10 +35,10 @@ WINGS = {
     "self_conditioning vision stack images diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
-    "denoise": "schedule sampler classes constrained pinned noise stopping canvas prefix images "
-    "store_format store_files store row step loop",
-    "write": "job verbose constrained regions writer generate fill edit questions decide said "
-    "chat_file chat_images chat",
+    "denoise": "schedule sampler classes constrained pinned noise stopping standing canvas prefix "
+    "warm images store_format store_files store checked row conditioning step loop",
+    "write": "job verbose constrained regions lengths writer generate fill edit questions decide "
+    "said chat_file chat_images chat",
     "engine": "run engine",
     "train": "pictures data batches objective optimizer checkpoint trainer curves session fuse",
     "doctor": "outcome device exact random_models products experts attention kernels sampling "

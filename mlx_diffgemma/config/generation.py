@@ -1,5 +1,4 @@
-"""The settings of a run: their defaults, their checks, and the order in which values win. Imports
-no mlx."""
+"""The settings of a run: defaults, checks, and the order in which values win. Imports no mlx."""
 
 from __future__ import annotations
 
@@ -178,11 +177,7 @@ class _Settings(Generic[Open]):
         )
     )
     top_candidates: int | Open = _setting(
-        Entry(
-            help="Likeliest tokens per position that each step event carries.",
-            default=0,
-            at_least=0,
-        )
+        Entry(help="Likeliest tokens per position that step events carry.", default=0, at_least=0)
     )
     prefill_step_size: int | Open = _setting(
         Entry(help="Prompt tokens encoded at a time.", default=2048, at_least=1, commands=_GENERATE)
@@ -321,10 +316,19 @@ class _Settings(Generic[Open]):
             shown_default="max_denoising_steps",
         )
     )
+    warm_start: float | Open = _setting(
+        Entry(
+            help="Where a text stands already: keep, behind a first step that does not see it, its "
+            "tokens of at least this probability over that of the likeliest; 0 starts from noise.",
+            default=0.0,
+            at_least=0,
+            below=1,
+            commands=("edit", "chat", "serve"),
+        )
+    )
     max_thinking_tokens: int | Open = _setting(
         Entry(
-            help="Tokens of thoughts after which the next canvas begins with the end of the "
-            "thought; a canvas that is being written is not cut.",
+            help="Tokens of thoughts after which the next canvas begins with the thought's end.",
             default=-1,
             at_least=0,
             all_is=-1,
@@ -346,8 +350,7 @@ class _Settings(Generic[Open]):
 class GenerationSettings(_Settings[None]):
     """How to denoise. Names follow the checkpoint's generation_config.json.
 
-    None means the policy's value, else the checkpoint's, else the default of the setting's entry.
-    `resolve` fills them in.
+    None means the policy's value, else the checkpoint's, else the default; `resolve` fills it in.
     """
 
     def resolve(self, checkpoint: Checkpoint) -> ResolvedSettings:
@@ -376,8 +379,7 @@ class GenerationSettings(_Settings[None]):
         )
 
     def _filled(self, own: GenerationSettings) -> dict[str, Any]:
-        """Return each setting's value, or None if it has none. `own` holds the checkpoint's
-        values."""
+        """Return each setting's value, None if it has none. `own` holds the checkpoint's."""
         policy: Policy = self.policy or default_of("policy")
         cls: Any = type(self)
         values: dict[str, Any] = {}
@@ -443,8 +445,6 @@ def default_of(name: str) -> Any:
 
 
 def decider_of(name: str, entry: Entry) -> str:
-    """Return what sets an open setting before its default does: "policy", "checkpoint", or "" for
-    neither."""
-    if any(name in fills for fills in POLICIES.values()):
-        return "policy"
-    return "checkpoint" if entry.checkpoint else ""
+    """Return what sets an open setting before its default: "policy", "checkpoint" or ""."""
+    is_policys = any(name in fills for fills in POLICIES.values())
+    return "policy" if is_policys else "checkpoint" if entry.checkpoint else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ from ..events import StepDone
 from .constrained import CanvasConstraint, Span
 from .noise import Noise
 from .pinned import PinnedCanvas
+from .standing import Kept, Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,14 @@ class Canvas:
     held: mx.array | None = None  # [1, W] int32, see `sampler.hold`
     constraints: Sequence[CanvasConstraint | Span] = ()  # of different columns
     readout: Readout | None = None
+    # The texts that stand here, for a step to keep; nothing is asked again once there were some.
+    standing: Callable[[], Sequence[Standing]] | None = None
+    skipped: int = 0  # steps of the schedule that a warm start leaves out
 
     @property
     def waits(self) -> bool:
         """Whether the host decides within a step, so that none can be built ahead."""
-        return bool(self.constraints)
+        return bool(self.constraints) or self.standing is not None
 
     @property
     def has_steps_left(self) -> bool:
@@ -85,3 +89,4 @@ class Taken:
     # if parts are committed, the settled columns on the left.
     check: tuple[mx.array, ...]
     after: Canvas  # before the next step, under the same plan
+    kept: Kept | None = None  # of the texts that stand in the canvas

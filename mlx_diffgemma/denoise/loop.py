@@ -19,10 +19,11 @@ from ..model import DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
 from ..model.images import Seen
 from .canvas import Canvas, Plan, Taken
+from .checked import checked_tokens
 from .images import Features
 from .noise import Noise
 from .pinned import Pinned
-from .row import Row, checked_tokens
+from .row import Row
 from .step import take_step
 from .store import Store
 

@@ -7,31 +7,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 
 from ..config.generation import ResolvedSettings
-from ..config.model import ModelConfig
-from ..errors import ConfigError, NumbersError, PromptError, PromptLengthError, counted
+from ..errors import NumbersError
 from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
 from ..language.images import ImagePatches
 from ..model import Context, DiffusionGemma, OpenContext
 from ..model.images import Seen
 from .canvas import Canvas, Plan, Readout, Taken
+from .checked import check_room, check_rules, checked_noise
 from .constrained import CanvasConstraint, Span, TokenConstraint
 from .images import Features, Placed, as_text, outside, place_images, seen_between
 from .noise import Noise, SeededNoise
 from .pinned import FREE, Pinned, PinnedCanvas
 from .prefix import least_part, rest_of
+from .standing import Stands
 from .stopping import width_for
 from .store import Store, snapshots
+from .warm import going_on
 
 
 class Row:
     """One request among the rows of a loop. It reads its text piece by piece, then denoises a
     canvas, commits it, which is reading too, and so on until it is done."""
+
+    canvas: Canvas | None = None
+    is_done = False
+    _rest: Canvas | None = None  # of a canvas whose part is committed
+    _store: Store | None = None
 
     def __init__(
         self,
@@ -50,6 +58,8 @@ class Row:
         stop: Callable[[np.ndarray], bool] | None = None,
         begin: Callable[[], Sequence[int]] | None = None,
         readout: Readout | None = None,
+        stands: Stands | None = None,
+        start: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Make a row.
@@ -61,17 +71,16 @@ class Row:
           images: those whose tokens the text holds, in order.
           number: of the row in its events.
           context: the text before `tokens`.
-          is_shared: whether other rows use the context too; it is then not copied, and what the
-            row reads is kept apart from it.
+          is_shared: whether other rows use it too; what the row reads is then kept apart from it.
           only_reads: whether the row ends once it has read its text, and leaves its context.
           noise: where draws come from; by default the settings' seed.
           pinned: the given parts of the answer.
           constraint: what the whole answer must fit; not together with `pinned`.
-          stop: called with each committed canvas, int32 [up to L]; the row ends with it if the
-            result is True.
-          begin: called before each canvas; returns the tokens that the canvas begins with, if any.
-            Without effect where `pinned` is given.
+          stop: called with each committed canvas, int32 [up to L]; True ends the row.
+          begin: called before each canvas for tokens that it begins with; not where text is pinned.
           readout: whose probabilities each step's event holds.
+          stands: what stands where the answer is written, for a warm start.
+          start: int32 [up to L], what the first canvas begins with; NONE for noise.
           progress: called with (tokens read, tokens in all) while the text is read.
 
         Raises:
@@ -84,29 +93,16 @@ class Row:
         count = 0 if tokens is None else len(tokens)
         room = check_room(model.config, settings, before + count, images)
         self.model, self.settings, self.number = model, settings, number
-        self.noise, self.pinned = _checked(noise, settings, constraint), pinned
+        self.noise, self.pinned = checked_noise(noise, settings, constraint), pinned
         is_free = pinned is None and readout is None
-        if settings.prefix_commit != "off" and not is_free:
-            raise ConfigError(
-                f"prefix_commit {settings.prefix_commit!r} is not possible where text is pinned or "
-                "probabilities are read, as fill, edit and decide do; it must be 'off'"
-            )
-        if settings.change_threshold and not (is_free and constraint is None):
-            raise ConfigError(
-                "change_threshold is not possible where text is pinned or under a constraint: what "
-                "moves there is not the model's own probability; it must be 0"
-            )
+        check_rules(settings, is_free=is_free, is_constrained=constraint is not None)
         self._constraint, self._state = constraint, 0  # the state behind what is written
         self.context, self.is_shared = context, is_shared
         self.shared = context if is_shared else None  # to know it by, until the row is done
         self.unread, self.prompt_tokens = tokens, count
         self.opened: list[OpenContext] = []  # the open context, while there is a canvas
-        self.canvas: Canvas | None = None
         self._part = 0  # settled columns of the canvas that are to be committed before the rest
-        self._rest: Canvas | None = None  # of a canvas whose part is committed
-        self.is_done = False
         self._is_prompt, self._only_reads = count > 0, only_reads
-        self._store: Store | None = None
         self._images: tuple[Placed, ...] = ()
         self._text = np.zeros(0, np.int32) if tokens is None else tokens  # behind `context`
         if images:
@@ -115,6 +111,7 @@ class Row:
         self._snapshots: list[int] = []  # its lengths at which it is kept
         self._cached = 0
         self.stop, self.begin, self._readout = stop, begin, readout
+        self._stands, self._start_tokens = stands, start
         self._progress, self._started = progress, time.perf_counter()
         self._left = min(settings.max_new_tokens, room * settings.canvas_length)
         if constraint is not None:
@@ -242,7 +239,7 @@ class Row:
         if given is not None:
             start = given.kept_to(start)
         plan, constraints = self._first_plan(), self._constraints(given)
-        self.canvas = Canvas(
+        canvas = Canvas(
             self.number,
             settings,
             noise,
@@ -253,6 +250,19 @@ class Row:
             constraints=constraints,
             readout=self._readout,
         )
+        self.canvas = canvas if self._attempt else self._warm(canvas)
+
+    def _warm(self, canvas: Canvas) -> Canvas:
+        """Return a canvas with what stands in its place."""
+        given, length = canvas.pinned, self.settings.canvas_length
+        if self._stands is not None:
+            begin = 0
+            if self.pinned is None and given is not None:
+                begin = int((given.host_tokens != FREE).sum())
+            canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))
+        if self._start_tokens is not None and self._index == 0:
+            canvas = going_on(canvas, self._start_tokens[None])
+        return canvas
 
     def _constraints(self, given: PinnedCanvas | None) -> Sequence[CanvasConstraint | Span]:
         """Return what the next canvas must fit, behind the tokens that it begins with."""
@@ -270,6 +280,9 @@ class Row:
         self._steps_here += 1
         self._positions += taken.after.plan.width
         self.canvas, self.opened = taken.after, [opened]
+        if taken.kept is not None:
+            assert self._stands is not None
+            self._stands.kept(taken.kept)
 
     def goes_on(self, check: list[int]) -> bool:
         """Return whether the canvas needs another step, from the numbers that the host read of the
@@ -320,6 +333,8 @@ class Row:
         self._new_tokens += int(keep.sum())
         if self._constraint is not None:
             self._state = self._constraint.after(tokens, self._state)
+        if self._stands is not None:
+            self._stands.committed(tokens)
         self._steps += self._steps_here
         has_ended = bool(is_end.any())
         if self.stop is not None:
@@ -356,12 +371,15 @@ class Row:
         )
 
     def _first_plan(self) -> Plan:
-        widest = self.settings.canvas_length
+        widest = width = self.settings.canvas_length
         if self.settings.canvas_width == "answer":  # columns past the budget are never written
             widest = width_for(min(self._left, widest), widest)
+            if self._stands is not None and not self._attempt:
+                width = width_for(self._stands.columns(widest), self.settings.canvas_length)
         if self.settings.prefix_commit != "off":  # canvases end at any position
             widest = min(widest, self._places)
-        return Plan(widest, widest, widest)
+        width = min(width, widest)
+        return Plan(width, width, widest)
 
     def _next_plan(self, check: list[int]) -> Plan:
         assert self.canvas is not None
@@ -373,60 +391,3 @@ class Row:
             quarter = -(-width // 4)
             dense = min(width, -(-next(numbers) // quarter) * quarter)
         return Plan(width, dense, self.canvas.plan.widest)
-
-
-def check_room(
-    config: ModelConfig,
-    settings: ResolvedSettings,
-    tokens: int,
-    images: Sequence[ImagePatches] = (),
-) -> int:
-    """Return how many whole canvases fit after a text; its images are named where none does."""
-    limit, canvas = config.text.max_position_embeddings, settings.canvas_length
-    room = (limit - tokens) // canvas
-    if room < 1:
-        of_images = sum(image.soft_tokens for image in images)
-        theirs = f", {of_images} of them of {counted(len(images), 'image')}" if images else ""
-        raise PromptLengthError(
-            f"the prompt has {tokens} tokens{theirs}; with a canvas of {canvas}, "
-            f"at most {limit - canvas} of the {limit} positions are free for it"
-        )
-    return room
-
-
-def checked_tokens(
-    tokens: Sequence[int] | np.ndarray, config: ModelConfig, images: Sequence[ImagePatches] = ()
-) -> np.ndarray:
-    """Return a text's tokens as int32 [S]. Each is checked: one outside the table would be read as
-    garbage.
-
-    Args:
-      tokens: the text.
-      config: of the model.
-      images: those whose tokens it holds, in order.
-
-    Raises:
-      PromptError: if a token is outside the vocabulary, or images and their tokens do not match.
-    """
-    wide = np.array(tokens, np.int64)  # int32 would wrap a large one into the vocabulary
-    vocab_size = config.text.vocab_size
-    if (bad := wide[(wide < 0) | (wide >= vocab_size)]).size:
-        raise PromptError(f"token {bad[0]} is outside the vocabulary of {vocab_size}")
-    checked = wide.astype(np.int32)
-    place_images(checked, images, config)
-    return checked
-
-
-def _checked(
-    noise: Noise | None, settings: ResolvedSettings, constraint: TokenConstraint | None
-) -> Noise:
-    noise = SeededNoise(settings.seed) if noise is None else noise
-    if settings.empty_rerolls and not isinstance(noise, SeededNoise):
-        raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws")
-    if constraint is not None and not isinstance(noise, SeededNoise):
-        raise ConfigError("a constraint needs seeded noise: a replay has no draws for it")
-    if settings.prefix_commit != "off" and not isinstance(noise, SeededNoise):
-        raise ConfigError("prefix_commit needs seeded noise: a replay's canvas is whole")
-    if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
-        raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
-    return noise

@@ -13,6 +13,7 @@ from ..model import DiffusionGemma, OpenContext
 from . import constrained
 from .canvas import Belief, Canvas, Taken
 from .classes import LARGEST_BLOCK
+from .conditioning import columns, joined, pieces, self_conditioning
 from .noise import SeededNoise
 from .pinned import PinnedCanvas
 from .prefix import settled_columns
@@ -38,11 +39,7 @@ from .stopping import (
     is_settled,
     is_still,
 )
-
-# Head, statistics and soft embedding go in pieces of whole rows: at most so many numbers over the
-# vocabulary at once (64 MiB in float32), and at least one row. A large model's canvas is more, and
-# fills the device alone.
-_PIECE = 1 << 24
+from .warm import going_on, kept_by
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,9 +86,9 @@ def take_step(
     Returns:
       What each row's step gave, and the contexts for the next one.
     """
-    soft = _self_conditioning(model, canvases, mean_row)
+    soft = self_conditioning(model, canvases, mean_row)
     states, written = model.canvas_states(
-        [_columns(c.tokens, 0, c.plan.width) for c in canvases], opened, self_conditioning=soft
+        [columns(c.tokens, 0, c.plan.width) for c in canvases], opened, self_conditioning=soft
     )
     vocab_size = model.config.text.vocab_size
     looks = list(_looks(model, canvases, states))
@@ -141,9 +138,10 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
         seen, proposal = _with_given(seen, proposal, pinned)
     draft = seen.draft
     length = answer_length(draft, settings.eos_token_ids) if settings.looks_for_end else None
-    fresh_columns, matters = _columns(fresh, 0, W), _matters(canvas, length)
+    fresh_columns, matters = columns(fresh, 0, W), _matters(canvas, length)
     judged = _judge(canvas, look, choice, seen, proposal, fresh_columns, matters)
     settled, check = judged.settled, []
+    kept = kept_by(canvas, look.thought)
     if choice is not None and choice.is_decided:
         settled = mx.ones_like(settled)
     if settings.canvas_width == "answer":
@@ -153,6 +151,8 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
             ended = mass_of({*settings.eos_token_ids, settings.pad_token_id}, look.thought)
             likely = columns_to_likely_end(ended, length, settings.width_mass, canvas.plan.widest)
             needed = mx.minimum(needed, likely)
+        if kept is not None and (end := kept.length(settings.eos_token_ids)) is not None:
+            needed = mx.array([end])
         check.append(needed)
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
@@ -174,6 +174,14 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
     tokens = judged.canvas
     if shape[1] > W:
         tokens = mx.concatenate([tokens, fresh[:, W:]], axis=1)
+    after = replace(
+        canvas,
+        tokens=tokens,
+        step=canvas.step + 1,
+        drafts=(*canvas.drafts, draft)[-settings.steps_looked_back :],
+        belief=Belief(seen.weights, seen.total, seen.entropy, likeliest),
+        held=judged.held,
+    )
     return Taken(
         StepDone(
             canvas.index,
@@ -187,14 +195,8 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
             _read_out(canvas, look),
         ),
         tuple(check),
-        replace(
-            canvas,
-            tokens=tokens,
-            step=canvas.step + 1,
-            drafts=(*canvas.drafts, draft)[-settings.steps_looked_back :],
-            belief=Belief(seen.weights, seen.total, seen.entropy, likeliest),
-            held=judged.held,
-        ),
+        after if kept is None else going_on(after, kept.tokens),
+        kept,
     )
 
 
@@ -214,19 +216,22 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
     alone = [c.pinned is not None and c.pinned.is_limited for c in canvases]
     widths = [c.plan.width for c in canvases]
     stop = 0
-    for rows in _pieces(widths, alone, model.config.text.vocab_size):
+    for rows in pieces(widths, alone, model.config.text.vocab_size):
         start, stop = stop, stop + sum(widths[row] for row in rows)
-        outputs = model.outputs(_columns(states, start, stop))
+        outputs = model.outputs(columns(states, start, stop))
         # Arrays, so that no step costs a new trace.
         some = [canvases[row] for row in rows]
-        heats = [mx.array(temperature(c.age + c.step, c.settings)) for c in some]
+        steps = [c.age + c.skipped + c.step for c in some]
+        heats = [
+            mx.array(temperature(step, c.settings)) for step, c in zip(steps, some, strict=True)
+        ]
         if len(rows) == 1:
             pinned = canvases[rows[0]].pinned
             allowed = None if pinned is None else pinned.allowed
             thought = statistics(outputs, heats[0], cap, allowed)
             yield _Look(outputs, thought, heats[0], cap, allowed)
             continue
-        heat = _joined(
+        heat = joined(
             [mx.broadcast_to(h, (1, widths[r], 1)) for h, r in zip(heats, rows, strict=True)]
         )
         thought, at = statistics(outputs, heat, cap), 0
@@ -237,20 +242,6 @@ def _looks(model: DiffusionGemma, canvases: Sequence[Canvas], states: mx.array) 
             at = end
 
 
-def _pieces(
-    widths: Sequence[int], alone: Sequence[bool], vocab_size: int
-) -> Iterator[Sequence[int]]:
-    """Yield neighbouring rows whose columns are multiplied with the vocabulary at once."""
-    piece: list[int] = []
-    for row, width in enumerate(widths):
-        total = sum(widths[r] for r in piece) + width
-        if piece and (alone[row] or alone[piece[-1]] or total * vocab_size > _PIECE):
-            yield piece
-            piece = []
-        piece.append(row)
-    yield piece
-
-
 def _propose(canvas: Canvas, look: _Look) -> mx.array:
     """Return a token for each position, int32 [1, W]: drawn, or the likeliest."""
     noise, W, vocab_size = canvas.noise, canvas.plan.width, look.outputs.shape[-1]
@@ -259,7 +250,7 @@ def _propose(canvas: Canvas, look: _Look) -> mx.array:
     if type(noise) is SeededNoise:  # the same draws as `sample`, without the logits
         shape = (1, canvas.settings.canvas_length)
         chunks, inside = noise.gumbels(canvas.index, canvas.step, shape, vocab_size)
-        return draw(look.thought, (_columns(chunks, 0, W), _columns(inside, 0, W)))
+        return draw(look.thought, (columns(chunks, 0, W), columns(inside, 0, W)))
     return noise.sample(canvas.index, canvas.step, scaled_logits(look.outputs, *look.scaled))
 
 
@@ -350,84 +341,6 @@ def _with_given(
     return seen, pinned.over(proposal)
 
 
-def _self_conditioning(
-    model: DiffusionGemma, canvases: Sequence[Canvas], mean_row: mx.array | None
-) -> mx.array | None:
-    """Return the soft embeddings [1, T, M] of all rows; None if no row has one."""
-    if all(canvas.belief is None for canvas in canvases):
-        return None
-    alone = [c.belief is None or _is_sparse(c) for c in canvases]
-    widths = [_believed(c) for c in canvases]
-    parts = []
-    for rows in _pieces(widths, alone, model.config.text.vocab_size):
-        first = canvases[rows[0]]
-        if first.belief is None:  # adds exactly 0, as no self-conditioning does
-            hidden = model.config.text.hidden_size
-            parts.append(mx.zeros((1, first.plan.width, hidden), model.dtype))
-        elif _is_sparse(first):
-            parts.append(_placed(model, first, _sparse_embedding(model, first, mean_row)))
-        else:
-            beliefs = [_dense_belief(canvases[row]) for row in rows]
-            weights, totals = (_joined(x) for x in zip(*beliefs, strict=True))
-            soft, at = model.mean_embedding(weights, totals), 0
-            for row in rows:
-                own = _columns(soft, at, at + widths[row])
-                parts.append(_placed(model, canvases[row], own))
-                at += widths[row]
-    return _joined(parts)
-
-
-def _believed(canvas: Canvas) -> int:
-    """Return the columns that the next step computes and the last one computed."""
-    W = canvas.plan.width
-    return W if canvas.belief is None else min(W, canvas.belief.weights.shape[1])
-
-
-def _is_sparse(canvas: Canvas) -> bool:
-    belief = canvas.belief
-    return (
-        belief is not None
-        and belief.likeliest is not None
-        and canvas.plan.dense < _believed(canvas)
-    )
-
-
-def _dense_belief(canvas: Canvas) -> tuple[mx.array, mx.array]:
-    """Return weights [1, W, V] and totals [1, W] of a row's last step."""
-    belief, W = canvas.belief, _believed(canvas)
-    assert belief is not None
-    return _columns(belief.weights, 0, W), _columns(belief.total, 0, W)
-
-
-def _sparse_embedding(model: DiffusionGemma, canvas: Canvas, mean_row: mx.array | None) -> mx.array:
-    """Return a row's soft embedding [1, W, M] from the likeliest tokens, and exact for the most
-    uncertain positions."""
-    belief, W = canvas.belief, _believed(canvas)
-    assert belief is not None and belief.likeliest is not None and mean_row is not None
-    ids, probabilities = (x[:, :W] for x in belief.likeliest)
-    soft = model.sparse_embedding(ids, probabilities, mean_row)
-    if count := canvas.plan.dense:
-        unsure = mx.argpartition(-belief.entropy[:, :W], kth=count - 1, axis=-1)
-        unsure = unsure[:, :count, None]
-        weights = mx.take_along_axis(belief.weights[:, :W], unsure, axis=1)
-        total = mx.take_along_axis(belief.total[:, :W], unsure[..., 0], axis=1)
-        exact = model.mean_embedding(weights, total)
-        soft = mx.put_along_axis(soft, mx.broadcast_to(unsure, exact.shape), exact, axis=1)
-    return soft
-
-
-def _placed(model: DiffusionGemma, canvas: Canvas, soft: mx.array) -> mx.array:
-    """Return a row's soft embedding for all columns of its next step: 0 where the last one did not
-    compute one, and the pinned tokens' embeddings in their places."""
-    W = canvas.plan.width
-    if soft.shape[1] < W:
-        soft = mx.pad(soft, [(0, 0), (0, W - soft.shape[1]), (0, 0)])
-    if canvas.pinned is None:
-        return soft
-    given = model.embed(canvas.pinned.tokens[:, :W])
-    return mx.where(canvas.pinned.free[:, :W, None], soft, given)
-
-
 def _fitted_drafts(canvas: Canvas) -> list[mx.array]:
     return [_fitted(previous, canvas.plan.width, -1) for previous in canvas.drafts]
 
@@ -437,12 +350,4 @@ def _fitted(tokens: mx.array, width: int, fill: int) -> mx.array:
     seen = tokens.shape[1]
     if seen < width:
         return mx.pad(tokens, [(0, 0), (0, width - seen)], constant_values=fill)
-    return _columns(tokens, 0, width)
-
-
-def _columns(x: mx.array, start: int, stop: int) -> mx.array:
-    return x if (start, stop) == (0, x.shape[1]) else x[:, start:stop]
-
-
-def _joined(parts: Sequence[mx.array]) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=1)
+    return columns(tokens, 0, width)

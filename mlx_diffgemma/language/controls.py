@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..config.generation import ResolvedSettings
 from ..errors import PromptError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # A template removes the thought from an earlier answer, from the first of these to the second.
 THOUGHT_BEGIN, THOUGHT_END = "<|channel>", "<channel|>"
+_TURN_END = "<turn|>"
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -145,3 +147,12 @@ def split_at(specials: Mapping[str, int], text: str, typed: Sequence[bool]) -> l
             parts += [text[start : found.start()], specials[found[0]]]
             start = found.end()
     return [*parts, text[start:]]
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:
+    """Return the token that ends a turn, and the one that fills a canvas after it, as in
+    training."""
+    fallback = settings.eos_token_ids[0]
+    eos = tokenizer.eos_token_id
+    fill = eos if isinstance(eos, int) else fallback
+    return special_tokens(tokenizer).get(_TURN_END, fallback), fill

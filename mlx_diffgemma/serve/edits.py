@@ -132,6 +132,7 @@ async def applied(state: State, body: ChatRequest) -> Asking:
             state, max_tokens=body.most_tokens, temperature=body.temperature, seed=body.seed
         ),
         stop=(f"\n{_FENCE}", *check_stops(state.limits, body.stops)),
+        standing=f"{original.text}\n{_FENCE}",
         count=body.n or 1,
         drafts=bool(body.diffusing),
     )

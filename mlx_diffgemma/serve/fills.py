@@ -118,6 +118,7 @@ class _Gap:
             gap_tokens=(least, most),
             settings=self.settings,
             is_shown=True,
+            standing={_NAME: asked.old} if asked.old else {},
         )
         ends = self.settings.resolve(model.config).eos_token_ids
 

@@ -67,6 +67,7 @@ class Asked:
       settings: how to denoise; see `settings_of`.
       stop: strings that end the answer.
       constraint: what the answer must be.
+      standing: what it is likely to be for the most part; for the setting `warm_start` alone.
       count: answers, as rows; answer i is drawn under the seed + i.
       drafts: whether the pieces have a Draft for each step.
       one_call: drop tool calls behind the first one.
@@ -79,6 +80,7 @@ class Asked:
     settings: GenerationSettings = GenerationSettings()
     stop: Sequence[str] = ()
     constraint: Constraint | None = None
+    standing: str | None = None
     count: int = 1
     drafts: bool = False
     one_call: bool = False
@@ -91,7 +93,7 @@ class Asked:
     def task(self, number: int, on_step: OnStep) -> Task:
         settings = seeded(self.settings, number)
         stop = tuple(self.stop)
-        request = Request(self.prompt, settings, self.options, stop, self.constraint)
+        request = Request(self.prompt, settings, self.options, stop, self.constraint, self.standing)
         return Answer(request, self.drafts, on_step)
 
 

@@ -309,7 +309,11 @@ class Chat:
         start = self._start_of(number)
         content = self._messages[start]["content"]
         kept = [] if isinstance(content, str) else [p for p in content if p["type"] != "text"]
-        yield from self._say(self._messages[:start], text, constraint, kept)
+        answer = self._messages[start + 1 : start + 2]
+        # The same message is sent again for another answer.
+        is_warm = self._settings.warm_start and answer and text != text_of(self._messages[start])
+        stands = answer[0].get("content") if is_warm else None
+        yield from self._say(self._messages[:start], text, constraint, kept, stands)
 
     def reseed(self, seed: int | None) -> None:
         """Draw answers under another seed from now on, and count them from 0 again.
@@ -375,23 +379,25 @@ class Chat:
         text: str,
         constraint: Constraint | None,
         images: Sequence[Message],
+        standing: str | None = None,
     ) -> Generator[Event, None, None]:
         self._check_idle()
         if not isinstance(text, str) or not text.strip():
             raise ChatError(f"a message is text and not empty, got {text!r}")
         past = [{k: v for k, v in m.items() if k != "reasoning"} for m in before]
         content = [*images, {"type": "text", "text": text}] if images else text
-        yield from self._answer([*past, {"role": "user", "content": content}], constraint)
+        message: Message = {"role": "user", "content": content}
+        yield from self._answer([*past, message], constraint, standing)
 
     def _answer(
-        self, messages: list[Message], constraint: Constraint | None
+        self, messages: list[Message], constraint: Constraint | None, standing: str | None = None
     ) -> Generator[Event, None, None]:
         """Answer the messages, which become the conversation once something is said to them."""
         self._check_idle()
         said, is_sent = Said(), messages[-1]["role"] == "user"
         self._is_writing = True
         try:
-            with closing(self._events(self._turn(messages, constraint))) as events:
+            with closing(self._events(self._turn(messages, constraint, standing))) as events:
                 for event in events:
                     said.observe(event)
                     yield event
@@ -403,7 +409,9 @@ class Chat:
             elif is_sent:
                 self._unsent = messages
 
-    def _turn(self, messages: list[Message], constraint: Constraint | None) -> _Turn:
+    def _turn(
+        self, messages: list[Message], constraint: Constraint | None, standing: str | None
+    ) -> _Turn:
         settings = self._settings
         if settings.seed is not None:
             settings = replace(settings, seed=(settings.seed + self._answers) % _SEEDS)
@@ -414,7 +422,8 @@ class Chat:
             images=self._images.settings,
         )
         messages = self._images.in_place(messages)
-        return _Turn(Request(messages, settings, options, self.stop, constraint), self._progress)
+        request = Request(messages, settings, options, self.stop, constraint, standing)
+        return _Turn(request, self._progress)
 
     def _events(self, turn: _Turn) -> Generator[Event, None, None]:
         if self._engine is None:

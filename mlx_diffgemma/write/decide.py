@@ -14,19 +14,19 @@ import numpy as np
 
 from ..config.generation import GenerationSettings, ResolvedSettings
 from ..denoise.canvas import Readout
+from ..denoise.checked import check_room, checked_tokens
 from ..denoise.noise import SeededNoise
-from ..denoise.row import Row, check_room, checked_tokens
+from ..denoise.row import Row
 from ..denoise.store import Store
 from ..errors import PromptError, QuestionError
 from ..events import Event, Finished, PrefillDone, StepDone
-from ..language.controls import THOUGHT_BEGIN, THOUGHT_END
+from ..language.controls import THOUGHT_BEGIN, THOUGHT_END, turn_ends
 from ..language.encoded import EncodedPrompt, ImageForm
 from ..language.given import Message, given_ids, given_messages
 from ..language.images import ImagePatches
 from ..language.media import with_patches
 from ..language.prompt import PromptOptions, encode_endings, encode_text, special_tokens
 from ..model import Context, DiffusionGemma
-from .fill import turn_ends
 from .job import Ask, Job, run_jobs
 from .questions import DIGITS, LETTERS, MOST_QUESTIONS, Answer, Question
 

@@ -216,6 +216,7 @@ class EditTask:
             settings=self.settings,
             prompt_options=self.prompt_options,
             is_shown=True,
+            standing={_NAME: old},
         ).job(model, tokenizer)
         return _edited(job, self.document, selection, sum(map(len, near)) + len(old))
 

@@ -4,29 +4,28 @@ the whole template, and a template longer than one canvas is written canvas by c
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config.generation import GenerationSettings, ResolvedSettings
+from ..config.generation import GenerationSettings
+from ..denoise.checked import checked_tokens
 from ..denoise.pinned import TokenSet
-from ..denoise.row import checked_tokens
 from ..errors import TemplateError
 from ..events import Event
+from ..language.controls import turn_ends
 from ..language.encoded import ImageForm
 from ..language.images import ImagePatches
-from ..language.prompt import Prompt, PromptOptions, encode, special_tokens
+from ..language.prompt import Prompt, PromptOptions, encode, encode_text
 from ..language.template import Template
 from ..model import DiffusionGemma
 from .job import Job, refuse_other, run_jobs
-from .regions import Regions
+from .regions import Region, Regions
 from .writer import Writer, least_lead, may_be_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_END_OF_TURN = "<turn|>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +139,7 @@ class FillTask:
     settings: GenerationSettings = GenerationSettings()
     prompt_options: PromptOptions = PromptOptions()
     is_shown: bool = False
+    standing: Mapping[str, str] = field(default_factory=dict)
 
     def job(self, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase) -> Job[Event | Filled]:
         """Return the job that fills it.
@@ -172,7 +172,14 @@ class FillTask:
                 f"canvas; with that canvas of {L} they do not fit into {limit} positions"
             )
         tokens = checked_tokens(ids, model.config, encoded.images)
-        writer = Writer(model, resolved, ends, TokenSet(regions.text_tokens), pieces)
+        standing = {
+            piece.name: np.array(
+                encode_text(tokenizer, piece.around(self.standing[piece.name])), np.int32
+            )
+            for piece in pieces
+            if isinstance(piece, Region) and self.standing.get(piece.name)
+        }
+        writer = Writer(model, resolved, ends, TokenSet(regions.text_tokens), pieces, standing)
         told = tokens, encoded.images
         return _filled(writer, told, template, regions.spellings, notes)
 
@@ -227,12 +234,3 @@ def _told(
     return prompt, (
         f"the template may be longer than a canvas: text too far after a slot, {where}",
     )
-
-
-def turn_ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:
-    """Return the token that ends a turn, and the one that fills a canvas after it, as in
-    training."""
-    fallback = settings.eos_token_ids[0]
-    eos = tokenizer.eos_token_id
-    fill = eos if isinstance(eos, int) else fallback
-    return special_tokens(tokenizer).get(_END_OF_TURN, fallback), fill

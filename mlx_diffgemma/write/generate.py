@@ -11,13 +11,15 @@ import numpy as np
 
 from ..config.generation import GenerationSettings
 from ..constraint.constraint import Constraint
+from ..denoise.checked import checked_tokens
 from ..denoise.noise import Noise
-from ..denoise.row import Row, checked_tokens
+from ..denoise.row import Row
+from ..denoise.standing import StandingAnswer
 from ..errors import ConfigError, PromptError
 from ..events import CanvasCommitted, Event, Finished, PrefillDone, StepDone, Text, ToolCall
-from ..language.controls import THOUGHT_END, special_tokens
+from ..language.controls import THOUGHT_END, special_tokens, turn_ends
 from ..language.encoded import ImageForm
-from ..language.prompt import Prompt, PromptOptions, encode
+from ..language.prompt import Prompt, PromptOptions, encode, encode_text
 from ..language.stops import stop_strings
 from ..language.text import TextStream
 from ..language.tools import CallEvent
@@ -43,13 +45,15 @@ class BatchResponse:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An answer to one prompt, as a task for an engine; the fields are `generate`'s arguments."""
+    """An answer to one prompt, as a task for an engine; the fields are `generate`'s arguments. A
+    standing text without the setting `warm_start`, or the other way round, has no effect here."""
 
     prompt: Prompt
     settings: GenerationSettings = GenerationSettings()
     prompt_options: PromptOptions = PromptOptions()
     stop: str | Sequence[str] = ()
     constraint: Constraint | None = None
+    standing: str | None = None
 
     def job(
         self,
@@ -72,6 +76,10 @@ class Request:
             made = 'Constraint.regex("[0-9]+")'
             refuse_other("a constraint", self.constraint, Constraint, made)
         resolved = self.settings.resolve(model.config)
+        stands = None
+        if self.standing and resolved.warm_start:
+            old = np.array(encode_text(tokenizer, self.standing), np.int32)
+            stands = StandingAnswer(old, turn_ends(tokenizer, resolved))
         strings = stop_strings(self.stop)
         bound = None
         if self.constraint is not None:
@@ -90,6 +98,7 @@ class Request:
             images=encoded.images,
             noise=noise,
             constraint=bound,
+            stands=stands,
             progress=progress,
         )
         return _answer(stream, row, end, self.constraint)
@@ -155,6 +164,7 @@ def generate(
     verbose: bool = False,
     stop: str | Sequence[str] = (),
     constraint: Constraint | None = None,
+    standing: str | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
@@ -173,6 +183,8 @@ def generate(
       verbose: print the answer while it is written, and then the speed, on stdout.
       stop: strings that end the answer; it ends before the one that is complete first.
       constraint: what the answer must be; `constraint.parse` makes the value of it.
+      standing: what the answer is likely to be for the most part, such as the answer to an earlier
+        form of the prompt; with the setting `warm_start` alone. The model need not know it.
       settings: how to denoise; the checkpoint fills in open settings.
       prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
@@ -190,6 +202,7 @@ def generate(
         max_tokens=max_tokens,
         stop=stop,
         constraint=constraint,
+        standing=standing,
         settings=settings,
         prompt_options=prompt_options,
         noise=noise,
@@ -209,6 +222,7 @@ def stream_generate(
     max_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     constraint: Constraint | None = None,
+    standing: str | None = None,
     settings: GenerationSettings = GenerationSettings(),
     prompt_options: PromptOptions = PromptOptions(),
     noise: Noise | None = None,
@@ -227,6 +241,7 @@ def stream_generate(
       max_tokens: as in `generate`.
       stop: as in `generate`.
       constraint: as in `generate`.
+      standing: as in `generate`.
       settings: how to denoise; the checkpoint fills in open settings.
       prompt_options: system prompt, thinking, tools, and how contents are read.
       noise: where draws come from; by default the settings' seed.
@@ -237,7 +252,13 @@ def stream_generate(
         used.
     """
     limited = _limited(settings, max_tokens)
-    request = Request(prompt, limited, prompt_options, stop, constraint)
+    if (standing is None) != (not settings.warm_start):
+        raise ConfigError(
+            "a standing text and the setting warm_start go together, such as "
+            "generate(..., standing=..., settings=GenerationSettings(warm_start=0.1)); "
+            f"got {standing!r} with warm_start {settings.warm_start}"
+        )
+    request = Request(prompt, limited, prompt_options, stop, constraint, standing)
     job = request.job(model, tokenizer, noise=noise, progress=prompt_progress_callback)
     for _, event in run_jobs(model, [job]):
         yield event
@@ -275,6 +296,8 @@ def batch_generate(
       DiffGemmaError: if a prompt, the stop strings or the settings cannot be used.
     """
     settings = _limited(settings, max_tokens)
+    if settings.warm_start:
+        raise ConfigError("warm_start has no effect in a batch: there is no standing text")
     seed = settings.resolve(model.config).seed
     jobs, listed = [], _listed(prompts)
     if constraints is None:

@@ -44,6 +44,10 @@ class Region:
         slot too counts as the slot's where nothing else is left."""
         return max(1, length - self.borders)
 
+    def around(self, text: str) -> str:
+        """Return a text of the slot with the given text that the region holds beside it."""
+        return f"{self.left.decode(errors='ignore')}{text}{self.right.decode(errors='ignore')}"
+
     def inside(self, spellings: Sequence[bytes]) -> tuple[bytes, slice]:
         """Return the text of the slot, and which of the region's tokens it has a part in.
 

@@ -3,7 +3,7 @@ the whole window, then the text at these lengths. Knows ids, not text."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -18,20 +18,15 @@ from ..denoise.constrained import Span, TokenConstraint
 from ..denoise.noise import SeededNoise
 from ..denoise.pinned import FREE, Pinned, TokenSet
 from ..denoise.row import Row
+from ..denoise.standing import NONE, Standing
 from ..denoise.stopping import width_for
 from ..events import Event, Finished, LoopEvent, StepDone, TrialStarted
 from ..language.images import ImagePatches
 from ..model import Context, DiffusionGemma
 from .job import Ask, Job
+from .lengths import Search, StandingSlots, Window
 from .regions import Piece, Region
 
-# Where the length of a slot is open, a canvas is denoised first that may hold any window of the
-# template. The lengths are those that are likeliest under the model once they are DECIDED, a
-# probability, or after SEARCH_STEPS steps. Text that stands at its place by then helps with the
-# rest: the final text is written from noise again, with everything given in its place.
-DECIDED = 0.9
-SEARCH_STEPS = 4
-LEAST_SHOWN = 1e-3  # probability of a length in a result
 _LEAST_CERTAIN = 1e-12
 _GROWTH = 8  # tokens
 
@@ -51,43 +46,6 @@ class Written:
         return float(np.exp(np.log(part).mean()))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Window:
-    """What a canvas may hold from some piece on, as an automaton."""
-
-    constraint: TokenConstraint
-    entries: list[int]  # per region that is written: the state before it
-    exits: list[int]  # and the one behind it
-    gaps: list[int]  # given tokens before it, from the region before on
-    ends: np.ndarray  # bool [S], the states that may stand at the canvas's end
-
-
-@dataclass(slots=True, eq=False)
-class _Search:
-    """The lengths of regions as the strings of a step have them."""
-
-    window: _Window
-    lengths: list[int] = field(default_factory=list)
-    chances: list[dict[int, float]] = field(default_factory=list)
-
-    def __call__(self, strings: Strings) -> bool:
-        """Take the lengths of a step; return whether they are decided. Each is the likeliest given
-        those before it."""
-        self.lengths, self.chances = [], []
-        at, sure, window = 0, 1.0, self.window
-        for entry, leave, gap in zip(window.entries, window.exits, window.gaps, strict=True):
-            at += gap
-            chances = strings.passages(at, entry, leave)[at:]
-            length = int(chances.argmax())
-            sure *= chances[length]
-            at += length
-            self.lengths.append(length)
-            self.chances.append(
-                {n: float(chances[n]) for n in np.flatnonzero(chances >= LEAST_SHOWN).tolist()}
-            )
-        return bool(sure >= DECIDED)
-
-
 @dataclass(slots=True, eq=False)
 class Writer:
     """Writes the pieces window by window. A window is the part that one canvas holds, from the
@@ -98,6 +56,8 @@ class Writer:
     ends: tuple[int, int]  # the end of the turn, and the token that fills a canvas after it
     texts: TokenSet  # all tokens that are text
     rest: list[Piece]
+    # The texts of regions that stand already, as tokens, by the slot's name.
+    standing: Mapping[str, np.ndarray] = field(default_factory=dict)
     context: Context | None = None
     done: list[Written] = field(default_factory=list)
     canvases: int = 0
@@ -129,12 +89,13 @@ class Writer:
             regions = [p for p in self.rest[:inside] if isinstance(p, Region)]
             lengths = [region.lengths[0] for region in regions]
             chances: list[dict[int, float]] = [{} for _ in regions]
+            start = None
             if any(len(region.lengths) > 1 for region in regions):
                 self._note_bounds(regions)
-                search = _Search(self._window(inside))
-                yield from self._find(regions, search)
+                search = Search.under(self._window(inside), self.settings)
+                start = yield from self._find(regions, search)
                 lengths, chances = search.lengths, search.chances
-            yield from self._settle(regions, lengths, chances)
+            yield from self._settle(regions, lengths, chances, start)
             self.canvases += 1
 
     def _advance(self) -> Job[Event]:
@@ -148,8 +109,11 @@ class Writer:
         if lead:
             yield from self.read(np.array(lead, np.int32))
 
-    def _find(self, regions: list[Region], search: _Search) -> Job[Event]:
-        """Denoise a canvas under the whole window until the lengths of the regions are decided."""
+    def _find(
+        self, regions: list[Region], search: Search
+    ) -> Generator[Event | Ask | None, LoopEvent | None, np.ndarray | None]:
+        """Denoise a canvas under the whole window until the lengths of the regions are decided.
+        Return what a warm start begins with, int32 [W]; None for noise."""
         window, width = search.window, self._widest()
         automaton = window.constraint.automaton
         given = Pinned(
@@ -159,14 +123,45 @@ class Writer:
         if (given.tokens != FREE).all():  # there is one text only, and nothing to denoise
             masses = np.tile(automaton.sizes / automaton.sizes.sum(), (width, 1))
             search(Strings.of(automaton, masses, window.ends))
-            return
+            return None
         settings = replace(
             self.settings,
             canvas_length=width,
             canvas_width="fixed",
-            max_denoising_steps=min(SEARCH_STEPS, self.settings.max_denoising_steps),
+            max_denoising_steps=search.steps,
         )
-        yield from self._denoise(regions, [None] * len(regions), given, settings, width)
+        stands = self._stands(regions, lambda: search.places() if search.is_over else None)
+        last = yield from self._denoise(
+            regions, [None] * len(regions), given, settings, width, stands=stands
+        )
+        if stands is None or last is None:
+            return None
+        # What this canvas has accepted is as good as noise that a first step accepts.
+        start = np.where(np.array(last.accepted)[0], np.array(last.draft)[0], NONE)
+        found = stands.found
+        return start if found is None else np.where(found != NONE, found, start)
+
+    def _stands(
+        self, regions: list[Region], places: Callable[[], list[tuple[int, int]] | None]
+    ) -> StandingSlots | None:
+        """Return what stands in regions; None if nothing does, or nothing is to be kept.
+
+        Args:
+          regions: of the canvas.
+          places: returns their columns, once they are known.
+        """
+        stands = any(region.name in self.standing for region in regions)
+        if not (self.settings.warm_start and stands):
+            return None
+
+        def texts() -> list[Standing]:
+            return [
+                Standing(self.standing[region.name], start, stop, is_whole=True)
+                for region, (start, stop) in zip(regions, places() or (), strict=False)
+                if region.name in self.standing
+            ]
+
+        return StandingSlots(texts)
 
     def _widest(self) -> int:
         """Return the columns that the rest may need, where only such are computed; else all."""
@@ -177,23 +172,30 @@ class Writer:
         return width_for(min(1 + sum(longest), L), L)
 
     def _settle(
-        self, regions: list[Region], lengths: list[int], chances: list[dict[int, float]]
+        self,
+        regions: list[Region],
+        lengths: list[int],
+        chances: list[dict[int, float]],
+        start: np.ndarray | None,
     ) -> Job[Event]:
         """Denoise the window at the lengths of its regions, and take their tokens."""
         given, places, needed = self._pin(regions, lengths)
-        last = yield from self._denoise(regions, lengths, given, self.settings, needed)
+        stands = self._stands(regions, lambda: places) if start is None else None
+        last = yield from self._denoise(
+            regions, lengths, given, self.settings, needed, stands=stands, start=start
+        )
         draft, certainty = given.tokens, np.ones(len(given.tokens))
         if last is not None:
             draft, certainty = np.array(last.draft)[0], np.array(last.certainty)[0]
-        for region, (start, stop), found in zip(regions, places, chances, strict=True):
-            tokens = draft[start:stop].tolist()
+        for region, (first, stop), found in zip(regions, places, chances, strict=True):
+            tokens = draft[first:stop].tolist()
             self.rest[self.rest.index(region)] = tokens
             likely: dict[int, float] = {}
             for n, chance in found.items():
                 likely[region.own(n)] = likely.get(region.own(n), 0.0) + chance
             if len(region.lengths) == 1:
                 likely = {}
-            self.done.append(Written(region, tuple(tokens), certainty[start:stop], likely))
+            self.done.append(Written(region, tuple(tokens), certainty[first:stop], likely))
 
     def _note_bounds(self, regions: list[Region]) -> None:
         """Note where fewer tokens are possible than were asked for."""
@@ -222,7 +224,7 @@ class Writer:
         used = least_tokens(self.rest[: last + 1]) - 1
         return min(least_tokens(self.rest[last + 1 :]), L // 2, L - used)
 
-    def _window(self, inside: int) -> _Window:
+    def _window(self, inside: int) -> Window:
         """Return what the canvas may hold."""
         L, line = self.settings.canvas_length, Line(self.model.config.text.vocab_size)
         visible, last = self._visible(inside), _last_region(self.rest[:inside])
@@ -261,7 +263,7 @@ class Writer:
         ends = np.zeros(len(automaton.distance), bool)
         ends[[*allowed, automaton.end]] = True
         constraint = TokenConstraint.of(automaton)
-        return _Window(constraint, entries, exits, gaps, ends)
+        return Window(constraint, entries, exits, gaps, ends)
 
     def _denoise(
         self,
@@ -270,6 +272,9 @@ class Writer:
         given: Pinned,
         settings: ResolvedSettings,
         needed: int,
+        *,
+        stands: StandingSlots | None = None,
+        start: np.ndarray | None = None,
     ) -> Generator[Event | Ask | None, LoopEvent | None, StepDone | None]:
         """Denoise one canvas after the context; return its last step, None if all is given."""
         settings = replace(
@@ -297,6 +302,8 @@ class Writer:
             is_shared=not is_final,  # a few steps are not worth a copy
             noise=noise,
             pinned=given,
+            stands=stands,
+            start=start,
         )
         yield Ask([row])
         last = event = None

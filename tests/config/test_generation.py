@@ -135,6 +135,7 @@ def test_the_defaults_are_the_references():
         prefix_commit="off",
         prefix_steps=2,
         prefix_entropy=0.01,
+        warm_start=0.0,
         self_conditioning="dense",
         sparse_tokens=64,
         sparse_entropy=2.0,

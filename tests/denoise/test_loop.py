@@ -967,7 +967,7 @@ def test_the_most_uncertain_positions_are_conditioned_densely_and_the_others_spa
     belief = Belief(seen.weights, seen.total, seen.entropy, (ids, p))
     tokens = mx.zeros((1, 4), mx.int32)
     canvas = Canvas(0, sparse, SeededNoise(0), None, 0, Plan(4, 2, 4), tokens, belief=belief)
-    soft = step_module._self_conditioning(model, [canvas], model.mean_row())
+    soft = step_module.self_conditioning(model, [canvas], model.mean_row())
     mixed = np.array(soft)[0]
     dense = np.array(model.mean_embedding(seen.weights, seen.total))[0]
     short = np.array(model.sparse_embedding(ids, p, model.mean_row()))[0]

@@ -8,14 +8,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import Constraint, GenerationSettings, SeededNoise, bundled_model, generate, load
+from mlx_diffgemma import (
+    Constraint,
+    GenerationSettings,
+    SeededNoise,
+    Store,
+    bundled_model,
+    generate,
+    load,
+)
 from mlx_diffgemma.denoise import row as row_module
 from mlx_diffgemma.denoise.canvas import Belief, Canvas, Plan, Readout
 from mlx_diffgemma.denoise.loop import Rows
 from mlx_diffgemma.denoise.pinned import Pinned
 from mlx_diffgemma.denoise.prefix import least_part, rest_of, settled_columns
 from mlx_diffgemma.denoise.row import Row
-from mlx_diffgemma.denoise.store import Store
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.events import CanvasCommitted, StepDone
 from tests.checkpoints import load_drawn

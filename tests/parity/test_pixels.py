@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_diffgemma.language.images import read_image
+from mlx_diffgemma.language.images import fitted, read_image
 from mlx_diffgemma.language.video import Frame
 from tests.language.drawn import palette, pattern, smooth
 from tests.sampled import first
@@ -14,6 +14,7 @@ from tests.sampled import first
 torch = pytest.importorskip("torch", reason="torch is not installed")
 from transformers.models.gemma4.image_processing_pil_gemma4 import (  # noqa: E402
     Gemma4ImageProcessorPil,
+    get_aspect_ratio_preserving_size,
 )
 from transformers.video_processing_utils import default_sample_indices_fn  # noqa: E402
 from transformers.video_utils import VideoMetadata  # noqa: E402
@@ -32,6 +33,16 @@ def drawn(number: int) -> tuple[Image.Image, int]:
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(draw(width, height, 4)[..., 3]))
     return image.convert(mode), BUDGETS[number % len(BUDGETS)]
+
+
+# Sizes at which a side is a whole number of units, but for rounding.
+TIES = ((205, 287, 140), (329, 235, 140), (65, 182, 70), (130, 364, 70), (1190, 17, 280))
+
+
+@pytest.mark.parametrize(("width", "height", "budget"), TIES)
+def test_ties_of_the_size_are_decided_as_there(width, height, budget):
+    theirs = get_aspect_ratio_preserving_size(height, width, 16, 9 * budget, 3)
+    assert fitted(width, height, budget) == theirs[::-1]
 
 
 @pytest.mark.parametrize("number", first(18, range(180)))

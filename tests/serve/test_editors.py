@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import openai
 import pytest
 
 from mlx_diffgemma import GenerationSettings, Template, bundled_model, fill, load
 from mlx_diffgemma.config.serving import Limits
+from mlx_diffgemma.denoise import standing
 from mlx_diffgemma.events import PrefillDone
 from mlx_diffgemma.serve import fills
 from mlx_diffgemma.serve.errors import ApiError
@@ -21,7 +23,7 @@ from mlx_diffgemma.serve.state import FILL_PROMPT, State
 from mlx_diffgemma.write.fill import FillTask
 from tests.engine.cases import PATIENCE, eventually, is_idle, loaded
 from tests.sampled import first
-from tests.serve.cases import LONG, ask, chat, connected, post, serving
+from tests.serve.cases import LONG, ask, ask_chat, chat, connected, post, serving
 from tests.serve.test_openai import client_of
 
 # The bundled model has learned this task, under this request.
@@ -405,6 +407,20 @@ def test_an_update_is_applied_to_a_whole_text(editor):
     )
     answer = rewrite(editor, "/v1/apply/completions", told, max_tokens=20)
     assert answer.status == 200 and "```" not in answer.json["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("path", ["/v1/edit/completions", "/v1/apply/completions"])
+def test_an_edit_may_begin_from_the_text_that_stands(editor, path):
+    told = dict(EDITS)[path]
+    with (
+        patch("mlx_diffgemma.denoise.warm.keep", side_effect=standing.keep) as keep,
+        patch.object(editor.state, "settings", GenerationSettings(warm_start=0.1)),
+    ):
+        answer = rewrite(editor, path, told, max_tokens=20)
+        assert answer.status == 200 and keep.called
+        keep.reset_mock()
+        assert ask_chat(editor, [{"role": "user", "content": "Count from 12 to 13."}]).status == 200
+        assert not keep.called  # nothing stands where a chat is answered
 
 
 TOOL = {"type": "function", "function": {"name": "f"}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest.mock import patch
 
 import mlx.core as mx
 import pytest
@@ -15,6 +16,7 @@ from mlx_diffgemma import (
     DiffGemmaError,
     Engine,
     GenerationSettings,
+    Request,
     Store,
     bundled_model,
     encode_prompt,
@@ -227,6 +229,22 @@ def test_edit_replaces_a_message_and_drops_the_rest(talked):
     chat.reset()
     with pytest.raises(ChatError, match="no message yet"):
         text_of(chat.retry())
+
+
+def test_a_message_that_is_changed_begins_from_its_answer_and_another_try_does_not(talked):
+    chat, (first, _) = talked
+    chat.settings = replace(SETTINGS, warm_start=0.1)
+    asked = []
+
+    def noted(*arguments):
+        asked.append(arguments[-1])
+        return Request(*arguments)
+
+    with patch("mlx_diffgemma.write.chat.Request", noted):
+        text_of(chat.edit(1, "Count from 12 to 16."))
+        text_of(chat.retry())
+        text_of(chat.send(SORT))
+    assert asked == [first, None, None]
 
 
 def test_reset_and_reseed_begin_the_seeds_again():

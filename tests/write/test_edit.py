@@ -21,6 +21,7 @@ import mlx_diffgemma
 from mlx_diffgemma import GenerationSettings, Selection, edit
 from mlx_diffgemma.cli.edit import _name_in_diff
 from mlx_diffgemma.cli.edit import edit as edit_command
+from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.errors import TemplateError
 from mlx_diffgemma.language.prompt import encode_text
 from mlx_diffgemma.write.edit import Edited
@@ -111,6 +112,40 @@ def test_everything_around_the_selection_stays():
     done = edit(*bundled(), document, selection, "Count.", settings=GenerationSettings(seed=1))
     assert done.text == document[: selection.start] + done.replacement + document[selection.stop :]
     assert 2 <= len(done.filled.slots["selection"].tokens) <= 18
+
+
+@pytest.mark.parametrize("gap_tokens", [(5, 5), (4, 7)])
+def test_an_edit_can_begin_from_the_text_that_stands(gap_tokens):
+    document, chosen = "12 13 14 15 16 17\r\n\tend", {"gap_tokens": gap_tokens}
+    selection = Selection.of_match(document, "14 15")
+    starts, stands = [], []
+
+    def noted(*arguments, start=None, **more):
+        starts.append(start)
+        stands.append(more.get("stands"))
+        return Row(*arguments, start=start, **more)
+
+    # So low a share keeps whatever is no longer or shorter.
+    settings = GenerationSettings(seed=1, warm_start=1e-30)
+    with patch("mlx_diffgemma.write.writer.Row", noted):
+        done = edit(*bundled(), document, selection, "Count.", settings=settings, **chosen)
+    assert done.text == document[: selection.start] + done.replacement + document[selection.stop :]
+    if gap_tokens == (5, 5):  # no search: the text's own first look keeps
+        assert starts[-1] is None and stands[-1].found is not None
+        kept = stands[-1].found
+    else:
+        assert stands[-1] is None
+        kept = starts[-1]
+    text = bundled()[1].decode(kept[kept >= 0].tolist())
+    assert "14 15"[:4] in text or "4 15" in text
+
+
+def test_a_cold_edit_keeps_nothing():
+    settings = GenerationSettings(seed=1)
+    document = "12 13 14 15 16 17"
+    with patch("mlx_diffgemma.denoise.warm.keep") as keep:
+        edit(*bundled(), document, Selection(6, 11), "Count.", settings=settings)
+    keep.assert_not_called()
 
 
 def edited(before: str, after: str) -> Edited:

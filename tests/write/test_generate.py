@@ -173,6 +173,32 @@ def test_max_tokens_is_the_same_limit_under_mlx_lms_name(loaded):
     assert last.new_tokens == 10
 
 
+def test_an_answer_from_the_text_that_stands_is_right_in_a_few_steps(loaded):
+    # One number less in front, one more behind: all of the text moves.
+    events = list(
+        mlx_diffgemma.stream_generate(
+            *loaded,
+            "Count from 13 to 22.",
+            standing="12 13 14 15 16 17 18 19 20 21",
+            settings=GenerationSettings(seed=1, warm_start=0.1),
+        )
+    )
+    text = "".join(event.piece for event in events if isinstance(event, Text))
+    assert text == "13 14 15 16 17 18 19 20 21 22" and events[-1].steps <= 3
+
+
+@pytest.mark.parametrize(("standing", "share"), [("12", None), ("12", 0.0), (None, 0.1)])
+def test_a_standing_text_and_its_setting_go_together(loaded, standing, share):
+    settings = GenerationSettings(warm_start=share)
+    with pytest.raises(ConfigError, match="go together"):
+        mlx_diffgemma.generate(*loaded, TABLE, standing=standing, settings=settings)
+
+
+def test_a_batch_has_no_standing_texts(loaded):
+    with pytest.raises(ConfigError, match="no effect in a batch"):
+        mlx_diffgemma.batch_generate(*loaded, [TABLE], settings=GenerationSettings(warm_start=0.1))
+
+
 def test_max_tokens_given_twice_or_impossible_is_refused(loaded):
     twice = GenerationSettings(max_new_tokens=10)
     with pytest.raises(ConfigError, match="max_tokens=10 and the settings' max_new_tokens=10"):
