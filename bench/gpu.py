@@ -41,6 +41,7 @@ from mlx.utils import tree_flatten
 from runtimes import (
     PREFILL_STEP,
     SHAPES,
+    TINY_TOWER,
     Arrays,
     MlxVlm,
     Ours,
@@ -338,7 +339,6 @@ def drawn(tensor: Tensor, key: mx.array, *, nvfp4: bool) -> mx.array | None:
 
 def made_up_transformers(folder: Path) -> Transformers:
     """transformers' model with values drawn by torch on its own device."""
-    import runtimes
     import torch
     from transformers.models.diffusion_gemma.configuration_diffusion_gemma import (
         DiffusionGemmaConfig,
@@ -352,7 +352,7 @@ def made_up_transformers(folder: Path) -> Transformers:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = DiffusionGemmaConfig.from_dict(
-        read_config(folder) | {"vision_config": runtimes._TINY_TOWER}
+        read_config(folder) | {"vision_config": TINY_TOWER}
     )
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):

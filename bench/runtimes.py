@@ -74,7 +74,7 @@ SHAPES["deep"] = SHAPES["scaled"] | SHAPES["deep"]
 PREFILL_STEP = 2048  # ours by default; mlx-vlm is told the same
 SETTLING_STEPS = 2
 _NEVER = 1e-30  # a mean entropy below this: transformers refuses 0
-_TINY_TOWER = {  # transformers builds a vision tower whatever the files hold
+TINY_TOWER = {  # transformers builds a vision tower whatever the files hold
     "model_type": "gemma4_vision",
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -398,7 +398,7 @@ class Transformers:
         logging.set_verbosity_error()  # of the vision tower that is not there
         logging.disable_progress_bar()
         config = DiffusionGemmaConfig.from_dict(
-            read_config(folder) | {"vision_config": _TINY_TOWER}
+            read_config(folder) | {"vision_config": TINY_TOWER}
         )
         # numpy has no bfloat16: through uint16, which torch then reads as what it is.
         state = {
