@@ -351,9 +351,7 @@ def made_up_transformers(folder: Path) -> Transformers:
     )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = DiffusionGemmaConfig.from_dict(
-        read_config(folder) | {"vision_config": TINY_TOWER}
-    )
+    config = DiffusionGemmaConfig.from_dict(read_config(folder) | {"vision_config": TINY_TOWER})
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
         model = DiffusionGemmaForBlockDiffusion._from_config(config, dtype=dtype)

@@ -397,9 +397,7 @@ class Transformers:
 
         logging.set_verbosity_error()  # of the vision tower that is not there
         logging.disable_progress_bar()
-        config = DiffusionGemmaConfig.from_dict(
-            read_config(folder) | {"vision_config": TINY_TOWER}
-        )
+        config = DiffusionGemmaConfig.from_dict(read_config(folder) | {"vision_config": TINY_TOWER})
         # numpy has no bfloat16: through uint16, which torch then reads as what it is.
         state = {
             name.removesuffix(".weight") if ".experts." in name else name: (
