@@ -241,12 +241,6 @@ def float32_copy(folder: Path) -> Path:
             if key in part:
                 part[key] = "float32"
     (folder / "config.json").write_text(json.dumps(config))
-    # mlx-vlm gives each content as a list of parts, and the template would write the list itself.
-    template = folder / "chat_template.jinja"
-    content = "(message.content | trim)"
-    assert template.read_text().count(content) == 1
-    text = "message.content if message.content is string else message.content[0].text"
-    template.write_text(template.read_text().replace(content, f"(({text}) | trim)"))
     return folder
 
 

@@ -1,0 +1,101 @@
+"""Tasks whose answers must be computed one part after another, drawn by seed: what the bench model
+learns and is asked.
+
+    python recipes/steps/tasks.py --task walk --count 3 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Draw = np.random.Generator
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+RULES = (30, 110)
+CELLS, CITIES = 15, ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Quito", "Berlin", "Dakar")
+NAMES = ("Ann", "Bob", "Eve", "Ida", "Max", "Tom", "Rosa", "Omar", "Lena", "Hugo", "Felix", "Maria")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One prompt and its answer."""
+
+    task: str
+    prompt: str
+    answer: str
+
+
+def walk(rng: Draw) -> tuple[str, str]:
+    """The way through a table of letters: where it leads from one is seen only once that one is
+    known."""
+    letters = [LETTERS[i] for i in rng.permutation(26)[: rng.integers(14, 25)]]
+    pairs = list(zip(letters, letters[1:], strict=False))
+    table = " ".join(pairs[i][0] + pairs[i][1] for i in rng.permutation(len(pairs)))
+    return f"Walk from {letters[0]}: {table}", " ".join(letters[1:])
+
+
+def automaton(rng: Draw) -> tuple[str, str]:
+    """Rows of an elementary cellular automaton on a ring, each from the one above."""
+    rule, rows = RULES[rng.integers(len(RULES))], int(rng.integers(6, 14))
+    row = rng.integers(0, 2, CELLS)
+    first, lines = _digits(row), []
+    for _ in range(rows):
+        row = (rule >> (4 * np.roll(row, 1) + 2 * row + np.roll(row, -1))) & 1
+        lines.append(_digits(row))
+    return f"Rule {rule}, {rows} rows:\n{first}", "\n".join(lines)
+
+
+def _digits(row: np.ndarray) -> str:
+    return "".join(map(str, row))
+
+
+def sums(rng: Draw) -> tuple[str, str]:
+    """Running sums, the last two digits of each."""
+    added = rng.integers(0, 10, rng.integers(12, 31))
+    so_far = np.cumsum(added) % 100
+    return "Sums: " + " ".join(f"+{n}" for n in added), " ".join(f"{n:02d}" for n in so_far)
+
+
+def records(rng: Draw) -> tuple[str, str]:
+    """Records in JSON from sentences; where one begins depends on the lengths of those before."""
+    people = []
+    for place in rng.permutation(len(NAMES))[: rng.integers(2, 5)]:
+        city = CITIES[rng.integers(len(CITIES))]
+        people.append({"name": NAMES[place], "age": int(rng.integers(10, 100)), "city": city})
+    told = " ".join(f"{p['name']} from {p['city']} is {p['age']}." for p in people)
+    lines = [json.dumps(person, separators=(",", ":")) for person in people]
+    return f"Records: {told}", "\n".join(lines)
+
+
+TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {
+    "walk": walk,
+    "automaton": automaton,
+    "sums": sums,
+    "records": records,
+}
+
+
+def make(task: str, count: int, seed: int) -> list[Task]:
+    """Tasks of one kind; the same for the same seed, and the first of a longer list."""
+    place = list(TASKS).index(task)
+    return [Task(task, *TASKS[task](np.random.default_rng([seed, place, i]))) for i in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=TASKS, action="append", help="repeatable; all")
+    parser.add_argument("--count", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for task in options.task or TASKS:
+        for made in make(task, options.count, options.seed):
+            print(f"{made.task}\n{made.prompt}\n-> {made.answer}\n")
+
+
+if __name__ == "__main__":
+    main()
