@@ -13,15 +13,11 @@ checkpoint, at most 50 batches back.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -33,11 +29,12 @@ import pictures
 import start
 import tasks
 from phases import PHASES, Phase
-from safetensors import safe_open
 
 from mlx_diffgemma.checkpoint.adapters import WEIGHTS
-from mlx_diffgemma.train.checkpoint import STATE
 from mlx_diffgemma.train.fuse import fuse_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stages import openblas, run_stage, stands_at
 
 STAGE_MINUTES = 60
 
@@ -121,15 +118,6 @@ def _with_picture(task: str, place: int, seed: int, folder: Path) -> str:
     return json.dumps({"messages": messages}) + "\n"
 
 
-def stands_at(run: Path) -> int:
-    """How many batches a run has trained on."""
-    state = run / STATE
-    if not state.exists():
-        return 0
-    with safe_open(state, "numpy") as file:
-        return int(file.metadata()["iteration"])
-
-
 def begins_again(phase: Phase) -> bool:
     """Return whether a phase begins with the weights before it rounded to bfloat16, in a checkpoint
     that has a tower: the first one with pictures, since the model was published before."""
@@ -152,52 +140,13 @@ def command(folder: Path, phase: Phase) -> list[str]:
     return arguments
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-
-
 def train(folder: Path, phase: Phase, deadline: float) -> None:
     """A stage of a phase: to its end, or to a time.
 
     Raises:
         SystemExit: a process failed.
     """
-    processes = max(1, min(os.cpu_count() or 1, 2))
-    environment = dict(os.environ)
-    if blas := openblas():
-        environment |= {"LD_PRELOAD": str(blas), "OPENBLAS_NUM_THREADS": "1"}
-    if processes > 1:
-        hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(processes)]))
-        environment["MLX_HOSTFILE"] = str(hosts)
-    arguments = command(folder, phase)
-    running = [
-        subprocess.Popen(arguments, env=environment | {"MLX_RANK": str(rank)})
-        for rank in range(processes)
-    ]
-    failed: list[int] = []
-    try:
-        while any(process.poll() is None for process in running):
-            if any(process.poll() for process in running) or time.monotonic() > deadline:
-                break
-            time.sleep(0.5)
-        failed = [process.returncode for process in running if process.poll()]
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
-        for process in running:
-            process.wait()
-    if failed:
-        raise SystemExit(f"phase {phase.name}: a process ended with {failed[0]}")
-
-
-def openblas() -> Path | None:
-    return next(Path("/usr/lib").glob("*/libopenblas.so.0"), None)
+    run_stage(command(folder, phase), phase.name, folder / "hosts.json", deadline)
 
 
 def export(folder: Path) -> Path:

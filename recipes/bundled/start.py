@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-VOCAB_SIZE, CANVAS, HIDDEN, LAYERS = 384, 64, 128, 6
+VOCAB_SIZE, HIDDEN = 384, 128
 SLIDING, FULL = "sliding_attention", "full_attention"
 # The official special tokens, in the official order; ids are this vocabulary's own.
 SPECIALS = (
@@ -34,6 +35,18 @@ ROPE = {
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     SLIDING: {"rope_type": "default", "rope_theta": 1e4},
 }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a recipe decides; all else is common."""
+
+    canvas: int = 64
+    layers: tuple[str, ...] = (SLIDING, SLIDING, FULL) * 2
+    window: int = 64
+    sees: bool = True
+
+
 VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 64,
@@ -57,7 +70,7 @@ VISION = {
 }
 
 
-def config() -> dict[str, Any]:
+def config(shape: Shape) -> dict[str, Any]:
     """config.json."""
     special = {name: i for i, name in enumerate(SPECIALS)}
     text = {
@@ -69,14 +82,14 @@ def config() -> dict[str, Any]:
         "moe_intermediate_size": 64,
         "num_experts": 4,
         "top_k_experts": 2,
-        "num_hidden_layers": LAYERS,
-        "layer_types": ([SLIDING] * 2 + [FULL]) * (LAYERS // 3),
+        "num_hidden_layers": len(shape.layers),
+        "layer_types": list(shape.layers),
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
         "num_global_key_value_heads": 1,
         "global_head_dim": 64,
-        "sliding_window": 64,
+        "sliding_window": shape.window,
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
@@ -94,7 +107,7 @@ def config() -> dict[str, Any]:
         "architectures": ["DiffusionGemmaForBlockDiffusion"],
         "model_type": "diffusion_gemma",
         "dtype": "float32",
-        "canvas_length": CANVAS,
+        "canvas_length": shape.canvas,
         "boi_token_id": special["<|image>"],
         "image_token_id": special["<|image|>"],
         "eoi_token_id": special["<image|>"],
@@ -102,7 +115,7 @@ def config() -> dict[str, Any]:
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
         "text_config": text,
-        "vision_config": VISION,
+        "vision_config": VISION if shape.sees else None,
         "transformers_version": "5.8.0.dev0",
     }
 
@@ -236,11 +249,12 @@ def waves(width: int, patch: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def write(folder: Path, seed: int) -> None:
-    """Writes everything, float32, into a new folder."""
+def write(folder: Path, seed: int, shape: Shape | None = None) -> None:
+    """Writes everything, float32, into a new folder; of the bundled model's shape by default."""
+    shape = shape or Shape()
     folder.mkdir(parents=True)
-    raw, rng = config(), np.random.default_rng(seed)
-    weights = tensors(raw["text_config"], rng) | vision(rng)
+    raw, rng = config(shape), np.random.default_rng(seed)
+    weights = tensors(raw["text_config"], rng) | (vision(rng) if shape.sees else {})
     arrays = {name: array.astype(np.float32) for name, array in sorted(weights.items())}
     save_file(arrays, folder / "model.safetensors", {"format": "pt"})
     tokenizer().save(str(folder / "tokenizer.json"))
@@ -249,7 +263,7 @@ def write(folder: Path, seed: int) -> None:
         ("config.json", raw),
         ("generation_config.json", generation_config()),
         ("tokenizer_config.json", TOKENIZER_CONFIG),
-        ("processor_config.json", PROCESSOR_CONFIG),
+        *([("processor_config.json", PROCESSOR_CONFIG)] if shape.sees else []),
     ):
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 

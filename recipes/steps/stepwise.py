@@ -1,7 +1,7 @@
 """Tasks whose answers must be computed one part after another, drawn by seed: what the bench model
 learns and is asked.
 
-    python recipes/steps/tasks.py --task walk --count 3 --seed 1
+    python recipes/steps/stepwise.py --task walk --count 3 --seed 1
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def walk(rng: Draw) -> tuple[str, str]:
     """The way through a table of letters: where it leads from one is seen only once that one is
     known."""
     letters = [LETTERS[i] for i in rng.permutation(26)[: rng.integers(14, 25)]]
-    pairs = list(zip(letters, letters[1:], strict=False))
+    pairs = list(pairwise(letters))
     table = " ".join(pairs[i][0] + pairs[i][1] for i in rng.permutation(len(pairs)))
     return f"Walk from {letters[0]}: {table}", " ".join(letters[1:])
 

@@ -1,0 +1,78 @@
+"""Training in stages: two processes of the trainer on one machine, to the end or to a time, from
+where it stands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from safetensors import safe_open
+
+from mlx_diffgemma.train.checkpoint import STATE
+
+
+def stands_at(run: Path) -> int:
+    """How many batches a run has trained on."""
+    state = run / STATE
+    if not state.exists():
+        return 0
+    with safe_open(state, "numpy") as file:
+        return int(file.metadata()["iteration"])
+
+
+def openblas() -> Path | None:
+    """Debian's OpenBLAS, in front of which MLX multiplies many times as fast on Linux."""
+    return next(Path("/usr/lib").glob("*/libopenblas.so.0"), None)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def run_stage(arguments: list[str], name: str, hosts: Path, deadline: float) -> None:
+    """Run the trainer, in a process per core but two at most, to its end or to a time.
+
+    Args:
+        arguments: the command.
+        name: of the phase, for messages.
+        hosts: the file that tells the processes of each other; written.
+        deadline: of `time.monotonic`.
+
+    Raises:
+        SystemExit: a process failed.
+    """
+    processes = max(1, min(os.cpu_count() or 1, 2))
+    environment = dict(os.environ)
+    if blas := openblas():
+        environment |= {"LD_PRELOAD": str(blas), "OPENBLAS_NUM_THREADS": "1"}
+    if processes > 1:
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(processes)]))
+        environment["MLX_HOSTFILE"] = str(hosts)
+    running = [
+        subprocess.Popen(arguments, env=environment | {"MLX_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    failed: list[int] = []
+    try:
+        while any(process.poll() is None for process in running):
+            if any(process.poll() for process in running) or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        failed = [process.returncode for process in running if process.poll()]
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+        for process in running:
+            process.wait()
+    if failed:
+        raise SystemExit(f"phase {name}: a process ended with {failed[0]}")

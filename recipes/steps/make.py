@@ -1,0 +1,155 @@
+"""Makes the bench model from nothing: a small model of which answers take many denoise steps.
+
+Its canvas is 128 tokens, and its tasks (stepwise.py) must be computed one part after another. It is
+not in the package: benchmarks of policies ask it. Trained like the bundled model (recipes/bundled),
+in phases by the .yaml files here; stopped and run again, it goes on from the last checkpoint.
+
+    python recipes/steps/make.py --folder build/steps
+    python bench/policies.py --model build/steps/model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import stepwise
+import yaml
+
+from mlx_diffgemma.checkpoint.adapters import WEIGHTS
+from mlx_diffgemma.train.fuse import fuse_checkpoint
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "bundled")]
+import start  # noqa: E402
+from stages import run_stage, stands_at  # noqa: E402
+
+SHAPE = start.Shape(
+    canvas=128, layers=(start.SLIDING, start.FULL) * 2, window=256, sees=False
+)  # few layers, so that a step computes little of an answer
+TEST_SEED, TEST_COUNT, VALID_COUNT = 1, 400, 40
+STAGE_MINUTES = 60
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A run of the trainer, with the weights of the one before, and its examples per task."""
+
+    name: str
+    counts: dict[str, int]
+
+    @property
+    def recipe(self) -> Path:
+        return HERE / f"{self.name}.yaml"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(yaml.safe_load(self.recipe.read_text()))
+
+
+PHASES = (Phase("first", {"walk": 16000, "automaton": 10000, "sums": 14000, "records": 10000}),)
+
+
+def write_data(phase: Phase, folder: Path) -> None:
+    """Write train.jsonl and valid.jsonl. No prompt of the test is in train.jsonl."""
+    tests = {name: stepwise.make(name, TEST_COUNT, TEST_SEED) for name in stepwise.TASKS}
+    seed = 2 + PHASES.index(phase)
+    rows = []
+    for name, count in phase.counts.items():
+        asked = {made.prompt for made in tests[name]}
+        rows += [made for made in stepwise.make(name, count, seed) if made.prompt not in asked]
+    valid = [made for some in tests.values() for made in some[:VALID_COUNT]]
+    partial = folder.with_name("data.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for split, some in (("train", rows), ("valid", valid)):
+        random.Random(0).shuffle(some)
+        lines = [json.dumps({"prompt": m.prompt, "completion": m.answer}) + "\n" for m in some]
+        (partial / f"{split}.jsonl").write_text("".join(lines))
+    partial.rename(folder)
+
+
+def command(folder: Path, phase: Phase) -> list[str]:
+    """Return the trainer's, which goes on where the phase stands."""
+    run, before = folder / phase.name / "run", PHASES[: PHASES.index(phase)]
+    arguments = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
+    arguments += ["--model", str(folder / "start"), "--data", str(folder / phase.name / "data")]
+    arguments += ["--adapter-path", str(run)]
+    if stands_at(run):
+        arguments.append("--resume")
+    elif before:
+        arguments += ["--resume-adapter-file", str(folder / before[-1].name / "run" / WEIGHTS)]
+    return arguments
+
+
+def export(folder: Path) -> Path:
+    """Write the last run's weights as a checkpoint in bfloat16, with what it is asked beside it."""
+    for name in ("float32", "model", "model.partial"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    last = next(p for p in reversed(PHASES) if (folder / p.name / "run" / WEIGHTS).exists())
+    whole = fuse_checkpoint(folder / "start", folder / last.name / "run", folder / "float32").folder
+    model = folder / "model.partial"
+    shutil.copytree(whole, model)
+    arrays = mx.load(str(whole / "model.safetensors"))
+    rounded = {name: array.astype(mx.bfloat16) for name, array in arrays.items()}
+    mx.save_safetensors(str(model / "model.safetensors"), rounded, {"format": "pt"})
+    config = json.loads((folder / "start" / "config.json").read_text())
+    config["dtype"] = config["text_config"]["dtype"] = "bfloat16"
+    (model / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    asked = [
+        {"task": made.task, "prompt": made.prompt, "answer": made.answer}
+        for name in stepwise.TASKS
+        for made in stepwise.make(name, TEST_COUNT, TEST_SEED)
+    ]
+    random.Random(1).shuffle(asked)
+    (model / "prompts.json").write_text(json.dumps(asked, indent=0) + "\n")
+    return model.rename(folder / "model")
+
+
+def make(folder: Path, minutes: float) -> Path:
+    """Return the folder of the exported model, as far as it was trained in these minutes."""
+    if not (folder / "start").exists():
+        shutil.rmtree(folder / "start.partial", ignore_errors=True)
+        start.write(folder / "start.partial", seed=0, shape=SHAPE)
+        (folder / "start.partial").rename(folder / "start")
+    end = time.monotonic() + 60 * minutes
+    for phase in PHASES:
+        run, data = folder / phase.name / "run", folder / phase.name / "data"
+        if not data.exists():
+            print(f"phase {phase.name}: {sum(phase.counts.values()):,} examples", flush=True)
+            write_data(phase, data)
+        while (stands := stands_at(run)) < phase.settings["iters"]:
+            if time.monotonic() >= end:
+                print(f"phase {phase.name} stands at {stands:,}; run this again to go on")
+                return export(folder)
+            until = min(end, time.monotonic() + 60 * STAGE_MINUTES)
+            run_stage(command(folder, phase), phase.name, folder / "hosts.json", until)
+    return export(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("build/steps"))
+    parser.add_argument("--minutes", type=float, default=150, help="at most")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        print(make(options.folder, options.minutes))
+    except KeyboardInterrupt:
+        print("interrupted; run this again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
