@@ -30,9 +30,9 @@ from tests.serve.cases import Answered, Running, ask, post, serving
 from tests.write.merged_tokens import END, schemas_of
 
 PROMPT = "Write a record."
+STEPS = 2  # of a canvas, at most
 BUDGETS = (24, 120, 400, 1200)  # tokens
 MOST_SECONDS = 600.0  # of an answer, on a machine that others use too
-FEW_STEPS = GenerationSettings(max_denoising_steps=2)
 USER = [{"role": "user", "content": PROMPT}]
 
 
@@ -242,7 +242,7 @@ def random_model(folder: Path) -> tuple[Any, Any]:
     model = load_drawn(
         3,
         vocab_size=len(tokenizer),
-        canvas_length=64,
+        canvas_length=16,  # each step chooses among all of the vocabulary
         hidden_size=16,
         num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"],
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=200)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a canvas, at most")
     parser.add_argument("--longest", type=int, default=max(BUDGETS), help="tokens of an answer")
     options = parser.parse_args()
     model = random_model(options.tokenizer) if options.tokenizer else None
@@ -268,7 +269,8 @@ def main() -> None:
     schemas = schemas_of(options.cases, 10_000 if options.cases else 2 * options.schemas)
     budgets = [each for each in BUDGETS if each <= options.longest]
     counts = options.schemas, options.requests, options.clients
-    with serving(model=model, settings=FEW_STEPS) as running:
+    settings = GenerationSettings(max_denoising_steps=options.steps)
+    with serving(model=model, settings=settings) as running:
         seen = run(running, schemas, *counts, budgets)
         bugs = running.bugs
     print(

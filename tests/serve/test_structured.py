@@ -7,8 +7,9 @@ import random
 
 import pytest
 
+from mlx_diffgemma import GenerationSettings
 from tests.serve.cases import serving
-from tests.serve.structured import DIALECTS, FEW_STEPS, is_valid, run
+from tests.serve.structured import DIALECTS, STEPS, is_valid, run
 from tests.write.constrained_runs import draw_schema
 
 
@@ -21,7 +22,7 @@ def schemas() -> list[dict]:
 
 
 def test_every_structured_answer_fits_its_schema():
-    with serving(settings=FEW_STEPS) as running:
+    with serving(settings=GenerationSettings(max_denoising_steps=STEPS)) as running:
         seen = run(running, schemas(), 8, 24, 4)
         assert not seen.findings and not running.bugs
     assert seen.count == 24 and set(seen.answers) == set(DIALECTS) and len(seen.schemas) == 8
