@@ -15,7 +15,6 @@ from starlette.routing import Route
 
 from ..config.generation import GenerationSettings
 from ..errors import DiffGemmaError
-from ..language.prompt import PromptOptions
 from ..language.template import Template
 from ..write.edit import EditTask, Selection
 from ..write.fill import FillTask
@@ -112,7 +111,6 @@ async def _chat(state: State, body: EventsRequest) -> AskedSteps:
     prompt, options, stop, constraint = asked.prompt, asked.options, asked.stop, asked.constraint
     return AskedSteps(
         make=lambda settings: Request(prompt, settings, options, stop, constraint),
-        prompt=(prompt, options),
         settings=_settings(state, body, asked.settings),
         model=body.model,
         count=body.n,
@@ -185,7 +183,6 @@ async def _form(state: State, body: EventsRequest) -> AskedSteps:
     if template is None:  # the structure is the constraint's alone
         return AskedSteps(
             make=lambda settings: Request(told, settings, constraint=constraint),
-            prompt=(told, PromptOptions()),
             **more,
         )
     await _check_slots(state, template, "form.schema")

@@ -23,8 +23,6 @@ from ..events import (
     TrialStarted,
 )
 from ..language.controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
-from ..language.encoded import ImageForm
-from ..language.prompt import Prompt, PromptOptions, encode_prompt
 from ..language.text import Spellings
 from ..language.tools import CALL_BEGIN, CALL_END
 from ..view.report import filled_object
@@ -92,7 +90,6 @@ class AskedSteps:
       settings: how to denoise, with a seed.
       model: its name; None for the default one.
       count: rows; row i is drawn under the seed + i.
-      prompt: of a chat, from which the canvases go on.
       check: whether the text of a result is what was asked for; None asks for nothing.
       one_call: drop tool calls behind the first one.
       compiles: whether making a task lifts a constraint to tokens.
@@ -103,7 +100,6 @@ class AskedSteps:
     settings: GenerationSettings
     model: str | None = None
     count: int = 1
-    prompt: tuple[Prompt, PromptOptions] | None = None
     check: Check | None = None
     drafts: bool = True
     one_call: bool = False
@@ -124,20 +120,21 @@ class _Stepped:
 
     def job(self, model: Any, tokenizer: Any) -> Job[Any]:
         job = self.task.job(model, tokenizer)
-        ids: list[int] = []
-        if self.asked.prompt is not None:
-            ids = encode_prompt(tokenizer, *self.asked.prompt, ImageForm.of(model.config))
         ends = self.asked.settings.resolve(model.config).eos_token_ids
-        return _told(job, _Teller(Kinds(tokenizer, ends, ids), self.asked.check, self.on_step))
+        return _told(job, _Teller(Kinds(tokenizer, ends), self.asked.check, self.on_step))
 
 
 def _told(job: Job[Any], teller: _Teller) -> Job[Any]:
     """Pass a job's demands on, and its events as pieces."""
+    is_first = True
     with closing(job):
         said = next(job)
         while True:
             event = None
             if said is None or isinstance(said, Ask):
+                if said is not None and is_first:
+                    teller.kinds.begin(said.rows[0].unread)
+                    is_first = False
                 event = yield said
             else:
                 yield from teller.pieces(said)
@@ -218,8 +215,7 @@ class Kinds:
     thought, `c` of a tool call, `x` a control token or the name of a channel, `e` the end of the
     answer and what is behind it."""
 
-    def __init__(self, tokenizer: Any, ends: Iterable[int], prompt: Sequence[int]) -> None:
-        """Begin after a prompt, where the template may have left a thought open."""
+    def __init__(self, tokenizer: Any, ends: Iterable[int]) -> None:
         specials = special_tokens(tokenizer)
         names = (THOUGHT_BEGIN, THOUGHT_END, CALL_BEGIN, CALL_END)
         self._open, self._close, self._call, self._called = map(specials.get, names)
@@ -228,8 +224,12 @@ class Kinds:
         self._spellings = Spellings(tokenizer)
         # Where a canvas begins: a, t, c, or n inside of a channel's name.
         self._state = "a"
-        markers = [i for i, token in enumerate(prompt) if token in (self._open, self._close)]
-        self.commit(prompt[markers[-1] :] if markers else [])
+
+    def begin(self, prompt: np.ndarray | None) -> None:
+        """Go on behind a prompt, int32 [L], where the template may have left a thought open."""
+        tokens = [] if prompt is None else prompt.tolist()
+        markers = [i for i, token in enumerate(tokens) if token in (self._open, self._close)]
+        self.commit(tokens[markers[-1] :] if markers else [])
 
     def of(self, draft: Sequence[int]) -> str:
         """Return the letters of a draft."""

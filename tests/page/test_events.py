@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_diffgemma import GenerationSettings
@@ -211,7 +212,7 @@ def test_slots_are_bounded_as_schemas_are():
 def test_thoughts_calls_and_names_of_channels_are_told_apart():
     text = "<|channel>thought\nhm<channel|>yes" + CALL
     tokens = [*TOKENIZER.encode(text, add_special_tokens=False), END, 5]
-    kinds = Kinds(TOKENIZER, [END], [])
+    kinds = Kinds(TOKENIZER, [END])
     inside = len(TOKENIZER.encode(CALL, add_special_tokens=False)) - 2
     quotes = [i for i, token in enumerate(tokens) if token == SPECIALS['<|"|>']]
     told = kinds.of(tokens)
@@ -220,8 +221,13 @@ def test_thoughts_calls_and_names_of_channels_are_told_apart():
     # A canvas goes on where the one before ended, and so does one behind a prompt.
     kinds.commit(tokens[:9])
     assert kinds.of(tokens[9:12]) == "ttx"
-    assert Kinds(TOKENIZER, [END], [*tokens[:9], CLOSE]).of(tokens[9:11]) == "aa"
-    assert Kinds(TOKENIZER, [END], tokens[:3]).of(tokens[3:10]) == "xxxxxxt"
+    for prompt, canvas, letters in (
+        ([*tokens[:9], CLOSE], tokens[9:11], "aa"),
+        (tokens[:3], tokens[3:10], "xxxxxxt"),
+    ):
+        kinds = Kinds(TOKENIZER, [END])
+        kinds.begin(np.array(prompt, np.int32))
+        assert kinds.of(canvas) == letters
 
 
 def test_a_call_of_a_tool_is_told_with_its_arguments():
