@@ -96,6 +96,19 @@ def test_the_next_canvas_begins_where_the_text_has_been_written_up_to():
     assert events[-1].steps == 4 and events[-1].reason == "stop"
 
 
+def test_a_long_text_is_followed_canvas_by_canvas():
+    text = [20 + i for i in range(4 * L)]  # a canvas sees the text up to two canvases ahead
+    written = [text[i * L : (i + 1) * L] for i in range(4)]
+    model = Oracle(
+        lambda canvas, look: (
+            (written[canvas], [LEANING] * L) if look == 0 else sure(written[canvas])
+        )
+    )
+    events = run(model, row_of(model, text, max_new_tokens=4 * L))
+    assert [looks[1][0][0].tolist() for looks in model.looks[:4]] == written
+    assert committed(events) == written
+
+
 def test_the_schedule_goes_on_where_as_much_is_noise():
     steps = []
 
