@@ -232,6 +232,12 @@ def test_a_run_by_parts_ends_where_the_positions_end(settings):
     events = run(oracle, **settings, max_new_tokens=100)
     assert events[-1].reason == "length" and events[-1].new_tokens == 2 * L
     assert sum(canvas.tokens.shape[1] for canvas in committed(events)) == 2 * L
+    written = 3
+    for event in events:
+        if isinstance(event, StepDone):
+            assert written + event.draft.shape[1] <= 3 + 2 * L + 1, "no position behind the last"
+        elif isinstance(event, CanvasCommitted):
+            written += event.tokens.shape[1]
 
 
 def test_a_canvas_that_has_to_begin_with_given_tokens_is_not_the_rest_of_another():
