@@ -28,6 +28,7 @@ from mlx_diffgemma.serve.state import Served, State
 from tests.engine.cases import loaded
 
 PROMPTS = ("Sort: 6 3 1 7", "Reverse: kaa", "Count from 38 to 63.", "Squares from 2 to 3.")
+UNKNOWN = "Who wrote this, and why?"
 SEED = 11
 
 
@@ -76,6 +77,17 @@ def test_each_line_of_openais_form_has_the_answer_that_generate_gives_alone(stat
         assert completion.choices[0].message.content == text
     assert found[-1]["response"]["body"]["choices"][0]["finish_reason"] == "length"
     assert len({each["id"] for each in found}) == len(found)
+
+
+def test_seeds_count_from_the_first_line(engine):
+    """What is written in one step to a prompt that says nothing depends on the noise."""
+    once = GenerationSettings(seed=SEED, max_denoising_steps=1)
+    state = State(settings=once, models={"bundled": Served("it", engine)})
+    found = answered(RequestLines(state).answer, *(chat(f"n{i}", UNKNOWN) for i in range(3)))
+    texts = [each["response"]["body"]["choices"][0]["message"]["content"] for each in found]
+    told = {"settings": {"max_denoising_steps": 1}, "max_tokens": 4096}
+    expected = [alone(UNKNOWN, SEED + i, **told) for i in range(4)]
+    assert texts == expected[:3] and len(set(expected)) == 4
 
 
 def test_each_plain_line_has_the_answer_that_generate_gives_alone(state):
