@@ -26,12 +26,12 @@ WINGS = {
     "events": "",
     "config": "entry reading formats refusals generation quantization vision images model training "
     "serving",
-    "language": "tokenizer controls tools bombs pictures images video encoded given media prompt "
+    "language": "known_tokenizer chat_template of_transformers tokenizer controls tools bombs pictures images video encoded given media prompt "
     "template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "
     "constraint groups vocabulary utf8 tokens line decode marginals",
-    "model": "backend elementary products layers rope masks context attention experts "
+    "model": "backend elementary switch_linear products layers rope masks context attention experts "
     "self_conditioning vision stack images diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
@@ -147,7 +147,7 @@ def test_one_file_imports_transformers():
         and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         and "from transformers" in ast.unparse(node)
     ]
-    assert importing == ["mlx_diffgemma.language.tokenizer"]
+    assert importing == ["mlx_diffgemma.language.of_transformers"]
 
 
 def test_the_package_imports_neither_tests_nor_benchmarks():

@@ -28,7 +28,7 @@ from .tokenizer import declaration_of, lock_of
 from .tools import calls_as_objects, declared
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from .tokenizer import AnyTokenizer
 
 # A template is a program. On messages that it does not expect it may raise any of these.
 _TEMPLATE_ERRORS = (
@@ -61,7 +61,7 @@ class PromptOptions:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: Prompt,
     options: PromptOptions = PromptOptions(),
     form: ImageForm | None = None,
@@ -81,7 +81,7 @@ def encode_prompt(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: Prompt,
     options: PromptOptions = PromptOptions(),
     form: ImageForm | None = None,
@@ -113,7 +113,7 @@ def encode(
 
 
 def encode_endings(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     told: Callable[[str], Prompt],
     endings: Sequence[str],
     options: PromptOptions = PromptOptions(),
@@ -161,7 +161,7 @@ def _around(
     return None
 
 
-def _with_its_media(tokenizer: PreTrainedTokenizerBase, encoded: EncodedPrompt) -> EncodedPrompt:
+def _with_its_media(tokenizer: AnyTokenizer, encoded: EncodedPrompt) -> EncodedPrompt:
     """Return a prompt unless it asks for images that it does not have."""
     specials = special_tokens(tokenizer)
     if specials.get("<|audio|>") in encoded.ids:
@@ -175,7 +175,7 @@ def _with_its_media(tokenizer: PreTrainedTokenizerBase, encoded: EncodedPrompt) 
 
 
 def _encode_raw(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: PromptOptions
+    tokenizer: AnyTokenizer, prompt: Prompt, options: PromptOptions
 ) -> list[int]:
     if not isinstance(prompt, str):
         raise PromptError(
@@ -190,7 +190,7 @@ def _encode_raw(
 
 
 def _encode_parts(
-    tokenizer: PreTrainedTokenizerBase, parts: str | Sequence[str | int]
+    tokenizer: AnyTokenizer, parts: str | Sequence[str | int]
 ) -> list[int]:
     if isinstance(parts, str):
         return _encode(tokenizer, parts)
@@ -201,7 +201,7 @@ def _encode_parts(
 
 
 def _parts(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: Prompt,
     options: PromptOptions,
     form: ImageForm | None,
@@ -235,7 +235,7 @@ def _parts(
 
 
 def _typed(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     messages: Sequence[Message],
     variables: Mapping[str, Any],
     prefix: str,
@@ -270,7 +270,7 @@ def _variables(options: PromptOptions) -> dict[str, Any]:
     return variables
 
 
-def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+def _warn_if_rendered(tokenizer: AnyTokenizer, prompt: str) -> None:
     """Warn if a string looks like the output of the chat template."""
     found = matching(special_tokens(tokenizer))
     if not found.match(prompt.lstrip()):
@@ -290,7 +290,7 @@ def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
         )
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+def token_bytes(tokenizer: AnyTokenizer) -> dict[int, bytes]:
     """Return the UTF-8 bytes of every text token; a byte token may be part of a character. Special
     tokens are not text."""
     special = set(special_tokens(tokenizer).values())
@@ -308,7 +308,7 @@ def _spelled(spelling: str) -> bytes:
     return spelling.replace("▁", " ").encode("utf-8", "replace")
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: AnyTokenizer, text: str) -> list[int]:
     """Return the token ids of a text, in which spelled special tokens are text too.
 
     Raises:
@@ -317,7 +317,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return _encode(tokenizer, text, split_special_tokens=True) if text else []
 
 
-def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+def single_tokens(tokenizer: AnyTokenizer, texts: Sequence[str]) -> tuple[int, ...]:
     """Return the ids of texts that are one token each, such as extra end tokens.
 
     Raises:
@@ -334,7 +334,7 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> t
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     text: str,
     *,
     add_special_tokens: bool = False,
@@ -356,7 +356,7 @@ def _encode(
     return _spelled_out(tokenizer, ids) if split_special_tokens else ids
 
 
-def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+def _spelled_out(tokenizer: AnyTokenizer, ids: list[int]) -> list[int]:
     """Replace special tokens by the tokens that spell them.
 
     From a sentencepiece file, transformers 5.24 makes a tokenizer that cuts user-defined pieces out
@@ -375,7 +375,7 @@ def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     messages: Sequence[Message],
     variables: Mapping[str, Any],
 ) -> str:
