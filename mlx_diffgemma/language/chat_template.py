@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, ClassVar, Never
+from typing import Any, Never
 
 import jinja2
 from jinja2 import nodes
@@ -71,7 +71,7 @@ def _compiled(template: str) -> jinja2.Template:
 class _Generation(Extension):
     """`{% generation %}`: what the model wrote in a chat. It is rendered as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -174,9 +174,7 @@ def _with_its_media(tokenizer: AnyTokenizer, encoded: EncodedPrompt) -> EncodedP
     return encoded
 
 
-def _encode_raw(
-    tokenizer: AnyTokenizer, prompt: Prompt, options: PromptOptions
-) -> list[int]:
+def _encode_raw(tokenizer: AnyTokenizer, prompt: Prompt, options: PromptOptions) -> list[int]:
     if not isinstance(prompt, str):
         raise PromptError(
             "messages need the chat template; without it, the prompt must be a string"
@@ -189,9 +187,7 @@ def _encode_raw(
     return _encode(tokenizer, raw, add_special_tokens=not has_bos)
 
 
-def _encode_parts(
-    tokenizer: AnyTokenizer, parts: str | Sequence[str | int]
-) -> list[int]:
+def _encode_parts(tokenizer: AnyTokenizer, parts: str | Sequence[str | int]) -> list[int]:
     if isinstance(parts, str):
         return _encode(tokenizer, parts)
     ids: list[int] = []
@@ -363,7 +359,8 @@ def _spelled_out(tokenizer: AnyTokenizer, ids: list[int]) -> list[int]:
     of any text, `split_special_tokens` or not, and Gemma's control tokens are such pieces.
     """
     specials = {i: name for name, i in special_tokens(tokenizer).items()}
-    specials.pop(tokenizer.unk_token_id, None)  # replaces characters that have no token
+    if (unknown := tokenizer.unk_token_id) is not None:
+        specials.pop(unknown, None)  # replaces characters that have no token
     out: list[int] = []
     for token in ids:
         if token in specials and len(name := specials[token]) > 1:

@@ -124,9 +124,7 @@ class DecisionTask:
     canvas_length: int = WIDTH
     prompt_options: PromptOptions = PromptOptions()
 
-    def job(
-        self, model: DiffusionGemma, tokenizer: AnyTokenizer
-    ) -> Job[Event | Decisions]:
+    def job(self, model: DiffusionGemma, tokenizer: AnyTokenizer) -> Job[Event | Decisions]:
         """Return the job that answers.
 
         Raises:
@@ -257,9 +255,7 @@ def labels_of(tokenizer: AnyTokenizer, question: Question) -> Labels:
     )
 
 
-def _spellings(
-    tokenizer: AnyTokenizer, label: str, without: str = ""
-) -> tuple[int, ...]:
+def _spellings(tokenizer: AnyTokenizer, label: str, without: str = "") -> tuple[int, ...]:
     """Return the single tokens that spell a label, with and without a leading space."""
     texts = [label] if without else [label, f" {label}"]
     encoded = [encode_text(tokenizer, text) for text in texts]

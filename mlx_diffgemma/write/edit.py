@@ -272,9 +272,7 @@ def _checked(document: str, selection: Selection | str, instruction: str) -> Sel
     return selection
 
 
-def _near(
-    tokenizer: AnyTokenizer, before: str, behind: str, most: int
-) -> tuple[str, str]:
+def _near(tokenizer: AnyTokenizer, before: str, behind: str, most: int) -> tuple[str, str]:
     """Return the text on both sides of a selection that is nearest to it, in at most so many
     tokens: all of it, or as much on both sides where there is enough."""
     sides = [encode_text(tokenizer, side) for side in (before, behind)]
