@@ -107,8 +107,6 @@ def read_known(folder: Path) -> KnownTokenizer | None:
     """Return the tokenizer of a folder, or None where only transformers knows what it is."""
     try:
         return _read(folder)
-    except _UnknownError:
-        return None
     except Exception:  # the tokenizers library raises nothing more specific
         return None
 

@@ -230,7 +230,7 @@ class Tokenizer:
             try:
                 lean.backend.encode_special_tokens = bool(split_special_tokens)
                 ids = lean.backend.encode(text, add_special_tokens=add_special_tokens).ids
-            except Exception:  # transformers says it in its own words
+            except (TypeError, ValueError):  # transformers says it in its own words
                 ids = None
             if ids is not None and len(ids) <= lean.longest:
                 return ids

@@ -47,7 +47,22 @@ GEMMA = {
 }
 WORDS = "the of and a to in is that it was for on are with as I his they be at one have".split()
 PIECES = [
-    *(*WORDS, " ", "  ", "\n", "\n\n", "\t", "\r\n", "▁", "é", "ß", "日本", "🙂", "👩‍👩‍👧", "\u200b"),
+    *(
+        *WORDS,
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "▁",
+        "é",
+        "ß",
+        "日本",
+        "🙂",
+        "👩‍👩‍👧",
+        "\u200b",
+    ),
     *("\0", "\x1b", "<0x0A>", "<0xFF>", "ﬁ", "é", "مرحبا", "ŉ", "\ufeff", "\U0010ffff", "1234"),
     *("<bos", "bos>", "<unused0>", "<|", "|>", "<", ">", "'s", "...", "{}", "\\", '"', " ,", " ."),
 ]
