@@ -119,7 +119,7 @@ class Tokenizer:
         return getattr(self.transformers, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or name == "chat_template":
+        if name.startswith("_") or hasattr(type(self), name):
             super().__setattr__(name, value)
         else:
             setattr(self.transformers, name, value)
