@@ -18,9 +18,20 @@ from transformers import AutoTokenizer
 
 from mlx_diffgemma import PromptOptions, Tokenizer, bundled_model, encode_prompt, load_tokenizer
 from mlx_diffgemma.errors import SourceError
+from mlx_diffgemma.language.known_tokenizer import read_known
 from mlx_diffgemma.language.prompt import encode_text
 from tests.language import test_prompt
-from tests.language.tokenizer_files import CONTROLS, KNOWN, NAMED, UNKNOWN, chats, texts, write
+from tests.language.tokenizer_files import (
+    CONTROLS,
+    KNOWN,
+    NAMED,
+    UNKNOWN,
+    chats,
+    drawn,
+    texts,
+    write,
+)
+from tests.sampled import first
 
 # Uses what a template may use of jinja2 and of transformers.
 RICH = """
@@ -141,6 +152,21 @@ def test_what_transformers_may_change_is_left_to_it(name, tmp_path):
         reference = reference_of(tmp_path)
         for text in texts(200):
             assert ours.encode(text) == reference.encode(text)
+
+
+@pytest.mark.parametrize("seed", first(6, range(60)))
+def test_drawn_files_give_what_transformers_gives(seed, tmp_path):
+    write(tmp_path, drawn(seed), RICH if seed % 2 else None)
+    ours, reference = outcome(load_tokenizer, tmp_path), outcome(reference_of, tmp_path)
+    assert isinstance(ours, Tokenizer) != isinstance(reference, tuple)
+    if isinstance(ours, Tokenizer) and is_lean(ours):
+        check_same(ours, reference, 100)
+
+
+def test_a_part_of_the_drawn_files_is_known(tmp_path):
+    folders = [write(tmp_path / str(seed), drawn(seed)) for seed in range(30)]
+    known = [read_known(folder) is not None for folder in folders]
+    assert 8 < sum(known) < 25
 
 
 OLDER = {

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-from mlx_diffgemma import bundled_model
 
 CONTROLS = (
     "<|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> "
@@ -225,6 +224,31 @@ UNKNOWN: dict[str, Change] = {
 }
 
 
+def drawn(seed: int) -> Change:
+    """Several changes at once, and flags and entries at random."""
+    draw = random.Random(seed)
+    flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+    entries = ("bos_token", "new_token", "image_token", "extra_special_tokens", "padding_side")
+    values = ("<mask>", None, "<none>", ["<|tool>"], {"new_token": "<mask>"}, False, "right")
+
+    def change(content: dict, config: dict) -> None:
+        names = draw.sample([*KNOWN], draw.randrange(4))
+        for name in [*names, *draw.sample([*UNKNOWN], draw.random() < 0.25)]:
+            with suppress(KeyError, ValueError):  # of two that change the same
+                (KNOWN | UNKNOWN)[name](content, config)
+        added = content["added_tokens"]
+        for token in draw.sample(added, draw.randrange(4)):
+            token[draw.choice(flags)] = draw.random() < 0.5
+        if draw.random() < 0.3:
+            draw.shuffle(added)
+        if draw.random() < 0.2:
+            del added[draw.randrange(len(added))]
+        if draw.random() < 0.2:
+            config[draw.choice(entries)] = draw.choice(values)
+
+    return change
+
+
 def write(folder: Path, change: Change, template: str | None = None) -> Path:
     """Write a changed tokenizer into a folder."""
     content, config = json.loads(json.dumps(trained())), json.loads(json.dumps(GEMMA))
@@ -235,10 +259,6 @@ def write(folder: Path, change: Change, template: str | None = None) -> Path:
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
-
-
-def bundled_folder() -> Path:
-    return bundled_model()
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
