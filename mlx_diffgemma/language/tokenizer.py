@@ -36,6 +36,8 @@ _OF_TRANSFORMERS = frozenset(
     "return_assistant_tokens_mask tokenizer_kwargs messages conversations conversation".split()
 )
 
+_OWN = frozenset({"_folder", "_known", "_template", "_whole"})  # attributes of a Tokenizer
+
 _LOCKS: WeakKeyDictionary[Any, Lock] = WeakKeyDictionary()
 _making_locks = Lock()
 _loading = RLock()
@@ -107,7 +109,7 @@ class Tokenizer:
         return self._known if self._whole is None else None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("__") or name in _OWN:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if (lean := self._lean) is not None:
             key = name.removesuffix("_id")

@@ -306,6 +306,7 @@ LEFT_TO_IT = {
     "an attribute": lambda t: (t.padding_side, t.model_max_length, t.extra_special_tokens),
     "no attribute": lambda t: t.nonsense,
     "pieces": lambda t: t.tokenize("the of"),
+    "its backend": lambda t: len(t._tokenizer.get_vocab()) + len(t.backend_tokenizer.to_str()),
 }
 
 
