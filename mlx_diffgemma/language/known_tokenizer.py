@@ -159,10 +159,13 @@ def _special_tokens(
     lists = [config.get(f"{kind}_special_tokens") or [] for kind in ("extra", "additional")]
     _only_if(not all(lists))
     extra = lists[0] or lists[1]
+    maps = [config.get("model_specific_special_tokens"), extra if isinstance(extra, dict) else None]
+    for tokens in filter(None, maps):  # one at most, and no other tokens with names of their own
+        _only_if(set(named).issubset(NAMES) and not set(tokens) & {*NAMES})
+        _only_if(all(key.endswith("_token") for key in tokens))
+        named |= tokens
     if isinstance(extra, dict):
-        _only_if(not lists[1] and all(key.endswith("_token") for key in extra))
-        _only_if(not set(extra) & {*NAMES, *named})
-        named, extra = named | extra, []
+        extra = []
     _only_if(isinstance(extra, list))
     _only_if(all(isinstance(token, str) for token in [*named.values(), *extra]))
     return named, tuple(extra)
@@ -179,7 +182,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
 def _check_entries(config: Mapping[str, Any]) -> None:
     """Check what else a tokenizer_config.json says."""
     seen = {"chat_template", "added_tokens_decoder"}
-    seen |= {"extra_special_tokens", "additional_special_tokens"}
+    seen |= {f"{kind}_special_tokens" for kind in ("extra", "additional", "model_specific")}
     for key, value in config.items():
         if key in _VALUES:
             _only_if(any(value is known or value == known for known in _VALUES[key]))

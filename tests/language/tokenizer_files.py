@@ -42,7 +42,7 @@ GEMMA = {
     "padding_side": "left",
     "processor_class": "Gemma4Processor",
     "response_schema": {"type": "object"},
-    **NAMED,
+    "model_specific_special_tokens": NAMED,
 }
 WORDS = "the of and a to in is that it was for on are with as I his they be at one have".split()
 PIECES = [
@@ -137,7 +137,7 @@ def _more_tokens(content: dict, config: dict) -> None:
 def _not_controls(content: dict, config: dict) -> None:
     for token in content["added_tokens"]:
         token["special"] = token["content"] in STANDARD
-    for name in (*NAMED, "extra_special_tokens"):
+    for name in ("model_specific_special_tokens", "extra_special_tokens"):
         del config[name]
 
 
@@ -148,6 +148,7 @@ def _by_number(content: dict, config: dict) -> None:
         for token in content["added_tokens"]
     }
     config["extra_special_tokens"] = {"video_token": "<|video|>"}
+    del config["model_specific_special_tokens"]
     config |= {"add_bos_token": True, "add_eos_token": False, "sp_model_kwargs": None}
     config |= {"spaces_between_special_tokens": False, "use_default_system_prompt": False}
 
@@ -183,6 +184,9 @@ KNOWN: dict[str, Change] = {
     "no post-processor": _content(post_processor=None),
     "names that mean nothing": _config(sep_token=None, cls_token=None),
     "a name more": _config(cls_token="<bos>"),
+    "names in the file itself": lambda content, config: config.update(
+        config.pop("model_specific_special_tokens")
+    ),
     "tokens in a list": _config(extra_special_tokens=["<|video|>", "<|tool>", "<|tool>"]),
     "tokens in a list of an older name": lambda content, config: config.update(
         additional_special_tokens=config.pop("extra_special_tokens")
@@ -213,6 +217,7 @@ UNKNOWN: dict[str, Change] = {
     "no name": _config(mask_token=None),
     "another token for unknown ones": _config(unk_token="<pad>"),
     "tokens by number, with other flags": _by_number_otherwise,
+    "names in two places": _config(new_token="<mask>"),
     "several templates": _config(chat_template=[{"name": "default", "template": "x"}]),
     "an unknown entry": _config(fix_mistral_regex=False),
     "special tokens are split": _config(split_special_tokens=True),
