@@ -33,6 +33,7 @@ from common import finish, record
 
 HERE = Path(__file__).parent
 BOUND, HELP_BOUND = 3.0, 0.5  # seconds of processor time
+BARE = "generate, no bytecode"
 CANVAS = 16
 TINY = {
     "num_hidden_layers": 2,
@@ -69,10 +70,14 @@ def main() -> None:
             check=True,
         )
         commands = ways(model, twin)
+        compiled = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        compiled |= {"PYTHONPYCACHEPREFIX": str(Path(scratch, "bytecode"))}
+        bare = compiled | {"PYTHONPYCACHEPREFIX": str(Path(scratch, "none"))}
+        bare |= {"PYTHONDONTWRITEBYTECODE": "1"}
         took: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for number in range(1 + options.rounds):
             for name, command in commands.items():
-                found = seconds(command)
+                found = seconds(command, bare if name == BARE else compiled)
                 if number:  # the first one reads the files from the disk
                     took[name].append(found)
     rows = {
@@ -107,6 +112,7 @@ def ways(model: Path, twin: Path) -> dict[str, list[str]]:
     python = sys.executable
     generate = [python, "-m", "mlx_diffgemma", "generate"]
     one_step = ["--max-tokens", str(CANVAS), "--max-denoising-steps", "1", "--seed", "0"]
+    asked = ["--model", str(model), "--prompt", "Hello", *one_step]
     tokenizer = str(model / "tokenizer.json")
     return {
         "an interpreter": [python, "-c", "pass"],
@@ -114,7 +120,8 @@ def ways(model: Path, twin: Path) -> dict[str, list[str]]:
         "import mlx_diffgemma": [python, "-c", "import mlx_diffgemma"],
         "load_tokenizer": [python, "-c", TOKENIZER, str(model)],
         "--help": [*generate, "--help"],
-        "generate": [*generate, "--model", str(model), "--prompt", "Hello", *one_step],
+        "generate": [*generate, *asked],
+        BARE: [*generate, *asked],
         "mlx_lm.generate": [
             *(python, "-m", "mlx_lm", "generate", "--model", str(twin)),
             *("--prompt", "Hello", "--max-tokens", "1"),
@@ -122,10 +129,12 @@ def ways(model: Path, twin: Path) -> dict[str, list[str]]:
     }
 
 
-def seconds(command: list[str]) -> tuple[float, float]:
+def seconds(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Processor and wall time of a process that must end well."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     assert process.stdout is not None
     said = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .language.prompt import PromptOptions as PromptOptions
     from .language.prompt import encode_prompt as encode_prompt
     from .language.template import Template as Template
+    from .language.tokenizer import Tokenizer as Tokenizer
     from .language.tokenizer import load_tokenizer as load_tokenizer
     from .write.chat import Chat as Chat
     from .write.decide import DecisionTask as DecisionTask
@@ -57,6 +58,7 @@ _HOME = {
     "Selection": "write.edit",
     "Store": "denoise.store",
     "Template": "language.template",
+    "Tokenizer": "language.tokenizer",
     "batch_generate": "write.generate",
     "bundled_model": "checkpoint.files",
     "decide": "write.decide",

@@ -41,6 +41,7 @@ IMAGES, MEDIA = "tests/language/test_images.py", "tests/language/test_media.py"
 VIDEO, BOMBS = "tests/language/test_video.py", "tests/language/test_bombs.py"
 TOOLS, TOOL_CALLS = "tests/language/test_tools.py", "tests/write/test_tool_calls.py"
 TEXT, TOKENIZER = "tests/language/test_text.py", "tests/language/test_tokenizer.py"
+OWN_TOKENIZER = "tests/language/test_own_tokenizer.py"
 GENERATE, AS_ON_GPU = "tests/write/test_generate.py", "tests/write/test_as_on_gpu.py"
 TRAIN, TRAIN_DATA = "tests/train/test_train.py", "tests/train/test_train_data.py"
 ADAPTERS, PEFT = "tests/checkpoint/test_adapters.py", "tests/checkpoint/test_peft.py"
@@ -1523,14 +1524,14 @@ FAULTS = (
     ),
     Fault(
         "quiet: transformers tells that there is no torch",
-        "language/tokenizer.py",
+        "language/of_transformers.py",
         'os.environ[name] = "1"',
         "pass",
         (INSTALL,),
     ),
     Fault(
         "quiet: advice stays off in the environment",
-        "language/tokenizer.py",
+        "language/of_transformers.py",
         "os.environ.pop(name, None)",
         "pass",
         (INSTALL,),
@@ -1797,9 +1798,51 @@ FAULTS = (
     Fault(
         "templates: chat_template.json goes before tokenizer_config.json",
         "language/tokenizer.py",
-        "if not tokenizer.chat_template and (folder",
-        "if (folder",
+        "if not self._template and (self._folder",
+        "if (self._folder",
         (TOKENIZER,),
+    ),
+    Fault(
+        "tokenizer: parts that transformers rebuilds are read as they are",
+        "language/known_tokenizer.py",
+        '_check_parts(backend, named["unk_token"])',
+        "pass",
+        (OWN_TOKENIZER,),
+    ),
+    Fault(
+        "tokenizer: tokens that transformers numbers anew keep their numbers",
+        "language/known_tokenizer.py",
+        "_only_if(all(vocabulary.token_to_id",
+        "(all(vocabulary.token_to_id",
+        (OWN_TOKENIZER,),
+    ),
+    Fault(
+        "tokenizer: changes of it have no effect",
+        "language/tokenizer.py",
+        "return self._known if self._whole is None else None",
+        "return self._known",
+        (OWN_TOKENIZER,),
+    ),
+    Fault(
+        "templates: keys that say nothing are shown",
+        "language/chat_template.py",
+        "for key, value in message.items() if value is not None}",
+        "for key, value in message.items()}",
+        (OWN_TOKENIZER,),
+    ),
+    Fault(
+        "templates: JSON is escaped for HTML",
+        "language/chat_template.py",
+        'environment.filters["tojson"] = _json_text',
+        "pass",
+        (OWN_TOKENIZER,),
+    ),
+    Fault(
+        "start: mlx-lm's layers bring transformers",
+        "model/switch_linear.py",
+        "import mlx.nn as nn\n",
+        "import mlx.nn as nn\nimport mlx_lm\n",
+        ("tests/cli/test_light.py",),
     ),
     Fault(
         "thoughts: any name that begins like it is a thought",

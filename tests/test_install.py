@@ -131,7 +131,7 @@ def test_the_missing_backend_is_installed_from_where_the_package_came(
 QUIET = {
     "load": "from mlx_diffgemma import load, bundled_model\nload(bundled_model())",
     "tokenizer": "from mlx_diffgemma import load_tokenizer, bundled_model\n"
-    "load_tokenizer(bundled_model())",
+    "load_tokenizer(bundled_model()).transformers",
     "prompt": "from mlx_diffgemma import encode_prompt",
     "deep": "import mlx_diffgemma.write.generate, mlx_diffgemma.train.session",
     "command": "sys.argv = ['mlx_diffgemma', 'generate', '--prompt', 'Sort: 3 1 2', '--verbose', "

@@ -15,12 +15,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..config.training import DEFAULT_KEYS, LoraParameters
 from ..errors import ConfigError, SourceError
 from ..model import DiffusionGemma
 from ..model.backend import is_cpu
+from ..model.switch_linear import QuantizedSwitchLinear, SwitchLinear
 from .factors import Factors, Shapes, check_fit, read_float_header
 from .headers import read_header
 from .names import VISION, part_of

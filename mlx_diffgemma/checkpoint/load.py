@@ -26,7 +26,7 @@ from .tied import read_assigned
 from .weights import load_vision, load_weights, vision_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 _WARNED_AT_TOKENS = 4096
 
@@ -38,7 +38,7 @@ def load(
     adapter_path: str | os.PathLike[str] | None = None,
     fused: bool = True,
     vision: bool | None = None,
-) -> tuple[DiffusionGemma, PreTrainedTokenizerBase]:
+) -> tuple[DiffusionGemma, AnyTokenizer]:
     """Load a checkpoint and its tokenizer, as `mlx_lm.load` does.
 
     Args:

@@ -16,7 +16,7 @@ from .adapters import changes_vision, load_adapters
 from .load import load
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 
 def load_variants(
@@ -25,7 +25,7 @@ def load_variants(
     *,
     revision: str | None = None,
     vision: bool | None = None,
-) -> tuple[DiffusionGemma, dict[str, DiffusionGemma], PreTrainedTokenizerBase]:
+) -> tuple[DiffusionGemma, dict[str, DiffusionGemma], AnyTokenizer]:
     """Load a checkpoint once, and variants of it with adapters. A variant takes the memory of its
     adapter alone; products whose weights some adapter changes are fused in no variant.
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..language.controls import special_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 # Placeholders that no text contains; not every tokenizer marks them as special.
@@ -46,7 +46,7 @@ class Vocabulary:
     @classmethod
     def of_tokenizer(
         cls,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: AnyTokenizer,
         size: int,
         end_token_ids: Iterable[int],
         pad_token_id: int,

@@ -23,7 +23,7 @@ from ..model import DiffusionGemma
 from ..write.generate import stream_generate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 SEED = 17
@@ -184,7 +184,7 @@ def answers(patient: Patient) -> Iterator[Answer]:
 
 def answer(
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: BuiltIn,
     settings: GenerationSettings,
 ) -> Answer:

@@ -9,10 +9,10 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..config.quantization import Quantization
 from ..model.experts import Experts, Router
+from ..model.switch_linear import QuantizedSwitchLinear, SwitchLinear
 from .device import TYPES, affordable, computed, given, has_plain_experts, relative, tolerance
 from .exact import PACKINGS, PUBLISHED, Packed, drawn, geglu, name_of, packed, rms_norm, softmax
 from .outcome import Check

@@ -34,7 +34,7 @@ from ..write.job import Running, Task
 from .run import END, Channel, Failure, Run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class Engine:
     def __init__(
         self,
         model: DiffusionGemma,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: AnyTokenizer,
         *,
         max_rows: int = 8,
         max_queue: int = 64,

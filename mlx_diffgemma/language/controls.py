@@ -19,14 +19,14 @@ from ..config.generation import ResolvedSettings
 from ..errors import PromptError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from .tokenizer import AnyTokenizer
 
 # A template removes the thought from an earlier answer, from the first of these to the second.
 THOUGHT_BEGIN, THOUGHT_END = "<|channel>", "<channel|>"
 _TURN_END = "<turn|>"
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def special_tokens(tokenizer: AnyTokenizer) -> dict[str, int]:
     """Return the spelling of every special token of a tokenizer."""
     return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
@@ -149,7 +149,7 @@ def split_at(specials: Mapping[str, int], text: str, typed: Sequence[bool]) -> l
     return [*parts, text[start:]]
 
 
-def turn_ends(tokenizer: PreTrainedTokenizerBase, settings: ResolvedSettings) -> tuple[int, int]:
+def turn_ends(tokenizer: AnyTokenizer, settings: ResolvedSettings) -> tuple[int, int]:
     """Return the token that ends a turn, and the one that fills a canvas after it, as in
     training."""
     fallback = settings.eos_token_ids[0]

@@ -28,7 +28,7 @@ from .tokenizer import declaration_of, lock_of
 from .tools import calls_as_objects, declared
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from .tokenizer import AnyTokenizer
 
 # A template is a program. On messages that it does not expect it may raise any of these.
 _TEMPLATE_ERRORS = (
@@ -61,7 +61,7 @@ class PromptOptions:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: Prompt,
     options: PromptOptions = PromptOptions(),
     form: ImageForm | None = None,
@@ -81,7 +81,7 @@ def encode_prompt(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: Prompt,
     options: PromptOptions = PromptOptions(),
     form: ImageForm | None = None,
@@ -113,7 +113,7 @@ def encode(
 
 
 def encode_endings(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     told: Callable[[str], Prompt],
     endings: Sequence[str],
     options: PromptOptions = PromptOptions(),
@@ -161,7 +161,7 @@ def _around(
     return None
 
 
-def _with_its_media(tokenizer: PreTrainedTokenizerBase, encoded: EncodedPrompt) -> EncodedPrompt:
+def _with_its_media(tokenizer: AnyTokenizer, encoded: EncodedPrompt) -> EncodedPrompt:
     """Return a prompt unless it asks for images that it does not have."""
     specials = special_tokens(tokenizer)
     if specials.get("<|audio|>") in encoded.ids:
@@ -174,9 +174,7 @@ def _with_its_media(tokenizer: PreTrainedTokenizerBase, encoded: EncodedPrompt) 
     return encoded
 
 
-def _encode_raw(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: PromptOptions
-) -> list[int]:
+def _encode_raw(tokenizer: AnyTokenizer, prompt: Prompt, options: PromptOptions) -> list[int]:
     if not isinstance(prompt, str):
         raise PromptError(
             "messages need the chat template; without it, the prompt must be a string"
@@ -189,9 +187,7 @@ def _encode_raw(
     return _encode(tokenizer, raw, add_special_tokens=not has_bos)
 
 
-def _encode_parts(
-    tokenizer: PreTrainedTokenizerBase, parts: str | Sequence[str | int]
-) -> list[int]:
+def _encode_parts(tokenizer: AnyTokenizer, parts: str | Sequence[str | int]) -> list[int]:
     if isinstance(parts, str):
         return _encode(tokenizer, parts)
     ids: list[int] = []
@@ -201,7 +197,7 @@ def _encode_parts(
 
 
 def _parts(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: Prompt,
     options: PromptOptions,
     form: ImageForm | None,
@@ -235,7 +231,7 @@ def _parts(
 
 
 def _typed(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     messages: Sequence[Message],
     variables: Mapping[str, Any],
     prefix: str,
@@ -270,7 +266,7 @@ def _variables(options: PromptOptions) -> dict[str, Any]:
     return variables
 
 
-def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+def _warn_if_rendered(tokenizer: AnyTokenizer, prompt: str) -> None:
     """Warn if a string looks like the output of the chat template."""
     found = matching(special_tokens(tokenizer))
     if not found.match(prompt.lstrip()):
@@ -290,7 +286,7 @@ def _warn_if_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
         )
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+def token_bytes(tokenizer: AnyTokenizer) -> dict[int, bytes]:
     """Return the UTF-8 bytes of every text token; a byte token may be part of a character. Special
     tokens are not text."""
     special = set(special_tokens(tokenizer).values())
@@ -308,7 +304,7 @@ def _spelled(spelling: str) -> bytes:
     return spelling.replace("▁", " ").encode("utf-8", "replace")
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: AnyTokenizer, text: str) -> list[int]:
     """Return the token ids of a text, in which spelled special tokens are text too.
 
     Raises:
@@ -317,7 +313,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return _encode(tokenizer, text, split_special_tokens=True) if text else []
 
 
-def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+def single_tokens(tokenizer: AnyTokenizer, texts: Sequence[str]) -> tuple[int, ...]:
     """Return the ids of texts that are one token each, such as extra end tokens.
 
     Raises:
@@ -334,7 +330,7 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> t
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     text: str,
     *,
     add_special_tokens: bool = False,
@@ -356,14 +352,15 @@ def _encode(
     return _spelled_out(tokenizer, ids) if split_special_tokens else ids
 
 
-def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+def _spelled_out(tokenizer: AnyTokenizer, ids: list[int]) -> list[int]:
     """Replace special tokens by the tokens that spell them.
 
     From a sentencepiece file, transformers 5.24 makes a tokenizer that cuts user-defined pieces out
     of any text, `split_special_tokens` or not, and Gemma's control tokens are such pieces.
     """
     specials = {i: name for name, i in special_tokens(tokenizer).items()}
-    specials.pop(tokenizer.unk_token_id, None)  # replaces characters that have no token
+    if (unknown := tokenizer.unk_token_id) is not None:
+        specials.pop(unknown, None)  # replaces characters that have no token
     out: list[int] = []
     for token in ids:
         if token in specials and len(name := specials[token]) > 1:
@@ -375,7 +372,7 @@ def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     messages: Sequence[Message],
     variables: Mapping[str, Any],
 ) -> str:

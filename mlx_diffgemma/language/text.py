@@ -17,7 +17,7 @@ from .stops import Stops
 from .tools import CALL_BEGIN, CALL_END, QUOTE, CallEvent, CallReader
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from .tokenizer import AnyTokenizer
 
 # Control tokens of tool calls: where they stand outside of a call, they are shown as text.
 _SHOWN = frozenset({CALL_BEGIN, CALL_END, QUOTE})
@@ -37,7 +37,7 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: AnyTokenizer,
         eos_token_ids: Iterable[int],
         prompt: Sequence[int] = (),
         stop: Sequence[str] = (),
@@ -223,7 +223,7 @@ class Drafts:
 
 
 def draft_pieces(
-    tokenizer: PreTrainedTokenizerBase, event: StepDone, eos_token_ids: Iterable[int]
+    tokenizer: AnyTokenizer, event: StepDone, eos_token_ids: Iterable[int]
 ) -> list[tuple[str, bool]]:
     """Return the first row's draft as (text, accepted) pieces up to its first end token, for
     display."""
@@ -246,7 +246,7 @@ CERTAINTY_BANDS = (0.25, 0.5, 0.75, 0.95)
 class Spellings:
     """Spellings of single tokens for display: control tokens and bytes by their names."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         self._tokenizer = tokenizer
         self._controls = {token_id: name for name, token_id in special_tokens(tokenizer).items()}
         self._known: dict[int, str] = {}

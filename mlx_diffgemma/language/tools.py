@@ -19,7 +19,7 @@ from ..events import BrokenToolCall, Text, ToolCall
 from .controls import THOUGHT_BEGIN, THOUGHT_END, special_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from .tokenizer import AnyTokenizer
 
 CALL_BEGIN, CALL_END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 
@@ -40,9 +40,7 @@ CallEvent = ToolCall | BrokenToolCall | Text
 class CallReader:
     """Collects the ids of tool calls, and reads each call when it ends."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], prompt: Sequence[int] = ()
-    ):
+    def __init__(self, tokenizer: AnyTokenizer, ends: Iterable[int], prompt: Sequence[int] = ()):
         """Begin after `prompt`, which may leave a call open. Calls are numbered on from those in
         it, so that no two calls of a conversation share an id."""
         self._tokenizer = tokenizer

@@ -9,12 +9,12 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..config.model import TextConfig
 from .backend import compiled_per_shape, is_cpu, is_training
 from .layers import geglu, geglu_gradients, unit_rms
 from .products import expert_matrix, linear
+from .switch_linear import SwitchLinear
 
 # From this many (token, expert) pairs on, they are sorted by expert: MLX's sorted kernels read
 # each expert once.
@@ -60,8 +60,8 @@ class Experts(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         E, M, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = SwitchLinear(M, 2 * F, E, bias=False)
-        self.down_proj = SwitchLinear(F, M, E, bias=False)
+        self.gate_up_proj = SwitchLinear(M, 2 * F, E)
+        self.down_proj = SwitchLinear(F, M, E)
         self.count, self.multiplications = E, 3 * M * F
 
     def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:

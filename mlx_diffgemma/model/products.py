@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .backend import is_cpu
+from .switch_linear import QuantizedSwitchLinear, SwitchLinear
 
 # Of unpacked weights at a time: large enough for the BLAS, small enough that several in flight take
 # little memory.
@@ -76,7 +76,7 @@ def unpacked(module: nn.Module) -> nn.Module:
     plain: nn.Module
     if isinstance(module, QuantizedSwitchLinear):
         experts, outputs, inputs = weight.shape
-        plain = SwitchLinear(inputs, outputs, experts, bias=False)
+        plain = SwitchLinear(inputs, outputs, experts)
     else:
         outputs, inputs = weight.shape
         plain = nn.Linear(inputs, outputs, bias=False)

@@ -18,7 +18,7 @@ from ..language.prompt import PromptOptions, encode, encode_text, special_tokens
 from .pictures import Picture, Pictures
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 SPLITS = ("train", "valid", "test")
 _END_OF_TURN = "<turn|>"
@@ -43,7 +43,7 @@ class Example:
 def read_split(
     folder: str | Path,
     split: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     *,
     vocab_size: int,
     canvas_length: int,
@@ -108,7 +108,7 @@ def _record(line: bytes, where: str) -> Mapping[str, Any]:
 
 def _example(
     record: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     end: int,
     where: str,
     pictures: Pictures,
@@ -188,7 +188,7 @@ def _and_images(example: Example) -> str:
     return f", {tokens} of them of images" if tokens else ""
 
 
-def fill_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def fill_token(tokenizer: AnyTokenizer) -> int:
     """Return the token that fills a canvas after the end of the turn: `<eos>`."""
     specials = special_tokens(tokenizer)
     if "<eos>" not in specials:
@@ -196,7 +196,7 @@ def fill_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return specials["<eos>"]
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, path: Path) -> int:
+def _end_of_turn(tokenizer: AnyTokenizer, path: Path) -> int:
     specials = special_tokens(tokenizer)
     if _END_OF_TURN not in specials:
         raise DataError(f"{path}: this tokenizer has no {_END_OF_TURN}, which ends an answer")

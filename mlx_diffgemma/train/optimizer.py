@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx_lm.tuner.utils import build_schedule
 
 from ..config.training import TrainSettings
 from ..errors import ConfigError
@@ -38,6 +37,8 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     """
     rate: Rate = settings.learning_rate
     if settings.lr_schedule is not None:
+        from mlx_lm.tuner.utils import build_schedule  # imports transformers
+
         try:
             rate = build_schedule(dict(settings.lr_schedule))
         except (TypeError, ValueError) as error:

@@ -26,7 +26,7 @@ from .data import Example, fill_token, read_split
 from .trainer import Event, Saved, Trainer, prepare
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 
 @dataclass
@@ -164,7 +164,7 @@ def _check_folder(folder: Path, *, trains: bool, resumes: bool) -> None:
 
 def _read_splits(
     data: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     config: ModelConfig,
     settings: TrainSettings,
     *,

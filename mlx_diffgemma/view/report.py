@@ -27,7 +27,7 @@ from ..write.edit import Edited
 from ..write.fill import Filled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Stopwatch:
 class Drafts:
     """Reads the drafts of a run for `as_object`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer, self._ends = tokenizer, frozenset(eos_token_ids)
         self._spellings = Spellings(tokenizer)
         self._pinned: list[bool] = []

@@ -44,7 +44,7 @@ from ..language.text import CERTAINTY_BANDS, Spellings
 from .pages import FORMAT, check_page, model_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 PAGE_FILES = ("trace.html", "trace.css", "trace_view.js")
 CANDIDATES = 5  # per position, unless the vocabulary is smaller
@@ -97,7 +97,7 @@ class Trace:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: AnyTokenizer,
         *,
         model: str,
         prompt: str,

@@ -31,7 +31,7 @@ from .job import Job, Task, refuse_other, run_jobs
 from .said import Said
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 # For the contexts of a chat: at the shapes of the 26B model, 32K tokens and six snapshots of them.
 _STORE_BYTES = 2_000_000_000
@@ -92,7 +92,7 @@ class Chat:
     def __init__(
         self,
         model_or_engine: Any,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: AnyTokenizer | None = None,
         *,
         system_prompt: str | None = None,
         tools: Sequence[Any] = (),

@@ -24,7 +24,7 @@ from ..language.tools import CALL_BEGIN, CALL_END, QUOTE
 from ..model import DiffusionGemma
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 K = TypeVar("K")
 _KEPT = 32  # lifted constraints of a tokenizer
@@ -68,7 +68,7 @@ def _lifted_of(tokenizer: Any) -> _Lifted:
 def over_tokens(
     constraint: Constraint,
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     settings: ResolvedSettings,
     *,
     thinking: bool,
@@ -140,7 +140,7 @@ def over_part(
     identity: Hashable,
     make: Callable[[], DFA],
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     ends: tuple[int, int],
 ) -> tuple[Part, TokenConstraint]:
     """Return a part of an answer over a checkpoint's tokens, from a cache if it was made before.

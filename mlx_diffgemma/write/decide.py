@@ -31,7 +31,7 @@ from .job import Ask, Job, run_jobs
 from .questions import DIGITS, LETTERS, MOST_QUESTIONS, Answer, Question
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 WIDTH = 16  # columns of a canvas; more are a multiple of it
 ROWS = 8  # questions that are asked for at once
@@ -75,7 +75,7 @@ class Labels:
 
 def decide(
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: str | Sequence[Message],
     questions: Question | str | Sequence[Question | str],
     *,
@@ -124,9 +124,7 @@ class DecisionTask:
     canvas_length: int = WIDTH
     prompt_options: PromptOptions = PromptOptions()
 
-    def job(
-        self, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase
-    ) -> Job[Event | Decisions]:
+    def job(self, model: DiffusionGemma, tokenizer: AnyTokenizer) -> Job[Event | Decisions]:
         """Return the job that answers.
 
         Raises:
@@ -187,7 +185,7 @@ class DecisionTask:
         return min(width, longest) if width == WIDTH else width
 
     def _encoded(
-        self, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]
+        self, model: DiffusionGemma, tokenizer: AnyTokenizer, questions: Sequence[str]
     ) -> tuple[EncodedPrompt, list[EncodedPrompt]]:
         """Return the tokens of the input, and for each question its own and an empty thought."""
         form, messages = ImageForm.of(model.config), self.prompt
@@ -210,7 +208,7 @@ class DecisionTask:
         ]
 
 
-def empty_thought(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def empty_thought(tokenizer: AnyTokenizer) -> list[int]:
     """Return the tokens of a thought without text; none for a checkpoint whose chat template knows
     no thoughts."""
     specials = special_tokens(tokenizer)
@@ -219,7 +217,7 @@ def empty_thought(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [specials[THOUGHT_BEGIN], *encode_text(tokenizer, "thought\n"), specials[THOUGHT_END]]
 
 
-def labels_of(tokenizer: PreTrainedTokenizerBase, question: Question) -> Labels:
+def labels_of(tokenizer: AnyTokenizer, question: Question) -> Labels:
     """Return the labels of a question's options: the words true and false, a letter, a digit, or a
     code of two letters.
 
@@ -257,9 +255,7 @@ def labels_of(tokenizer: PreTrainedTokenizerBase, question: Question) -> Labels:
     )
 
 
-def _spellings(
-    tokenizer: PreTrainedTokenizerBase, label: str, without: str = ""
-) -> tuple[int, ...]:
+def _spellings(tokenizer: AnyTokenizer, label: str, without: str = "") -> tuple[int, ...]:
     """Return the single tokens that spell a label, with and without a leading space."""
     texts = [label] if without else [label, f" {label}"]
     encoded = [encode_text(tokenizer, text) for text in texts]

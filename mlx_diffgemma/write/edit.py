@@ -21,7 +21,7 @@ from .fill import Filled, FillTask
 from .job import Job, run_jobs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 _NAME = "selection"
 _PLACES = re.compile(r"\s*(\d{1,9}):(\d{1,9})\s*-\s*(\d{1,9}):(\d{1,9})\s*")
@@ -119,7 +119,7 @@ class Edited:
 
 def edit(
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     document: str,
     selection: Selection | str,
     instruction: str,
@@ -181,7 +181,7 @@ class EditTask:
     settings: GenerationSettings = GenerationSettings()
     prompt_options: PromptOptions = PromptOptions()
 
-    def job(self, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase) -> Job[Event | Edited]:
+    def job(self, model: DiffusionGemma, tokenizer: AnyTokenizer) -> Job[Event | Edited]:
         """Return the job that rewrites it; it yields the events of `stream_fill`, and Edited last.
 
         Raises:
@@ -272,9 +272,7 @@ def _checked(document: str, selection: Selection | str, instruction: str) -> Sel
     return selection
 
 
-def _near(
-    tokenizer: PreTrainedTokenizerBase, before: str, behind: str, most: int
-) -> tuple[str, str]:
+def _near(tokenizer: AnyTokenizer, before: str, behind: str, most: int) -> tuple[str, str]:
     """Return the text on both sides of a selection that is nearest to it, in at most so many
     tokens: all of it, or as much on both sides where there is enough."""
     sides = [encode_text(tokenizer, side) for side in (before, behind)]

@@ -25,7 +25,7 @@ from .regions import Region, Regions
 from .writer import Writer, least_lead, may_be_cut
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Filled:
 
 def fill(
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     template: Template | str,
     *,
     prompt: Prompt | None = None,
@@ -106,7 +106,7 @@ def fill(
 
 def stream_fill(
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     template: Template | str,
     *,
     prompt: Prompt | None = None,
@@ -141,7 +141,7 @@ class FillTask:
     is_shown: bool = False
     standing: Mapping[str, str] = field(default_factory=dict)
 
-    def job(self, model: DiffusionGemma, tokenizer: PreTrainedTokenizerBase) -> Job[Event | Filled]:
+    def job(self, model: DiffusionGemma, tokenizer: AnyTokenizer) -> Job[Event | Filled]:
         """Return the job that fills it.
 
         Raises:

@@ -29,7 +29,7 @@ from .job import Ask, Job, refuse_other, run_jobs
 from .verbose import Printed, PrintedBatch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Request:
     def job(
         self,
         model: DiffusionGemma,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: AnyTokenizer,
         *,
         noise: Noise | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -157,7 +157,7 @@ def _answer(
 
 def generate(
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: Prompt,
     *,
     max_tokens: int | None = None,
@@ -216,7 +216,7 @@ def generate(
 
 def stream_generate(
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompt: Prompt,
     *,
     max_tokens: int | None = None,
@@ -266,7 +266,7 @@ def stream_generate(
 
 def batch_generate(
     model: DiffusionGemma,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: AnyTokenizer,
     prompts: Sequence[Prompt],
     *,
     max_tokens: int | None = None,

@@ -23,7 +23,7 @@ from ..model import DiffusionGemma
 from .constrained import over_part
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ..language.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +71,7 @@ class Regions:
     def __init__(
         self,
         model: DiffusionGemma,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: AnyTokenizer,
         settings: ResolvedSettings,
         ends: tuple[int, int],
     ) -> None:
