@@ -15,9 +15,13 @@ import threading
 import time
 from pathlib import Path
 
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+
 from mlx_diffgemma.serve import steps
+from mlx_diffgemma.serve.security import Access
 from tests.page.browsers import Person, chromium
-from tests.page.test_looks import PARTS, STRANGE, look
+from tests.page.test_looks import LONG, PARTS, STRANGE, look
 from tests.serve.cases import scripted, serving
 
 # The puzzle of docs/picture.py, which the model was not trained on.
@@ -47,6 +51,13 @@ def palindrome(text: str) -> bool:
 
 $$x = \\frac{-b \\pm \\sqrt{b^2 - 4ac}}{2a}$$
 """
+
+RIGHT_TO_LEFT = (
+    "שלום עולם! זהו משפט ארוך מאוד בעברית עם מילה English באמצע, ומספר 12345.\n\n"
+    f"* مرحبا بالعالم 👩‍👩‍👧‍👦 🏳️‍🌈\n* {LONG}\n\n"
+    "שורה שנייה בעברית עם קוד `x = 1` ועוד מילים רבות אחריו."
+)
+VIEWS = [(width, scheme) for width in (390, 1440) for scheme in ("light", "dark")]
 
 
 def main() -> None:
@@ -78,6 +89,38 @@ def main() -> None:
                 look(person, width, scheme)
                 time.sleep(0.5)
                 take(person, options.folder / f"rich-{width}-{scheme}.png")
+    with chromium() as driver:
+        photograph_strange(driver, options.folder)
+
+
+def photograph_strange(driver: WebDriver, folder: Path) -> None:
+    """Take an answer from right to left, a turn that is edited, and the question for a key."""
+
+    def shots(person: Person, name: str) -> None:
+        for width, scheme in VIEWS:
+            look(person, width, scheme)
+            time.sleep(0.3)
+            take(person, folder / f"{name}-{width}-{scheme}.png")
+
+    with serving(model=scripted(RIGHT_TO_LEFT)) as running:
+        person = Person(driver, running.port)
+        person.open()
+        HOLD.after(21)  # within a canvas
+        person.ask(f"שלום {STRANGE}")
+        person.see("document.querySelectorAll('.settling > span').length > 3")
+        shots(person, "right-to-left-working")
+        HOLD.release()
+        person.answered()
+        shots(person, "right-to-left")
+        person.click("Edit")
+        shots(person, "editing")
+    with serving(access=Access("k")) as running:
+        person = Person(driver, running.port)
+        person.open(ready=False)
+        person.see("document.getElementById('key-dialog').open")
+        person.one("#key-field").send_keys("wrong", Keys.ENTER)
+        person.see("document.getElementById('key-problem').textContent.includes('refused')")
+        shots(person, "key")
 
 
 class Hold:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from mlx_diffgemma.serve.security import Access
 from mlx_diffgemma.serve.server import listen
 from tests.page.browsers import Person
+from tests.page.test_looks import look
 from tests.serve.cases import LONG, scripted, serving
 from tests.write.test_tool_calls import CALL
 
@@ -208,6 +210,38 @@ def test_the_key_is_asked_for_once_and_kept_for_the_tab(before):
         person.go("decide")
         person.click("Decide")
         person.see("document.getElementById('key-dialog').open")
+
+
+def test_a_key_may_be_given_later_and_must_be_one_that_can_be_sent(before):
+    with serving(access=Access(KEY)) as running:
+        person = before(running.port)
+        look(person, 390, "light")
+        person.open(ready=False)
+        person.see("document.getElementById('key-dialog').open")
+        box = person.js(
+            "const {left, right} = document.getElementById('key-dialog').getBoundingClientRect();"
+            "return [left, right]"
+        )
+        assert box[0] >= 8 and box[1] <= 390 - 8
+        person.press(Keys.ESCAPE)
+        person.see("document.getElementById('notice').textContent.includes('needs its key')")
+        person.ask("Sort: 6 3 1 7")
+        person.see("document.getElementById('key-dialog').open")
+        person.click("Not now", "#key-dialog")
+        person.see("document.querySelector('.turn.assistant .problem')")
+        assert person.js("return document.activeElement.id") == "message"
+        person.click("Give the key", "#notice")
+        person.see("document.getElementById('key-dialog').open")
+        person.one("#key-field").send_keys("ключ", Keys.ENTER)
+        person.see("document.getElementById('key-problem').textContent.includes('characters')")
+        person.one("#key-field").clear()
+        person.one("#key-field").send_keys(KEY, Keys.ENTER)
+        person.see("document.documentElement.dataset.ready === 'yes'")
+        assert person.js("return document.getElementById('notice').hidden")
+        person.click("Retry")
+        person.see("document.querySelector('.versions')")
+        assert person.answered() == "1 3 6 7"
+        person.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_server_that_goes_and_comes_back_is_waited_for(person, monkeypatch):

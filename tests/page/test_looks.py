@@ -63,7 +63,13 @@ def work(person: Person, part: str) -> None:
 
 @pytest.mark.parametrize(
     ("width", "scheme"),
-    [(1440, "light"), pytest.param(360, "dark", marks=pytest.mark.long)],
+    [
+        (1440, "light"),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in ((1440, "dark"), (390, "light"), (390, "dark"), (360, "dark"))
+        ),
+    ],
 )
 def test_axe_finds_nothing_serious_and_nothing_is_wider_than_the_screen(looked, width, scheme):
     look(looked, width, scheme)
@@ -73,6 +79,55 @@ def test_axe_finds_nothing_serious_and_nothing_is_wider_than_the_screen(looked, 
         work(looked, part)
         assert serious(looked) == [], part
         assert looked.js("return document.documentElement.scrollWidth") <= width, part
+
+
+def test_every_part_is_in_sight_of_a_telephone(looked):
+    for width in (390, 360):
+        look(looked, width, "light")
+        looked.open()
+        edges = looked.js(
+            "return [...document.querySelectorAll('#nav a')].map((link) => {"
+            "const {left, right, height} = link.getBoundingClientRect();"
+            "return [left, right, height]; })"
+        )
+        assert len(edges) == len(PARTS)
+        for left, right, height in edges:
+            assert left >= 0 and right <= width and height >= 24
+
+
+def test_a_field_keeps_its_lines_in_sight_when_the_width_changes(looked):
+    look(looked, 1440, "light")
+    looked.open()
+    looked.write("#message", STRANGE)
+    looked.one("#message").click()
+    for width in (390, 1440):
+        look(looked, width, "light")
+        looked.see("Math.abs(message.scrollHeight - message.clientHeight) <= 2")
+
+
+def test_tokens_keep_their_places_where_some_run_from_right_to_left(looked):
+    look(looked, 1440, "light")
+    looked.open()
+    told = looked.driver.execute_async_script(
+        "const done = arguments[0]; import('/page/settle.js').then(({Canvas}) => {"
+        "const canvas = new Canvas(), drawn = [];"
+        "document.querySelector('.turns').append(canvas.element);"
+        "for (const words of [['one', ' two'], ['\u05d0', ' \u05d1'], ['\u05d0', '']]) {"
+        "canvas.draw(words.map((text) => ({text, certainty: 1000, accepted: true})));"
+        "const spans = [...canvas.element.children];"
+        "drawn.push([spans.map((span) => span.textContent), getComputedStyle(spans[0]).unicodeBidi,"
+        "spans[0].getBoundingClientRect().right <= spans[1].getBoundingClientRect().left + 0.5]); }"
+        "canvas.draw([{text: 'x', certainty: 0, accepted: true}]);"
+        "done([drawn, canvas.element.textContent]); })"
+    )
+    assert told == [
+        [
+            [["one", " two"], "normal", True],
+            [["\u05d0", " \u05d1"], "isolate", True],
+            [["\u05d0", ""], "isolate", True],
+        ],
+        "x",
+    ]
 
 
 def test_axe_finds_nothing_serious_while_text_settles(looked, slow):

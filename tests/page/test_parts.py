@@ -100,6 +100,19 @@ def test_the_cursor_is_a_place_to_write_at(person):
     assert pane(person) == f"12 13 {new} 15 16"
 
 
+def test_a_text_from_its_first_character_has_nothing_pinned_before(person):
+    person.keep(**FEW)
+    person.open("document")
+    person.write("#pane", "12 13 15 16")
+    person.select("#pane", 0, 2)
+    person.write("#wish", "The number before")
+    person.click("Rewrite")
+    proposed(person, 1)
+    assert person.texts(".pinned-text") == [" 13 15 16"]
+    # The keyboard reaches pinned text, which may be longer than its place.
+    assert person.js("return document.querySelector('.pinned-text').tabIndex") == 0
+
+
 def test_an_error_of_a_template_is_told(person):
     person.open("document")
     person.write("#pane", "{{match: (}}")

@@ -1,6 +1,6 @@
 // The page: its parts, one at a time, each loaded when it is first shown.
 
-import {$, notice} from "./dom.js";
+import {$, button, notice} from "./dom.js";
 import {server} from "./server.js";
 import {Side} from "./side.js";
 
@@ -13,13 +13,18 @@ const PARTS = {
   settings: () => import("./settings_part.js"),
 };
 
+const HEADER = /^[\x20-\x7e\xa0-\xff]+$/; // what a header can carry; others are no key of a server's
+
 const app = {
   facts: null, // {model, models, canvas, context, images, thinking, settings}, once the server tells them
   inside: null, // the run that Look inside shows; null for the last one
   side: null,
   opened: new Map(),
-  closeSide() { document.body.classList.remove("with-side"); },
-  toggleSide() { document.body.classList.toggle("with-side"); },
+  // The list of conversations, where the screen is narrow.
+  openSide(isOpen) {
+    document.body.classList.toggle("with-side", isOpen);
+    for (const button of document.querySelectorAll(".narrow-only")) button.setAttribute("aria-expanded", String(isOpen));
+  },
   async part(name) {
     if (!this.opened.has(name)) this.opened.set(name, PARTS[name]().then((module) => module.part(this)));
     return this.opened.get(name);
@@ -34,10 +39,7 @@ function nameNow() {
 async function show() {
   const name = nameNow();
   for (const link of $("nav").querySelectorAll("a")) {
-    if (link.hash === `#${name}`) {
-      link.setAttribute("aria-current", "page");
-      link.scrollIntoView({block: "nearest", inline: "nearest"});
-    }
+    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   document.body.dataset.part = name;
@@ -73,19 +75,33 @@ async function learn() {
     }
     document.documentElement.dataset.ready = "yes";
   } catch (error) {
-    if (error.status !== 0 && error.status !== 503) notice(error.message, "problem");
+    if (error.status === 401) notice(error.message, "problem", button("Give the key", () => { notice(""); learn(); }));
+    else if (error.status !== 0 && error.status !== 503) notice(error.message, "problem");
   }
 }
 
+// Asks for the key; null where the dialog is closed without one.
 function askForKey(problem) {
   const dialog = $("key-dialog"), field = $("key-field");
-  $("key-problem").textContent = problem;
-  $("key-problem").hidden = !problem;
-  field.value = "";
+  const tell = (words) => {
+    $("key-problem").textContent = words;
+    $("key-problem").hidden = !words;
+  };
+  tell(problem);
+  field.value = dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("cancel", (event) => event.preventDefault());
-    dialog.addEventListener("close", () => resolve(field.value.trim()), {once: true});
+    dialog.addEventListener("close", function closed() {
+      const key = field.value.trim();
+      if (dialog.returnValue === "use" && !HEADER.test(key)) {
+        tell("No key has such characters.");
+        dialog.returnValue = "";
+        dialog.showModal();
+        return;
+      }
+      dialog.removeEventListener("close", closed);
+      resolve(dialog.returnValue === "use" ? key : null);
+    });
   });
 }
 
@@ -103,7 +119,11 @@ server.addEventListener("change", showState);
 app.side = new Side(() => app.part("chat"));
 addEventListener("hashchange", show);
 addEventListener("click", (event) => {
-  if (document.body.classList.contains("with-side") && !event.target.closest("#side, .narrow-only")) app.closeSide();
+  if (document.body.classList.contains("with-side") && !event.target.closest("#side, .narrow-only")) app.openSide(false);
+});
+document.querySelector(".skip").addEventListener("click", (event) => { // the hash names the part
+  event.preventDefault();
+  $("main").focus();
 });
 // A file that nothing takes is not opened in place of the page.
 for (const kind of ["dragover", "drop"]) {

@@ -1,7 +1,7 @@
 // Chat: conversations whose answers settle in place.
 
 import {added, lastOf, messages, newConversation, parentOf, path, titleOf} from "./conversation.js";
-import {button, growing, h, notice, say} from "./dom.js";
+import {button, growing, h, notice, say, stopping} from "./dom.js";
 import {pictures} from "./images.js";
 import {Run, runs} from "./run.js";
 import {server} from "./server.js";
@@ -27,6 +27,7 @@ class ChatPart {
   conversation = newConversation();
   running = new Map(); // conversation id -> {run, turn, conversation, view}
   ran = new WeakMap(); // turn -> its run
+  edited = null; // {turn, element}: a turn with what is typed to take its place
 
   constructor(app) {
     this.app = app;
@@ -34,7 +35,7 @@ class ChatPart {
     this.field = h("textarea", {id: "message", rows: 1, placeholder: "Write a message", ariaLabel: "Message", dir: "auto"});
     this.grow = growing(this.field);
     this.send = h("button", {className: "primary", textContent: "Send"});
-    this.stop = button("Stop", () => this.running.get(this.conversation.id)?.run.stop(), {hidden: true, className: "primary"});
+    this.stop = button("Stop", stopping(() => this.running.get(this.conversation.id)?.run.stop()), {hidden: true, className: "primary"});
     this.images = pictures(this.field, () => path(this.conversation).flatMap((turn) => turn.images ?? []));
     this.strip = h("p", {className: "faint small strip"});
     const form = h("form", {className: "composer", on: {submit: (event) => { event.preventDefault(); this.submit(); }}},
@@ -44,14 +45,18 @@ class ChatPart {
       event.preventDefault();
       this.submit();
     });
-    this.title = h("h1", {textContent: "Chat"});
+    this.title = h("h1", {textContent: "Chat", dir: "auto"});
     this.element = h("section", {className: "part chat", ariaLabel: "Chat"},
       h("header", {className: "toolbar"}, this.title, h("span", {className: "tools"},
         button("New", () => this.open(newConversation())),
-        button("Conversations", () => app.toggleSide(), {className: "narrow-only"}))),
+        this.list = button("Conversations", () => this.openList(), {className: "narrow-only", attributes: {"aria-expanded": "false", "aria-controls": "side-part"}}))),
       this.turns, form);
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && !document.querySelector("dialog[open]") && this.element.isConnected) this.running.get(this.conversation.id)?.run.stop();
+      if (event.key !== "Escape" || document.querySelector("dialog[open]") || !this.element.isConnected) return;
+      if (this.list.ariaExpanded === "true") {
+        app.openSide(false);
+        this.list.focus();
+      } else this.running.get(this.conversation.id)?.run.stop();
     });
     stored.addEventListener("change", ({detail}) => this.changedElsewhere(detail));
     settings.addEventListener("change", () => this.showStrip());
@@ -67,16 +72,24 @@ class ChatPart {
   shown() {
     this.images.offer(this.app.facts?.images ?? null);
     this.grow();
-    if (matchMedia("(hover: hover)").matches) this.field.focus({preventScroll: true});
+    this.focusField();
   }
 
   open(conversation) {
     this.show(conversation);
-    this.app.closeSide();
+    this.app.openSide(false);
     this.field.focus();
   }
 
+  openList() {
+    const isOpen = this.list.ariaExpanded !== "true";
+    this.app.openSide(isOpen);
+    if (isOpen) document.querySelector("#side .kept button").focus();
+  }
+
   show(conversation = this.conversation) {
+    const focus = this.focusNow();
+    if (conversation !== this.conversation) this.edited = null;
     this.conversation = conversation;
     sessionStorage.setItem(CURRENT, conversation.id);
     const turns = path(conversation), under = this.running.get(conversation.id);
@@ -86,10 +99,35 @@ class ChatPart {
     this.stop.hidden = !under;
     this.send.hidden = Boolean(under);
     this.app.side.mark(conversation.id);
+    focus();
+  }
+
+  // Returns what puts the focus back once the turns are made anew: on the same control of the turn
+  // at the same place, else on another one there.
+  focusNow() {
+    const held = document.activeElement ?? document.body, turn = held.closest(".turn");
+    if (!turn && held !== this.send && held !== this.stop) return () => {};
+    const at = turn ? [...this.turns.children].indexOf(turn) : -1;
+    const name = turn?.querySelector(".editing") ? "Edit" : turn ? nameOf(held) : "Retry";
+    return () => {
+      if (held.isConnected && !held.hidden) return held.focus({preventScroll: true});
+      if (!turn && this.focusField()) return;
+      if (!this.stop.hidden && (!turn || at === this.turns.childElementCount - 1)) return this.stop.focus({preventScroll: true});
+      const there = [...this.turns.children].at(at)?.querySelectorAll("button:enabled, a, summary") ?? [];
+      ([...there].find((each) => nameOf(each) === name) ?? there[0] ?? this.field).focus({preventScroll: true});
+    };
+  }
+
+  // A field that gets the focus opens the keyboard of a telephone, which nobody has asked for.
+  focusField() {
+    if (!matchMedia("(hover: hover)").matches) return false;
+    this.field.focus({preventScroll: true});
+    return true;
   }
 
   view(turn, isLast, under) {
     if (under?.turn === turn) return under.view.element;
+    if (this.edited?.turn === turn) return this.edited.element; // what is typed there stays
     const siblings = parentOf(this.conversation, turn).children;
     if (turn.role === "user") return userTurn(turn, siblings, this);
     return turn.role === "tool" ? toolTurn(turn) : assistantTurn(turn, siblings, this, isLast);
@@ -130,7 +168,10 @@ class ChatPart {
   }
 
   edit(turn, text, images) {
-    if ((!text.trim() && !images.length) || this.running.has(this.conversation.id)) return;
+    if (!text.trim() && !images.length) return;
+    if (this.running.has(this.conversation.id)) return notice("An answer is being written: wait for it, or stop it first.");
+    notice("");
+    this.edited = null;
     this.ask(parentOf(this.conversation, turn), {role: "user", text, ...(images.length && {images})});
   }
 
@@ -176,7 +217,7 @@ class ChatPart {
       ...(settings.tools && {tools: settings.tools}),
       ...(thinking !== null && {chat_template_kwargs: {enable_thinking: thinking}}),
     }}, parent.text ?? "");
-    const view = new SettlingTurn(run, () => run.stop(), () => { if (this.conversation === conversation) this.follow(); });
+    const view = new SettlingTurn(run, stopping(() => run.stop()), () => { if (this.conversation === conversation) this.follow(); });
     this.running.set(conversation.id, {run, turn, view});
     this.ran.set(turn, run);
     this.show();
@@ -237,6 +278,8 @@ function finish(turn, run) {
   turn.stats = statsOf(run);
   if (row.finished?.reason === "length") turn.state = "length";
 }
+
+const nameOf = (control) => control.ariaLabel || control.textContent;
 
 export async function part(app) {
   const made = new ChatPart(app);

@@ -27,12 +27,13 @@ class DecidePart {
     this.problem = h("p", {className: "problem", hidden: true, attributes: {role: "alert"}});
     this.state = h("span", {className: "stats"});
     this.go = h("button", {className: "primary", textContent: "Decide"});
+    this.adds = button("Add a question", () => this.add({type: "predicate", instructions: "", options: ""}).focus());
     this.element = h("section", {className: "part decide", ariaLabel: "Decide"},
       h("header", {className: "toolbar"}, h("h1", {textContent: "Decide"})),
       h("form", {on: {submit: (event) => { event.preventDefault(); this.decide(); }}},
         h("label", {htmlFor: "decide-text", textContent: "Text"}), this.text,
         h("h2", {textContent: "Questions"}), this.questions, this.problem,
-        h("p", {className: "buttons"}, this.go, button("Add a question", () => this.add({type: "predicate", instructions: "", options: ""}).focus()), this.state)));
+        h("p", {className: "buttons"}, this.go, this.adds, this.state)));
     this.note = h("p", {className: "faint small", hidden: true, textContent: "The small model that comes with mlx_diffgemma was never trained on questions: its answers mean nothing, and its confidence shows that."});
     this.element.querySelector("form").before(this.note);
     FIRST.forEach((each) => this.add(each));
@@ -55,7 +56,11 @@ class DecidePart {
     show();
     const out = h("div", {className: "bars"});
     const item = h("li", {className: "question"},
-      h("div", {className: "asked"}, asked, kind, options, button("×", () => item.remove(), {className: "quiet", ariaLabel: "Remove this question"})), out);
+      h("div", {className: "asked"}, asked, kind, options, button("×", () => {
+        const next = item.nextElementSibling ?? item.previousElementSibling;
+        item.remove();
+        (next ? next.querySelector("button") : this.adds).focus();
+      }, {className: "quiet", ariaLabel: "Remove this question"})), out);
     item.read = () => ({kind: kind.value, text: asked.value, options: options.value.split(",").map((each) => each.trim()).filter(Boolean)});
     item.out = out;
     this.questions.append(item);
@@ -72,6 +77,7 @@ class DecidePart {
       if (kind === "score") return {type: kind, instructions: text, levels: options.map((label) => ({label}))};
       return {type: kind, instructions: text};
     });
+    const isHeld = document.activeElement === this.go;
     this.go.disabled = true;
     this.state.textContent = "Deciding";
     const started = performance.now();
@@ -89,6 +95,7 @@ class DecidePart {
       this.problem.hidden = false;
     }
     this.go.disabled = false;
+    if (isHeld) this.go.focus(); // a disabled button loses it
   }
 
   show(out, found, answer, about) {

@@ -16,6 +16,12 @@ export function button(text, act, properties = {}) {
   return h("button", {type: "button", textContent: text, on: {click: act}, ...properties});
 }
 
+// Returns an act for a button that takes the place of the one that starts: the second click of a
+// double click does not stop what the first has started.
+export function stopping(act) {
+  return (event) => { if (event.detail < 2) act(); };
+}
+
 export const $ = (id) => document.getElementById(id);
 
 // Says something to a screen reader: settled text and results, never drafts.
@@ -36,7 +42,7 @@ export function notice(text, kind = "info", action = null) {
 
 // Copies a text and says so on the button.
 export async function copied(text, from) {
-  const before = from.textContent;
+  const before = from.dataset.says ??= from.textContent; // it may be pressed twice
   try {
     await navigator.clipboard.writeText(text);
     from.textContent = "Copied";
@@ -57,7 +63,12 @@ export function growing(field) {
     field.style.height = `${field.scrollHeight + 2}px`;
   };
   field.addEventListener("input", grow);
-  requestAnimationFrame(grow);
+  let width = 0; // that the height was found for: lines break anew in another
+  new ResizeObserver(() => {
+    if (field.clientWidth === width) return;
+    width = field.clientWidth;
+    grow();
+  }).observe(field);
   return grow;
 }
 

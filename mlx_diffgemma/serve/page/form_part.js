@@ -1,6 +1,6 @@
 // Form: a JSON object that fills from a text, with its structure given.
 
-import {button, copied, eachFrame, growing, h, say} from "./dom.js";
+import {button, copied, eachFrame, growing, h, say, stopping} from "./dom.js";
 import {Run} from "./run.js";
 import {Canvas} from "./settle.js";
 import {statsOf} from "./turns.js";
@@ -42,7 +42,7 @@ class FormPart {
     const pick = h("select", {id: "schema-example", on: {change: () => this.pick(pick.value)}},
       Object.keys(EXAMPLES).map((name) => h("option", {value: name, textContent: name})));
     this.go = h("button", {className: "primary", textContent: "Fill"});
-    this.stop = button("Stop", () => this.run?.stop(), {hidden: true});
+    this.stop = button("Stop", stopping(() => this.run?.stop()), {hidden: true});
     this.problem = h("p", {className: "problem", hidden: true, attributes: {role: "alert"}});
     this.canvas = new Canvas();
     this.out = h("div", {className: "filled mono"}, h("p", {className: "faint", textContent: "The object comes here. Its keys stand from the first step on; its values settle."}));
@@ -85,20 +85,26 @@ class FormPart {
     }
     if (schema === null || typeof schema !== "object" || Array.isArray(schema)) return this.fail("The schema must be a JSON object.");
     this.valid.hidden = this.copy.hidden = true;
-    this.go.hidden = true;
-    this.stop.hidden = false;
+    this.swap(this.go, this.stop);
     this.state.textContent = "Reading";
     this.canvas.clear();
     this.out.replaceChildren(this.canvas.element);
     this.out.setAttribute("aria-busy", "true");
     const run = this.run = new Run("form", {form: {schema, text: this.text.value}}, this.text.value);
     await run.go(() => this.update());
-    this.go.hidden = false;
-    this.stop.hidden = true;
+    this.swap(this.stop, this.go);
     this.out.removeAttribute("aria-busy");
     this.state.textContent = run.state === "stopped" ? "Stopped." : statsOf(run);
     if (run.state === "failed") return this.fail(run.error.message);
     if (run.state === "done") await this.finish(run.rows[0]);
+  }
+
+  // Puts one button in the place of another, with the focus.
+  swap(from, to) {
+    const isHeld = document.activeElement === from;
+    from.hidden = true;
+    to.hidden = false;
+    if (isHeld) to.focus();
   }
 
   draw() {

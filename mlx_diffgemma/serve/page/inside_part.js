@@ -68,7 +68,7 @@ class InsidePart {
     this.row = h("select", {id: "row-choice", on: {change: () => this.show()}});
     this.figures = h("dl", {className: "figures"});
     this.root = h("div", {className: "trace"});
-    this.empty = h("p", {className: "faint", textContent: "Nothing has run in this tab yet. Ask something in Chat, then come back: every step of the answer is here."});
+    this.empty = h("div", {}, h("header", {className: "toolbar"}, h("h1", {textContent: "Look inside"})), h("p", {className: "faint", textContent: "Nothing has run in this tab yet. Ask something in Chat, then come back: every step of the answer is here."}));
     this.hint = h("p", {className: "faint small"}, "To see the likeliest tokens of each position, set ", h("a", {href: "#settings", textContent: "top candidates"}), " for the next run.");
     this.head = h("p", {className: "labelled"},
       h("label", {htmlFor: "run-choice", textContent: "Run"}), this.pick,

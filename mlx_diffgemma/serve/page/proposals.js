@@ -1,7 +1,7 @@
 // Proposals for a part of a text, side by side, as rows of one run: settling between pinned text,
 // then as changes to accept.
 
-import {button, counted, eachFrame, h, say} from "./dom.js";
+import {button, counted, eachFrame, h, say, stopping} from "./dom.js";
 import {Canvas} from "./settle.js";
 import {statsOf} from "./turns.js";
 
@@ -30,7 +30,7 @@ export class Proposals {
     const {text, start, stop, isTemplate} = place;
     this.cards = h("div", {className: "proposals", attributes: {"aria-busy": "true"}});
     this.state = h("span", {className: "stats", textContent: "Reading"});
-    this.stopButton = button("Stop", () => this.stop(), {className: "primary"});
+    this.stopButton = button("Stop", stopping(() => this.stop()), {className: "primary"});
     this.againButton = button("Again", act.again, {hidden: true});
     this.notes = h("div", {className: "notes"}); // of all rows, each once
     this.closeButton = button("Keep the old text", act.close, {hidden: true});
@@ -123,11 +123,12 @@ function withSlots(template, filled, slots) {
 
 // Returns pinned text, which stays as it is; only what is near to the place is shown.
 function pinned(text, near) {
+  if (!text) return null;
   const part = near < 0 ? text.slice(near) : text.slice(0, near);
   const more = text.length - part.length;
   const note = more > 0 ? h("p", {className: "faint small", textContent: `${counted(more, "more character")}, pinned`}) : null;
-  const shown = h("div", {className: "pinned-text", dir: "auto", textContent: part});
+  const shown = h("div", {className: "pinned-text", dir: "auto", tabIndex: 0, textContent: part});
   if (near < 0) requestAnimationFrame(() => { shown.scrollTop = shown.scrollHeight; });
-  return h("div", {className: "pinned-side", ariaLabel: near < 0 ? "Pinned text before" : "Pinned text after", attributes: {role: "group"}, tabIndex: -1},
+  return h("div", {className: "pinned-side", ariaLabel: near < 0 ? "Pinned text before" : "Pinned text after", attributes: {role: "group"}},
     near < 0 ? note : null, shown, near < 0 ? null : note);
 }

@@ -10,6 +10,10 @@ const BYTE = /^<0x([0-9A-F]{2})>$/;
 export const runs = [];
 export const changed = new EventTarget();
 
+// A page that is left may live on unseen, with its streams: what nobody waits for is stopped.
+const live = new Set();
+addEventListener("pagehide", () => { for (const run of live) run.stop(); });
+
 // One answer of a run: its steps and its settled text.
 export class Row {
   steps = []; // as the server tells them
@@ -60,6 +64,7 @@ export class Run {
     runs.unshift(this);
     runs.length = Math.min(runs.length, KEPT);
     this.state = "running";
+    live.add(this);
     changed.dispatchEvent(new Event("change"));
     try {
       for await (const event of server.events(this.body, this.#abort.signal)) {
@@ -71,6 +76,7 @@ export class Run {
       this.state = error.name === "AbortError" ? "stopped" : "failed";
       if (this.state === "failed") this.error = error;
     }
+    live.delete(this);
     changed.dispatchEvent(new Event("change"));
   }
 

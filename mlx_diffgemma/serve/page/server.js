@@ -14,7 +14,7 @@ export class ServerError extends Error {
 // "ready", "loading" (its model), or "gone": tells `change`.
 class Server extends EventTarget {
   state = "ready";
-  askForKey = null; // (problem) => a promise of a key; set by the app
+  askForKey = null; // (problem) => a promise of a key, or of null where there is none; set by the app
   #asking = null;
   #watching = false;
 
@@ -74,9 +74,9 @@ class Server extends EventTarget {
     const problem = refused === null ? "" : "The server refused this key.";
     this.forgetKey();
     this.#asking ??= this.askForKey(problem).then((key) => {
+      if (key === null) throw new ServerError(401, "The server needs its key.");
       sessionStorage.setItem(KEY, key);
-      this.#asking = null;
-    });
+    }).finally(() => { this.#asking = null; });
     await this.#asking;
   }
 

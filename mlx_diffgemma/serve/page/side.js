@@ -28,12 +28,18 @@ export class Side {
 
   async refresh() {
     const kept = await all();
+    const held = this.#buttons.indexOf(document.activeElement);
     this.#list.replaceChildren(...kept.map((each) => h("li", {},
       button(each.title || "Without a title", async () => (await this.chat()).open(await one(each.id) ?? each), {className: "conversation", data: {id: each.id}, dir: "auto"}),
       button("×", async () => {
         if (confirm(`Delete “${each.title}”? This cannot be undone.`)) (await this.chat()).remove(each);
       }, {className: "quiet", ariaLabel: `Delete ${each.title}`}))));
     this.mark(this.#current);
+    if (held >= 0) (this.#buttons[held] ?? this.#buttons.at(-1) ?? this.element.querySelector("button")).focus();
+  }
+
+  get #buttons() {
+    return [...this.#list.querySelectorAll("button")];
   }
 
   async export() {

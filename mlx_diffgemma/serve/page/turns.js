@@ -53,15 +53,17 @@ export function userTurn(turn, siblings, act) {
     const field = h("textarea", {value: turn.text, rows: 1, ariaLabel: "Your message", dir: "auto"});
     const kept = [...(turn.images ?? [])], strip = h("div", {className: "images"});
     const send = () => act.edit(turn, field.value, kept);
+    const cancel = () => { act.edited = null; act.show(); };
+    act.edited = {turn, element: box};
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") act.show();
+      if (event.key === "Escape") { event.stopPropagation(); cancel(); }
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
     });
     growing(field);
     thumbnails(strip, kept, field);
     images.remove();
     text.replaceWith(h("div", {className: "editing"}, strip, field,
-      h("p", {className: "buttons"}, button("Send", send, {className: "primary"}), button("Cancel", act.show))));
+      h("p", {className: "buttons"}, button("Send", send, {className: "primary"}), button("Cancel", cancel))));
     box.querySelector("footer").hidden = true;
     field.focus();
   }
