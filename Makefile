@@ -81,9 +81,9 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-# A few processes, one core each.
+# A few processes, one core each. Hundreds of tests start a command: its imports are compiled once.
 unit: $(VENV)/.test
-	$(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/bytecode $(WITH_OPENBLAS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Built, installed in another environment with the runtime dependencies only, and run from another folder.
 wheel: $(VENV)/.test
