@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
@@ -189,4 +191,5 @@ def test_copy_says_so_and_is_copy_again(person):
     for _ in range(2):
         person.one(".turn.assistant footer button").click()
         person.see(f"{name} === 'Copied'")
-    person.see(f"{name} === 'Copy'")
+    time.sleep(2)  # both have had their time
+    assert person.js(f"return {name}") == "Copy"
