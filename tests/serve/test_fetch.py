@@ -38,6 +38,12 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path == "/slow":
             time.sleep(3)
+        elif self.path == "/told":  # a large size, and never a byte of it
+            self.send_response(200)
+            self.send_header("Content-Length", str(1 << 40))
+            self.end_headers()
+            self.wfile.flush()
+            time.sleep(3)
         elif self.path == "/pieces":
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
@@ -177,6 +183,7 @@ def test_an_image_is_fetched_as_it_is_and_once(host, monkeypatch):
         ("/nothing", "status 404"),
         ("/away", "status 302; redirects are not followed"),
         ("/slow", "did not arrive within 0.5 s"),
+        ("/told", "larger than"),
     ],
 )
 def test_a_host_that_gives_no_image_is_an_error_of_the_request(host, monkeypatch, path, said):
