@@ -316,6 +316,7 @@ TOO_MUCH = [
     ({"stop": ["a", "b"]}, "stop"),
     ({"stop": "abcd"}, "stop"),
     ({"response_format": schema({"enum": ["x" * 300]})}, SCHEMA),
+    ({"response_format": schema({"type": "boolean", "title": "x" * 300})}, SCHEMA),
     ({"response_format": schema(DEEP)}, SCHEMA),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools[0]"),
     ({"constraint": {"regex": "x" * 300}}, "constraint.regex"),
