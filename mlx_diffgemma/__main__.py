@@ -14,6 +14,7 @@ from .cli.generate import generate
 from .cli.info import info
 from .cli.models import app as models
 from .cli.options import run
+from .cli.serve import serve
 from .cli.train import train
 from .cli.usage import Command
 
@@ -32,6 +33,7 @@ def main() -> None:
     app.command(cls=Command)(edit)
     app.command(cls=Command)(decide)
     app.command(cls=Command)(batch)
+    app.command(cls=Command)(serve)
     app.command(cls=Command)(info)
     app.command(cls=Command)(doctor)
     app.add_typer(models, name="models")

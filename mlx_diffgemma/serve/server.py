@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -160,7 +161,10 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason: object = error
+        if isinstance(error, OSError) and error.strerror:
+            number = error.errno or 0  # below 0 it is the resolver's
+            reason = os.strerror(number) if number > 0 else error.strerror
         raise ConfigError(f"cannot listen at {host}, port {port}: {reason}") from None
 
 
