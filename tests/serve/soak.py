@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_diffgemma import Store
 from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.serve.state import _COMPILERS, _ENCODERS
 from tests.engine.cases import eventually, is_idle
@@ -35,6 +36,7 @@ from tests.serve.cases import (
     serving,
 )
 
+STORE_BYTES = 4 << 20  # kept contexts fill it in the first tenth
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 EDIT, APPLY = "/v1/edit/completions", "/v1/apply/completions"
 PROMPTS = (
@@ -173,7 +175,9 @@ def _resident_kb() -> int:
 def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict[str, int]]]:
     """Let clients ask for a while; return what came, and the process after a tenth and at last."""
     found, states = Found(), []
-    with serving(limits=Limits(max_connections=4 * clients), max_queue=2 * clients) as running:
+    limits = Limits(max_connections=4 * clients)
+    store = Store(STORE_BYTES)
+    with serving(limits=limits, max_queue=2 * clients, store=store) as running:
         expected = [texts_of(p, ask(running, post(p, b)), False) for p, b in requests()]
         for share in (0.1, 0.9):
             end = time.monotonic() + 60 * minutes * share
