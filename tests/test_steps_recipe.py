@@ -1,0 +1,46 @@
+"""The tasks of the bench model: drawn by seed, and their answers are right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "steps"))
+
+import stepwise
+
+
+@pytest.mark.parametrize("task", stepwise.TASKS)
+def test_a_task_is_drawn_by_its_seed(task):
+    some, more = stepwise.make(task, 20, 5), stepwise.make(task, 30, 5)
+    assert some == more[:20] and some != stepwise.make(task, 20, 6)
+
+
+def test_answers_are_right():
+    for made in stepwise.make("walk", 30, 0):
+        at, table = made.prompt.removeprefix("Walk from ").split(": ")
+        leads = dict(zip(table[::3], table[1::3], strict=True))
+        walked = []
+        while at in leads:
+            walked.append(at := leads[at])
+        assert made.answer.split() == walked and len(walked) == len(leads)
+    for made in stepwise.make("automaton", 30, 0):
+        asked, row = made.prompt.split("\n")
+        rule = int(asked.split()[1].rstrip(","))
+        for line in made.answer.split("\n"):
+            around = (row[i - 1] + row[i] + row[(i + 1) % len(row)] for i in range(len(row)))
+            row = "".join(str(rule >> int(three, 2) & 1) for three in around)
+            assert line == row
+    for made in stepwise.make("sums", 30, 0):
+        so_far, found = 0, []
+        for number in made.prompt.removeprefix("Sums: ").split():
+            so_far += int(number)
+            found.append(so_far % 100)
+        assert [int(n) for n in made.answer.split()] == found
+    for made in stepwise.make("records", 30, 0):
+        told = made.prompt.removeprefix("Records: ")
+        people = [json.loads(line) for line in made.answer.split("\n")]
+        assert told == " ".join(f"{p['name']} from {p['city']} is {p['age']}." for p in people)
