@@ -6,11 +6,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 from safetensors import safe_open
 
 from mlx_diffgemma.train.checkpoint import STATE
@@ -76,3 +80,24 @@ def run_stage(arguments: list[str], name: str, hosts: Path, deadline: float) -> 
             process.wait()
     if failed:
         raise SystemExit(f"phase {name}: a process ended with {failed[0]}")
+
+
+def write_rounded(
+    model: Path, arrays: dict[str, mx.array], start: Path, asked: Sequence[Any]
+) -> None:
+    """Write weights in bfloat16 into a checkpoint, with what it is asked in tests beside it.
+
+    Args:
+        model: the checkpoint's folder.
+        arrays: the weights.
+        start: the checkpoint that was trained, for its config.
+        asked: tasks, each with task, prompt and answer.
+    """
+    rounded = {name: array.astype(mx.bfloat16) for name, array in arrays.items()}
+    mx.save_safetensors(str(model / "model.safetensors"), rounded, {"format": "pt"})
+    config = json.loads((start / "config.json").read_text())
+    config["dtype"] = config["text_config"]["dtype"] = "bfloat16"
+    (model / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    prompts = [{"task": m.task, "prompt": m.prompt, "answer": m.answer} for m in asked]
+    random.Random(1).shuffle(prompts)
+    (model / "prompts.json").write_text(json.dumps(prompts, indent=0) + "\n")

@@ -29,7 +29,6 @@ STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_fi
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
 LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
 CLASSES, BOUND = "tests/denoise/test_classes.py", "tests/write/test_constraint.py"
-CLASSES = "tests/denoise/test_classes.py"
 LINE = "tests/constraint/test_line.py"
 NOISE, FILL = "tests/denoise/test_noise.py", "tests/write/test_fill.py"
 TIED, LAYOUTS = "tests/checkpoint/test_tied.py", "tests/checkpoint/test_layouts.py"

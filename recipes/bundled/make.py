@@ -34,7 +34,7 @@ from mlx_diffgemma.checkpoint.adapters import WEIGHTS
 from mlx_diffgemma.train.fuse import fuse_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stages import openblas, run_stage, stands_at
+from stages import openblas, run_stage, stands_at, write_rounded
 
 STAGE_MINUTES = 60
 
@@ -166,18 +166,8 @@ def export(folder: Path) -> Path:
         other = fuse_checkpoint(folder / last.model, run, folder / "before").folder
         before = mx.load(str(other / "model.safetensors"))
         arrays = {name: (array + before[name]) / 2 for name, array in arrays.items()}
-    rounded = {name: array.astype(mx.bfloat16) for name, array in arrays.items()}
-    mx.save_safetensors(str(model / "model.safetensors"), rounded, {"format": "pt"})
-    config = json.loads((folder / "start" / "config.json").read_text())
-    config["dtype"] = config["text_config"]["dtype"] = "bfloat16"
-    (model / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    asked = [
-        {"task": made.task, "prompt": made.prompt, "answer": made.answer}
-        for name in tasks.TASKS
-        for made in tasks.make(name, TEST_COUNT, TEST_SEED)
-    ]
-    random.Random(1).shuffle(asked)
-    (model / "prompts.json").write_text(json.dumps(asked, indent=0) + "\n")
+    asked = [made for name in tasks.TASKS for made in tasks.make(name, TEST_COUNT, TEST_SEED)]
+    write_rounded(model, arrays, folder / "start", asked)
     return model.rename(folder / "model")
 
 

@@ -31,7 +31,7 @@ from mlx_diffgemma.train.fuse import fuse_checkpoint
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "bundled")]
 import start  # noqa: E402
-from stages import run_stage, stands_at  # noqa: E402
+from stages import run_stage, stands_at, write_rounded  # noqa: E402
 
 SHAPE = start.Shape(
     canvas=128, layers=(start.SLIDING, start.FULL) * 2, window=256, sees=False
@@ -95,23 +95,16 @@ def export(folder: Path) -> Path:
     """Write the last run's weights as a checkpoint in bfloat16, with what it is asked beside it."""
     for name in ("float32", "model", "model.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    last = next(p for p in reversed(PHASES) if (folder / p.name / "run" / WEIGHTS).exists())
+    trained = [p for p in PHASES if (folder / p.name / "run" / WEIGHTS).exists()]
+    if not trained:
+        raise SystemExit("nothing is trained yet; run this again to go on")
+    last = trained[-1]
     whole = fuse_checkpoint(folder / "start", folder / last.name / "run", folder / "float32").folder
     model = folder / "model.partial"
     shutil.copytree(whole, model)
     arrays = mx.load(str(whole / "model.safetensors"))
-    rounded = {name: array.astype(mx.bfloat16) for name, array in arrays.items()}
-    mx.save_safetensors(str(model / "model.safetensors"), rounded, {"format": "pt"})
-    config = json.loads((folder / "start" / "config.json").read_text())
-    config["dtype"] = config["text_config"]["dtype"] = "bfloat16"
-    (model / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    asked = [
-        {"task": made.task, "prompt": made.prompt, "answer": made.answer}
-        for name in stepwise.TASKS
-        for made in stepwise.make(name, TEST_COUNT, TEST_SEED)
-    ]
-    random.Random(1).shuffle(asked)
-    (model / "prompts.json").write_text(json.dumps(asked, indent=0) + "\n")
+    asked = [made for name in stepwise.TASKS for made in stepwise.make(name, TEST_COUNT, TEST_SEED)]
+    write_rounded(model, arrays, folder / "start", asked)
     return model.rename(folder / "model")
 
 
