@@ -28,18 +28,21 @@ def test_answers_are_right():
             walked.append(at := leads[at])
         assert made.answer.split() == walked and len(walked) == len(leads)
     for made in stepwise.make("automaton", 30, 0):
-        asked, row = made.prompt.split("\n")
-        rule = int(asked.split()[1].rstrip(","))
-        for line in made.answer.split("\n"):
-            around = (row[i - 1] + row[i] + row[(i + 1) % len(row)] for i in range(len(row)))
-            row = "".join(str(rule >> int(three, 2) & 1) for three in around)
-            assert line == row
+        asked, first = made.prompt.split("\n")
+        rule, row = int(asked.split()[1]), first[1:]
+        lines = made.answer.split("\n")
+        assert "".join(line[0] for line in [first, *lines]) == stepwise.LETTERS[: len(lines) + 1]
+        assert asked.endswith(f"to {lines[-1][0]}:")
+        for line in lines:
+            wide = f"0{row}0"
+            row = "".join(str(rule >> int(wide[i : i + 3], 2) & 1) for i in range(len(row)))
+            assert line[1:] == row
     for made in stepwise.make("sums", 30, 0):
         so_far, found = 0, []
-        for number in made.prompt.removeprefix("Sums: ").split():
-            so_far += int(number)
-            found.append(so_far % 100)
-        assert [int(n) for n in made.answer.split()] == found
+        for asked in made.prompt.removeprefix("Sums: ").split():
+            so_far += int(asked[1:])
+            found.append(f"{asked[0]}{so_far % 100:02d}")
+        assert made.answer.split() == found
     for made in stepwise.make("records", 30, 0):
         told = made.prompt.removeprefix("Records: ")
         people = [json.loads(line) for line in made.answer.split("\n")]

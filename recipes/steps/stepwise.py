@@ -41,14 +41,16 @@ def walk(rng: Draw) -> tuple[str, str]:
 
 
 def automaton(rng: Draw) -> tuple[str, str]:
-    """Rows of an elementary cellular automaton on a ring, each from the one above."""
+    """Rows of an elementary cellular automaton, each from the one above; nothing lives outside.
+    Each row begins with its letter, and the prompt names the last one."""
     rule, rows = RULES[rng.integers(len(RULES))], int(rng.integers(6, 14))
     row = rng.integers(0, 2, CELLS)
-    first, lines = _digits(row), []
-    for _ in range(rows):
-        row = (rule >> (4 * np.roll(row, 1) + 2 * row + np.roll(row, -1))) & 1
-        lines.append(_digits(row))
-    return f"Rule {rule}, {rows} rows:\n{first}", "\n".join(lines)
+    lines = ["a" + _digits(row)]
+    for letter in LETTERS[1 : rows + 1]:
+        wide = np.pad(row, 1)
+        row = (rule >> (4 * wide[:-2] + 2 * row + wide[2:])) & 1
+        lines.append(letter + _digits(row))
+    return f"Rule {rule} to {lines[-1][0]}:\n{lines[0]}", "\n".join(lines[1:])
 
 
 def _digits(row: np.ndarray) -> str:
@@ -56,10 +58,13 @@ def _digits(row: np.ndarray) -> str:
 
 
 def sums(rng: Draw) -> tuple[str, str]:
-    """Running sums, the last two digits of each."""
-    added = rng.integers(0, 10, rng.integers(12, 31))
+    """Running sums, the last two digits of each; a letter before each says which it is."""
+    added = rng.integers(0, 10, rng.integers(12, 27))
     so_far = np.cumsum(added) % 100
-    return "Sums: " + " ".join(f"+{n}" for n in added), " ".join(f"{n:02d}" for n in so_far)
+    asked = " ".join(f"{letter}{n}" for letter, n in zip(LETTERS, added, strict=False))
+    return "Sums: " + asked, " ".join(
+        f"{letter}{n:02d}" for letter, n in zip(LETTERS, so_far, strict=False)
+    )
 
 
 def records(rng: Draw) -> tuple[str, str]:
