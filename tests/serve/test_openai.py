@@ -87,7 +87,8 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_usage(client):
 
 def test_without_diffusing_a_stream_has_settled_text_only(client):
     chunks = list(create(client, COUNT, stream=True))
-    assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) == 2  # two canvases
+    written = sum(bool(chunk.choices[0].delta.content) for chunk in chunks)
+    assert written in (1, 2)  # of two canvases; a late reader gets them as one
     assert all(chunk.usage is None for chunk in chunks)
 
 
