@@ -340,7 +340,7 @@ class _MlxVlm:
             "fast": answer.MLX_VLM["mlx-vlm"],
         }
         self.runs = {
-            policy: answer.mlx_vlm(self.tokenizer, model.config.eos_token_ids, how)
+            policy: answer.mlx_vlm(bundled_model(), self.tokenizer, model.config.eos_token_ids, how)
             for policy, how in self.ways.items()
         }
         self.models = {

@@ -59,6 +59,9 @@ def read(results: Path) -> dict[str, Record]:
         path = results / f"{name}.jsonl"
         if path.is_file() and (lines := path.read_text(encoding="utf-8").split("\n")[:-1]):
             records[name] = json.loads(lines[-1])
+            if name == "answer":  # of several models
+                latest = {r.get("model", "bundled"): r for r in map(json.loads, lines)}
+                records[name]["models"] = latest
             if "cases" in records[name]:  # a run may measure some shapes only
                 latest = {
                     (case["shape"], case["weights"]): (case, record["commit"])
@@ -117,24 +120,24 @@ def steps(record: Record) -> list[str]:
 
 def answers(record: Record) -> list[str]:
     rows = []
-    for name, row in record["groups"]["pooled"].items():
-        low, high = row["exact_interval"]
-        rows.append(
-            [
-                f"ours, {name}" if name in record["settings"] else name,
-                f"{row['exact_rate']:.1%} ({low:.1%} to {high:.1%})",
-                f"{row['steps']:.2f}",
-                f"{row['positions']:.0f}",
-                f"{1e3 * row['seconds_mean']:.0f} ({1e3 * row['seconds_median']:.0f})",
-                f"{row['tokens_per_second']:.0f}",
-                f"{row['tokens_per_forward']:.2f}",
-            ]
-        )
-    heads = "runtime|exact (95%)|steps|rows x steps|ms, mean (median)|tokens/s|tokens/step"
-    title = (
-        f"One answer, batch 1, mean over {record['shape']['prompts']:,} prompts of the bundled "
-        "model, whose tasks are toys:"
-    )
+    for model, found in record["models"].items():
+        for name, row in found["groups"]["pooled"].items():
+            low, high = row["exact_interval"]
+            first = row.get("first_seconds_mean") if name != "transformers" else None
+            rows.append(
+                [
+                    f"{model} ({found['shape']['prompts']:,} prompts)",
+                    f"ours, {name}" if name in found["settings"] else name,
+                    f"{row['exact_rate']:.1%} ({low:.1%} to {high:.1%})",
+                    f"{row['steps_per_canvas']:.1f}",
+                    f"{row['positions']:.0f}",
+                    f"{1e3 * row['seconds_mean']:.0f}",
+                    MISSING if first is None else f"{1e3 * first:.0f}",
+                    f"{row['tokens_per_second']:.0f}",
+                ]
+            )
+    heads = "model|runtime|exact (95%)|steps a canvas|rows x steps|ms|ms to the first text|tokens/s"
+    title = "One answer, batch 1, mean over the prompts of small models, whose tasks are toys:"
     return [title, markdown(heads.split("|"), rows)]
 
 

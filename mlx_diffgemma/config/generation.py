@@ -27,8 +27,13 @@ POLICIES: dict[Policy, dict[str, Any]] = {
         "temperature": 0.0,
         "stop_on": "answer",
         "canvas_width": "answer",
+        "width_mass": 0.7,
+        "prefix_commit": "shrink",
+        "prefix_steps": 1,
     },
 }
+# Those of them that need free text: no policy sets them where text is pinned, as in `fill`.
+_NEED_FREE_TEXT = ("width_mass", "prefix_commit", "prefix_steps")
 
 _ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
 _GENERATE = ("generate", "chat", "serve", "batch")
@@ -353,14 +358,21 @@ class GenerationSettings(_Settings[None]):
     None means the policy's value, else the checkpoint's, else the default; `resolve` fills it in.
     """
 
-    def resolve(self, checkpoint: Checkpoint) -> ResolvedSettings:
+    def resolve(self, checkpoint: Checkpoint, *, is_free: bool = True) -> ResolvedSettings:
         """Return the settings with every open one filled in: by the policy, else the checkpoint,
         else the default. A missing seed is drawn.
+
+        Args:
+          checkpoint: whose facts and own settings count.
+          is_free: whether no text is pinned.
 
         Raises:
           ConfigError: if values contradict each other or the checkpoint, or have no effect.
         """
-        values = self._filled(checkpoint.generation)
+        policys = POLICIES[self.policy or default_of("policy")]
+        if not is_free:
+            policys = {k: v for k, v in policys.items() if k not in _NEED_FREE_TEXT}
+        values = self._filled(policys, checkpoint.generation)
         if values["canvas_length"] is None:
             values["canvas_length"] = checkpoint.canvas_length
         if values["schedule_steps"] is None:
@@ -369,7 +381,7 @@ class GenerationSettings(_Settings[None]):
             values["seed"] = secrets.randbits(32)
         if self.sparse_tokens is None:  # the default may exceed a small vocabulary
             values["sparse_tokens"] = min(values["sparse_tokens"], checkpoint.vocab_size)
-        refuse_idle(self, values, POLICIES[values["policy"]])
+        refuse_idle(self, values, policys)
         refuse_contradictions(values, self.extra_eos_token_ids, checkpoint)
         return ResolvedSettings(
             **values,
@@ -378,15 +390,15 @@ class GenerationSettings(_Settings[None]):
             pad_token_id=checkpoint.pad_token_id,
         )
 
-    def _filled(self, own: GenerationSettings) -> dict[str, Any]:
-        """Return each setting's value, None if it has none. `own` holds the checkpoint's."""
-        policy: Policy = self.policy or default_of("policy")
+    def _filled(self, policys: Mapping[str, Any], own: GenerationSettings) -> dict[str, Any]:
+        """Return each setting's value, None if it has none, from the policy's and the checkpoint's
+        own."""
         cls: Any = type(self)
         values: dict[str, Any] = {}
         for name, entry in entries(cls).items():
             ladder = (
                 getattr(self, name),
-                POLICIES[policy].get(name),
+                policys.get(name),
                 getattr(own, name),
                 entry.default,
             )

@@ -257,7 +257,7 @@ def denoise_tokens(
       rows.
     """
     if isinstance(settings, GenerationSettings):
-        settings = settings.resolve(model.config)
+        settings = settings.resolve(model.config, is_free=pinned is None)
     texts = _check_prompt(tokens, lengths, model.config)
     if noise is not None and len(texts) > 1:
         raise ConfigError(f"a noise draws for one row, and the run has {len(texts)}")

@@ -156,7 +156,7 @@ class FillTask:
                 f"{type(template).__name__}"
             )
         refuse_other("settings", self.settings, GenerationSettings, "GenerationSettings(seed=7)")
-        resolved = self.settings.resolve(model.config)
+        resolved = self.settings.resolve(model.config, is_free=False)
         L, ends = resolved.canvas_length, turn_ends(tokenizer, resolved)
         regions = Regions(model, tokenizer, resolved, ends)
         pieces = regions.pieces(template, self.gap_tokens)
