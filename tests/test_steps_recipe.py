@@ -43,6 +43,18 @@ def test_answers_are_right():
             so_far += int(asked[1:])
             found.append(f"{asked[0]}{so_far % 100:02d}")
         assert made.answer.split() == found
+    for made in stepwise.make("progression", 30, 0):
+        asked, first = made.prompt.split(": ")
+        at, distance, terms = int(first[1:]), int(asked.split()[1]), made.answer.split()
+        expected = [f"{stepwise.LETTERS[i]}{(at + i * distance) % 100:02d}" for i in range(1, 26)]
+        assert terms == expected[: len(terms)] and asked.endswith(f"to {terms[-1][0]}")
+    for made in stepwise.make("fibonacci", 30, 0):
+        asked, first = made.prompt.split(": ")
+        terms = [*first.split(), *made.answer.split()]
+        assert "".join(term[0] for term in terms) == stepwise.LETTERS[: len(terms)]
+        for before, between, term in zip(terms, terms[1:], terms[2:], strict=False):
+            assert (int(before[1:]) + int(between[1:])) % 10 == int(term[1:])
+        assert asked.endswith(f"to {terms[-1][0]}")
     for made in stepwise.make("records", 30, 0):
         told = made.prompt.removeprefix("Records: ")
         people = [json.loads(line) for line in made.answer.split("\n")]

@@ -56,12 +56,17 @@ class Phase:
         return dict(yaml.safe_load(self.recipe.read_text()))
 
 
-PHASES = (Phase("first", {"walk": 16000, "automaton": 10000, "sums": 14000, "records": 10000}),)
+PHASES = (
+    Phase("first", {"walk": 16000, "automaton": 10000, "sums": 14000, "records": 10000}),
+    Phase(
+        "second", {"automaton": 14000, "progression": 10000, "fibonacci": 10000, "records": 10000}
+    ),
+)
 
 
 def write_data(phase: Phase, folder: Path) -> None:
     """Write train.jsonl and valid.jsonl. No prompt of the test is in train.jsonl."""
-    tests = {name: stepwise.make(name, TEST_COUNT, TEST_SEED) for name in stepwise.TASKS}
+    tests = {name: stepwise.make(name, TEST_COUNT, TEST_SEED) for name in phase.counts}
     seed = 2 + PHASES.index(phase)
     rows = []
     for name, count in phase.counts.items():
@@ -103,7 +108,7 @@ def export(folder: Path) -> Path:
     model = folder / "model.partial"
     shutil.copytree(whole, model)
     arrays = mx.load(str(whole / "model.safetensors"))
-    asked = [made for name in stepwise.TASKS for made in stepwise.make(name, TEST_COUNT, TEST_SEED)]
+    asked = [made for name in stepwise.ASKED for made in stepwise.make(name, TEST_COUNT, TEST_SEED)]
     write_rounded(model, arrays, folder / "start", asked)
     return model.rename(folder / "model")
 

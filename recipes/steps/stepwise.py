@@ -67,6 +67,22 @@ def sums(rng: Draw) -> tuple[str, str]:
     )
 
 
+def progression(rng: Draw) -> tuple[str, str]:
+    """A number and those that follow at one distance, the last two digits of each."""
+    start, step, count = (int(rng.integers(*ends)) for ends in ((0, 100), (2, 20), (12, 27)))
+    told = [f"{LETTERS[i]}{(start + i * step) % 100:02d}" for i in range(count)]
+    return f"By {step:02d} to {told[-1][0]}: {told[0]}", " ".join(told[1:])
+
+
+def fibonacci(rng: Draw) -> tuple[str, str]:
+    """Two digits and those that follow, each the last digit of the sum of the two before."""
+    digits = [int(rng.integers(10)), int(rng.integers(1, 10))]
+    for _ in range(int(rng.integers(10, 25))):
+        digits.append((digits[-1] + digits[-2]) % 10)
+    told = [f"{letter}{digit}" for letter, digit in zip(LETTERS, digits, strict=False)]
+    return f"Add two to {told[-1][0]}: {told[0]} {told[1]}", " ".join(told[2:])
+
+
 def records(rng: Draw) -> tuple[str, str]:
     """Records in JSON from sentences; where one begins depends on the lengths of those before."""
     people = []
@@ -83,7 +99,10 @@ TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {
     "automaton": automaton,
     "sums": sums,
     "records": records,
+    "progression": progression,
+    "fibonacci": fibonacci,
 }
+ASKED = ("automaton", "progression", "fibonacci", "records")  # the others are learned from alone
 
 
 def make(task: str, count: int, seed: int) -> list[Task]:

@@ -37,6 +37,7 @@ from tests.serve.cases import (
 )
 
 STORE_BYTES = 4 << 20  # kept contexts fill it in the first tenth
+LENGTHS = 80  # of prompts: more than the traces of `compiled_per_shape`, 64 of 130 kB in all
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 EDIT, APPLY = "/v1/edit/completions", "/v1/apply/completions"
 PROMPTS = (
@@ -179,6 +180,8 @@ def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict
     store = Store(STORE_BYTES)
     with serving(limits=limits, max_queue=2 * clients, store=store) as running:
         expected = [texts_of(p, ask(running, post(p, b)), False) for p, b in requests()]
+        for length in range(1, LENGTHS + 1):  # so that what is kept of a bounded number is full
+            ask(running, post(COMPLETIONS, {"prompt": "7" * length, "max_tokens": 1, "seed": 1}))
         for share in (0.1, 0.9):
             end = time.monotonic() + 60 * minutes * share
 
