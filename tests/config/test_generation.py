@@ -228,8 +228,17 @@ def test_a_policy_fills_in_what_the_user_leaves_open():
     fast = GenerationSettings(policy="fast").resolve(SILENT)
     assert (fast.acceptance, fast.temperature) == ("confidence", 0.0)
     assert (fast.stop_on, fast.canvas_width) == ("answer", "answer")
+    assert (fast.prefix_commit, fast.prefix_steps, fast.width_mass) == ("shrink", 1, 0.7)
     mine = GenerationSettings(policy="fast", canvas_width="fixed", temperature=1.0).resolve(SILENT)
     assert (mine.canvas_width, mine.temperature, mine.stop_on) == ("fixed", 1.0, "answer")
+
+
+def test_a_policy_commits_no_parts_where_text_is_pinned():
+    pinned = GenerationSettings(policy="fast").resolve(SILENT, is_free=False)
+    assert (pinned.prefix_commit, pinned.width_mass) == ("off", 0.0)
+    assert (pinned.acceptance, pinned.canvas_width) == ("confidence", "answer")
+    mine = GenerationSettings(policy="fast", prefix_commit="shrink", prefix_steps=3)
+    assert mine.resolve(SILENT, is_free=False).prefix_commit == "shrink"  # for the row to refuse
 
 
 @pytest.mark.parametrize(
