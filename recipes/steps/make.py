@@ -1,10 +1,8 @@
-"""Makes the bench model: a small model of which answers take many denoise steps.
+"""Makes the bench model from nothing: a small model of which answers take many denoise steps.
 
 Its canvas is 128 tokens, and its tasks (stepwise.py) must be computed one part after another. It is
-not in the package: benchmarks of policies ask it. It begins with the bundled model's weights, which
-know how to look up and to copy: from random weights it had learned none of that in 1,600 batches.
-Trained in phases by the .yaml files here; stopped and run again, it goes on from the last
-checkpoint.
+not in the package: benchmarks of policies ask it. Trained like the bundled model (recipes/bundled),
+in phases by the .yaml files here; stopped and run again, it goes on from the last checkpoint.
 
     python recipes/steps/make.py --folder build/steps
     python bench/policies.py --model build/steps/model
@@ -27,7 +25,6 @@ import mlx.core as mx
 import stepwise
 import yaml
 
-from mlx_diffgemma import bundled_model
 from mlx_diffgemma.checkpoint.adapters import WEIGHTS
 from mlx_diffgemma.train.fuse import fuse_checkpoint
 
@@ -36,7 +33,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "bundled")]
 import start  # noqa: E402
 from stages import run_stage, stands_at, write_rounded  # noqa: E402
 
-SHAPE = start.Shape(canvas=128, window=128, sees=False)
+SHAPE = start.Shape(
+    canvas=128, layers=(start.SLIDING, start.FULL) * 2, window=256, sees=False
+)  # few layers, so that a step computes little of an answer
 TEST_SEED, TEST_COUNT, VALID_COUNT = 1, 400, 40
 STAGE_MINUTES = 60
 
@@ -58,20 +57,11 @@ class Phase:
 
 
 PHASES = (
+    Phase("first", {"walk": 16000, "automaton": 10000, "sums": 14000, "records": 10000}),
     Phase(
-        "first",
-        {"walk": 8000, "automaton": 8000, "progression": 6000, "sums": 6000, "records": 6000},
+        "second", {"automaton": 14000, "progression": 10000, "fibonacci": 10000, "records": 10000}
     ),
 )
-
-
-def write_start(folder: Path) -> None:
-    """Write the bundled model's language weights with the shape of this one."""
-    start.write(folder, seed=0, shape=SHAPE)
-    file = folder / "model.safetensors"
-    bundled = mx.load(str(bundled_model() / file.name))
-    arrays = {name: bundled[name].astype(mx.float32) for name in mx.load(str(file))}
-    mx.save_safetensors(str(file), arrays, {"format": "pt"})
 
 
 def write_data(phase: Phase, folder: Path) -> None:
@@ -127,7 +117,7 @@ def make(folder: Path, minutes: float) -> Path:
     """Return the folder of the exported model, as far as it was trained in these minutes."""
     if not (folder / "start").exists():
         shutil.rmtree(folder / "start.partial", ignore_errors=True)
-        write_start(folder / "start.partial")
+        start.write(folder / "start.partial", seed=0, shape=SHAPE)
         (folder / "start.partial").rename(folder / "start")
     end = time.monotonic() + 60 * minutes
     for phase in PHASES:
