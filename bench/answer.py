@@ -44,7 +44,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from common import finish, record
+from common import finish, model_name, record
 
 from mlx_diffgemma import GenerationSettings, bundled_model, encode_prompt, load, stream_generate
 from mlx_diffgemma.events import Finished, Text
@@ -172,7 +172,7 @@ def main() -> None:
     line = record(
         "answer",
         what="cost and correctness of single answers of small models, by runtime",
-        model=folder.resolve().parent.name if options.model else "bundled",
+        model=model_name(options.model),
         shape={
             "prompts": len(entries),
             "batch": 1,

@@ -87,6 +87,14 @@ def current_rss_bytes() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def model_name(folder: Path | None) -> str:
+    """What a record calls a checkpoint: by its folder, or that around one called "model"."""
+    if folder is None:
+        return "bundled"
+    whole = folder.resolve()
+    return whole.parent.name if whole.name == "model" else whole.name
+
+
 def record(bench: str, **facts: Any) -> str:
     """One JSON line: what was measured, on what, from which commit."""
     return json.dumps(

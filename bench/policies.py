@@ -28,7 +28,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from answer import parse_settings, wilson
-from common import finish, record
+from common import finish, model_name, record
 
 from mlx_diffgemma import GenerationSettings, bundled_model, encode_prompt, load
 from mlx_diffgemma.denoise.loop import RowFailed, Rows
@@ -40,17 +40,17 @@ TOGETHER = 16  # rows
 ENOUGH = 400  # prompts; fewer say little
 REFERENCE = "reference"
 FAST: dict[str, Any] = {"policy": "fast"}
+WHOLE: dict[str, Any] = {"prefix_commit": "off", "width_mass": 0.0}  # without what `fast` sets
 SHRINK, SLIDE = {"prefix_commit": "shrink"}, {"prefix_commit": "slide"}
-SOON: dict[str, Any] = {"prefix_steps": 1}  # a canvas of `fast` takes two or three steps
 MASS, STILL = {"width_mass": 0.7}, {"change_threshold": 0.05}
 SETTINGS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "fast": FAST,
-    "fast + shrink": FAST | SHRINK | SOON,
-    "fast + slide": FAST | SLIDE | SOON,
-    "fast + mass": FAST | MASS,
-    "fast + still": FAST | STILL,
-    "fast + all": FAST | SHRINK | SOON | MASS | STILL,
+    "fast, whole": FAST | WHOLE,
+    "fast, no mass": FAST | {"width_mass": 0.0},
+    "fast, no parts": FAST | {"prefix_commit": "off"},
+    "fast, slide": FAST | SLIDE,
+    "fast, still": FAST | STILL,
     "shrink": SHRINK,
     "slide": SLIDE,
     "still": STILL,
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=None, help="folder with prompts.json; the bundled one")
+    parser.add_argument("--model", type=Path, help="folder with prompts.json; the bundled one")
     parser.add_argument("--limit", type=int, help="prompts per task")
     parser.add_argument(
         "--settings",
@@ -102,7 +102,7 @@ def main() -> None:
         parser.error(f"--only: there is no {', '.join(unknown)}, only {', '.join(policies)}")
     names = [n for n in policies if not options.only or n in options.only or n in further]
 
-    folder = Path(options.model or bundled_model())
+    folder = options.model or bundled_model()
     model, tokenizer = load(folder)
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
@@ -126,7 +126,7 @@ def main() -> None:
     line = record(
         "policies",
         what="work and exactness of settings that save steps",
-        model=folder.resolve().name if options.model else "bundled",
+        model=model_name(options.model),
         shape={
             "prompts": len(entries),
             "canvas": model.config.canvas_length,

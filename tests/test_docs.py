@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
+from xml.sax.saxutils import unescape
 
 import pytest
 from PIL import Image
@@ -365,6 +366,14 @@ def test_tables_of_figures_are_those_of_the_records(name):
     table, page = module_of(ROOT / "bench" / "table.py"), DOCS / name
     text = table.pages(table.RESULTS)[name]
     assert table.between_marks(page, text) == page.read_text(), "run python bench/table.py --write"
+
+
+def test_the_plot_of_speed_is_that_of_the_records():
+    plot = module_of(ROOT / "bench" / "plot.py")
+    text = unescape((DOCS / "speed.svg").read_text(encoding="utf-8"))
+    drawn = re.search(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)
+    assert drawn is not None
+    assert json.loads(drawn[1]) == plot.panels(), "run python bench/plot.py --write"
 
 
 def test_the_picture_is_drawn_by_its_script():
