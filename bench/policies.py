@@ -11,7 +11,7 @@ marked.
 
     python bench/policies.py --limit 50
     python bench/policies.py --model ../shared/checkpoints/tiny-tasks --only reference \\
-        --settings 'bold:policy="fast",prefix_commit="shrink",prefix_steps=1'
+        --settings 'bold:policy="fast",prefix_entropy=0.1'
 """
 
 from __future__ import annotations
@@ -41,19 +41,14 @@ ENOUGH = 400  # prompts; fewer say little
 REFERENCE = "reference"
 FAST: dict[str, Any] = {"policy": "fast"}
 WHOLE: dict[str, Any] = {"prefix_commit": "off", "width_mass": 0.0}  # without what `fast` sets
-SHRINK, SLIDE = {"prefix_commit": "shrink"}, {"prefix_commit": "slide"}
-MASS, STILL = {"width_mass": 0.7}, {"change_threshold": 0.05}
+SHRINK, MASS = {"prefix_commit": "shrink"}, {"width_mass": 0.7}
 SETTINGS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "fast": FAST,
     "fast, whole": FAST | WHOLE,
     "fast, no mass": FAST | {"width_mass": 0.0},
     "fast, no parts": FAST | {"prefix_commit": "off"},
-    "fast, slide": FAST | SLIDE,
-    "fast, still": FAST | STILL,
     "shrink": SHRINK,
-    "slide": SLIDE,
-    "still": STILL,
     "width": {"canvas_width": "answer", "stop_on": "answer"},
     "width + mass": {"canvas_width": "answer", "stop_on": "answer"} | MASS,
 }

@@ -878,20 +878,6 @@ FAULTS = (
         (STOPPING,),
     ),
     Fault(
-        "still: tokens may move",
-        "denoise/stopping.py",
-        "holds = holds & (draft == previous)\n    return all_that_matter(holds, matters)",
-        "holds = holds & (draft == draft)\n    return all_that_matter(holds, matters)",
-        (STOPPING,),
-    ),
-    Fault(
-        "still: probabilities of the step itself",
-        "denoise/sampler.py",
-        "moved = mx.abs(probability_of(tokens, seen)[:, :W] - before)",
-        "moved = mx.abs(before - before)",
-        (LOOP,),
-    ),
-    Fault(
         "prefix: any settled columns",
         "denoise/prefix.py",
         "mx.cumprod(holds.astype(mx.int32), axis=-1)",

@@ -16,7 +16,7 @@ Policy = Literal["reference", "fast"]
 Acceptance = Literal["entropy", "confidence"]
 StopOn = Literal["canvas", "answer"]
 CanvasWidth = Literal["fixed", "answer"]
-PrefixCommit = Literal["off", "shrink", "slide"]
+PrefixCommit = Literal["off", "shrink"]
 SelfConditioning = Literal["dense", "sparse"]
 
 # Values of each policy. The user's values come before them, the checkpoint's after.
@@ -38,7 +38,7 @@ _NEED_FREE_TEXT = ("width_mass", "prefix_commit", "prefix_steps")
 _ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
 _GENERATE = ("generate", "chat", "serve", "batch")
 _BY_ENTROPY, _BY_CONFIDENCE = ("acceptance", "entropy"), ("acceptance", "confidence")
-_SPARSE, _BY_PARTS = ("self_conditioning", "sparse"), ("prefix_commit", ("shrink", "slide"))
+_SPARSE, _BY_PARTS = ("self_conditioning", "sparse"), ("prefix_commit", "shrink")
 
 # Keys of generation_config.json without a meaning here.
 _INERT = frozenset(
@@ -251,20 +251,10 @@ class _Settings(Generic[Open]):
             commands=_GENERATE,
         )
     )
-    change_threshold: float | Open = _setting(
-        Entry(
-            help="Most probability that any token of a stable draft may have moved by since the "
-            "last step for a canvas to settle though it is not sure; 0: it must be sure.",
-            default=0.0,
-            at_least=0,
-            at_most=1,
-            commands=_GENERATE,
-        )
-    )
     prefix_commit: PrefixCommit | Open = _setting(
         Entry(
-            help="Whether the left part of a canvas is committed once it has settled: 'off'; "
-            "'shrink', the canvas goes on without it; 'slide', new noise enters on the right.",
+            help="Whether the left part of a canvas is committed once it has settled: 'off', or "
+            "'shrink', the canvas goes on without it.",
             default="off",
             commands=_GENERATE,
         )

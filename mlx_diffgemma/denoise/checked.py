@@ -77,7 +77,7 @@ def checked_noise(
     return noise
 
 
-def check_rules(settings: ResolvedSettings, *, is_free: bool, is_constrained: bool) -> None:
+def check_rules(settings: ResolvedSettings, *, is_free: bool) -> None:
     """Check that the settings suit a row whose text is free, or pinned or read out.
 
     Raises:
@@ -87,9 +87,4 @@ def check_rules(settings: ResolvedSettings, *, is_free: bool, is_constrained: bo
         raise ConfigError(
             f"prefix_commit {settings.prefix_commit!r} is not possible where text is pinned or "
             "probabilities are read, as fill, edit and decide do; it must be 'off'"
-        )
-    if settings.change_threshold and (is_constrained or not is_free):
-        raise ConfigError(
-            "change_threshold is not possible where text is pinned or under a constraint: what "
-            "moves there is not the model's own probability; it must be 0"
         )

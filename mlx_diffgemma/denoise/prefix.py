@@ -44,7 +44,7 @@ def least_part(canvas_length: int) -> int:
     return -(-canvas_length // _PARTS)
 
 
-def rest_of(canvas: Canvas, part: int, index: int, plan: Plan, noise: Noise, vocab: int) -> Canvas:
+def rest_of(canvas: Canvas, part: int, index: int, plan: Plan, noise: Noise) -> Canvas:
     """Return a canvas behind its committed part, as the row's next canvas. What was computed of its
     columns moves to the left with them.
 
@@ -53,26 +53,18 @@ def rest_of(canvas: Canvas, part: int, index: int, plan: Plan, noise: Noise, voc
       part: its committed columns.
       index: of the new canvas in the answer.
       plan: for its first step.
-      noise: its draws; columns that were not there before begin with them.
-      vocab: size of the vocabulary.
+      noise: its draws.
     """
-    seen, length = canvas.step + canvas.age, canvas.settings.canvas_length
-    tokens, age, committed = canvas.tokens[:, part:], seen, canvas.committed + part
-    if plan.widest > tokens.shape[1]:
-        start = noise.start(index, (1, length), vocab)
-        tokens = mx.concatenate([tokens, start[:, tokens.shape[1] :]], axis=1)
-    if canvas.settings.prefix_commit == "slide":
-        age, committed = seen * (length - part) // length, 0  # the mean age of the columns
     held = canvas.held
     return replace(
         canvas,
         noise=noise,
         index=index,
         plan=plan,
-        tokens=tokens,
+        tokens=canvas.tokens[:, part:],
         step=0,
-        age=age,
-        committed=committed,
+        age=canvas.step + canvas.age,
+        committed=canvas.committed + part,
         drafts=tuple(draft[:, part:] for draft in canvas.drafts),
         belief=_belief_behind(canvas.belief, part),
         held=None if held is None else held[:, part:],

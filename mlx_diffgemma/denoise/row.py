@@ -94,8 +94,7 @@ class Row:
         room = check_room(model.config, settings, before + count, images)
         self.model, self.settings, self.number = model, settings, number
         self.noise, self.pinned = checked_noise(noise, settings, constraint), pinned
-        is_free = pinned is None and readout is None
-        check_rules(settings, is_free=is_free, is_constrained=constraint is not None)
+        check_rules(settings, is_free=pinned is None and readout is None)
         self._constraint, self._state = constraint, 0  # the state behind what is written
         self.context, self.is_shared = context, is_shared
         self.shared = context if is_shared else None  # to know it by, until the row is done
@@ -357,13 +356,11 @@ class Row:
 
     def _behind(self, canvas: Canvas, part: int) -> Canvas:
         """Return what is left of a canvas, with its plan."""
-        before, widest = canvas.plan, self._first_plan().widest
-        if self.settings.prefix_commit == "shrink":
-            widest = min(widest, before.widest - part)
+        before = canvas.plan
+        widest = min(self._first_plan().widest, before.widest - part)
         width = widest if before.width == before.widest else min(widest, before.width - part)
         plan = Plan(width, min(width, before.dense), widest)
-        vocab_size = self.model.config.text.vocab_size
-        return rest_of(canvas, part, self._index, plan, self.noise, vocab_size)
+        return rest_of(canvas, part, self._index, plan, self.noise)
 
     def _finished(self, reason: Literal["stop", "length"]) -> Finished:
         return Finished(

@@ -137,16 +137,6 @@ def mass_of(ids: Iterable[int], seen: Statistics) -> mx.array:
     return ratios.sum(axis=-1) * seen.confidence
 
 
-def moved_by(tokens: mx.array, seen: Statistics, weights: mx.array, total: mx.array) -> mx.array:
-    """Return by how much the probability of tokens, int32 [B, L], has changed since an earlier
-    step, float32 [B, L]; 1 at positions behind those of its `weights` [B, W, V] and `total`."""
-    L, W = tokens.shape[1], min(tokens.shape[1], total.shape[1])
-    weight = mx.take_along_axis(weights[:, :W], tokens[:, :W, None], axis=-1)[..., 0]
-    before = weight.astype(mx.float32) / total[:, :W]
-    moved = mx.abs(probability_of(tokens, seen)[:, :W] - before)
-    return mx.pad(moved, [(0, 0), (0, L - W)], constant_values=1)
-
-
 @cache
 def chunk_size(vocab_size: int) -> int:
     """Return the smallest divisor of the vocabulary's size that is at least its root."""

@@ -23,7 +23,6 @@ from .sampler import (
     draw,
     hold,
     mass_of,
-    moved_by,
     probability_of,
     scaled_logits,
     shortlist,
@@ -37,7 +36,6 @@ from .stopping import (
     columns_to_end,
     columns_to_likely_end,
     is_settled,
-    is_still,
 )
 from .warm import going_on, kept_by
 
@@ -303,15 +301,6 @@ def _judge(
             confidence_threshold=settings.confidence_threshold,
             matters=matters,
             committed=canvas.committed,
-        )
-    if settings.change_threshold and canvas.belief is not None:
-        settled = settled | is_still(
-            draft,
-            _fitted_drafts(canvas),
-            moved_by(draft, look.thought, canvas.belief.weights, canvas.belief.total),
-            stability_threshold=settings.stability_threshold,
-            change_threshold=settings.change_threshold,
-            matters=matters,
         )
     if pinned is not None:
         accepted = accepted | ~pinned.free[:, :W]

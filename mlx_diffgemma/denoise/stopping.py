@@ -52,35 +52,6 @@ def is_settled(
     return settled
 
 
-def is_still(
-    draft: mx.array,
-    previous_drafts: Sequence[mx.array],
-    moved: mx.array,
-    *,
-    stability_threshold: int,
-    change_threshold: float,
-    matters: mx.array | None = None,
-) -> mx.array:
-    """Return whether each row's draft is stable, and its probabilities with it: bool [B].
-
-    Args:
-      draft: [B, L] int32, this step's likeliest tokens.
-      previous_drafts: the drafts of the steps before, oldest first.
-      moved: [B, L] float32, by how much the probability of each token of the draft differs from
-        the last step's.
-      stability_threshold: steps for which the draft must not have changed; 0 counts as 1.
-      change_threshold: the most that any probability may have moved.
-      matters: bool [B, L], the positions that are judged; None for all.
-    """
-    steps = max(1, stability_threshold)
-    if len(previous_drafts) < steps:
-        return mx.zeros(draft.shape[0], dtype=mx.bool_)
-    holds = moved <= change_threshold
-    for previous in previous_drafts[len(previous_drafts) - steps :]:
-        holds = holds & (draft == previous)
-    return all_that_matter(holds, matters)
-
-
 def all_that_matter(holds: mx.array, matters: mx.array | None) -> mx.array:
     """Return whether a claim, bool [B, L], is true at every position that matters: [B] bool."""
     return (holds if matters is None else holds | ~matters).all(axis=-1)

@@ -137,7 +137,7 @@ def draw_mixture(rng: np.random.Generator, model: DiffusionGemma) -> tuple[np.nd
             empty_rerolls=int(rng.integers(0, 2)),
             top_candidates=2,
             extra_eos_token_ids=tuple(rng.integers(2, V, 4).tolist()),
-        ).resolve(model.config)
+        )
         pinned = None
         if rng.random() < 0.3:
             count = int(rng.integers(1, 2 * length + 1))
@@ -147,7 +147,8 @@ def draw_mixture(rng: np.random.Generator, model: DiffusionGemma) -> tuple[np.nd
         joins = int(rng.integers(0, 6))
         leaves = joins + int(rng.integers(1, 9)) if rng.random() < 0.3 else 1 << 30
         is_shared = rng.random() < 0.3
-        rows.append(Drawn(tokens(most), is_shared, settings, pinned, joins, leaves))
+        resolved = settings.resolve(model.config, is_free=pinned is None)
+        rows.append(Drawn(tokens(most), is_shared, resolved, pinned, joins, leaves))
     return tokens(most), rows
 
 

@@ -9,7 +9,6 @@ from mlx_diffgemma.denoise.stopping import (
     answer_length,
     columns_to_likely_end,
     is_settled,
-    is_still,
     width_for,
 )
 
@@ -82,34 +81,6 @@ def test_columns_that_are_committed_count_as_sure_in_the_mean():
             ).item()
             for committed in (0, 1, 2)
         ] == [False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("previous", "moved", "steps", "still"),
-    [
-        ([A], [0.0, 0.1, 0.0, 0.0], 1, True),
-        ([A], [0.0, 0.11, 0.0, 0.0], 1, False),
-        ([B], [0.0, 0.0, 0.0, 0.0], 1, False),
-        ([], [0.0, 0.0, 0.0, 0.0], 0, False),
-        ([A], [0.0, 0.0, 0.0, 0.0], 0, True),
-        ([B, A], [0.0, 0.0, 0.0, 0.0], 2, False),
-        ([A, A], [0.0, 0.0, 0.0, 0.0], 2, True),
-    ],
-)
-def test_still_means_stable_tokens_and_probabilities(previous, moved, steps, still):
-    def found(**more):
-        return is_still(
-            mx.array([A]),
-            [mx.array([p]) for p in previous],
-            mx.array([moved]),
-            stability_threshold=steps,
-            change_threshold=0.1,
-            **more,
-        ).tolist()
-
-    assert found() == [still]
-    if previous:
-        assert found(matters=mx.zeros((1, 4), mx.bool_)) == [True], "nothing matters"
 
 
 def test_rows_settle_on_their_own():
