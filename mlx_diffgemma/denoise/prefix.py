@@ -11,7 +11,7 @@ import mlx.core as mx
 from .canvas import Belief, Canvas, Plan
 from .noise import Noise
 
-_PARTS = 8  # of a canvas: one of them is the least that is committed
+_PARTS = 4  # of a canvas: one of them is the least that is committed
 
 
 def settled_columns(

@@ -92,8 +92,8 @@ def test_settled_columns_are_counted_from_the_left(previous, entropy, steps, col
     assert found.tolist() == [columns]
 
 
-def test_the_least_part_is_an_eighth():
-    assert [least_part(length) for length in (256, 64, 32, 8, 5, 1)] == [32, 8, 4, 1, 1, 1]
+def test_the_least_part_is_a_quarter():
+    assert [least_part(length) for length in (256, 64, 32, 8, 5, 1)] == [64, 16, 8, 2, 2, 1]
 
 
 def test_the_rest_of_a_canvas_keeps_what_is_known_of_its_columns():
@@ -155,7 +155,7 @@ def test_a_left_part_that_has_not_settled_stays(settings):
     assert widths_of(events) == [8] * 5 and len(committed(events)) == 1
 
 
-def test_a_part_of_less_than_an_eighth_waits():
+def test_a_part_of_less_than_a_quarter_waits():
     model = load_drawn(5, canvas_length=24)
     row = Row(
         model,
@@ -166,7 +166,7 @@ def test_a_part_of_less_than_an_eighth_waits():
     rows.add(row)
     list(rows.advance())
     assert row.canvas is not None
-    assert [row.goes_on([0, part]) for part in (0, 2, 3)] == [True, True, False]
+    assert [row.goes_on([0, part]) for part in (0, 5, 6)] == [True, True, False]
 
 
 def test_an_end_in_the_settled_part_ends_the_answer_whatever_moves_behind_it():
