@@ -908,15 +908,15 @@ FAULTS = (
     Fault(
         "prefix: the rest begins with the committed part",
         "denoise/prefix.py",
-        "tokens, age, committed = canvas.tokens[:, part:]",
-        "tokens, age, committed = canvas.tokens[:, :-part]",
+        "tokens=canvas.tokens[:, part:]",
+        "tokens=canvas.tokens[:, :-part]",
         (PREFIX,),
     ),
     Fault(
         "prefix: the rest is young",
         "denoise/prefix.py",
-        "seen, length = canvas.step + canvas.age,",
-        "seen, length = 0,",
+        "age=canvas.step + canvas.age",
+        "age=0",
         (PREFIX,),
     ),
     Fault(

@@ -29,11 +29,10 @@ POLICIES: dict[Policy, dict[str, Any]] = {
         "canvas_width": "answer",
         "width_mass": 0.7,
         "prefix_commit": "shrink",
-        "prefix_steps": 1,
     },
 }
 # Those of them that need free text: no policy sets them where text is pinned, as in `fill`.
-_NEED_FREE_TEXT = ("width_mass", "prefix_commit", "prefix_steps")
+_NEED_FREE_TEXT = "width_mass", "prefix_commit"
 
 _ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
 _GENERATE = ("generate", "chat", "serve", "batch")
@@ -381,8 +380,7 @@ class GenerationSettings(_Settings[None]):
         )
 
     def _filled(self, policys: Mapping[str, Any], own: GenerationSettings) -> dict[str, Any]:
-        """Return each setting's value, None if it has none, from the policy's and the checkpoint's
-        own."""
+        """Return each setting's value, None if it has none. `own` holds the checkpoint's."""
         cls: Any = type(self)
         values: dict[str, Any] = {}
         for name, entry in entries(cls).items():
