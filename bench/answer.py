@@ -242,7 +242,7 @@ def ours(model: Any, tokenizer: Any, values: dict[str, Any]) -> Run:
                 done = event
         assert done is not None
         counts = done.new_tokens, done.canvases, done.steps, done.positions
-        return Answer("".join(pieces), *counts, first)
+        return Answer("".join(pieces), *counts, first or time.perf_counter() - begun)
 
     return run
 
@@ -278,7 +278,7 @@ def mlx_vlm(folder: Path, tokenizer: Any, ends: tuple[int, ...], arguments: dict
         assert last is not None
         text = tokenizer.decode(collector.ids, skip_special_tokens=True)
         steps, positions = last.diffusion_denoising_steps, last.diffusion_work_tokens
-        first = collector.first - begun
+        first = (collector.first or time.perf_counter()) - begun
         return Answer(text, last.generation_tokens, canvases, steps, positions, first)
 
     return run
@@ -434,16 +434,7 @@ def compare(
         p, q, n = a["exact_rate"], b["exact_rate"], a["prompts"]
         error = math.sqrt(p * (1 - p) / n + q * (1 - q) / n)
         both = [(x.exact, y.exact) for x, y in zip(answers[name], answers[other], strict=True)]
-        ratios[f"{name} / {other}"] = {
-            key: round(a[key] / b[key], 4)
-            for key in (
-                "positions",
-                "steps",
-                "seconds_mean",
-                "seconds_median",
-                "first_seconds_mean",
-            )
-        } | {
+        ratios[f"{name} / {other}"] = {key: round(a[key] / b[key], 4) for key in COMPARED} | {
             "standard_errors_apart": round((p - q) / error, 3) if error else 0.0,
             "exact_only_here": both.count((True, False)),
             "exact_only_there": both.count((False, True)),

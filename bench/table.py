@@ -60,8 +60,14 @@ def read(results: Path) -> dict[str, Record]:
         if path.is_file() and (lines := path.read_text(encoding="utf-8").split("\n")[:-1]):
             records[name] = json.loads(lines[-1])
             if name == "answer":  # of several models
-                latest = {r.get("model", "bundled"): r for r in map(json.loads, lines)}
-                records[name]["models"] = latest
+                models = {r.get("model", "bundled"): r for r in map(json.loads, lines)}
+                commits = dict.fromkeys(r["commit"] for r in models.values())
+                records[name] |= {
+                    "models": models,
+                    "passed": all(r["passed"] for r in models.values()),
+                    "bounds": [bound for r in models.values() for bound in r["bounds"]],
+                    "commit": ", ".join(commits),
+                }
             if "cases" in records[name]:  # a run may measure some shapes only
                 latest = {
                     (case["shape"], case["weights"]): (case, record["commit"])
@@ -129,14 +135,14 @@ def answers(record: Record) -> list[str]:
                     f"{model} ({found['shape']['prompts']:,} prompts)",
                     f"ours, {name}" if name in found["settings"] else name,
                     f"{row['exact_rate']:.1%} ({low:.1%} to {high:.1%})",
-                    f"{row['steps_per_canvas']:.1f}",
+                    f"{row['steps']:.1f}",
                     f"{row['positions']:.0f}",
                     f"{1e3 * row['seconds_mean']:.0f}",
                     MISSING if first is None else f"{1e3 * first:.0f}",
                     f"{row['tokens_per_second']:.0f}",
                 ]
             )
-    heads = "model|runtime|exact (95%)|steps a canvas|rows x steps|ms|ms to the first text|tokens/s"
+    heads = "model|runtime|exact (95%)|steps|rows x steps|ms|ms to the first text|tokens/s"
     title = "One answer, batch 1, mean over the prompts of small models, whose tasks are toys:"
     return [title, markdown(heads.split("|"), rows)]
 

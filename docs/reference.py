@@ -179,7 +179,8 @@ def help_of(field: Field[Any], entry: Entry | None) -> str:
         return str(field.metadata.get("help", OTHER_HELP.get(field.name, "")))
     if entry.only_with is None:
         return entry.help
-    return f"{entry.help} Only with `{entry.only_with[0]}={entry.wanted}`."
+    other, wanted = entry.only_with
+    return f"{entry.help} Only with `{other}={wanted!r}`."
 
 
 # Fields without an entry.

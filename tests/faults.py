@@ -913,6 +913,20 @@ FAULTS = (
         (PREFIX,),
     ),
     Fault(
+        "prefix: a canvas with given tokens goes on in parts",
+        "denoise/row.py",
+        "and self.canvas.pinned is None  # a rest has other columns",
+        "and True",
+        (PREFIX,),
+    ),
+    Fault(
+        "policy: parts where text is pinned",
+        "denoise/loop.py",
+        "settings.resolve(model.config, is_free=pinned is None)",
+        "settings.resolve(model.config)",
+        ("tests/denoise/test_prefix.py",),
+    ),
+    Fault(
         "prefix: the rest is young",
         "denoise/prefix.py",
         "age=canvas.step + canvas.age",

@@ -28,20 +28,12 @@ class Entry:
     below: float | None = None  # exclusive bound
     all_is: int | None = None  # a value outside the bounds that means "all"
     checkpoint: str | None = None  # its key in generation_config.json, dots between levels
-    # The setting without which it has no effect, and the value, or one of a tuple, that it needs.
+    # The setting without which it has no effect, and the value that it needs.
     only_with: tuple[str, Any] | None = None
     commands: tuple[str, ...] = ()  # commands that have it as an option
     flags: tuple[str, ...] = ()  # of the option, if not made from the name
     command_default: Any = None  # if it differs from the library's
     shown_default: str | None = None  # in words, where `default` does not say it
-
-    @property
-    def wanted(self) -> str:
-        """The values of `only_with` in words; "" without one."""
-        if self.only_with is None:
-            return ""
-        wanted = self.only_with[1]
-        return " or ".join(map(repr, wanted if isinstance(wanted, tuple) else (wanted,)))
 
 
 def setting(entry: Entry, *, is_open: bool = False) -> Any:

@@ -358,9 +358,8 @@ class GenerationSettings(_Settings[None]):
         Raises:
           ConfigError: if values contradict each other or the checkpoint, or have no effect.
         """
-        policys = POLICIES[self.policy or default_of("policy")]
-        if not is_free:
-            policys = {k: v for k, v in policys.items() if k not in _NEED_FREE_TEXT}
+        whole = POLICIES[self.policy or default_of("policy")]
+        policys = {k: v for k, v in whole.items() if is_free or k not in _NEED_FREE_TEXT}
         values = self._filled(policys, checkpoint.generation)
         if values["canvas_length"] is None:
             values["canvas_length"] = checkpoint.canvas_length
@@ -370,7 +369,7 @@ class GenerationSettings(_Settings[None]):
             values["seed"] = secrets.randbits(32)
         if self.sparse_tokens is None:  # the default may exceed a small vocabulary
             values["sparse_tokens"] = min(values["sparse_tokens"], checkpoint.vocab_size)
-        refuse_idle(self, values, policys)
+        refuse_idle(self, values, policys, whole.keys() - policys.keys())
         refuse_contradictions(values, self.extra_eos_token_ids, checkpoint)
         return ResolvedSettings(
             **values,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from ..errors import ConfigError
@@ -20,24 +20,31 @@ class Sizes(Protocol):
     def vocab_size(self) -> int: ...
 
 
-def refuse_idle(given: Any, values: Mapping[str, Any], policys: Mapping[str, Any]) -> None:
+def refuse_idle(
+    given: Any,
+    values: Mapping[str, Any],
+    policys: Mapping[str, Any],
+    left_out: Collection[str] = (),
+) -> None:
     """Raise ConfigError for a setting that has no effect.
 
     Args:
       given: the user's settings, None where they are open.
       values: all values, filled in.
       policys: those that the policy sets.
+      left_out: those that it would set elsewhere; what goes with them is not idle there.
     """
     for name, entry in entries(type(given)).items():
         if entry.only_with is None or getattr(given, name) is None:
             continue
         other, wanted = entry.only_with
-        if values[other] not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+        if other in left_out and getattr(given, other) is None:
+            continue
+        if values[other] != wanted:
             is_policys = getattr(given, other) is None and other in policys
             which = f", which policy {values['policy']!r} sets" * is_policys
             raise ConfigError(
-                f"{name} has no effect with {other} {values[other]!r}{which}, only with "
-                f"{entry.wanted}"
+                f"{name} has no effect with {other} {values[other]!r}{which}, only with {wanted!r}"
             )
 
 

@@ -70,10 +70,10 @@ def checked_noise(
         raise ConfigError("empty_rerolls needs seeded noise: a replay has no other draws")
     if constraint is not None and not isinstance(noise, SeededNoise):
         raise ConfigError("a constraint needs seeded noise: a replay has no draws for it")
-    if settings.prefix_commit != "off" and not isinstance(noise, SeededNoise):
-        raise ConfigError("prefix_commit needs seeded noise: a replay's canvas is whole")
-    if settings.canvas_width == "answer" and not isinstance(noise, SeededNoise):
-        raise ConfigError("canvas_width 'answer' needs seeded noise: a replay's canvas is whole")
+    by_parts, narrow = settings.prefix_commit != "off", settings.canvas_width == "answer"
+    if (by_parts or narrow) and not isinstance(noise, SeededNoise):
+        named = ["prefix_commit"] * by_parts + ["canvas_width 'answer'"] * narrow
+        raise ConfigError(f"{' and '.join(named)} need seeded noise: a replay's canvas is whole")
     return noise
 
 

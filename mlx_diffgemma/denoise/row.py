@@ -290,8 +290,10 @@ class Row:
         if check[0] or not self.canvas.has_steps_left:
             return False
         self.canvas = replace(self.canvas, plan=self._next_plan(check))
-        if self.settings.prefix_commit != "off" and check[-1] >= least_part(
-            self.settings.canvas_length
+        if (
+            self.settings.prefix_commit != "off"
+            and self.canvas.pinned is None  # a rest has other columns
+            and check[-1] >= least_part(self.settings.canvas_length)
         ):
             self._part = check[-1]
         return not self._part

@@ -149,11 +149,11 @@ def _answer(model: DiffusionGemma, policy: Policy, rows: int) -> mx.array:
     settings = GenerationSettings(
         policy=policy, seed=3, canvas_length=_WIDTH, max_new_tokens=_WIDTH
     )
-    committed = {
-        event.row: event.tokens
-        for event in denoise_tokens(model, tokens[:rows], settings, lengths=lengths[:rows])
-        if isinstance(event, CanvasCommitted)
-    }
+    committed: dict[int, mx.array] = {}
+    for event in denoise_tokens(model, tokens[:rows], settings, lengths=lengths[:rows]):
+        if isinstance(event, CanvasCommitted):  # of a part, maybe
+            before = [committed[event.row]] if event.row in committed else []
+            committed[event.row] = mx.concatenate([*before, event.tokens], axis=1)
     pad = model.config.pad_token_id
     return mx.concatenate(
         [

@@ -238,6 +238,10 @@ def test_a_policy_commits_no_parts_where_text_is_pinned():
     assert (pinned.acceptance, pinned.canvas_width) == ("confidence", "answer")
     mine = GenerationSettings(policy="fast", prefix_commit="shrink", prefix_steps=3)
     assert mine.resolve(SILENT, is_free=False).prefix_commit == "shrink"  # for the row to refuse
+    longer = GenerationSettings(policy="fast", prefix_steps=3)  # of a server, say, that also fills
+    assert longer.resolve(SILENT, is_free=False).prefix_commit == "off"
+    with pytest.raises(ConfigError, match="prefix_steps has no effect"):
+        GenerationSettings(prefix_steps=3).resolve(SILENT, is_free=False)
 
 
 @pytest.mark.parametrize(

@@ -922,7 +922,7 @@ def test_a_width_that_follows_the_answer_needs_seeded_noise():
     class Replay:
         pass
 
-    with pytest.raises(ConfigError, match="canvas_width 'answer' needs seeded noise"):
+    with pytest.raises(ConfigError, match="canvas_width 'answer' need seeded noise"):
         run(Oracle(lambda canvas, look: sure(WORDS)), **FAST, noise=Replay())
 
 

@@ -14,13 +14,14 @@ from mlx_diffgemma import (
     SeededNoise,
     Store,
     bundled_model,
+    denoise_tokens,
     generate,
     load,
 )
 from mlx_diffgemma.denoise import row as row_module
 from mlx_diffgemma.denoise.canvas import Belief, Canvas, Plan, Readout
 from mlx_diffgemma.denoise.loop import Rows
-from mlx_diffgemma.denoise.pinned import Pinned
+from mlx_diffgemma.denoise.pinned import FREE, Pinned
 from mlx_diffgemma.denoise.prefix import least_part, rest_of, settled_columns
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.errors import ConfigError
@@ -48,6 +49,13 @@ from tests.denoise.test_loop import ahead as ahead  # every test here runs both 
 
 SHRINK = {"prefix_commit": "shrink"}
 HALF = [SURE] * 4 + [UNSURE] * 4
+
+
+class Embedding(Oracle):
+    """One that given tokens can be embedded by."""
+
+    def embed(self, tokens):
+        return mx.zeros((*tokens.shape, V))
 
 
 def half_then(rest):
@@ -216,10 +224,6 @@ def test_a_run_by_parts_ends_where_the_positions_end():
 
 
 def test_a_canvas_that_has_to_begin_with_given_tokens_is_not_the_rest_of_another():
-    class Embedding(Oracle):
-        def embed(self, tokens):
-            return mx.zeros((*tokens.shape, V))
-
     oracle = Embedding(half_then(sure([40, 41, 42, 43, 44, 45, 46, 47])))
     begins = iter([[], [40]])
     settings = GenerationSettings(seed=1, max_new_tokens=12, **SHRINK).resolve(oracle.config)
@@ -230,6 +234,16 @@ def test_a_canvas_that_has_to_begin_with_given_tokens_is_not_the_rest_of_another
     assert committed(events)[1].tokens[0, 0].item() == 40
     tokens, soft = oracle.looks[1][0]
     assert soft is None and tokens[0, 0].item() == 40
+
+
+def test_a_canvas_that_begins_with_given_tokens_is_committed_whole():
+    oracle = Embedding(lambda canvas, look: (WORDS, HALF))
+    settings = GenerationSettings(seed=1, max_denoising_steps=5, max_new_tokens=L, **SHRINK)
+    rows = Rows(oracle)
+    row = Row(oracle, settings.resolve(oracle.config), np.array([10]), begin=iter([[40]]).__next__)
+    rows.add(row)
+    (canvas,) = committed(list(rows.run()))
+    assert canvas.tokens[0].tolist() == [40, *WORDS[1:]], "else its rest would begin so too"
 
 
 def test_a_narrow_canvas_stays_narrow_behind_its_part():
@@ -253,7 +267,7 @@ GIVEN = {"pinned": Pinned(np.array([3], np.int32))}
 @pytest.mark.parametrize(
     ("settings", "more", "said"),
     [
-        (SHRINK, {"noise": _Replay()}, "prefix_commit needs seeded noise"),
+        (SHRINK, {"noise": _Replay()}, "prefix_commit need seeded noise"),
         (SHRINK, GIVEN, "prefix_commit 'shrink' is not possible where text is pinned"),
         (SHRINK, {"readout": Readout(1, (3,))}, "prefix_commit 'shrink' is not possible"),
     ],
@@ -263,6 +277,14 @@ def test_what_is_not_possible_is_refused_by_name(settings, more, said):
     settings = GenerationSettings(seed=1, **settings).resolve(oracle.config)
     with pytest.raises(ConfigError, match=said):
         Row(oracle, settings, np.array([10], np.int32), **more)
+
+
+def test_fast_takes_pinned_text_whole():
+    oracle = Embedding(lambda canvas, look: (WORDS, HALF))
+    settings = GenerationSettings(seed=1, policy="fast", max_new_tokens=L, max_denoising_steps=5)
+    pinned = [Pinned(np.array([9, FREE, FREE, FREE, FREE, FREE, FREE, FREE], np.int32))]
+    (canvas,) = committed(list(denoise_tokens(oracle, mx.array([[10]]), settings, pinned=pinned)))
+    assert canvas.tokens[0].tolist() == [9, *WORDS[1:]]
 
 
 # Whole models

@@ -208,6 +208,7 @@ def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict
             if not eventually(lambda: is_idle(running.engine)):
                 found.say("end", "the engine is not idle")
             time.sleep(0.5)
+            running.lines.clear()  # what the test itself has kept of the log
             states.append(state_of_process())
         if running.bugs:
             found.say("bugs", repr(running.bugs))
