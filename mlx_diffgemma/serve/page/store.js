@@ -11,6 +11,7 @@ export const stored = new EventTarget(); // tells `change`, with the id, of what
 
 tabs?.addEventListener("message", ({data}) => stored.dispatchEvent(new CustomEvent("change", {detail: data})));
 
+const PATIENCE = 3000; // ms; a database that was being made when its page was left may never open
 let opened = null;
 
 function database() {
@@ -25,6 +26,7 @@ function database() {
     asked.onupgradeneeded = () => asked.result.createObjectStore(STORE, {keyPath: "id"});
     asked.onsuccess = () => resolve(asked.result);
     asked.onerror = () => resolve(null);
+    setTimeout(() => resolve(null), PATIENCE);
   });
   return opened;
 }
