@@ -27,7 +27,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from answer import parse_settings, wilson
+from answer import choose, parse_settings, wilson
 from common import finish, model_name, record
 
 from mlx_diffgemma import GenerationSettings, bundled_model, encode_prompt, load
@@ -101,7 +101,7 @@ def main() -> None:
     model, tokenizer = load(folder)
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
-    entries = chosen(folder, options.limit)
+    entries = choose(folder, options.limit)
     prompts = [np.array(encode_prompt(tokenizer, e["prompt"]), np.int32) for e in entries]
     answers = read_answers(options.write) if options.write else {}
     for name in names:
@@ -142,17 +142,6 @@ def main() -> None:
         enough=len(entries) >= ENOUGH,
     )
     finish(line, save=options.save)
-
-
-def chosen(folder: Path, limit: int | None) -> list[dict[str, str]]:
-    """The first prompts of each task."""
-    found: list[dict[str, str]] = []
-    seen: dict[str, int] = {}
-    for entry in json.loads((folder / "prompts.json").read_text(encoding="utf-8")):
-        seen[entry["task"]] = seen.get(entry["task"], 0) + 1
-        if limit is None or seen[entry["task"]] <= limit:
-            found.append(entry)
-    return found
 
 
 def run(
