@@ -21,11 +21,11 @@ some within 10%, and is three times below another.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from common import RESULTS, finish, record
+from table import read
 
 from mlx_diffgemma.doctor.floors import (
     CHIPS,
@@ -189,18 +189,23 @@ def print_chips(
 
 def print_policies(model: Model, context: int, steps: list[float]) -> dict[str, Any]:
     """What each policy of the last bench/answer.py would save here, were its steps and widths the
-    same. They are a tiny model's, on toy tasks."""
-    path = RESULTS / "answer.jsonl"
-    if not path.is_file():
-        print("[prediction] no bench/results/answer.jsonl: nothing to say about policies")
-        return {}
-    answer = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    same, by small model. Those are asked toy tasks."""
+    answers = read(RESULTS).get("answer", {}).get("models", {})
+    known = {n: a for n, a in answers.items() if "reference" in a["groups"]["pooled"]}
+    if not known:
+        print("[prediction] no bench/answer.py with reference: nothing to say about policies")
+    return {name: print_transfer(model, name, known[name], context, steps) for name in known}
+
+
+def print_transfer(
+    model: Model, small: str, answer: dict[str, Any], context: int, steps: list[float]
+) -> dict[str, Any]:
+    """What the policies of one record would save."""
     pooled, canvas = answer["groups"]["pooled"], answer["shape"]["canvas"]
-    if (reference := pooled.get("reference")) is None:
-        print("[prediction] the last bench/answer.py ran without reference: nothing to say")
-        return {}
+    reference = pooled["reference"]
     print(
-        f"[prediction] transfer from a model of 2 million parameters on toy tasks: in place of "
+        f"[prediction] transfer from the small model {small}, which takes "
+        f"{reference['steps_per_canvas']:.1f} steps a canvas of {canvas} on toy tasks: in place of "
         f"one full-width canvas of {steps[0]:g} steps"
     )
     transfer = {}

@@ -57,9 +57,13 @@ class Phase:
 
 
 PHASES = (
-    Phase("first", {"walk": 16000, "automaton": 10000, "sums": 14000, "records": 10000}),
     Phase(
-        "second", {"automaton": 14000, "progression": 10000, "fibonacci": 10000, "records": 10000}
+        "first",
+        dict.fromkeys(("walk", "automaton", "sums", "records", "progression", "fibonacci"), 8000),
+    ),
+    Phase(
+        "second",
+        {"automaton": 9000, "colours": 14000, "memory": 11000, "fives": 11000, "records": 14000},
     ),
 )
 

@@ -16,13 +16,16 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from mlx_diffgemma import Store
 from mlx_diffgemma.config.serving import Limits
-from mlx_diffgemma.serve.state import _COMPILERS, _ENCODERS
+from mlx_diffgemma.serve.state import _COMPILERS, _ENCODERS, State
 from tests.engine.cases import eventually, is_idle
 from tests.serve.cases import (
     Answered,
@@ -58,7 +61,7 @@ WAYS = ("whole",) * 4 + ("stream",) * 4 + ("gone",) * 3 + ("slow", "broken", "ly
 MOST_SECONDS = 600.0  # of an answer, on a machine that others use too
 MOST_WORKERS = _ENCODERS + _COMPILERS  # threads beside the event loop
 MOST_GROWTH = 0.02  # of the memory after the first tenth
-_M_ARENA_MAX = -8  # of glibc's mallopt
+TENTHS = 10
 
 
 def requests() -> list[tuple[str, dict[str, Any]]]:
@@ -152,17 +155,32 @@ def one(running: Running, draw: random.Random, expected: list[Any], found: Found
         found.say(way, "" if right else f"{path} {body}: {answer}")
 
 
+class _Malloc(ctypes.Structure):
+    """glibc's `mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
 def state_of_process() -> dict[str, int]:
     """What may not grow. Freed memory that malloc keeps for its threads is given back first, and
-    told apart; threads that work beside the event loop come and go, and may be so many."""
+    told apart, as is what malloc has given out; threads that work beside the event loop come and
+    go, and may be so many."""
     held = _resident_kb()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    libc.mallinfo2.restype = _Malloc
+    malloc = libc.mallinfo2()
     names = [thread.name for thread in threading.enumerate()]
     workers = sum(name.startswith("AnyIO") for name in names)
     return {
         "kB": _resident_kb(),
         "kB with freed": held,
+        "kB of malloc in use": (malloc.uordblks + malloc.hblkhd) // 1024,
+        "kB of malloc free": malloc.fordblks // 1024,
         "threads": len(names) - workers,
         "workers": workers,
         "files": len(os.listdir("/proc/self/fd")),
@@ -174,42 +192,56 @@ def _resident_kb() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
+def ask_for(
+    seconds: float, port: int, seeds: Sequence[int], expected: list[Any]
+) -> tuple[Counter[str], list[str]]:
+    """Let a client per seed ask the server on a port for a while."""
+    found, running = Found(), Running(port, State())
+    end = time.monotonic() + seconds
+
+    def client(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            try:
+                one(running, draw, expected, found)
+            except (OSError, IndexError) as error:
+                found.say("connection", repr(error))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found.outcomes, found.wrong
+
+
 def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict[str, int]]]:
-    """Let clients ask for a while; return what came, and the process after a tenth and at last."""
-    # The clients are threads of this process too. Were each to have an arena, pages would stay for
-    # a few bytes on them: resident memory grew by 8 MB in 920 requests, what malloc had given out
-    # by 0.7 MB. It is not all: with one arena two runs grew by 2.0% and 3.9%.
-    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    """Let clients, in a process of their own, ask for a while; return what came, and the server's
+    process after each tenth."""
     found, states = Found(), []
     limits = Limits(max_connections=4 * clients)
     store = Store(STORE_BYTES)
-    with serving(limits=limits, max_queue=2 * clients, store=store) as running:
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as others,
+        serving(limits=limits, max_queue=2 * clients, store=store) as running,
+    ):
         expected = [texts_of(p, ask(running, post(p, b)), False) for p, b in requests()]
         for length in range(1, LENGTHS + 1):  # so that what is kept of a bounded number is full
             ask(running, post(COMPLETIONS, {"prompt": "7" * length, "max_tokens": 1, "seed": 1}))
-        for share in (0.1, 0.9):
-            end = time.monotonic() + 60 * minutes * share
-
-            def client(seed: int, end: float = end) -> None:
-                draw = random.Random(seed)
-                while time.monotonic() < end:
-                    try:
-                        one(running, draw, expected, found)
-                    except (OSError, IndexError) as error:
-                        found.say("connection", repr(error))
-
-            threads = [
-                threading.Thread(target=client, args=(1000 * number + i,)) for i in range(clients)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        for tenth in range(TENTHS):
+            seeds = [clients * (TENTHS * number + tenth) + i for i in range(clients)]
+            seconds = 60 * minutes / TENTHS
+            outcomes, wrong = others.submit(
+                ask_for, seconds, running.port, seeds, expected
+            ).result()
+            found.outcomes += outcomes
+            found.wrong += wrong
             if not eventually(lambda: is_idle(running.engine)):
                 found.say("end", "the engine is not idle")
             time.sleep(0.5)
             running.lines.clear()  # what the test itself has kept of the log
             states.append(state_of_process())
+            print(json.dumps(states[-1]), flush=True)
         if running.bugs:
             found.say("bugs", repr(running.bugs))
     return found, states
@@ -221,9 +253,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    found, (first, last) = run(options.minutes, options.clients, options.seed)
+    found, states = run(options.minutes, options.clients, options.seed)
+    first, last = states[0], states[-1]
     print(f"{sum(found.outcomes.values())} requests: {dict(found.outcomes)}")
-    print(json.dumps({"after a tenth": first, "at the end": last}))
     growth = last["kB"] / first["kB"] - 1
     print(f"memory {growth:+.1%}; {len(found.wrong)} wrong answers")
     for wrong in found.wrong[:10]:
