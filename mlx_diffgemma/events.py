@@ -65,7 +65,7 @@ class Finished:
     reason: Literal["stop", "length"]  # an end token, or the limit was reached
     new_tokens: int  # the end token counts, padding does not
     steps: int  # denoise steps over all canvases
-    canvases: int
+    canvases: int  # committed; under `prefix_commit` each part counts
     positions: int  # canvas columns computed, summed over steps: the work done
     row: int = 0
     constraint: Literal["kept"] | None = None  # the answer fits, and was checked; None without one

@@ -32,7 +32,7 @@ POLICIES: dict[Policy, dict[str, Any]] = {
     },
 }
 # Those of them that need free text: no policy sets them where text is pinned, as in `fill`.
-_NEED_FREE_TEXT = "width_mass", "prefix_commit"
+NEED_FREE_TEXT = "width_mass", "prefix_commit"
 
 _ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
 _GENERATE = ("generate", "chat", "serve", "batch")
@@ -359,7 +359,7 @@ class GenerationSettings(_Settings[None]):
           ConfigError: if values contradict each other or the checkpoint, or have no effect.
         """
         whole = POLICIES[self.policy or default_of("policy")]
-        policys = {k: v for k, v in whole.items() if is_free or k not in _NEED_FREE_TEXT}
+        policys = {k: v for k, v in whole.items() if is_free or k not in NEED_FREE_TEXT}
         values = self._filled(policys, checkpoint.generation)
         if values["canvas_length"] is None:
             values["canvas_length"] = checkpoint.canvas_length

@@ -158,10 +158,8 @@ def one(running: Running, draw: random.Random, expected: list[Any], found: Found
 class _Malloc(ctypes.Structure):
     """glibc's `mallinfo2`."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _NAMES.split()]
 
 
 def state_of_process() -> dict[str, int]:
