@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from tests.engine.cases import eventually, is_idle
-from tests.serve.cases import COUNT, COUNTED, LONG, SORT, SORTED, scripted, serving
-from tests.write.test_tool_calls import TOKENIZER
+from tests.serve.cases import COUNT, COUNTED, LONG, PATIENCE, SORT, SORTED, scripted, serving
+from tests.write.test_tool_calls import TOKENIZER, L, Script
 
 WEATHER = {
     "type": "function",
@@ -90,6 +90,28 @@ def test_without_diffusing_a_stream_has_settled_text_only(client):
     written = sum(bool(chunk.choices[0].delta.content) for chunk in chunks)
     assert written in (1, 2)  # of two canvases; a late reader gets them as one
     assert all(chunk.usage is None for chunk in chunks)
+
+
+class Waiting(Script):
+    """Begins its second canvas only once it may."""
+
+    may_go_on = threading.Event()
+
+    def canvas_states(self, canvases, opened, **more):
+        if opened[0].commits and not self.may_go_on.wait(PATIENCE):
+            raise TimeoutError("nobody read the first canvas")
+        return super().canvas_states(canvases, opened, **more)
+
+
+def test_the_first_canvas_is_read_before_the_second_is_begun():
+    text = "word " * (L // 4)
+    with serving(model=(Waiting(text), TOKENIZER)) as running:
+        told = []
+        for chunk in create(client_of(running), stream=True, max_tokens=2 * L):
+            if chunk.choices[0].delta.content:
+                told.append(chunk.choices[0].delta.content)
+                Waiting.may_go_on.set()
+    assert len(told) == 2 and "".join(told) == text
 
 
 def test_drafts_replace_each_other_and_end_with_the_answer(client):
