@@ -21,6 +21,7 @@ peaks.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import math
 import subprocess
@@ -126,10 +127,12 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="cases whose name has this in it")
     parser.add_argument("--no-doctor", action="store_true", help="without the doctor")
     parser.add_argument("--save", action="store_true", help="append to bench/results/")
-    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        return run_case(Case(*options.case[:2]), Path(options.case[2]), options.shape)
+        weights, runtime, into, seconds = options.case
+        faulthandler.dump_traceback_later(float(seconds))  # tells where it stood when it is stopped
+        return run_case(Case(weights, runtime), Path(into), options.shape)
     started = time.monotonic()
     rates = peak_rates()
     print(
@@ -184,15 +187,16 @@ def ask(case: Case, scratch: Path, shape: str, seconds: float) -> dict[str, Any]
         return {"error": "left out: no time"}
     into = scratch / f"{case.name.replace(' ', '_')}.jsonl"
     command = [sys.executable, __file__, "--shape", shape, "--case", case.weights, case.runtime]
+    command += [str(into), f"{limit - 3:.0f}"]
     error = ""
     try:
         done = subprocess.run(
-            [*command, str(into)], stderr=subprocess.PIPE, text=True, timeout=limit, check=False
+            command, stderr=subprocess.PIPE, text=True, timeout=limit, check=False
         )
         if done.returncode:
             error = f"ended with {done.returncode}: {done.stderr[-600:]}"
     except subprocess.TimeoutExpired as late:
-        error = f"stopped after {limit:.0f} s: {(late.stderr or b'')[-300:].decode()}"
+        error = f"stopped after {limit:.0f} s: {(late.stderr or b'')[-1500:].decode()}"
     row: dict[str, Any] = {}
     if into.exists():  # what was measured before it ended counts
         for line in into.read_text().splitlines():
