@@ -37,12 +37,13 @@ def test_answers_are_right():
             wide = f"0{row}0"
             row = "".join(str(rule >> int(wide[i : i + 3], 2) & 1) for i in range(len(row)))
             assert line[1:] == row
-    for made in stepwise.make("sums", 30, 0):
-        so_far, found = 0, []
-        for asked in made.prompt.removeprefix("Sums: ").split():
-            so_far += int(asked[1:])
-            found.append(f"{asked[0]}{so_far % 100:02d}")
-        assert made.answer.split() == found
+    for task, modulus, width in (("sums", 100, 2), ("fives", 5, 1)):
+        for made in stepwise.make(task, 30, 0):
+            so_far, found = 0, []
+            for asked in made.prompt.split(": ")[1].split():
+                so_far += int(asked[1:])
+                found.append(f"{asked[0]}{so_far % modulus:0{width}d}")
+            assert made.answer.split() == found
     for made in stepwise.make("progression", 30, 0):
         asked, first = made.prompt.split(": ")
         at, distance, terms = int(first[1:]), int(asked.split()[1]), made.answer.split()
@@ -59,3 +60,27 @@ def test_answers_are_right():
         told = made.prompt.removeprefix("Records: ")
         people = [json.loads(line) for line in made.answer.split("\n")]
         assert told == " ".join(f"{p['name']} from {p['city']} is {p['age']}." for p in people)
+
+
+def test_rows_follow_from_those_above():
+    def is_right(made, before, above, row):
+        for i, cell in enumerate(row):
+            left, right = above[i - 1 : i] or "0", above[i + 1 : i + 2] or "0"
+            if made.task == "colours":
+                expected = (int(left) + int(above[i]) + int(right)) % 3
+            else:
+                expected = int(left) ^ int(right) ^ int(before[i])
+            if int(cell) != expected:
+                return False
+        return True
+
+    for task, given in (("colours", 1), ("memory", 2)):
+        for made in stepwise.make(task, 30, 0):
+            asked, *told = made.prompt.split("\n")
+            lines = [*told, *made.answer.split("\n")]
+            assert len(told) == given
+            assert "".join(line[0] for line in lines) == stepwise.LETTERS[: len(lines)]
+            assert asked.endswith(f"to {lines[-1][0]}:")
+            rows = [line[1:] for line in lines]
+            for i in range(given, len(rows)):
+                assert is_right(made, rows[i - 2], rows[i - 1], rows[i])
