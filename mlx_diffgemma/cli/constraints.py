@@ -96,8 +96,11 @@ class ConstraintOptions:
         cleared = replace(self, json_schema=None, json_object=False, regex=None, choices=None)
         return replace(cleared, **kinds[kind])
 
-    def constraint(self) -> Constraint | None:
+    def constraint(self, dashes: str = "--") -> Constraint | None:
         """Return the constraint, if one is given.
+
+        Args:
+          dashes: in front of an option's name in errors; the chat has none.
 
         Raises:
           ConstraintError: if it cannot be held, or several are given.
@@ -125,7 +128,7 @@ class ConstraintOptions:
                 schema, compact=self.json_compact, indent=self.json_indent
             )
         except ConstraintError as error:
-            raise ConstraintError(f"{names[0]}: {error}") from None
+            raise ConstraintError(f"{dashes}{names[0].removeprefix('--')}: {error}") from None
 
 
 def _schema(given: str) -> str:

@@ -365,7 +365,7 @@ class Session:
         options = self._bound.instead(kind, value)
         if not kind.startswith("json"):
             options = replace(options, json_compact=False, json_indent=None)
-        made = options.constraint()
+        made = options.constraint(dashes="")
         assert made is not None
         return made
 
@@ -414,7 +414,7 @@ def setting_named(given: str) -> str:
     wanted = given.lstrip("-")
     if wanted not in names:
         close = difflib.get_close_matches(wanted.replace("-", "_"), names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else "; docs/settings.md lists them"
         raise ChatError(f"there is no setting {given[:_SHOWN]!r}{hint}")
     return names[wanted]
 
