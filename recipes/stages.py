@@ -9,6 +9,7 @@ import os
 import random
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,20 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [int(one.getsockname()[1]) for one in sockets]
+
+
+def trainer(
+    recipe: Path, model: Path, data: Path, run: Path, weights: Path | None = None
+) -> list[str]:
+    """Return the trainer's command, which goes on where the run stands, or begins with the weights
+    of another run."""
+    arguments = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(recipe)]
+    arguments += ["--model", str(model), "--data", str(data), "--adapter-path", str(run)]
+    if stands_at(run):
+        arguments.append("--resume")
+    elif weights is not None:
+        arguments += ["--resume-adapter-file", str(weights)]
+    return arguments
 
 
 def run_stage(arguments: list[str], name: str, hosts: Path, deadline: float) -> None:

@@ -34,7 +34,7 @@ from mlx_diffgemma.checkpoint.adapters import WEIGHTS
 from mlx_diffgemma.train.fuse import fuse_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stages import openblas, run_stage, stands_at, write_rounded
+from stages import openblas, run_stage, stands_at, trainer, write_rounded
 
 STAGE_MINUTES = 60
 
@@ -127,17 +127,10 @@ def begins_again(phase: Phase) -> bool:
 
 def command(folder: Path, phase: Phase) -> list[str]:
     """The trainer's, which goes on where the phase stands."""
-    run, before = folder / phase.name / "run", PHASES[: PHASES.index(phase)]
-    arguments = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
-    arguments += ["--model", str(folder / phase.model)]
-    arguments += ["--data", str(folder / phase.name / "data")]
-    arguments += ["--adapter-path", str(run)]
-    if stands_at(run):
-        arguments.append("--resume")
-    elif before and not begins_again(phase):
-        weights = folder / before[-1].name / "run" / WEIGHTS
-        arguments += ["--resume-adapter-file", str(weights)]
-    return arguments
+    run, before = folder / phase.name, PHASES[: PHASES.index(phase)]
+    goes_on = before and not begins_again(phase)
+    weights = folder / before[-1].name / "run" / WEIGHTS if goes_on else None
+    return trainer(phase.recipe, folder / phase.model, run / "data", run / "run", weights)
 
 
 def train(folder: Path, phase: Phase, deadline: float) -> None:

@@ -31,7 +31,7 @@ from mlx_diffgemma.train.fuse import fuse_checkpoint
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "bundled")]
 import start  # noqa: E402
-from stages import run_stage, stands_at, write_rounded  # noqa: E402
+from stages import run_stage, stands_at, trainer, write_rounded  # noqa: E402
 
 SHAPE = start.Shape(
     canvas=128, layers=(start.SLIDING, start.FULL) * 2, window=256, sees=False
@@ -88,16 +88,10 @@ def write_data(phase: Phase, folder: Path) -> None:
 
 
 def command(folder: Path, phase: Phase) -> list[str]:
-    """Return the trainer's, which goes on where the phase stands."""
-    run, before = folder / phase.name / "run", PHASES[: PHASES.index(phase)]
-    arguments = [sys.executable, "-m", "mlx_diffgemma", "train", "--train", "-c", str(phase.recipe)]
-    arguments += ["--model", str(folder / "start"), "--data", str(folder / phase.name / "data")]
-    arguments += ["--adapter-path", str(run)]
-    if stands_at(run):
-        arguments.append("--resume")
-    elif before:
-        arguments += ["--resume-adapter-file", str(folder / before[-1].name / "run" / WEIGHTS)]
-    return arguments
+    """Return the trainer's."""
+    run, before = folder / phase.name, PHASES[: PHASES.index(phase)]
+    weights = folder / before[-1].name / "run" / WEIGHTS if before else None
+    return trainer(phase.recipe, folder / "start", run / "data", run / "run", weights)
 
 
 def export(folder: Path) -> Path:
