@@ -1,15 +1,9 @@
 """What does a rewriting cost from the text that stands there, and is it as often right?
 
-A task is a prompt, its one right answer, and a text that stands there already: the answer to a
-prompt that differs a little, or the right one with mistakes. Five kinds, drawn by seed:
-- sudoku4: a solved grid with 1 to 3 wrong cells;
-- count: the numbers between other bounds, each up to 3 away, so that text moves;
-- sort, reverse: of a list or a word with one item put in, left out or changed;
-- table: one row more or less, at the beginning or at the end.
-
-Each is written whole (`generate`, as a retry or the server's apply route) and as a part (`fill`, as
-`edit` does: the changed part with up to 4 tokens on both sides is the slot, the rest is pinned, and
-the number of tokens is open; tasks whose part a canvas does not hold are left out), in these ways:
+The tasks are those of rewritings.py. Each is written whole (`generate`, as a retry or the server's
+apply route) and as a part (`fill`, as `edit` does: the changed part with up to 4 tokens on both
+sides is the slot, the rest is pinned, and the number of tokens is open; tasks whose part a canvas
+does not hold are left out), in these ways:
 - cold: from noise;
 - agreed: after a first step from noise, which does not see the standing text, from those of its
   tokens that have a share of the likeliest one's probability (`warm_start`);
@@ -30,17 +24,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 from answer import wilson
 from common import finish, record
+from rewritings import TASKS, Rewriting, drawn
 
 from mlx_diffgemma import GenerationSettings, Request, Template, bundled_model, load
 from mlx_diffgemma.denoise.canvas import Canvas
@@ -53,21 +49,10 @@ from mlx_diffgemma.write import generate
 from mlx_diffgemma.write.fill import Filled, FillTask
 from mlx_diffgemma.write.job import Job, run_jobs
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes" / "bundled"))
-
-import tasks
-
-MOST_TOKENS = 160
+MOST_TOKENS = 256
 AROUND = 4  # tokens beside a change that an edit selects too
 AT_ONCE = 16  # tasks that are computed together
 WORK_AT_MOST = 0.3
-Draw = np.random.Generator
-
-
-class Rewriting(NamedTuple):
-    prompt: str
-    stands: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -77,87 +62,6 @@ class Outcome:
     canvases: int
     positions: int
     settled: int  # steps of the first canvas
-
-
-def sudoku4(rng: Draw, _: int) -> Rewriting:
-    prompt, answer = tasks.sudoku4(rng)
-    cells = [i for i, cell in enumerate(answer) if cell != "\n"]
-    stands = list(answer)
-    for cell in rng.permutation(cells)[: rng.integers(1, 4)]:
-        stands[cell] = str(rng.choice([digit for digit in "1234" if digit != answer[cell]]))
-    return Rewriting(prompt, "".join(stands), answer)
-
-
-def count(rng: Draw, _: int) -> Rewriting:
-    first = int(rng.integers(14, 70))
-    last = first + int(rng.integers(8, 22))
-    moved = [0, 0]
-    while not any(moved):
-        moved = rng.integers(-3, 4, 2).tolist()
-
-    def numbers(first: int, last: int) -> str:
-        return " ".join(map(str, range(first, last + 1)))
-
-    stands = numbers(first + moved[0], last + moved[1])
-    return Rewriting(f"Count from {first} to {last}.", stands, numbers(first, last))
-
-
-def changed(rng: Draw, items: Sequence[Any], new: Callable[[], Any]) -> list[Any]:
-    """Items with one more, one less or another one."""
-    while True:
-        other, at = list(items), int(rng.integers(len(items)))
-        way = rng.integers(3)
-        if way == 0:
-            other[at] = new()
-        elif way == 1:
-            other.insert(at, new())
-        else:
-            del other[at]
-        if other != list(items) and 3 <= len(other) <= 8:
-            return other
-
-
-def sort(rng: Draw, _: int) -> Rewriting:
-    def joined(digits: Sequence[int]) -> str:
-        return " ".join(map(str, digits))
-
-    while True:
-        digits = rng.integers(0, 10, rng.integers(4, 9)).tolist()
-        other = changed(rng, digits, lambda: int(rng.integers(10)))
-        stands, answer = joined(sorted(other)), joined(sorted(digits))
-        if stands != answer:
-            return Rewriting(f"Sort: {joined(digits)}", stands, answer)
-
-
-def reverse(rng: Draw, _: int) -> Rewriting:
-    def letter() -> str:
-        return chr(97 + int(rng.integers(26)))
-
-    letters = [letter() for _ in range(rng.integers(4, 9))]
-    stands = "".join(changed(rng, letters, letter))[::-1]
-    return Rewriting(f"Reverse: {''.join(letters)}", stands, "".join(letters)[::-1])
-
-
-def table(rng: Draw, digits: int) -> Rewriting:
-    first = int(rng.integers(2, 11))
-    last = first + int(rng.integers(2, 5))
-    more, less = [(1, 0), (-1, 0), (0, 1), (0, -1)][rng.integers(4)]
-
-    def lines(first: int, last: int) -> str:
-        rows = (f"|{n}|{n * n}|" for n in range(first, last + 1))
-        return "\n".join(["|n|n*n|", "|-|-|", *rows])
-
-    prompt = f"Squares from {first} to {last:0{digits}d}."
-    return Rewriting(prompt, lines(first + more, last + less), lines(first, last))
-
-
-KINDS = {"sudoku4": sudoku4, "count": count, "sort": sort, "reverse": reverse, "table": table}
-
-
-def drawn(kind: str, count: int, seed: int, digits: int) -> list[Rewriting]:
-    """The same for the same seed, and the first of a longer list."""
-    place = list(KINDS).index(kind)
-    return [KINDS[kind](np.random.default_rng([seed, place, i]), digits) for i in range(count)]
 
 
 class Noised(StandingAnswer):
@@ -307,7 +211,13 @@ def main() -> None:
     )
     parser.add_argument("--model", default=None, help="by default the bundled one")
     parser.add_argument("--limit", type=int, default=80, help="tasks per kind")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="these alone; repeatable")
+    parser.add_argument("--tasks", choices=TASKS, default="small", help="steps: the bench model's")
+    parser.add_argument(
+        "--kind",
+        action="append",
+        choices=list(chain(*TASKS.values())),
+        help="these alone; repeatable",
+    )
     parser.add_argument("--form", action="append", choices=("whole", "part"), help="repeatable")
     parser.add_argument("--policy", choices=("reference", "fast"), default="reference")
     parser.add_argument("--agreement", type=float, action="append", help="repeatable; 0.1")
@@ -316,14 +226,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--save", action="store_true", help="append to bench/results/")
     options = parser.parse_args()
-    forms, kinds = options.form or ["whole", "part"], options.kind or list(KINDS)
+    forms, known = options.form or ["whole", "part"], TASKS[options.tasks]
+    kinds = options.kind or list(known)
+    if unknown := [kind for kind in kinds if kind not in known]:
+        parser.error(f"--kind: {unknown[0]} is not among {', '.join(known)}")
     agreements = options.agreement or [0.1]
     print(f"bounds: agreed 0.1, whole: rows x steps at most {WORK_AT_MOST} of cold, no fewer exact")
     model, tokenizer = load(options.model or bundled_model())
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     ways = Ways(model, tokenizer, options.policy)
-    wanted = {kind: drawn(kind, options.limit, options.seed, options.digits) for kind in kinds}
+    wanted = {
+        kind: drawn(known, kind, options.limit, options.seed, options.digits) for kind in kinds
+    }
     asked = {"whole": wanted}
     asked["part"] = {kind: [t for t in some if ways.holds(t)] for kind, some in wanted.items()}
     found: dict[str, dict[str, list[Outcome]]] = {}
