@@ -116,7 +116,7 @@ class Rows:
             return
         pieces = [mx.array(row.piece[None]) for row in reading]
         contexts = [row.take_context() for row in reading]
-        _, contexts = self.model.encode(pieces, contexts, images)
+        _, contexts = self.model.encode(pieces, contexts, images, states=False)
         mx.eval([context.arrays for context in contexts])
         mx.clear_cache()
         for row, context in zip(reading, contexts, strict=True):

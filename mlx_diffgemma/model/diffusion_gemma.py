@@ -154,7 +154,7 @@ class DiffusionGemma(nn.Module):
         start = 0
         for stop in piece_ends(seen.places if seen else np.zeros((1, S), bool), step_size):
             piece = seen.within(start, stop) if seen else None
-            _, (context,) = self.encode([tokens[:, start:stop]], [context], [piece])
+            _, (context,) = self.encode([tokens[:, start:stop]], [context], [piece], states=False)
             if stop < S:  # each piece is computed and its scratch memory given back before the next
                 mx.eval(context.arrays)
                 mx.clear_cache()
@@ -309,6 +309,8 @@ class DiffusionGemma(nn.Module):
         pieces: Sequence[mx.array],
         contexts: Sequence[Context],
         images: Sequence[Seen | None] | None = None,
+        *,
+        states: bool = True,
     ) -> tuple[mx.array, list[Context]]:
         """Read a piece of text for each of several rows in one pass: without self-conditioning and
         its norm, with the encoder's layer scalars.
@@ -317,6 +319,7 @@ class DiffusionGemma(nn.Module):
           pieces: int32 [1, S] each; or one [B, S], in training.
           contexts: the text before each piece; empty if there is none.
           images: those of each piece; all of an image is in one piece.
+          states: False: the last layer computes keys and values alone, and its input is returned.
 
         Returns:
           The last layer's output for each token, [1, T, M], one piece behind another, before the
@@ -351,8 +354,11 @@ class DiffusionGemma(nn.Module):
         for depth, layer in enumerate(self.model.decoder.layers):
             is_sliding = text.layers[depth].is_sliding
             rows = [segment(row, depth, is_sliding=is_sliding) for row in range(len(pieces))]
-            begin(x)  # without the last layer's output: only keys and values are needed
-            x, seen = self.run_layer(layer, x, rows, scalars[depth].layer_scalar)
+            begin(x)
+            if states or depth < len(scalars) - 1:
+                x, seen = self.run_layer(layer, x, rows, scalars[depth].layer_scalar)
+            else:
+                _, seen = layer.self_attn(layer.input_layernorm(x), rows)
             for row, places in enumerate(seen):
                 keep = text.sliding_window - 1 if is_sliding else None
                 layers[row].append(places.last(keep))

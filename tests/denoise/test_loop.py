@@ -94,7 +94,7 @@ class Oracle:
         self.passes: list[list[int]] = []  # the rows of each forward pass over canvases
         self.reads: list[list[int]] = []  # and of each over text
 
-    def encode(self, pieces, contexts, images=None):
+    def encode(self, pieces, contexts, images=None, *, states=True):
         known = []
         for piece, context in zip(pieces, contexts, strict=True):
             (ids,) = piece.tolist()

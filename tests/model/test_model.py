@@ -506,6 +506,26 @@ def test_a_context_that_rows_share_is_neither_copied_nor_written():
         np.testing.assert_array_equal(old, np.array(array))
 
 
+def test_without_its_output_the_last_layer_computes_keys_and_values_alone(monkeypatch):
+    model, fed = drawn(2), []
+    tokens = draw_tokens(model, 9, 3)
+    _, (whole,) = model.encode([tokens], [Context((), 0, 1)])
+    monkeypatch.setattr(Router, "__call__", _noted(fed, Router.__call__))
+    alone = model.prefill(tokens)
+    routers = [layer.router for layer in model.layers]
+    assert list(map(id, fed)) == list(map(id, routers[:-1]))
+    for one, other in zip(whole.layers, alone.layers, strict=True):
+        assert mx.array_equal(one.keys, other.keys) and mx.array_equal(one.values, other.values)
+
+
+def _noted(seen: list, function):
+    def call(self, *arguments):
+        seen.append(self)
+        return function(self, *arguments)
+
+    return call
+
+
 @pytest.mark.parametrize("get", MODELS)
 def test_a_prefix_continued_equals_the_whole(get):
     model = get()

@@ -69,7 +69,7 @@ class Dice:
 
     commit = prefill
 
-    def encode(self, pieces, contexts, images=None):
+    def encode(self, pieces, contexts, images=None, *, states=True):
         return None, [self.prefill(*both) for both in zip(pieces, contexts, strict=True)]
 
     def open(self, context, canvas_length):

@@ -72,7 +72,7 @@ class Script:
         self.rows = [TOKENIZER.encode(text, add_special_tokens=False) for text in texts]
         self.begun = 0
 
-    def encode(self, pieces, contexts, images=None):
+    def encode(self, pieces, contexts, images=None, *, states=True):
         known = []
         for piece, context in zip(pieces, contexts, strict=True):
             if not context.length:
