@@ -8,8 +8,8 @@ For the bundled model and the first tiny one:
 - table: one row more or less, at the beginning or at the end.
 
 For the bench model (recipes/steps):
-- automaton, colours, memory: 1 to 3 wrong cells, or the last one or two rows not there yet;
-- fives: of numbers of which one in the last third was another;
+- automaton, rules: 1 to 3 wrong cells, or the last one or two rows not there yet;
+- series: 1 to 3 wrong digits, or the last one to three terms not there yet;
 - records: an age or a city was another, or one record is not there yet.
 """
 
@@ -115,28 +115,29 @@ def rows(task: str) -> Callable[[Draw, int], Rewriting]:
 
     def drawn(rng: Draw, _: int) -> Rewriting:
         prompt, answer = stepwise.TASKS[task](rng)
-        lines = answer.split("\n")
-        if rng.integers(2):
-            return Rewriting(prompt, "\n".join(lines[: -int(rng.integers(1, 3))]), answer)
-        cells = [list(line) for line in lines]
-        colours = "012" if task == "colours" else "01"
-        for _ in range(rng.integers(1, 4)):
-            row = cells[rng.integers(len(cells))]
-            at = int(rng.integers(1, len(row)))
-            row[at] = str(rng.choice([c for c in colours if c != row[at]]))
-        stands = "\n".join(map("".join, cells))
-        return Rewriting(prompt, stands, answer) if stands != answer else drawn(rng, 0)
+        return mistaken(rng, prompt, answer, "\n", "01", int(rng.integers(1, 3)))
 
     return drawn
 
 
-def fives(rng: Draw, _: int) -> Rewriting:
-    prompt, answer = stepwise.fives(rng)
-    sums = answer.split()
-    at = int(rng.integers(len(sums) * 2 // 3, len(sums)))
-    more = int(rng.integers(1, 5))
-    other = [f"{s[0]}{(int(s[1]) + more) % 5}" for s in sums[at:]]
-    return Rewriting(prompt, " ".join([*sums[:at], *other]), answer)
+def series(rng: Draw, _: int) -> Rewriting:
+    prompt, answer = stepwise.series(rng)
+    return mistaken(rng, prompt, answer, " ", "0123456789", int(rng.integers(1, 4)))
+
+
+def mistaken(
+    rng: Draw, prompt: str, answer: str, between: str, digits: str, fewer: int
+) -> Rewriting:
+    """An answer of terms with one letter and then digits each: the last terms are not there yet, or
+    up to three digits are wrong."""
+    terms = answer.split(between)
+    if rng.integers(2):
+        return Rewriting(prompt, between.join(terms[:-fewer]), answer)
+    wrong = list(map(list, terms))
+    for place in rng.permutation(len(terms))[: rng.integers(1, 4)]:
+        at = int(rng.integers(1, len(wrong[place])))
+        wrong[place][at] = str(rng.choice([d for d in digits if d != wrong[place][at]]))
+    return Rewriting(prompt, between.join(map("".join, wrong)), answer)
 
 
 def records(rng: Draw, _: int) -> Rewriting:
@@ -161,8 +162,9 @@ SMALL: Kinds = {
     "table": table,
 }
 STEPS: Kinds = {
-    **{task: rows(task) for task in ("automaton", "colours", "memory")},
-    "fives": fives,
+    "automaton": rows("automaton"),
+    "rules": rows("rules"),
+    "series": series,
     "records": records,
 }
 TASKS: dict[str, Kinds] = {"small": SMALL, "steps": STEPS}

@@ -63,7 +63,7 @@ PHASES = (
     ),
     Phase(
         "second",
-        {"automaton": 9000, "colours": 14000, "memory": 11000, "fives": 11000, "records": 14000},
+        {"automaton": 8000, "rules": 11000, "series": 8000, "records": 11000},
     ),
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ import numpy as np
 Draw = np.random.Generator
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-RULES = (30, 110)
+RULES, OTHER_RULES = (30, 110), (54, 73)
 ROWS = (6, 14)
 CELLS, CITIES = 15, ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Quito", "Berlin", "Dakar")
 NAMES = ("Ann", "Bob", "Eve", "Ida", "Max", "Tom", "Rosa", "Omar", "Lena", "Hugo", "Felix", "Maria")
@@ -41,10 +41,10 @@ def walk(rng: Draw) -> tuple[str, str]:
     return f"Walk from {letters[0]}: {table}", " ".join(letters[1:])
 
 
-def automaton(rng: Draw) -> tuple[str, str]:
+def automaton(rng: Draw, rules: Sequence[int] = RULES) -> tuple[str, str]:
     """Rows of an elementary cellular automaton, each from the one above; nothing lives outside.
     Each row begins with its letter, and the prompt names the last one."""
-    rule, rows = RULES[rng.integers(len(RULES))], int(rng.integers(*ROWS))
+    rule, rows = rules[rng.integers(len(rules))], int(rng.integers(*ROWS))
     row = rng.integers(0, 2, CELLS)
     lines = ["a" + _digits(row)]
     for letter in LETTERS[1 : rows + 1]:
@@ -95,37 +95,19 @@ def records(rng: Draw) -> tuple[str, str]:
     return f"Records: {told}", "\n".join(lines)
 
 
-def colours(rng: Draw) -> tuple[str, str]:
-    """Rows of cells with three colours, each the sum of the three above, modulo 3."""
-    row = rng.integers(0, 3, CELLS)
-    lines = ["a" + _digits(row)]
-    for letter in LETTERS[1 : int(rng.integers(*ROWS)) + 1]:
-        wide = np.pad(row, 1)
-        row = (wide[:-2] + row + wide[2:]) % 3
-        lines.append(letter + _digits(row))
-    return f"Colours to {lines[-1][0]}:\n{lines[0]}", "\n".join(lines[1:])
+def rules(rng: Draw) -> tuple[str, str]:
+    """As `automaton`, by other rules."""
+    return automaton(rng, OTHER_RULES)
 
 
-def memory(rng: Draw) -> tuple[str, str]:
-    """Rows of a cellular automaton that looks two rows back: whether the two neighbours in the row
-    above and the cell itself in the row above that are odd in number."""
-    before, row = rng.integers(0, 2, (2, CELLS))
-    lines = ["a" + _digits(before), "b" + _digits(row)]
-    for letter in LETTERS[2 : int(rng.integers(*ROWS)) + 2]:
-        wide = np.pad(row, 1)
-        before, row = row, (wide[:-2] + wide[2:] + before) % 2
-        lines.append(letter + _digits(row))
-    return f"Two back to {lines[-1][0]}:\n" + "\n".join(lines[:2]), "\n".join(lines[2:])
-
-
-def fives(rng: Draw) -> tuple[str, str]:
-    """Running sums modulo 5, as `sums`."""
-    added = rng.integers(0, 5, rng.integers(12, 27))
-    so_far = np.cumsum(added) % 5
-    asked = " ".join(f"{letter}{n}" for letter, n in zip(LETTERS, added, strict=False))
-    return "Fives: " + asked, " ".join(
-        f"{letter}{n}" for letter, n in zip(LETTERS, so_far, strict=False)
-    )
+def series(rng: Draw) -> tuple[str, str]:
+    """As `fibonacci`, from any letter on."""
+    digits = [int(rng.integers(10)), int(rng.integers(1, 10))]
+    for _ in range(int(rng.integers(8, 23))):
+        digits.append((digits[-1] + digits[-2]) % 10)
+    begin = int(rng.integers(26 - len(digits) + 1))
+    told = [f"{letter}{digit}" for letter, digit in zip(LETTERS[begin:], digits, strict=False)]
+    return f"Add two to {told[-1][0]}: {told[0]} {told[1]}", " ".join(told[2:])
 
 
 TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {
@@ -135,11 +117,10 @@ TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {
     "records": records,
     "progression": progression,
     "fibonacci": fibonacci,
-    "colours": colours,
-    "memory": memory,
-    "fives": fives,
+    "rules": rules,
+    "series": series,
 }
-ASKED = ("automaton", "colours", "memory", "fives", "records")  # the others are learned from alone
+ASKED = ("automaton", "rules", "series", "records")  # the others are learned from alone
 
 
 def make(task: str, count: int, seed: int) -> list[Task]:
