@@ -4,8 +4,10 @@ Its canvas is 128 tokens, and its tasks (stepwise.py) must be computed one part 
 not in the package: benchmarks of policies ask it. Trained like the bundled model (recipes/bundled),
 in phases by the .yaml files here; stopped and run again, it goes on from the last checkpoint.
 
+`bench-model` beside this file came from a run whose first phase was trained on a CUDA card.
+
     python recipes/steps/make.py --folder build/steps
-    python bench/policies.py --model build/steps/model
+    python bench/policies.py --model recipes/steps/bench-model
 """
 
 from __future__ import annotations

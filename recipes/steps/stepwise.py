@@ -120,7 +120,7 @@ TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {
     "rules": rules,
     "series": series,
 }
-ASKED = ("automaton", "rules", "series", "records")  # the others are learned from alone
+ASKED = ("automaton", "rules", "records")  # the others are learned from alone
 
 
 def make(task: str, count: int, seed: int) -> list[Task]:

@@ -182,6 +182,7 @@ def state_of_process() -> dict[str, int]:
     return {
         "kB": _resident_kb(),
         "kB with freed": held,
+        "kB of arrays": mx.get_active_memory() // 1024,
         "kB of malloc in use": (malloc.uordblks + malloc.hblkhd) // 1024,
         "kB of malloc free": malloc.fordblks // 1024,
         "threads": len(names) - workers,
