@@ -17,7 +17,7 @@ from tests.check_wheel import relative_links
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-OWN = {"mlx_diffgemma", "tests", "bench", "recipes", "make", "tasks", "draw"}
+OWN = {"mlx_diffgemma", "tests", "bench", "recipes", "make", "tasks", "stepwise", "draw"}
 # Modules whose distribution has another name, apart from case and hyphens.
 DISTRIBUTIONS = {"PIL": "pillow", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
 # Declared and imported nowhere, because another program or package uses them.

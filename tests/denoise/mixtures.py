@@ -173,8 +173,8 @@ def listening(traces: dict[int, Trace]) -> Iterator[type[Row]]:
         routed.clear()
         return parts
 
-    def reads(model, pieces, contexts, images=None):
-        out = encode(model, pieces, contexts, images)
+    def reads(model, pieces, contexts, images=None, **more):
+        out = encode(model, pieces, contexts, images, **more)
         for number, part in zip(reading, split([p.shape[1] for p in pieces]), strict=bool(reading)):
             traces[number].decisions.append(("read", part, None, None))
         reading.clear()

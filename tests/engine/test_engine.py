@@ -71,9 +71,9 @@ def passes(monkeypatch) -> list[tuple[str, int]]:
         seen.append(("step", len(canvases)))
         return step(model, canvases, opened, mean_row)
 
-    def reads(model, pieces, contexts, images):
+    def reads(model, pieces, contexts, images, **more):
         seen.append(("read", sum(piece.shape[1] for piece in pieces)))
-        return read(model, pieces, contexts, images)
+        return read(model, pieces, contexts, images, **more)
 
     monkeypatch.setattr(loop, "take_step", steps)
     monkeypatch.setattr(DiffusionGemma, "encode", reads)

@@ -96,11 +96,11 @@ def test_an_error_in_a_stream_is_its_last_event(monkeypatch):
         encode = type(running.engine.model).encode
         calls = []
 
-        def failing(self, pieces, contexts, images):
+        def failing(self, pieces, contexts, images, **more):
             calls.append(1)
             if len(calls) == 3:
                 raise ConfigError("no more")
-            return encode(self, pieces, contexts, images)
+            return encode(self, pieces, contexts, images, **more)
 
         monkeypatch.setattr(type(running.engine.model), "encode", failing)
         answer = ask_chat(running, stream=True)

@@ -172,9 +172,9 @@ def test_what_the_prompts_begin_with_is_read_once_and_kept_once(monkeypatch):
     read, contexts = [], []
     encode, began = DiffusionGemma.encode, Row.begin_canvas
 
-    def reads(self, pieces, contexts, images):
+    def reads(self, pieces, contexts, images, **more):
         read.append(sum(piece.shape[1] for piece in pieces))
-        return encode(self, pieces, contexts, images)
+        return encode(self, pieces, contexts, images, **more)
 
     def begins(row):
         contexts.append(row.context)
