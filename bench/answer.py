@@ -23,7 +23,7 @@ many steps:
 Floor: a runtime that knew each answer would denoise every canvas once, at the width of the answer.
 
     OPENBLAS_NUM_THREADS=1 python bench/answer.py
-    OPENBLAS_NUM_THREADS=1 python bench/answer.py --model build/steps/model --limit 100
+    OPENBLAS_NUM_THREADS=1 python bench/answer.py --model recipes/steps/bench-model --limit 100
     python bench/answer.py --limit 10 --only reference --only wider \\
         --settings 'wider:policy="reference",entropy_bound=0.4'
 """

@@ -74,7 +74,7 @@ def main() -> None:
         units={
             "ms": "per denoise step, at peak rates (floor) and as MLX runs (MLX)",
             "tokens_per_second": "by steps per canvas, commit pass included",
-            "transfer": "a tiny model's steps and widths, put into the large one's cost",
+            "transfer": "a small model's steps and widths, by model, put into the large one's cost",
             "published": "by others; not reproduced",
         },
         bound=BOUND,

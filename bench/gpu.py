@@ -187,7 +187,7 @@ def ask(case: Case, scratch: Path, shape: str, seconds: float) -> dict[str, Any]
         return {"error": "left out: no time"}
     into = scratch / f"{case.name.replace(' ', '_')}.jsonl"
     command = [sys.executable, __file__, "--shape", shape, "--case", case.weights, case.runtime]
-    command += [str(into), f"{limit - 3:.0f}"]
+    command += [str(into), f"{limit - 10:.0f}"]
     error = ""
     try:
         done = subprocess.run(
@@ -196,7 +196,9 @@ def ask(case: Case, scratch: Path, shape: str, seconds: float) -> dict[str, Any]
         if done.returncode:
             error = f"ended with {done.returncode}: {done.stderr[-600:]}"
     except subprocess.TimeoutExpired as late:
-        error = f"stopped after {limit:.0f} s: {(late.stderr or b'')[-1500:].decode()}"
+        said = (late.stderr or b"").decode()
+        stood = said[said.rfind("(most recent call first)") :]  # of the main thread, the last
+        error = f"stopped after {limit:.0f} s: {stood[:1500]}"
     row: dict[str, Any] = {}
     if into.exists():  # what was measured before it ended counts
         for line in into.read_text().splitlines():

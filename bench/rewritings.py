@@ -9,7 +9,6 @@ For the bundled model and the first tiny one:
 
 For the bench model (recipes/steps):
 - automaton, rules: 1 to 3 wrong cells, or the last one or two rows not there yet;
-- series: 1 to 3 wrong digits, or the last one to three terms not there yet;
 - records: an age or a city was another, or one record is not there yet.
 """
 
@@ -111,33 +110,20 @@ def table(rng: Draw, digits: int) -> Rewriting:
 
 
 def rows(task: str) -> Callable[[Draw, int], Rewriting]:
-    """A task whose answer has a row of cells per line."""
+    """A task whose answer has a row of cells per line, each behind its letter."""
 
     def drawn(rng: Draw, _: int) -> Rewriting:
         prompt, answer = stepwise.TASKS[task](rng)
-        return mistaken(rng, prompt, answer, "\n", "01", int(rng.integers(1, 3)))
+        lines = answer.split("\n")
+        if rng.integers(2):
+            return Rewriting(prompt, "\n".join(lines[: -int(rng.integers(1, 3))]), answer)
+        wrong = list(map(list, lines))
+        for place in rng.permutation(len(lines))[: rng.integers(1, 4)]:
+            at = int(rng.integers(1, len(wrong[place])))
+            wrong[place][at] = "10"[int(wrong[place][at])]
+        return Rewriting(prompt, "\n".join(map("".join, wrong)), answer)
 
     return drawn
-
-
-def series(rng: Draw, _: int) -> Rewriting:
-    prompt, answer = stepwise.series(rng)
-    return mistaken(rng, prompt, answer, " ", "0123456789", int(rng.integers(1, 4)))
-
-
-def mistaken(
-    rng: Draw, prompt: str, answer: str, between: str, digits: str, fewer: int
-) -> Rewriting:
-    """An answer of terms with one letter and then digits each: the last terms are not there yet, or
-    up to three digits are wrong."""
-    terms = answer.split(between)
-    if rng.integers(2):
-        return Rewriting(prompt, between.join(terms[:-fewer]), answer)
-    wrong = list(map(list, terms))
-    for place in rng.permutation(len(terms))[: rng.integers(1, 4)]:
-        at = int(rng.integers(1, len(wrong[place])))
-        wrong[place][at] = str(rng.choice([d for d in digits if d != wrong[place][at]]))
-    return Rewriting(prompt, between.join(map("".join, wrong)), answer)
 
 
 def records(rng: Draw, _: int) -> Rewriting:
@@ -149,8 +135,8 @@ def records(rng: Draw, _: int) -> Rewriting:
         person["age"] = 10 + (person["age"] - 10 + int(rng.integers(1, 90))) % 90
     elif way == 1:
         person["city"] = str(rng.choice([c for c in stepwise.CITIES if c != person["city"]]))
-    changed = [json.dumps(person, separators=(",", ":"))] if way < 2 else []
-    return Rewriting(prompt, "\n".join([*lines[:at], *changed, *lines[at + 1 :]]), answer)
+    other = [json.dumps(person, separators=(",", ":"))] if way < 2 else []
+    return Rewriting(prompt, "\n".join([*lines[:at], *other, *lines[at + 1 :]]), answer)
 
 
 Kinds = dict[str, Callable[[Draw, int], Rewriting]]
@@ -164,7 +150,6 @@ SMALL: Kinds = {
 STEPS: Kinds = {
     "automaton": rows("automaton"),
     "rules": rows("rules"),
-    "series": series,
     "records": records,
 }
 TASKS: dict[str, Kinds] = {"small": SMALL, "steps": STEPS}

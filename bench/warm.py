@@ -49,7 +49,7 @@ from mlx_diffgemma.write import generate
 from mlx_diffgemma.write.fill import Filled, FillTask
 from mlx_diffgemma.write.job import Job, run_jobs
 
-MOST_TOKENS = 256
+MOST_TOKENS = {"small": 160, "steps": 256}  # of an answer, by tasks
 AROUND = 4  # tokens beside a change that an edit selects too
 AT_ONCE = 16  # tasks that are computed together
 WORK_AT_MOST = 0.3
@@ -110,11 +110,12 @@ def part_of(task: Rewriting) -> tuple[str, str, str, str]:
 class Ways:
     """A model, and the ways in which it rewrites."""
 
-    def __init__(self, model: Any, tokenizer: Any, policy: str):
+    def __init__(self, model: Any, tokenizer: Any, policy: str, most: int):
         self.model, self.tokenizer, self.policy = model, tokenizer, policy
+        self.most = most  # tokens of an answer
 
     def settings(self, seed: int, agreement: float | None) -> GenerationSettings:
-        plain = GenerationSettings(seed=seed, policy=self.policy, max_new_tokens=MOST_TOKENS)
+        plain = GenerationSettings(seed=seed, policy=self.policy, max_new_tokens=self.most)
         if agreement is None:
             return plain
         return replace(plain, warm_start=agreement)
@@ -235,7 +236,7 @@ def main() -> None:
     model, tokenizer = load(options.model or bundled_model())
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
-    ways = Ways(model, tokenizer, options.policy)
+    ways = Ways(model, tokenizer, options.policy, MOST_TOKENS[options.tasks])
     wanted = {
         kind: drawn(known, kind, options.limit, options.seed, options.digits) for kind in kinds
     }
@@ -277,7 +278,12 @@ def main() -> None:
             "warm",
             what="rewritings from the text that stands there, against from noise",
             model=Path(options.model).name if options.model else "bundled",
-            shape={"tasks_per_kind": options.limit, "canvas": model.config.canvas_length},
+            shape={
+                "tasks": options.tasks,
+                "tasks_per_kind": options.limit,
+                "canvas": model.config.canvas_length,
+                "max_new_tokens": MOST_TOKENS[options.tasks],
+            },
             dtype="float32",
             units={
                 "exact, copied": "tasks",

@@ -322,8 +322,8 @@ class DiffusionGemma(nn.Module):
           states: False: the last layer computes keys and values alone, and its input is returned.
 
         Returns:
-          The last layer's output for each token, [1, T, M], one piece behind another, before the
-          norm and the head; and the longer contexts.
+          The last layer's output (or input) for each token, [1, T, M], one piece behind another,
+          before the norm and the head; and the longer contexts.
         """
         text = self.config.text
         pictures = images or [None] * len(pieces)

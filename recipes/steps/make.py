@@ -1,6 +1,6 @@
-"""Makes the bench model from nothing: a small model of which answers take many denoise steps.
+"""Makes the bench model from nothing: a small model of which automata must be computed row by row.
 
-Its canvas is 128 tokens, and its tasks (stepwise.py) must be computed one part after another. It is
+Its canvas is 128 tokens; its tasks are in stepwise.py. It is
 not in the package: benchmarks of policies ask it. Trained like the bundled model (recipes/bundled),
 in phases by the .yaml files here; stopped and run again, it goes on from the last checkpoint.
 
@@ -139,7 +139,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("build/steps"))
-    parser.add_argument("--minutes", type=float, default=150, help="at most")
+    parser.add_argument("--minutes", type=float, default=400, help="at most")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

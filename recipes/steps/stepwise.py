@@ -18,7 +18,6 @@ Draw = np.random.Generator
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 RULES, OTHER_RULES = (30, 110), (54, 73)
-ROWS = (6, 14)
 CELLS, CITIES = 15, ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Quito", "Berlin", "Dakar")
 NAMES = ("Ann", "Bob", "Eve", "Ida", "Max", "Tom", "Rosa", "Omar", "Lena", "Hugo", "Felix", "Maria")
 
@@ -44,7 +43,7 @@ def walk(rng: Draw) -> tuple[str, str]:
 def automaton(rng: Draw, rules: Sequence[int] = RULES) -> tuple[str, str]:
     """Rows of an elementary cellular automaton, each from the one above; nothing lives outside.
     Each row begins with its letter, and the prompt names the last one."""
-    rule, rows = rules[rng.integers(len(rules))], int(rng.integers(*ROWS))
+    rule, rows = rules[rng.integers(len(rules))], int(rng.integers(6, 14))
     row = rng.integers(0, 2, CELLS)
     lines = ["a" + _digits(row)]
     for letter in LETTERS[1 : rows + 1]:

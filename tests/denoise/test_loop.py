@@ -95,6 +95,7 @@ class Oracle:
         self.reads: list[list[int]] = []  # and of each over text
 
     def encode(self, pieces, contexts, images=None, *, states=True):
+        assert not states  # nothing in the loop needs the last layer's output
         known = []
         for piece, context in zip(pieces, contexts, strict=True):
             (ids,) = piece.tolist()

@@ -95,7 +95,9 @@ def test_without_diffusing_a_stream_has_settled_text_only(client):
 class Waiting(Script):
     """Begins its second canvas only once it may."""
 
-    may_go_on = threading.Event()
+    def __init__(self, *texts: str):
+        super().__init__(*texts)
+        self.may_go_on = threading.Event()
 
     def canvas_states(self, canvases, opened, **more):
         if opened[0].commits and not self.may_go_on.wait(PATIENCE):
@@ -105,12 +107,13 @@ class Waiting(Script):
 
 def test_the_first_canvas_is_read_before_the_second_is_begun():
     text = "word " * (L // 4)
-    with serving(model=(Waiting(text), TOKENIZER)) as running:
+    model = Waiting(text)
+    with serving(model=(model, TOKENIZER)) as running:
         told = []
         for chunk in create(client_of(running), stream=True, max_tokens=2 * L):
             if chunk.choices[0].delta.content:
                 told.append(chunk.choices[0].delta.content)
-                Waiting.may_go_on.set()
+                model.may_go_on.set()
     assert len(told) == 2 and "".join(told) == text
 
 
