@@ -1,10 +1,8 @@
 """Makes the bench model from nothing: a small model of which automata must be computed row by row.
 
-Its canvas is 128 tokens; its tasks are in stepwise.py. It is
-not in the package: benchmarks of policies ask it. Trained like the bundled model (recipes/bundled),
-in phases by the .yaml files here; stopped and run again, it goes on from the last checkpoint.
-
-`bench-model` beside this file came from a run whose first phase was trained on a CUDA card.
+Its canvas is 128 tokens; its tasks are in stepwise.py. Benchmarks of policies ask it; it is not in
+the package. Trained like the bundled model (recipes/bundled), in phases by the .yaml files here;
+stopped and run again, it goes on from the last checkpoint. `bench-model` beside this file came from a run whose first phase was trained on a CUDA card.
 
     python recipes/steps/make.py --folder build/steps
     python bench/policies.py --model recipes/steps/bench-model
@@ -90,7 +88,7 @@ def write_data(phase: Phase, folder: Path) -> None:
 
 
 def command(folder: Path, phase: Phase) -> list[str]:
-    """Return the trainer's."""
+    """Return the trainer's command."""
     run, before = folder / phase.name, PHASES[: PHASES.index(phase)]
     weights = folder / before[-1].name / "run" / WEIGHTS if before else None
     return trainer(phase.recipe, folder / "start", run / "data", run / "run", weights)
