@@ -2,7 +2,8 @@
 
 Its canvas is 128 tokens; its tasks are in stepwise.py. Benchmarks of policies ask it; it is not in
 the package. Trained like the bundled model (recipes/bundled), in phases by the .yaml files here;
-stopped and run again, it goes on from the last checkpoint. `bench-model` beside this file came from a run whose first phase was trained on a CUDA card.
+stopped and run again, it goes on from the last checkpoint. `bench-model` beside this
+file came from a run whose first phase was trained on a CUDA card.
 
     python recipes/steps/make.py --folder build/steps
     python bench/policies.py --model recipes/steps/bench-model
