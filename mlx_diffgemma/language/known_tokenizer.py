@@ -124,6 +124,7 @@ def _read(folder: Path) -> KnownTokenizer:
     text = (folder / FILE).read_bytes().decode("utf-8")
     _only_if('"#version' not in text)  # a line of old merges that only one of both skips
     backend = Tokenizer.from_str(text)
+    keep_no_texts(backend)
     _only_if(backend.truncation is None and backend.padding is None)
     added = backend.get_added_tokens_decoder()
     _only_if(_fields(added) == _fields(_added_in(text)))
@@ -220,3 +221,14 @@ def _check_parts(backend: Tokenizer, unknown: str) -> None:
 def add_special(backend: Tokenizer, tokens: Iterable[str]) -> None:
     """Make tokens of the vocabulary special."""
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
+
+
+def keep_no_texts(backend: Tokenizer) -> None:
+    """Let the tokenizers library keep no text that it has encoded.
+
+    It keeps 10,000 short texts for each thread, which are whole prompts here, since Gemma's
+    tokenizer does not split them into words: 5 kB each, so that a server would grow for hours.
+    """
+    resize = getattr(backend.model, "_resize_cache", None)  # some kinds of models have none
+    if resize is not None:
+        resize(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError, SourceError
-from .known_tokenizer import CONFIG, KNOWN_CLASSES
+from .known_tokenizer import CONFIG, KNOWN_CLASSES, keep_no_texts
 
 
 @contextmanager
@@ -47,12 +47,15 @@ def tokenizer_of(folder: Path) -> Any:
       SourceError: if it cannot be read.
     """
     try:
-        return _class_of(folder).from_pretrained(
+        whole = _class_of(folder).from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises nothing more specific
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    if whole.is_fast:
+        keep_no_texts(whole.backend_tokenizer)
+    return whole
 
 
 def _class_of(folder: Path) -> Any:
