@@ -51,5 +51,10 @@ class Threads:
         doing = asyncio.ensure_future(
             to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
         )
-        doing.add_done_callback(lambda _: self._free.release())
+        doing.add_done_callback(self._done)
         return await asyncio.shield(doing)
+
+    def _done(self, doing: asyncio.Future[T]) -> None:
+        self._free.release()
+        if not doing.cancelled():
+            doing.exception()  # or asyncio logs an error that nobody waited for any more

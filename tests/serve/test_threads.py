@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +14,7 @@ import pytest
 from mlx_diffgemma import Constraint, GenerationSettings
 from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.serve.state import _COMPILERS
+from mlx_diffgemma.serve.threads import Threads
 from tests.engine.cases import PATIENCE, eventually
 from tests.serve.cases import ask, chat, connected, get, post, read, scripted, serving
 
@@ -114,3 +117,28 @@ def test_a_full_queue_is_told():
 
 def _taken(running, seen: Compiling) -> int:
     return len(seen.begun) + running.state.compilers._waiting
+
+
+def test_an_error_that_nobody_waits_for_any_more_is_not_logged():
+    """asyncio reports an exception that was never looked at when its task is freed."""
+    reported, go_on = [], threading.Event()
+
+    def fail():
+        assert go_on.wait(PATIENCE)
+        raise ValueError("for nobody")
+
+    async def leave():
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: reported.append(told))
+        threads = Threads(1, 1, "nothing")
+        waiting = asyncio.ensure_future(threads.run(fail))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        go_on.set()
+        assert await threads.run(lambda: 7) == 7, "the place is free again"
+        gc.collect()
+        await asyncio.sleep(0)
+
+    asyncio.run(leave())
+    assert not reported
