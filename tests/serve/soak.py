@@ -29,6 +29,7 @@ from mlx_diffgemma import Store
 from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.serve.state import _COMPILERS, _ENCODERS, State
 from tests.engine.cases import eventually, is_idle
+from tests.malloc import malloc_state
 from tests.serve.cases import (
     Answered,
     Running,
@@ -42,7 +43,7 @@ from tests.serve.cases import (
 )
 
 STORE_BYTES = 4 << 20  # kept contexts fill it in the first tenth
-LENGTHS = 80  # of prompts: more than the traces of `compiled_per_shape`, 64 of 130 kB in all
+LENGTHS = 80  # of prompts: more than the traces that `compiled_per_shape` keeps
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 EDIT, APPLY = "/v1/edit/completions", "/v1/apply/completions"
 PROMPTS = (
@@ -159,13 +160,6 @@ def one(running: Running, draw: random.Random, expected: list[Any], found: Found
         found.say(way, "" if right else f"{path} {body}: {answer}")
 
 
-class _Malloc(ctypes.Structure):
-    """glibc's `mallinfo2`."""
-
-    _NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _NAMES.split()]
-
-
 def state_of_process() -> dict[str, int]:
     """What may not grow. Freed memory that MLX keeps for the next arrays (3 to 17 MB, as the last
     steps had it) and malloc for its threads is given back first, and told apart, as is what malloc
@@ -173,17 +167,15 @@ def state_of_process() -> dict[str, int]:
     held = _resident_kb()
     gc.collect()
     mx.clear_cache()
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)
-    libc.mallinfo2.restype = _Malloc
-    malloc = libc.mallinfo2()
+    ctypes.CDLL(None).malloc_trim(0)
+    malloc = malloc_state()
     names = [thread.name for thread in threading.enumerate()]
     workers = sum(name.startswith("AnyIO") for name in names)
     return {
         "kB": _resident_kb(),
         "kB with freed": held,
         "kB of arrays": mx.get_active_memory() // 1024,
-        "kB of malloc in use": (malloc.uordblks + malloc.hblkhd) // 1024,
+        "kB of malloc in use": malloc.in_use // 1024,
         "kB of malloc free": malloc.fordblks // 1024,
         "threads": len(names) - workers,
         "workers": workers,
@@ -236,8 +228,10 @@ def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict
         expected = [texts_of(p, ask(running, post(p, b)), False) for p, b in requests()]
         for length in range(1, LENGTHS + 1):  # so that what is kept of a bounded number is full
             ask(running, post(COMPLETIONS, {"prompt": "7" * length, "max_tokens": 1, "seed": 1}))
-        for tenth in range(TENTHS):
-            seeds = [clients * (TENTHS * number + tenth) + i for i in range(clients)]
+        # One tenth before those that count fills with batches of many sizes what is kept of a
+        # bounded number.
+        for tenth in range(-1, TENTHS):
+            seeds = [clients * ((TENTHS + 1) * number + tenth + 1) + i for i in range(clients)]
             seconds = 60 * minutes / TENTHS
             outcomes, wrong = others.submit(
                 ask_for, seconds, running.port, seeds, expected
@@ -248,8 +242,10 @@ def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict
                 found.say("end", "the engine is not idle")
             time.sleep(0.5)
             running.lines.clear()  # what the test itself has kept of the log
-            states.append(state_of_process())
-            print(json.dumps(states[-1]), flush=True)
+            state = state_of_process()
+            print(json.dumps(state), flush=True)
+            if tenth >= 0:
+                states.append(state)
         if running.bugs:
             found.say("bugs", repr(running.bugs))
     return found, states
