@@ -217,6 +217,16 @@ class TrainSettings:
             commands=_TRAIN,
         )
     )
+    free_start_probability: float = setting(
+        Entry(
+            help="Share of canvases that start anywhere in an answer, as they do behind a "
+            "committed part, and not at a multiple of their length.",
+            default=0.0,
+            at_least=0,
+            at_most=1,
+            commands=_TRAIN,
+        )
+    )
     gradients_through_context: bool = setting(
         Entry(
             help="Whether the canvas loss also trains through the text's keys and values.",

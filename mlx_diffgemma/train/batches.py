@@ -4,7 +4,7 @@ batch's number, on the host, so that a run can resume anywhere."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,7 @@ _ORDER, _NOISE, _VALIDATION = 1, 2, 3
 class Draw:
     """All random draws of a batch."""
 
-    canvas: np.ndarray  # int [B], which canvas of each example is denoised
+    start: np.ndarray  # int [B], where in each answer the canvas starts that is denoised
     level: np.ndarray  # float [B], the probability that a token is replaced
     replaced: np.ndarray  # bool [B, C]
     noise: np.ndarray  # int [B, C], uniform tokens
@@ -95,7 +95,8 @@ def draw(
     validation: bool = False,
 ) -> Draw:
     """Return the noise of a batch: a uniform level for each example, which is the probability that
-    a token of its canvas becomes a uniform one.
+    a token of its canvas becomes a uniform one. A canvas starts at a multiple of its length, or
+    anywhere in the answer where `max_seq_length` has room for it.
 
     Source: MODEL 5.1; google-deepmind/gemma, hackable_diffusion_adapter/configs/sft_sudoku.py and
     hd/sft_model.py @050b1a7.
@@ -103,13 +104,19 @@ def draw(
     rng = np.random.default_rng([settings.seed, _VALIDATION if validation else _NOISE, iteration])
     B, shape = len(examples), (len(examples), canvas_length)
     level = rng.uniform(settings.noise_min, settings.noise_max, B)
-    return Draw(
-        canvas=rng.integers([example.canvases(canvas_length) for example in examples]),
+    drawn = Draw(
+        start=rng.integers([e.canvases(canvas_length) for e in examples]) * canvas_length,
         level=level,
         replaced=rng.random(shape) < level[:, None],
         noise=rng.integers(0, vocab_size, shape),
         conditioned=rng.random(B) < settings.self_conditioning_probability,
     )
+    if not settings.free_start_probability:
+        return drawn
+    is_free = rng.random(B) < settings.free_start_probability
+    room = settings.max_seq_length - canvas_length
+    anywhere = rng.integers([min(len(e.answer), room - len(e.prompt) + 1) for e in examples])
+    return replace(drawn, start=np.where(is_free, anywhere, drawn.start))
 
 
 def make_batch(
@@ -123,7 +130,8 @@ def make_batch(
     image_token_id: int | None = None,
     vision: VisionConfig | None = None,
 ) -> Batch:
-    """Return a batch in which the end token fills every answer to the end of its last canvas.
+    """Return a batch in which the end token fills every answer to the end of its last canvas, and
+    of the one that is denoised.
     Images are read from their files; the causal loss leaves out their tokens.
 
     Raises:
@@ -131,12 +139,12 @@ def make_batch(
     """
     B, C = len(examples), canvas_length
     starts, texts = [], []  # where each canvas starts in its text
-    for example, canvas in zip(examples, drawn.canvas, strict=True):
-        fill = example.canvases(C) * C - len(example.answer)
+    for example, start in zip(examples, drawn.start.tolist(), strict=True):
+        fill = max(example.canvases(C) * C, start + C) - len(example.answer)
         texts.append(
             np.concatenate([example.prompt, example.answer, np.full(fill, eos_token_id, np.int32)])
         )
-        starts.append(len(example.prompt) + int(canvas) * C)
+        starts.append(len(example.prompt) + start)
     S = -(-max(starts) // _PLACES) * _PLACES
     R = max(len(text) - start for text, start in zip(texts, starts, strict=True))
     both = np.full((B, S + R), pad_token_id, np.int32)

@@ -66,6 +66,7 @@ PHASES = (
         "second",
         {"automaton": 8000, "rules": 11000, "series": 8000, "records": 11000},
     ),
+    Phase("third", {"automaton": 8000, "rules": 11000, "records": 16000}),
 )
 
 
@@ -89,8 +90,10 @@ def write_data(phase: Phase, folder: Path) -> None:
 
 
 def command(folder: Path, phase: Phase) -> list[str]:
-    """Return the trainer's command."""
+    """Return the trainer's command. A phase goes on from the one before, if that was trained here,
+    and else from `start`."""
     run, before = folder / phase.name, PHASES[: PHASES.index(phase)]
+    before = tuple(p for p in before if (folder / p.name).exists())
     weights = folder / before[-1].name / "run" / WEIGHTS if before else None
     return trainer(phase.recipe, folder / "start", run / "data", run / "run", weights)
 
@@ -112,14 +115,25 @@ def export(folder: Path) -> Path:
     return model.rename(folder / "model")
 
 
-def make(folder: Path, minutes: float) -> Path:
-    """Return the folder of the exported model, as far as it was trained in these minutes."""
+def write_start(folder: Path, model: Path | None) -> None:
+    """Write the checkpoint that the first phase begins with, float32: random weights, or a model's."""
+    partial = folder.with_name("start.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    start.write(partial, seed=0, shape=SHAPE)
+    if model is not None:
+        arrays = mx.load(str(model / "model.safetensors"))
+        arrays = {name: array.astype(mx.float32) for name, array in arrays.items()}
+        mx.save_safetensors(str(partial / "model.safetensors"), arrays, {"format": "pt"})
+    partial.rename(folder)
+
+
+def make(folder: Path, minutes: float, model: Path | None = None) -> Path:
+    """Return the folder of the exported model, as far as it was trained in these minutes: all
+    phases, or the last one alone, behind a model that had the others."""
     if not (folder / "start").exists():
-        shutil.rmtree(folder / "start.partial", ignore_errors=True)
-        start.write(folder / "start.partial", seed=0, shape=SHAPE)
-        (folder / "start.partial").rename(folder / "start")
+        write_start(folder / "start", model)
     end = time.monotonic() + 60 * minutes
-    for phase in PHASES:
+    for phase in PHASES[-1:] if model else PHASES:
         run, data = folder / phase.name / "run", folder / phase.name / "data"
         if not data.exists():
             print(f"phase {phase.name}: {sum(phase.counts.values()):,} examples", flush=True)
@@ -138,11 +152,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("build/steps"))
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a model that had all phases but the last, to train that one alone; "
+        "the same at every run",
+    )
     parser.add_argument("--minutes", type=float, default=400, help="at most")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        print(make(options.folder, options.minutes))
+        print(make(options.folder, options.minutes, options.model))
     except KeyboardInterrupt:
         print("interrupted; run this again to go on", file=sys.stderr)
         sys.exit(130)

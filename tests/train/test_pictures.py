@@ -172,7 +172,7 @@ def test_training_sees_what_generating_sees(data, model_folder, tokenizer, form)
     _, (context,) = model.encode([batch.context], [start], [batch.sight.seen(model)])
     logits = np.array(model.denoise(batch.noisy, context))
     for row, example in enumerate(examples):
-        ids = np.concatenate([example.prompt, example.answer[: 8 * drawn.canvas[row]]])
+        ids = np.concatenate([example.prompt, example.answer[: drawn.start[row]]])
         images = [p.read() for p in example.pictures]
         features = [model.see(mx.array(i.patches), mx.array(i.positions)) for i in images]
         alone = model.prefill(mx.array(ids[None]), images=features or None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -161,12 +163,12 @@ def example(prompt: int, answer: int) -> Example:
     )
 
 
-def drawn(canvas: list[int], width: int, conditioned: list[bool]) -> Draw:
-    B = len(canvas)
+def drawn(start: list[int], width: int, conditioned: list[bool]) -> Draw:
+    B = len(start)
     replaced = np.zeros((B, width), bool)
     replaced[:, 1] = True
     return Draw(
-        np.array(canvas), np.full(B, 0.5), replaced, np.full((B, width), 99), np.array(conditioned)
+        np.array(start), np.full(B, 0.5), replaced, np.full((B, width), 99), np.array(conditioned)
     )
 
 
@@ -174,7 +176,7 @@ def test_rows_end_their_contexts_together_and_answers_are_filled_to_the_canvas()
     examples = [example(3, 2), example(2, 6)]
     settings = TrainSettings(batch_size=2)
     batch = make_batch(
-        examples, drawn([0, 1], 4, [True, False]), settings, 4, eos_token_id=1, pad_token_id=0
+        examples, drawn([0, 4], 4, [True, False]), settings, 4, eos_token_id=1, pad_token_id=0
     )
     assert batch.context.tolist() == [[0, 0, 0, 0, 0, 10, 11, 12], [0, 0, 10, 11, 40, 41, 42, 43]]
     assert batch.padding.tolist() == [5, 2]
@@ -234,8 +236,33 @@ def test_noise_is_uniform_at_a_uniform_level():
     assert abs(found.level.mean() - 0.5) < 0.02 and 0.05 < np.var(found.level) < 0.12
     share = found.replaced.mean(axis=1)
     assert np.corrcoef(share, found.level)[0, 1] > 0.9
-    assert set(found.canvas.tolist()) == {0, 1, 2, 3} and set(found.noise.flat) == set(range(50))
+    assert set(found.start.tolist()) == {0, 16, 32, 48} and set(found.noise.flat) == set(range(50))
     assert abs(found.conditioned.mean() - 0.5) < 0.03
     again = draw(examples, settings, 16, 50, 0)
     assert (again.noise == found.noise).all()
     assert (draw(examples, settings, 16, 50, 1).noise != found.noise).any()
+
+
+def test_canvases_that_start_anywhere():
+    """Whatever else is drawn stays as it is; no canvas passes the longest sequence."""
+    examples, usual = [example(10, 60)] * 4000, TrainSettings(seed=1, max_seq_length=76)
+    settings = replace(usual, free_start_probability=0.5)
+    before, found = (draw(examples, s, 16, 50, 0) for s in (usual, settings))
+    assert (found.noise == before.noise).all() and (found.replaced == before.replaced).all()
+    assert set(found.start.tolist()) == set(range(51)), "76 less the prompt and a canvas"
+    assert 0.45 < (found.start == before.start).mean() < 0.6
+    longer = replace(settings, max_seq_length=2048)
+    assert set(draw(examples, longer, 16, 50, 0).start.tolist()) == set(range(60))
+
+
+def test_a_canvas_at_an_answers_end_is_filled():
+    batch = make_batch(
+        [example(3, 6)],
+        drawn([5], 4, [False]),
+        TrainSettings(batch_size=1),
+        4,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    assert batch.context.tolist() == [[10, 11, 12, 40, 41, 42, 43, 44]]
+    assert batch.clean.tolist() == [[45, 1, 1, 1]]
