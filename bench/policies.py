@@ -40,7 +40,9 @@ TOGETHER = 16  # rows
 ENOUGH = 400  # prompts; fewer say little
 REFERENCE = "reference"
 FAST: dict[str, Any] = {"policy": "fast"}
-WHOLE: dict[str, Any] = {"prefix_commit": "off", "width_mass": 0.0}  # without what `fast` sets
+# Without what `fast` sets, and with what no checkpoint changes.
+WHOLE: dict[str, Any] = {"prefix_commit": "off", "width_mass": 0.0, "lookahead": 1.0}
+USUAL = {"acceptance_confidence": 0.9, "prefix_steps": 2, "prefix_entropy": 0.01}
 SHRINK, MASS = {"prefix_commit": "shrink"}, {"width_mass": 0.7}
 SETTINGS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
@@ -48,9 +50,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, whole": FAST | WHOLE,
     "fast, no mass": FAST | {"width_mass": 0.0},
     "fast, no parts": FAST | {"prefix_commit": "off"},
+    "fast, all ahead": FAST | {"lookahead": 1.0},
+    "fast, usual": FAST | USUAL,
     "shrink": SHRINK,
     "width": {"canvas_width": "answer", "stop_on": "answer"},
     "width + mass": {"canvas_width": "answer", "stop_on": "answer"} | MASS,
+    "width, lookahead": {"canvas_width": "answer", "stop_on": "answer", "lookahead": 0.25},
 }
 POOLED = "pooled"
 

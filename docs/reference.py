@@ -25,7 +25,8 @@ from typer.main import get_command
 from mlx_diffgemma import GenerationSettings, ImageSettings
 from mlx_diffgemma.cli.options import app_of as made_app
 from mlx_diffgemma.config.entry import Entry, choices, kinds, range_of
-from mlx_diffgemma.config.generation import NEED_FREE_TEXT, POLICIES, decider_of
+from mlx_diffgemma.config.generation import decider_of
+from mlx_diffgemma.config.policies import NEED_FREE_TEXT, POLICIES
 from mlx_diffgemma.config.serving import Limits
 from mlx_diffgemma.config.training import LoraParameters, TrainSettings
 
@@ -87,7 +88,7 @@ def settings_page() -> str:
         "A policy sets several of them:",
         "\n".join(policies),
         "In `fill`, `edit` and the routes made of them text is pinned; there a policy leaves out "
-        f"{' and '.join(f'`{name}`' for name in NEED_FREE_TEXT)}.",
+        f"{', '.join(f'`{name}`' for name in NEED_FREE_TEXT)}.",
         "## Pictures and videos",
         "The fields of `ImageSettings`, which `PromptOptions.images` holds, and options of "
         "`mlx_diffgemma.generate` and `mlx_diffgemma.chat`; see [Pictures and videos](images.md).",

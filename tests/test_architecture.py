@@ -24,8 +24,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading formats refusals generation quantization vision images model training "
-    "serving",
+    "config": "entry reading formats refusals policies generation quantization vision images model "
+    "learning_rate training serving",
     "language": "known_tokenizer chat_template of_transformers tokenizer controls tools bombs "
     "pictures images video encoded given media prompt template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "

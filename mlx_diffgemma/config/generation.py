@@ -9,30 +9,15 @@ from typing import Any, Generic, Literal, Never, Protocol, TypeVar
 
 from ..errors import ConfigError
 from .entry import Entry, check, entries, kinds, setting
+from .policies import NEED_FREE_TEXT, POLICIES, Policy
 from .reading import Raw, warn_unknown
 from .refusals import refuse_contradictions, refuse_idle
 
-Policy = Literal["reference", "fast"]
 Acceptance = Literal["entropy", "confidence"]
 StopOn = Literal["canvas", "answer"]
 CanvasWidth = Literal["fixed", "answer"]
 PrefixCommit = Literal["off", "shrink"]
 SelfConditioning = Literal["dense", "sparse"]
-
-# Values of each policy. The user's values come before them, the checkpoint's after.
-POLICIES: dict[Policy, dict[str, Any]] = {
-    "reference": {},
-    "fast": {
-        "acceptance": "confidence",
-        "temperature": 0.0,
-        "stop_on": "answer",
-        "canvas_width": "answer",
-        "width_mass": 0.7,
-        "prefix_commit": "shrink",
-    },
-}
-# Those of them that need free text: no policy sets them where text is pinned, as in `fill`.
-NEED_FREE_TEXT = "width_mass", "prefix_commit"
 
 _ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
 _GENERATE = ("generate", "chat", "serve", "batch")
@@ -209,6 +194,7 @@ class _Settings(Generic[Open]):
             default=0.9,
             at_least=0,
             at_most=1,
+            checkpoint="acceptance_confidence",
             only_with=_BY_CONFIDENCE,
             commands=_GENERATE,
         )
@@ -263,6 +249,7 @@ class _Settings(Generic[Open]):
             help="Steps for which such a part must not change.",
             default=2,
             at_least=1,
+            checkpoint="prefix_steps",
             only_with=_BY_PARTS,
             commands=_GENERATE,
         )
@@ -272,7 +259,19 @@ class _Settings(Generic[Open]):
             help="Nats of entropy that each position of such a part may have.",
             default=0.01,
             at_least=0,
+            checkpoint="prefix_entropy",
             only_with=_BY_PARTS,
+            commands=_GENERATE,
+        )
+    )
+    lookahead: float | Open = _setting(
+        Entry(
+            help="Share of the canvas that a step computes behind what is accepted on its left; "
+            "1: all of it.",
+            default=1.0,
+            above=0,
+            at_most=1,
+            only_with=("canvas_width", "answer"),
             commands=_GENERATE,
         )
     )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 from .entry import Entry, check, entries, setting
 from .images import check_budget
+from .learning_rate import check_schedule
 
 FineTuneType = Literal["lora", "full"]
 Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
@@ -34,10 +35,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
 _IGNORED = frozenset({"clear_cache_threshold"})
 
 _TRAIN = ("train",)  # the command that has the settings as options
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +287,7 @@ class TrainSettings:
         if self.image_tokens is not None:
             check_budget(self.image_tokens, "image_tokens")
         if self.lr_schedule is not None:
-            _check_schedule(self.lr_schedule)
+            check_schedule(self.lr_schedule)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TrainSettings:
@@ -426,35 +423,3 @@ def _loader() -> Any:
         "tag:yaml.org,2002:float", re.compile(f"^(?:{number})$"), list("-+0123456789.")
     )
     return Loader
-
-
-def _check_schedule(schedule: Mapping[str, Any]) -> None:
-    if unknown := sorted(set(schedule) - {"name", "arguments", "warmup", "warmup_init"}):
-        raise ConfigError(f"lr_schedule: unknown keys {', '.join(map(str, unknown))}")
-    if schedule.get("name") not in SCHEDULES:
-        raise ConfigError(
-            f"lr_schedule: name must be one of {', '.join(SCHEDULES)}, got {schedule.get('name')!r}"
-        )
-    arguments = schedule.get("arguments")
-    if not isinstance(arguments, (list, tuple)) or not all(map(_is_number, arguments)):
-        raise ConfigError(f"lr_schedule: arguments must be a list of numbers, got {arguments!r}")
-    least, most = SCHEDULES[schedule["name"]]
-    if not least <= len(arguments) <= most:
-        raise ConfigError(
-            f"lr_schedule: {schedule['name']} takes {least} to {most} arguments, "
-            f"got {len(arguments)}"
-        )
-    for key in ("warmup", "warmup_init"):
-        if key in schedule and not (_is_number(schedule[key]) and schedule[key] >= 0):
-            raise ConfigError(f"lr_schedule: {key} must be >= 0, got {schedule[key]!r}")
-    if not isinstance(schedule.get("warmup", 0), int):
-        raise ConfigError(f"lr_schedule: warmup must be a whole number, got {schedule['warmup']!r}")
-
-
-# Of `mlx.optimizers.schedulers`: fewest and most arguments.
-SCHEDULES = {
-    "cosine_decay": (2, 3),
-    "exponential_decay": (2, 2),
-    "linear_schedule": (3, 3),
-    "step_decay": (3, 3),
-}

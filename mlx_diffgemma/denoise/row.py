@@ -27,7 +27,7 @@ from .noise import Noise, SeededNoise
 from .pinned import FREE, Pinned, PinnedCanvas
 from .prefix import least_part, rest_of
 from .standing import Stands
-from .stopping import width_for
+from .stopping import width_ahead, width_for
 from .store import Store, snapshots
 from .warm import going_on
 
@@ -377,14 +377,21 @@ class Row:
                 width = width_for(self._stands.columns(widest), self.settings.canvas_length)
         if self.settings.prefix_commit != "off":  # canvases end at any position
             widest = min(widest, self._places)
-        width = min(width, widest)
+        width = min(width, widest, self._ahead_of(0))
         return Plan(width, width, widest)
+
+    def _ahead_of(self, accepted: int) -> int:
+        """Return the columns to compute where so many on the left are accepted."""
+        share = 1.0 if self._stands is not None else self.settings.lookahead
+        return width_ahead(accepted, share, self.settings.canvas_length)
 
     def _next_plan(self, check: list[int]) -> Plan:
         assert self.canvas is not None
         settings, width, numbers = self.settings, self.canvas.plan.widest, iter(check[1:])
         if settings.canvas_width == "answer":
             width = min(width, width_for(next(numbers), settings.canvas_length))
+            if settings.lookahead < 1:
+                width = min(width, self._ahead_of(next(numbers)))
         dense = width
         if settings.self_conditioning == "sparse":
             quarter = -(-width // 4)

@@ -31,6 +31,7 @@ from .sampler import (
 )
 from .schedule import temperature
 from .stopping import (
+    accepted_columns,
     all_that_matter,
     answer_length,
     columns_to_end,
@@ -154,6 +155,8 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
         check.append(needed)
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
+        if settings.lookahead < 1:
+            check.append(accepted_columns(judged.accepted))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
 
 _EIGHTHS = 8  # of a canvas: its possible narrow widths
+_LEAST_AHEAD = 32
 
 
 def is_settled(
@@ -89,6 +91,19 @@ def columns_to_likely_end(ended: mx.array, length: mx.array, mass: float, most: 
     last = mx.where(goes_on, mx.arange(W), -1).max(axis=-1)  # the last one without
     found = mx.maximum(last + 2, length)  # the one behind it holds the end
     return mx.where((length <= W) & (last + 1 < W), found, most).astype(mx.int32)
+
+
+def accepted_columns(accepted: mx.array) -> mx.array:
+    """Return how many columns from the left on are accepted, bool [B, W]: int32 [B]."""
+    return mx.cumprod(accepted.astype(mx.int32), axis=-1).sum(axis=-1)
+
+
+def width_ahead(accepted: int, share: float, canvas_length: int) -> int:
+    """Return the columns to keep where so many on the left are accepted: a share of the canvas
+    more, but at least 32, rounded up to sixteenths. Fewer columns cost hardly less."""
+    sixteenth = -(-canvas_length // 16)
+    needed = accepted + max(share * canvas_length, _LEAST_AHEAD)
+    return min(canvas_length, math.ceil(needed / sixteenth) * sixteenth)
 
 
 def width_for(needed: int, canvas_length: int) -> int:

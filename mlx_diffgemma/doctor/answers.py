@@ -16,8 +16,9 @@ from ..checkpoint.choice import SHORT_NAMES
 from ..checkpoint.files import resolve
 from ..checkpoint.load import load, loading_bytes
 from ..checkpoint.memory import recommended_bytes
-from ..config.generation import GenerationSettings, Policy
+from ..config.generation import GenerationSettings
 from ..config.model import ModelConfig
+from ..config.policies import Policy
 from ..events import CanvasCommitted, Finished, PrefillDone, Text
 from ..model import DiffusionGemma
 from ..write.generate import stream_generate

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..checkpoint.files import bundled_model
 from ..checkpoint.load import load_model
-from ..config.generation import GenerationSettings, Policy
+from ..config.generation import GenerationSettings
+from ..config.policies import Policy
 from ..config.quantization import Quantization
 from ..denoise.loop import denoise_tokens
 from ..events import CanvasCommitted

@@ -109,6 +109,24 @@ def test_the_users_value_counts_before_the_checkpoints_and_that_before_the_defau
         assert getattr(GenerationSettings().resolve(SILENT), name) == default_of(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "users", "own"),
+    [
+        ("acceptance_confidence", 0.0, 0.8),
+        ("prefix_steps", 1, 3),
+        ("prefix_entropy", 0.0, 0.1),
+    ],
+)
+def test_a_checkpoint_says_what_suits_it_under_fast(name, users, own):
+    read = GenerationSettings.from_dict({name: own}, where="generation_config.json")
+    assert getattr(read, name) == own
+    its = checkpoint(**{name: own})
+    assert getattr(GenerationSettings(policy="fast").resolve(its), name) == own
+    mine = GenerationSettings(policy="fast", **{name: users})
+    assert getattr(mine.resolve(its), name) == users
+    assert GenerationSettings().resolve(its).policy == "reference", "it is not refused there"
+
+
 def test_the_defaults_are_the_references():
     resolved = GenerationSettings(seed=1).resolve(SILENT)
     assert resolved == ResolvedSettings(
@@ -134,6 +152,7 @@ def test_the_defaults_are_the_references():
         prefix_commit="off",
         prefix_steps=2,
         prefix_entropy=0.01,
+        lookahead=1.0,
         warm_start=0.0,
         self_conditioning="dense",
         sparse_tokens=64,
@@ -227,14 +246,14 @@ def test_a_policy_fills_in_what_the_user_leaves_open():
     fast = GenerationSettings(policy="fast").resolve(SILENT)
     assert (fast.acceptance, fast.temperature) == ("confidence", 0.0)
     assert (fast.stop_on, fast.canvas_width) == ("answer", "answer")
-    assert (fast.prefix_commit, fast.width_mass) == ("shrink", 0.7)
+    assert (fast.prefix_commit, fast.width_mass, fast.lookahead) == ("shrink", 0.7, 0.25)
     mine = GenerationSettings(policy="fast", canvas_width="fixed", temperature=1.0).resolve(SILENT)
     assert (mine.canvas_width, mine.temperature, mine.stop_on) == ("fixed", 1.0, "answer")
 
 
 def test_a_policy_commits_no_parts_where_text_is_pinned():
     pinned = GenerationSettings(policy="fast").resolve(SILENT, is_free=False)
-    assert (pinned.prefix_commit, pinned.width_mass) == ("off", 0.0)
+    assert (pinned.prefix_commit, pinned.width_mass, pinned.lookahead) == ("off", 0.0, 1.0)
     assert (pinned.acceptance, pinned.canvas_width) == ("confidence", "answer")
     mine = GenerationSettings(policy="fast", prefix_commit="shrink", prefix_steps=3)
     assert mine.resolve(SILENT, is_free=False).prefix_commit == "shrink"  # for the row to refuse
@@ -265,6 +284,8 @@ def test_a_policy_commits_no_parts_where_text_is_pinned():
         ),
         ({"width_mass": 0.5}, "width_mass has no effect with canvas_width 'fixed'"),
         ({"width_mass": 1.5, "policy": "fast"}, "width_mass must be"),
+        ({"lookahead": 0.5}, "lookahead has no effect with canvas_width 'fixed'"),
+        ({"lookahead": 0.0, "policy": "fast"}, "lookahead must be"),
         ({"prefix_commit": "on"}, "prefix_commit must be 'off' or 'shrink', got 'on'"),
         (
             {"prefix_steps": 1},

@@ -33,7 +33,7 @@ from mlx_diffgemma import (
     stream_generate,
 )
 from mlx_diffgemma.checkpoint.headers import read_headers
-from mlx_diffgemma.config.generation import POLICIES
+from mlx_diffgemma.config.policies import POLICIES
 from mlx_diffgemma.convert import convert
 from mlx_diffgemma.denoise.loop import Rows
 from mlx_diffgemma.denoise.row import Row
