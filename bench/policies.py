@@ -40,8 +40,9 @@ TOGETHER = 16  # rows
 ENOUGH = 400  # prompts; fewer say little
 REFERENCE = "reference"
 FAST: dict[str, Any] = {"policy": "fast"}
-# Without what `fast` sets, and with what no checkpoint changes.
+# Without what `fast` sets.
 WHOLE: dict[str, Any] = {"prefix_commit": "off", "width_mass": 0.0, "lookahead": 1.0}
+# The defaults, whatever the checkpoint says.
 USUAL = {"acceptance_confidence": 0.9, "prefix_steps": 2, "prefix_entropy": 0.01}
 SHRINK, MASS = {"prefix_commit": "shrink"}, {"width_mass": 0.7}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -28,6 +28,9 @@ LayerType = Literal["sliding_attention", "full_attention"]
 
 GLOBAL_HEAD_DIM = 512  # transformers' fallback if config.json has neither spelling
 PAD_TOKEN_ID = 0
+# Settings of ours that suit a checkpoint, in config.json: transformers refuses unknown keys in
+# generation_config.json.
+_OWN = "mlx_diffgemma"
 _MOST_LAYERS = 10_000  # bounds the lists that a damaged file makes us build
 
 # Keys of published files that a text runtime does not need. One warning names all other unknown
@@ -179,7 +182,8 @@ class ModelConfig:
         cls, raw: Raw, generation: Raw | None = None, *, where: str = "config.json"
     ) -> ModelConfig:
         """Read config.json and `generation` (generation_config.json); without the latter, the copy
-        that mlx-vlm puts into config.json."""
+        that mlx-vlm puts into config.json. The settings of `mlx_diffgemma` in config.json come
+        before those of generation_config.json."""
         if raw.get("model_type") != "diffusion_gemma":
             raise ConfigError(
                 f"{where}: model_type is {raw.get('model_type')!r}, expected 'diffusion_gemma'"
@@ -188,12 +192,16 @@ class ModelConfig:
             raise ConfigError(f"{where}: text_config is missing")
         if found := foreign_format(raw):
             raise ConfigError(f"{where}: {refusal(found, source_of(Path(where).parent))}")
-        warn_unknown(raw, _INERT_TOP, where)
+        warn_unknown(raw, _INERT_TOP | {_OWN}, where)
         refuse_unless(raw, "tie_word_embeddings", (True,), where, default=True)
         text = TextConfig.from_dict(raw["text_config"], where=f"{where}, text_config")
         generation = generation if generation is not None else raw.get("generation_config") or {}
         if not isinstance(generation, Mapping):
             raise ConfigError(f"{where}: generation_config must be an object, got {generation!r}")
+        own = raw.get(_OWN) or {}
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"{where}: {_OWN} must be an object, got {own!r}")
+        suits = GenerationSettings.from_dict(own, where=f"{where}, {_OWN}")
         eos: set[int] = set()
         for name, block in (
             (where, raw),
@@ -231,7 +239,9 @@ class ModelConfig:
             quantization=QuantizationConfig.from_dict(quantization, where=where)
             if quantization
             else None,
-            generation=GenerationSettings.from_dict(generation, where="generation_config.json"),
+            generation=suits.over(
+                GenerationSettings.from_dict(generation, where="generation_config.json")
+            ),
             vision=None
             if vision is None
             else VisionConfig.from_dict(vision, where=f"{where}, vision_config"),

@@ -85,8 +85,9 @@ class Taken:
 
     event: StepDone
     # int32 [1] each, the numbers that the host reads: whether the row has settled; if the width
-    # follows the answer, the columns needed; if self-conditioning is sparse, the uncertain ones;
-    # if parts are committed, the settled columns on the left.
+    # follows the answer, the columns needed, and with a lookahead those accepted on the left; if
+    # self-conditioning is sparse, the uncertain ones; if parts are committed, the settled columns
+    # on the left.
     check: tuple[mx.array, ...]
     after: Canvas  # before the next step, under the same plan
     kept: Kept | None = None  # of the texts that stand in the canvas

@@ -11,7 +11,7 @@ import mlx.core as mx
 from .canvas import Belief, Canvas, Plan
 from .noise import Noise
 
-_FEWEST = 16  # columns of a part, unless a quarter of the canvas is fewer; each part is a pass
+_LEAST_PART = 16  # columns of a part, unless a quarter of the canvas is fewer; each part is a pass
 
 
 def settled_columns(
@@ -40,9 +40,9 @@ def settled_columns(
 
 
 def least_part(canvas_length: int) -> int:
-    """Return the fewest columns that are committed before the rest of a canvas: an eighth of it, or
-    a quarter where that has no more than 16."""
-    return min(-(-canvas_length // 4), max(-(-canvas_length // 8), _FEWEST))
+    """Return the fewest columns that are committed before the rest of a canvas: an eighth of it but
+    at least 16, or a quarter where that is fewer."""
+    return min(-(-canvas_length // 4), max(-(-canvas_length // 8), _LEAST_PART))
 
 
 def rest_of(canvas: Canvas, part: int, index: int, plan: Plan, noise: Noise) -> Canvas:

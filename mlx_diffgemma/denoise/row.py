@@ -382,8 +382,10 @@ class Row:
 
     def _ahead_of(self, accepted: int) -> int:
         """Return the columns to compute where so many on the left are accepted."""
-        share = 1.0 if self._stands is not None else self.settings.lookahead
-        return width_ahead(accepted, share, self.settings.canvas_length)
+        settings = self.settings
+        if settings.canvas_width == "fixed" or self._stands is not None:
+            return settings.canvas_length
+        return width_ahead(accepted, settings.lookahead, settings.canvas_length)
 
     def _next_plan(self, check: list[int]) -> Plan:
         assert self.canvas is not None
@@ -391,7 +393,9 @@ class Row:
         if settings.canvas_width == "answer":
             width = min(width, width_for(next(numbers), settings.canvas_length))
             if settings.lookahead < 1:
-                width = min(width, self._ahead_of(next(numbers)))
+                front = max(next(numbers), check[-1] if settings.prefix_commit != "off" else 0)
+                # What is known of more columns is not thrown away.
+                width = min(width, max(self.canvas.plan.width, self._ahead_of(front)))
         dense = width
         if settings.self_conditioning == "sparse":
             quarter = -(-width // 4)

@@ -143,6 +143,7 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
     kept = kept_by(canvas, look.thought)
     if choice is not None and choice.is_decided:
         settled = mx.ones_like(settled)
+    seen_settled = settled
     if settings.canvas_width == "answer":
         assert length is not None
         needed = columns_to_end(length, judged.accepted, canvas.plan.widest)
@@ -156,7 +157,7 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
         if settings.lookahead < 1:
-            check.append(accepted_columns(judged.accepted))
+            check.append(mx.where(seen_settled, W, accepted_columns(judged.accepted)))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 _EIGHTHS = 8  # of a canvas: its possible narrow widths
-_LEAST_AHEAD = 32
+_LEAST_AHEAD = 32  # columns: a step of fewer takes nearly as long
 
 
 def is_settled(
@@ -100,7 +100,7 @@ def accepted_columns(accepted: mx.array) -> mx.array:
 
 def width_ahead(accepted: int, share: float, canvas_length: int) -> int:
     """Return the columns to keep where so many on the left are accepted: a share of the canvas
-    more, but at least 32, rounded up to sixteenths. Fewer columns cost hardly less."""
+    more, but at least 32, rounded up to sixteenths."""
     sixteenth = -(-canvas_length // 16)
     needed = accepted + max(share * canvas_length, _LEAST_AHEAD)
     return min(canvas_length, math.ceil(needed / sixteenth) * sixteenth)

@@ -12,6 +12,8 @@ import numpy as np
 from ..config.model import RopeConfig
 from .backend import compiled, is_cpu
 
+_BLOCK = 256  # positions
+
 # The first position, one for all rows of a batch or int32 [B], and the number of places.
 Run = tuple[int | mx.array, int]
 
@@ -75,10 +77,22 @@ def _parts(x: mx.array, runs: Sequence[Run]) -> list[mx.array]:
 # Two kinds of layers, for the canvases of some rows and for the tokens that they read.
 @lru_cache(maxsize=32)
 def _table(rope: RopeConfig, head_dim: int, runs: tuple[Run, ...]) -> tuple[mx.array, mx.array]:
-    waves = [_waves(rope, head_dim, mx.array(start), count) for start, count in runs]
-    cosines, sines = (mx.concatenate(list(parts), axis=0) for parts in zip(*waves, strict=True))
-    mx.eval(cosines, sines)
+    """Return the waves of some runs, cut from blocks, since runs begin anywhere."""
+    pieces = []
+    for start, count in runs:
+        for number in range(start // _BLOCK, -(-(start + count) // _BLOCK)):
+            first = number * _BLOCK
+            inside = slice(max(start - first, 0), start + count - first)
+            pieces.append([wave[inside] for wave in _block(rope, head_dim, number)])
+    cosines, sines = (mx.concatenate(list(parts), axis=0) for parts in zip(*pieces, strict=True))
     return cosines, sines
+
+
+@lru_cache(maxsize=32)
+def _block(rope: RopeConfig, head_dim: int, number: int) -> tuple[mx.array, mx.array]:
+    waves = _waves(rope, head_dim, mx.array(number * _BLOCK), _BLOCK)
+    mx.eval(waves)
+    return waves
 
 
 def _waves(

@@ -52,7 +52,8 @@ class Threads:
             to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
         )
         doing.add_done_callback(self._done)
-        return await asyncio.shield(doing)
+        await asyncio.wait({doing})  # which leaves it alone when it is cancelled itself
+        return doing.result()
 
     def _done(self, doing: asyncio.Future[T]) -> None:
         self._free.release()

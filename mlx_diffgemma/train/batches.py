@@ -147,14 +147,17 @@ def make_batch(
         starts.append(len(example.prompt) + start)
     S = -(-max(starts) // _PLACES) * _PLACES
     R = max(len(text) - start for text, start in zip(texts, starts, strict=True))
+    if settings.free_start_probability:
+        R = -(-R // _PLACES) * _PLACES
     both = np.full((B, S + R), pad_token_id, np.int32)
     weights = np.zeros((B, S + R), np.float32)
     for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
         first = S - start
         both[row, first : first + len(text)] = text
         # Places whose next token is predicted: all but the last.
-        begin = first + (len(examples[row].prompt) - 1 if settings.mask_prompt else 0)
-        weights[row, begin : first + len(text) - 1] = 1
+        prompt, canvases = len(examples[row].prompt), examples[row].canvases(C)
+        begin = first + (prompt - 1 if settings.mask_prompt else 0)
+        weights[row, begin : first + prompt + canvases * C - 1] = 1
     has_images = np.array([bool(example.pictures) for example in examples])
     images = (both == image_token_id) & has_images[:, None]
     weights[:, :-1][images[:, 1:]] = 0

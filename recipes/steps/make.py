@@ -39,7 +39,7 @@ SHAPE = start.Shape(
 )  # few layers, so that a step computes little of an answer
 TEST_SEED, TEST_COUNT, VALID_COUNT = 1, 400, 40
 STAGE_MINUTES = 60
-# What suits this model under `fast`, in its generation_config.json: its canvases start anywhere, so
+# What suits this model under `fast`, in its config.json: its canvases start anywhere, so
 # parts are committed sooner, and a row is right only if the one above it is, so less is accepted.
 SUITS = {"acceptance_confidence": 0.97, "prefix_steps": 1, "prefix_entropy": 0.05}
 
@@ -115,13 +115,25 @@ def export(folder: Path) -> Path:
     arrays = mx.load(str(whole / "model.safetensors"))
     asked = [made for name in stepwise.ASKED for made in stepwise.make(name, TEST_COUNT, TEST_SEED)]
     write_rounded(model, arrays, folder / "start", asked)
-    config = model / "generation_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | SUITS, indent=1) + "\n")
+    if last is not PHASES[-1]:
+        return model.rename(folder / "model")
+    config = model / "config.json"
+    written = json.loads(config.read_text()) | {"mlx_diffgemma": SUITS}
+    config.write_text(json.dumps(written, indent=1) + "\n")
     return model.rename(folder / "model")
 
 
 def write_start(folder: Path, model: Path | None) -> None:
-    """Write the checkpoint that training begins with: a model in float32, or random weights."""
+    """Write the checkpoint that training begins with: a model in float32, or random weights.
+
+    Raises:
+      SystemExit: it was written from something else.
+    """
+    of = str(model.resolve()) if model else "random weights"
+    if folder.exists():
+        if (made_of := (folder / "made_of").read_text()) != of:
+            raise SystemExit(f"{folder.parent} began with {made_of}; take another --folder")
+        return
     partial = folder.with_name("start.partial")
     shutil.rmtree(partial, ignore_errors=True)
     start.write(partial, seed=0, shape=SHAPE)
@@ -129,14 +141,14 @@ def write_start(folder: Path, model: Path | None) -> None:
         arrays = mx.load(str(model / "model.safetensors"))
         arrays = {name: array.astype(mx.float32) for name, array in arrays.items()}
         mx.save_safetensors(str(partial / "model.safetensors"), arrays, {"format": "pt"})
+    (partial / "made_of").write_text(of)
     partial.rename(folder)
 
 
 def make(folder: Path, minutes: float, model: Path | None = None) -> Path:
     """Return the folder of the exported model, as far as it was trained in these minutes: all
     phases, or the last one alone, behind a model that had the others."""
-    if not (folder / "start").exists():
-        write_start(folder / "start", model)
+    write_start(folder / "start", model)
     end = time.monotonic() + 60 * minutes
     for phase in PHASES[-1:] if model else PHASES:
         run, data = folder / phase.name / "run", folder / phase.name / "data"
@@ -160,8 +172,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        help="a model that had all phases but the last, to train that one alone; "
-        "the same at every run",
+        help="a model that had all phases but the last, to train that one alone",
     )
     parser.add_argument("--minutes", type=float, default=400, help="at most")
     options = parser.parse_args()

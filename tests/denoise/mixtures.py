@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_diffgemma import GenerationSettings, bundled_model, load_model
 from mlx_diffgemma.config.generation import ResolvedSettings
-from mlx_diffgemma.denoise import loop
+from mlx_diffgemma.denoise import loop, stopping
 from mlx_diffgemma.denoise.canvas import Canvas
 from mlx_diffgemma.denoise.loop import Rows
 from mlx_diffgemma.denoise.pinned import FREE, Pinned, TokenSet
@@ -304,7 +304,10 @@ def compare(seed: int, tally: Tally) -> None:
     model = model_of(number, mx.float32)
     text, drawn = draw_mixture(rng, model)
     rows, top_k = dict(enumerate(drawn)), model.config.text.top_k_experts
-    with as_on_gpu() if rng.random() < 0.5 else nullcontext():
+    with (
+        as_on_gpu() if rng.random() < 0.5 else nullcontext(),
+        patch.object(stopping, "_LEAST_AHEAD", 1),  # canvases are short
+    ):
         context = model.prefill(mx.array(text[None]))
         mx.eval(context.arrays)
         together = run(model, context, rows, shares=True)

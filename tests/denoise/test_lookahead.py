@@ -129,6 +129,68 @@ def test_it_is_refused_where_text_is_not_free(more):
         Row(oracle, settings, np.array([10], np.int32), **more)
 
 
+PARTS = {"prefix_commit": "shrink", "prefix_steps": 1}
+
+
+def test_parts_and_lookahead_together():
+    """Each look shows four columns more; what has been seen twice is committed."""
+    oracle = Oracle(lambda canvas, look: sure(WORDS if canvas == 0 else [*WORDS[4:], *[0] * 4]))
+    events = run(oracle, **HALF, **PARTS)
+    assert widths_of(events) == [4, 8]
+    assert [c.tokens[0].tolist() for c in committed(events)] == [WORDS]
+    slow = run(
+        Oracle(lambda canvas, look: (WORDS[4 * canvas :] + [0] * 4 * canvas, LATE[canvas])),
+        **HALF,
+        **PARTS,
+    )
+    assert [c.tokens[0].tolist() for c in committed(slow)] == [WORDS[:4], WORDS[4:]]
+    assert min(widths_of(slow)) > 0
+
+
+LATE = [SURE] * 4 + [UNSURE] * 4, [SURE] * 8
+
+
+@pytest.mark.parametrize("acceptance", ["entropy", "confidence"])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_plan_is_empty_whatever_settles_first(acceptance, seed):
+    """Columns that settle, but are not accepted, hold no window back."""
+    rng = np.random.default_rng(seed)
+    heights = rng.choice([2.0, 4.5, 8.0, SURE], (40, L))
+
+    def script(canvas, look):
+        return WORDS, heights[(7 * canvas + look) % 40].tolist()
+
+    settings = HALF | PARTS | {"acceptance": acceptance, "prefix_entropy": 0.5}
+    events = run(Oracle(script), **settings, max_denoising_steps=9, max_new_tokens=3 * L)
+    assert all(width > 0 for width in widths_of(events))
+    assert sum(canvas.tokens.shape[1] for canvas in committed(events)) == 3 * L
+
+
+def test_a_fixed_canvas_has_no_lookahead():
+    oracle = Oracle(lambda canvas, look: sure(WORDS))
+    events = run(oracle, policy="fast", canvas_width="fixed")
+    assert set(widths_of(events)) == {L}
+
+
+def test_a_window_that_has_settled_grows_though_little_is_accepted():
+    """Five columns are sure enough to stop, and only the first of them is within the bound."""
+    low = [7.5] * L
+    settings = HALF | {"acceptance": "entropy", "entropy_bound": 0.002, "t_min": 0.6, "t_max": 0.6}
+    events = run(Oracle(lambda canvas, look: (WORDS, low)), **settings)
+    assert widths_of(events) == [4, 5, 5, 8, 8]
+
+
+def test_the_width_is_kept_where_an_accepted_column_opens_again(ahead):
+    def script(canvas, look):
+        opened = [SURE] * L
+        if 0 < look < 3 + ahead:
+            opened[0] = UNSURE
+        return [WORDS[0] + look, *WORDS[1:]] if look < 3 + ahead else WORDS, opened
+
+    widths = widths_of(run(Oracle(script), **HALF))
+    assert widths == sorted(widths) and widths[0] == 4
+
+
 def test_a_warm_start_sees_all_that_stands():
     oracle = Oracle(lambda canvas, look: sure(WORDS))
     settings = GenerationSettings(seed=1, max_new_tokens=L, **HALF).resolve(oracle.config)

@@ -100,7 +100,7 @@ def test_settled_columns_are_counted_from_the_left(previous, entropy, steps, col
     assert found.tolist() == [columns]
 
 
-def test_the_least_part_is_an_eighth_or_a_quarter_of_a_short_canvas():
+def test_the_least_part_is_an_eighth_or_16_or_a_quarter():
     lengths = (256, 128, 96, 64, 32, 8, 5, 1)
     assert [least_part(length) for length in lengths] == [32, 16, 16, 16, 8, 2, 2, 1]
 

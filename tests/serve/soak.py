@@ -2,6 +2,8 @@
 answer may be wrong, lost or another client's, and no memory, thread or file may be left.
 
     python -m tests.serve.soak [--minutes 20] [--clients 20]
+
+It takes a tenth longer, since what is kept of a bounded number is filled first.
 """
 
 from __future__ import annotations
@@ -228,8 +230,7 @@ def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict
         expected = [texts_of(p, ask(running, post(p, b)), False) for p, b in requests()]
         for length in range(1, LENGTHS + 1):  # so that what is kept of a bounded number is full
             ask(running, post(COMPLETIONS, {"prompt": "7" * length, "max_tokens": 1, "seed": 1}))
-        # One tenth before those that count fills with batches of many sizes what is kept of a
-        # bounded number.
+        # A tenth more comes first and does not count: batches of many sizes fill the bounded caches.
         for tenth in range(-1, TENTHS):
             seeds = [clients * ((TENTHS + 1) * number + tenth + 1) + i for i in range(clients)]
             seconds = 60 * minutes / TENTHS

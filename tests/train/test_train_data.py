@@ -266,3 +266,6 @@ def test_a_canvas_at_an_answers_end_is_filled():
     )
     assert batch.context.tolist() == [[10, 11, 12, 40, 41, 42, 43, 44]]
     assert batch.clean.tolist() == [[45, 1, 1, 1]]
+    places = np.array(batch.weights)[0].nonzero()[0]
+    targets = np.array(batch.targets)[0, places].tolist()
+    assert targets == [11, 12, 40, 41, 42, 43, 44, 45, 1, 1], "as wherever the canvas starts"
