@@ -230,7 +230,7 @@ def run(minutes: float, clients: int, number: int = 0) -> tuple[Found, list[dict
         expected = [texts_of(p, ask(running, post(p, b)), False) for p, b in requests()]
         for length in range(1, LENGTHS + 1):  # so that what is kept of a bounded number is full
             ask(running, post(COMPLETIONS, {"prompt": "7" * length, "max_tokens": 1, "seed": 1}))
-        # A tenth more comes first and does not count: batches of many sizes fill the bounded caches.
+        # A tenth more comes first and does not count: its batches fill the bounded caches.
         for tenth in range(-1, TENTHS):
             seeds = [clients * ((TENTHS + 1) * number + tenth + 1) + i for i in range(clients)]
             seconds = 60 * minutes / TENTHS
