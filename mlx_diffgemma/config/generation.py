@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, Never, Protocol, TypeVar
 
 from ..errors import ConfigError
@@ -393,11 +393,6 @@ class GenerationSettings(_Settings[None]):
                 value = float(value)
             values[name] = value
         return values
-
-    def over(self, others: GenerationSettings) -> GenerationSettings:
-        """Return these settings, and the others' where these are open."""
-        mine = {name: value for name, value in vars(self).items() if value not in (None, ())}
-        return replace(others, **mine)
 
     @classmethod
     def from_dict(cls, raw: Raw, *, where: str) -> GenerationSettings:

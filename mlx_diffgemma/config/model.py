@@ -239,8 +239,9 @@ class ModelConfig:
             quantization=QuantizationConfig.from_dict(quantization, where=where)
             if quantization
             else None,
-            generation=suits.over(
-                GenerationSettings.from_dict(generation, where="generation_config.json")
+            generation=replace(
+                GenerationSettings.from_dict(generation, where="generation_config.json"),
+                **{name: value for name, value in vars(suits).items() if value not in (None, ())},
             ),
             vision=None
             if vision is None

@@ -249,6 +249,19 @@ def test_end_tokens_are_the_union_of_all_files_as_numbers_or_lists(top, text, ge
     assert parsed.eos_token_ids == expected
 
 
+def test_what_suits_a_checkpoint_stands_in_config_json_and_comes_first():
+    suits = {"prefix_steps": 1, "t_max": 0.7}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = config(mlx_diffgemma=suits, generation=GENERATION | {"t_max": 0.9}).generation
+    assert (read.prefix_steps, read.t_max, read.t_min) == (1, 0.7, GENERATION["t_min"])
+    assert read.acceptance_confidence is None
+    assert "mlx_diffgemma: prefix_steps must be" in refusal(mlx_diffgemma={"prefix_steps": 0})
+    assert "mlx_diffgemma must be an object" in refusal(mlx_diffgemma=3)
+    with pytest.warns(UserWarning, match="unknown keys are ignored: nosuch"):
+        config(mlx_diffgemma={"nosuch": 1})
+
+
 def test_a_generation_config_inside_config_json_counts_where_there_is_no_file():
     inner = GENERATION | {"max_denoising_steps": 7, "eos_token_id": [200]}
     embedded = config(generation=None, generation_config=inner)
