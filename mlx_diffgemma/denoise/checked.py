@@ -83,13 +83,8 @@ def check_rules(settings: ResolvedSettings, *, is_free: bool) -> None:
     Raises:
       ConfigError: if they do not.
     """
-    named: dict[str, tuple[object, object]] = {
-        "prefix_commit": (settings.prefix_commit, "off"),
-        "lookahead": (settings.lookahead, 1),
-    }
-    for name, (value, usual) in named.items():
-        if value != usual and not is_free:
-            raise ConfigError(
-                f"{name} {value!r} is not possible where text is pinned or probabilities are read, "
-                f"as fill, edit and decide do; it must be {usual!r}"
-            )
+    if settings.prefix_commit != "off" and not is_free:
+        raise ConfigError(
+            f"prefix_commit {settings.prefix_commit!r} is not possible where text is pinned or "
+            "probabilities are read, as fill, edit and decide do; it must be 'off'"
+        )

@@ -383,7 +383,8 @@ class Row:
     def _ahead_of(self, accepted: int) -> int:
         """Return the columns to compute where so many on the left are accepted."""
         settings = self.settings
-        if settings.canvas_width == "fixed" or self._stands is not None:
+        is_whole = self._stands is not None or self._readout is not None or self.pinned is not None
+        if settings.canvas_width == "fixed" or is_whole:
             return settings.canvas_length
         return width_ahead(accepted, settings.lookahead, settings.canvas_length)
 

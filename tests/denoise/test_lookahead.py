@@ -13,7 +13,6 @@ from mlx_diffgemma.denoise.pinned import FREE, Pinned
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.denoise.standing import StandingAnswer
 from mlx_diffgemma.denoise.stopping import accepted_columns, width_ahead
-from mlx_diffgemma.errors import ConfigError
 from tests.denoise.test_loop import (
     EOS,
     PAD,
@@ -119,14 +118,18 @@ def test_steps_that_run_out_leave_what_the_window_shows():
 
 @pytest.mark.parametrize(
     "more",
-    [{"pinned": Pinned(np.array([3, FREE], np.int32))}, {"readout": Readout(1, (3,))}],
-    ids=["pinned", "read out"],
+    [
+        {"pinned": Pinned(np.array([3, FREE], np.int32))},
+        {"readout": Readout(1, (3,))},
+        {"stands": StandingAnswer(np.array(WORDS, np.int32), (EOS, EOS))},
+    ],
+    ids=["pinned", "read out", "standing"],
 )
-def test_it_is_refused_where_text_is_not_free(more):
+def test_what_is_given_is_seen_whole(more):
+    """A server has one lookahead for chats and for fills."""
     oracle = Oracle(lambda canvas, look: sure(WORDS))
-    settings = GenerationSettings(seed=1, **HALF).resolve(oracle.config)
-    with pytest.raises(ConfigError, match=r"lookahead 0\.5 is not possible where text is pinned"):
-        Row(oracle, settings, np.array([10], np.int32), **more)
+    settings = GenerationSettings(seed=1, max_new_tokens=L, **HALF).resolve(oracle.config)
+    assert Row(oracle, settings, np.array([10], np.int32), **more)._first_plan().width == L
 
 
 PARTS = {"prefix_commit": "shrink", "prefix_steps": 1}
@@ -189,14 +192,6 @@ def test_the_width_is_kept_where_an_accepted_column_opens_again(ahead):
 
     widths = widths_of(run(Oracle(script), **HALF))
     assert widths == sorted(widths) and widths[0] == 4
-
-
-def test_a_warm_start_sees_all_that_stands():
-    oracle = Oracle(lambda canvas, look: sure(WORDS))
-    settings = GenerationSettings(seed=1, max_new_tokens=L, **HALF).resolve(oracle.config)
-    text = np.array(WORDS, np.int32)
-    row = Row(oracle, settings, np.array([10], np.int32), stands=StandingAnswer(text, (EOS, EOS)))
-    assert row._first_plan().width == L
 
 
 def test_the_bundled_models_answers_stay_as_they_are(monkeypatch):
