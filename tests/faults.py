@@ -527,7 +527,7 @@ FAULTS = (
     Fault(
         "rows: one that is removed stays in the step built ahead",
         "denoise/loop.py",
-        "self._ahead = None  # it may hold the row's context",
+        "self._built = None  # it may hold the row's context",
         "pass",
         (ENGINE,),
     ),
@@ -2574,8 +2574,8 @@ FAULTS = (
     Fault(
         "server: threads of clients that have left are not counted",
         "serve/threads.py",
-        "return await asyncio.shield(doing)",
-        "return await doing",
+        "await asyncio.wait({doing})",
+        "await doing",
         (SERVE_THREADS,),
     ),
     Fault(

@@ -55,7 +55,7 @@ class Rows:
         self._features = Features() if store is None else store.features
         self.rows: list[Row] = []
         self._mean_row: mx.array | None = None  # [M], for sparse self-conditioning
-        self._ahead: _Ahead | None = None
+        self._built: _Built | None = None
 
     def add(self, row: Row) -> None:
         """Let a row join. Nothing of the others is copied or computed again."""
@@ -68,7 +68,7 @@ class Rows:
         """Let a row leave before its end; its memory is free after the current step."""
         row.leave()
         self.rows = [each for each in self.rows if each is not row]
-        self._ahead = None  # it may hold the row's context
+        self._built = None  # it may hold the row's context
 
     def run(self) -> Generator[LoopEvent, None, None]:
         """Run all rows to their ends, in one thread."""
@@ -129,22 +129,22 @@ class Rows:
         """Take one step of the given rows."""
         if not rows:
             return
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.fits([_canvas(row) for row in rows]):
-            taken, opened = ahead.taken, ahead.opened
+        built, self._built = self._built, None
+        if built is not None and built.fits([_canvas(row) for row in rows]):
+            taken, opened = built.taken, built.opened
         else:
-            ahead = None
+            built = None
             opened = [row.opened.pop() for row in rows]
             taken, opened = take_step(
                 self.model, [_canvas(row) for row in rows], opened, self._mean_row
             )
         for row, each, context in zip(rows, taken, opened, strict=True):
             row.take(each, context)
-        del ahead, opened  # arrays without other references are written in place
+        del built, opened  # arrays without other references are written in place
         checks = [number for each in taken for number in each.check]
         read = checks[0] if len(checks) == 1 else mx.concatenate(checks)
         mx.async_eval(read, *(array for each in taken for array in self._heard(each)))
-        self._look_ahead(rows)
+        self._build_next(rows)
         for row, each in zip(rows, taken, strict=True):
             if not row.is_done:
                 yield row, each.event
@@ -154,7 +154,7 @@ class Rows:
             if row.canvas is not None and not row.goes_on(check):  # or it has left meanwhile
                 yield from _events(row, partial(row.end_canvas, each.event))
 
-    def _look_ahead(self, rows: list[Row]) -> None:
+    def _build_next(self, rows: list[Row]) -> None:
         """Build the next step of the rows that have one before the host reads this one, so that the
         device need not wait for Python. It is dropped if a row settles, joins or changes its plan.
         """
@@ -164,7 +164,7 @@ class Rows:
             return
         canvases, opened = [_canvas(row) for row in rows], [row.opened[0] for row in rows]
         taken, opened = take_step(self.model, canvases, opened, self._mean_row)
-        self._ahead = _Ahead([(c.tokens, c.plan) for c in canvases], taken, opened)
+        self._built = _Built([(c.tokens, c.plan) for c in canvases], taken, opened)
 
     def _heard(self, taken: Taken) -> Iterator[mx.array]:
         """Yield the arrays of a step that are computed with it: what a listener reads, and the
@@ -202,7 +202,7 @@ def _events(
         yield row, event
 
 
-class _Ahead:
+class _Built:
     """A step that is built but not yet computed."""
 
     def __init__(
