@@ -75,7 +75,7 @@ def their_loss(reference: Reference, examples, drawn: Draw, settings: TrainSetti
     for i, example in enumerate(examples):
         fill = example.canvases(width) * width - len(example.answer)
         text = np.concatenate([example.prompt, example.answer, np.full(fill, EOS, np.int32)])
-        start = len(example.prompt) + int(drawn.canvas[i]) * width
+        start = len(example.prompt) + int(drawn.start[i])
         clean = text[start : start + width]
         noisy = np.where(drawn.replaced[i], drawn.noise[i], clean)
         states, _ = encode(model, text)

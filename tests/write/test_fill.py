@@ -333,14 +333,15 @@ def test_a_template_that_cannot_be_placed_is_refused(text, message):
         fill_bundled(text, "Go.")
 
 
-@pytest.mark.parametrize("policy", ["reference", "fast"])
+@pytest.mark.parametrize("policy", [{}, {"policy": "fast", "lookahead": 1.0}], ids=str)
 def test_nothing_pinned_is_plain_generation(policy):
+    """But for a lookahead: where text is pinned, all columns are seen."""
     model, tokenizer = bundled()
     tokens = mx.array([encode_text(tokenizer, "Sort: 3 1 2")])
     nothing = [Pinned(np.full(80, FREE, np.int32))]
 
     def ids(pinned):
-        chosen = GenerationSettings(seed=4, policy=policy, max_new_tokens=96)
+        chosen = GenerationSettings(seed=4, max_new_tokens=96, **policy)
         events = denoise_tokens(model, tokens, chosen, pinned=pinned)
         return [event.tokens.tolist() for event in events if isinstance(event, CanvasCommitted)]
 
