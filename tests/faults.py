@@ -879,7 +879,7 @@ FAULTS = (
     ),
     Fault(
         "prefix: any settled columns",
-        "denoise/prefix.py",
+        "denoise/stopping.py",
         "mx.cumprod(holds.astype(mx.int32), axis=-1)",
         "holds.astype(mx.int32)",
         (PREFIX,),

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .canvas import Belief, Canvas, Plan
 from .noise import Noise
+from .stopping import leading_columns
 
 _LEAST_PART = 16  # columns of a part, unless a quarter of the canvas is fewer; each part is a pass
 
@@ -36,7 +37,7 @@ def settled_columns(
     holds = entropy <= most_entropy
     for previous in previous_drafts[len(previous_drafts) - steps :]:
         holds = holds & (draft == previous)
-    return mx.cumprod(holds.astype(mx.int32), axis=-1).sum(axis=-1)
+    return leading_columns(holds)
 
 
 def least_part(canvas_length: int) -> int:

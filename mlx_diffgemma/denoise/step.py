@@ -31,12 +31,12 @@ from .sampler import (
 )
 from .schedule import temperature
 from .stopping import (
-    accepted_columns,
     all_that_matter,
     answer_length,
     columns_to_end,
     columns_to_likely_end,
     is_settled,
+    leading_columns,
 )
 from .warm import going_on, kept_by
 
@@ -157,7 +157,7 @@ def _take(canvas: Canvas, look: _Look, choice: constrained.Choice | None, vocab_
         # A narrow canvas without its end token does not show the whole answer.
         settled = settled & (needed <= W)
         if settings.lookahead < 1:
-            check.append(mx.where(seen_settled, W, accepted_columns(judged.accepted)))
+            check.append(mx.where(seen_settled, W, leading_columns(judged.accepted)))
     likeliest = None
     if settings.self_conditioning == "sparse":
         likeliest = shortlist(seen.weights, seen.total, settings.sparse_tokens)

@@ -93,9 +93,9 @@ def columns_to_likely_end(ended: mx.array, length: mx.array, mass: float, most: 
     return mx.where((length <= W) & (last + 1 < W), found, most).astype(mx.int32)
 
 
-def accepted_columns(accepted: mx.array) -> mx.array:
-    """Return how many columns from the left on are accepted, bool [B, W]: int32 [B]."""
-    return mx.cumprod(accepted.astype(mx.int32), axis=-1).sum(axis=-1)
+def leading_columns(holds: mx.array) -> mx.array:
+    """Return for how many columns from the left on a claim, bool [B, W], is true: int32 [B]."""
+    return mx.cumprod(holds.astype(mx.int32), axis=-1).sum(axis=-1)
 
 
 def width_ahead(accepted: int, share: float, canvas_length: int) -> int:

@@ -12,7 +12,7 @@ from mlx_diffgemma.denoise.canvas import Readout
 from mlx_diffgemma.denoise.pinned import FREE, Pinned
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.denoise.standing import StandingAnswer
-from mlx_diffgemma.denoise.stopping import accepted_columns, width_ahead
+from mlx_diffgemma.denoise.stopping import leading_columns, width_ahead
 from tests.denoise.test_loop import (
     EOS,
     PAD,
@@ -46,8 +46,8 @@ def short_canvas(monkeypatch):
         ([0, 1, 1, 1], 0),
     ],
 )
-def test_accepted_columns_are_counted_from_the_left(accepted, columns):
-    assert accepted_columns(mx.array([accepted], dtype=mx.bool_)).tolist() == [columns]
+def test_leading_columns_are_counted_from_the_left(accepted, columns):
+    assert leading_columns(mx.array([accepted], dtype=mx.bool_)).tolist() == [columns]
 
 
 @pytest.mark.parametrize(
