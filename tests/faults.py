@@ -25,6 +25,7 @@ STANDING, WARM = "tests/denoise/test_standing.py", "tests/denoise/test_warm.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 ROWS, LOOKS = "tests/denoise/test_rows.py", "tests/parity/test_images.py"
 PREFIX = "tests/denoise/test_prefix.py"
+COMMIT_PASS = "tests/denoise/test_commit_pass.py"
 STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_files.py"
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
 LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
@@ -265,9 +266,9 @@ FAULTS = (
     ),
     Fault(
         "window edge: the canvas sees one place more",
-        "model/diffusion_gemma.py",
-        "text.sliding_window - 1 if is_sliding",
-        "text.sliding_window if is_sliding",
+        "model/columns.py",
+        "placed.last(self._config.sliding_window - 1 if",
+        "placed.last(self._config.sliding_window if",
         (LOGITS,),
     ),
     Fault(
@@ -322,17 +323,17 @@ FAULTS = (
         (TRAJECTORY,),
     ),
     Fault(
-        "commit: forgotten",
+        "commit: the first token alone",
         "denoise/row.py",
-        "self.context, self.unread = self.opened.pop().closed(), tokens",
-        "self.context, self.unread = self.opened.pop().closed(), None",
+        "self.context, unread = context, np.concatenate([unread, tokens])",
+        "self.context, unread = context, tokens[:1]",
         (LOOP,),
     ),
     Fault(
         "commit: encoded with the decoder's layer scalars",
         "model/diffusion_gemma.py",
-        "scalars[depth].layer_scalar",
-        "layer.layer_scalar",
+        "segments, scalars[depth].layer_scalar",
+        "segments, layer.layer_scalar",
         (LOGITS,),
     ),
     Fault(
@@ -344,9 +345,9 @@ FAULTS = (
     ),
     Fault(
         "canvas position: one too late",
-        "model/diffusion_gemma.py",
-        "return Segment(width, past, place, mask, text.position)",
-        "return Segment(width, past, place, mask, text.position + 1)",
+        "model/columns.py",
+        "self._masks[places], text.position)",
+        "self._masks[places], text.position + 1)",
         (LOGITS,),
     ),
     Fault(
@@ -731,25 +732,46 @@ FAULTS = (
         (CHAT_CLI,),
     ),
     Fault(
-        "rows: the first one's position for all",
+        "rows: the first one's context for all canvases",
         "model/diffusion_gemma.py",
-        "mask, text.position)",
-        "mask, texts[0].position)",
+        "CanvasColumns(config, canvas.shape[1], each)",
+        "CanvasColumns(config, canvas.shape[1], opened[0])",
         (MODEL,),
     ),
     Fault(
-        "rows: the first one's mask for all texts",
+        "rows: the first one's context for all texts",
         "model/diffusion_gemma.py",
-        "place, masks[row, is_sliding], context.position",
-        "place, masks[0, is_sliding], context.position",
+        "TextColumns(self.config.text, piece.shape[1], context, picture)",
+        "TextColumns(self.config.text, piece.shape[1], contexts[0], picture)",
         (MODEL,),
     ),
     Fault(
-        "rows: one writes its keys at another's place",
+        "joint pass: the text with the canvas's scalars",
         "model/diffusion_gemma.py",
-        "else partial(_behind, places, before)",
-        "else partial(_behind, kept[0][depth], before)",
+        "mx.where(mx.arange(columns)[None, :, None] < read, of_text, own)",
+        "mx.where(mx.arange(columns)[None, :, None] < 0, of_text, own)",
         (MODEL,),
+    ),
+    Fault(
+        "joint pass: the canvas's position is that of the text",
+        "model/columns.py",
+        "return Segment(self._width, None, place, None, text.position)",
+        "return Segment(self._width, None, place, None, 0)",
+        (MODEL,),
+    ),
+    Fault(
+        "joint pass: the canvas sees more of the text than the window",
+        "model/columns.py",
+        "        return self._kept(depth, placed)\n",
+        "        return placed\n",
+        (MODEL,),
+    ),
+    Fault(
+        "joint commit: the store keeps the text before",
+        "denoise/row.py",
+        "self._store.keep(self._text, context, self.model.config.text)\n        return context",
+        "pass\n        return context",
+        (COMMIT_PASS,),
     ),
     Fault(
         "rows: each attends to the first one's columns",
@@ -781,9 +803,9 @@ FAULTS = (
     ),
     Fault(
         "rows: a shared context is written in place",
-        "model/diffusion_gemma.py",
-        "place = _beside if shared[row] else partial(_behind, places, before)",
-        "place = partial(_behind, places, before)",
+        "model/columns.py",
+        "place = _beside if self._is_shared else partial(_behind, places, shared)",
+        "place = partial(_behind, places, shared)",
         (MODEL,),
     ),
     Fault(
@@ -844,7 +866,7 @@ FAULTS = (
     ),
     Fault(
         "canvas keys: behind what the last step wrote",
-        "model/diffusion_gemma.py",
+        "model/columns.py",
         "own = written.first(kept + keys.shape[2])",
         "own = written",
         (MODEL,),
@@ -2172,14 +2194,14 @@ FAULTS = (
     ),
     Fault(
         "decision: the mask forgets the shared text",
-        "model/diffusion_gemma.py",
+        "model/columns.py",
         "kept += before.keys.shape[2] if before is not None else 0",
         "kept += 0",
         (DECIDE,),
     ),
     Fault(
         "decision: the canvas does not see the shared text",
-        "model/diffusion_gemma.py",
+        "model/columns.py",
         "return (own,) if before is None else (before, own), written",
         "return (own,), written",
         (DECIDE,),

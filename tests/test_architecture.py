@@ -24,15 +24,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WINGS = {
     "errors": "",
     "events": "",
-    "config": "entry reading formats refusals policies generation quantization vision images model "
-    "learning_rate training serving",
+    "config": "entry reading formats refusals policies generation generation_file quantization "
+    "vision images model learning_rate training serving",
     "language": "known_tokenizer chat_template of_transformers tokenizer controls tools bombs "
     "pictures images video encoded given media prompt template stops text",
     "constraint": "dfa ranges minimise net build characters regex search json_text formats dialect "
     "facts strings negation alternatives keys values schema parts tool_calls python_types "
     "constraint groups vocabulary utf8 tokens line decode marginals",
     "model": "backend elementary switch_linear products layers rope masks context attention "
-    "experts self_conditioning vision stack images diffusion_gemma fused",
+    "experts self_conditioning vision stack images columns diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
     "denoise": "schedule sampler classes constrained pinned noise stopping standing canvas prefix "

@@ -10,26 +10,19 @@ from typing import Any, Generic, Literal, Never, Protocol, TypeVar
 from ..errors import ConfigError
 from .entry import Entry, check, entries, kinds, setting
 from .policies import NEED_FREE_TEXT, POLICIES, Policy
-from .reading import Raw, warn_unknown
 from .refusals import refuse_contradictions, refuse_idle
 
 Acceptance = Literal["entropy", "confidence"]
 StopOn = Literal["canvas", "answer"]
 CanvasWidth = Literal["fixed", "answer"]
 PrefixCommit = Literal["off", "shrink"]
+CommitPass = Literal["own", "joint"]
 SelfConditioning = Literal["dense", "sparse"]
 
 _ALL = ("generate", "fill", "edit", "chat", "serve", "batch")  # every command that runs the model
 _GENERATE = ("generate", "chat", "serve", "batch")
 _BY_ENTROPY, _BY_CONFIDENCE = ("acceptance", "entropy"), ("acceptance", "confidence")
 _SPARSE, _BY_PARTS = ("self_conditioning", "sparse"), ("prefix_commit", "shrink")
-
-# Keys of generation_config.json without a meaning here.
-_INERT = frozenset(
-    "max_length pad_token_id bos_token_id eos_token_id transformers_version sampler_config "
-    "_from_model_config return_dict_in_generate cache_implementation cache_config "
-    "disable_compile _commit_hash".split()
-)
 
 # The type of a setting without a value: None while it is open, Never once it is resolved.
 Open = TypeVar("Open")
@@ -275,6 +268,14 @@ class _Settings(Generic[Open]):
             commands=_GENERATE,
         )
     )
+    commit_pass: CommitPass | Open = _setting(
+        Entry(
+            help="What reads committed text: 'own', a forward pass of its own, or 'joint', that of "
+            "the next canvas's first step, the same up to rounding.",
+            default="own",
+            commands=_ALL,
+        )
+    )
     self_conditioning: SelfConditioning | Open = _setting(
         Entry(
             help="How predictions go into the next step: 'dense', the mean over the whole "
@@ -393,30 +394,6 @@ class GenerationSettings(_Settings[None]):
                 value = float(value)
             values[name] = value
         return values
-
-    @classmethod
-    def from_dict(cls, raw: Raw, *, where: str) -> GenerationSettings:
-        """Read generation_config.json. A sampler other than the entropy-bound one is refused."""
-        sampler = raw.get("sampler_config") or {}
-        if not isinstance(sampler, Mapping):
-            raise ConfigError(f"{where}: sampler_config must be an object, got {sampler!r}")
-        name = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
-        if name != "EntropyBoundSamplerConfig":
-            raise ConfigError(
-                f"{where}: sampler {name!r} is not supported, only EntropyBoundSamplerConfig is"
-            )
-        values: dict[str, Any] = {}
-        known: set[str] = set()
-        for setting_name, entry in entries(cls).items():
-            if entry.checkpoint is not None:
-                first, _, second = entry.checkpoint.partition(".")
-                known.add(first)
-                values[setting_name] = sampler.get(second) if second else raw.get(first)
-        warn_unknown(raw, _INERT | known, where)
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 from .formats import foreign_format, mlx_block, refusal, source_of
 from .generation import GenerationSettings
+from .generation_file import read_settings
 from .images import DEFAULT_BUDGET, budget_of
 from .quantization import QuantizationConfig
 from .reading import (
@@ -201,7 +202,7 @@ class ModelConfig:
         own = raw.get(_OWN) or {}
         if not isinstance(own, Mapping):
             raise ConfigError(f"{where}: {_OWN} must be an object, got {own!r}")
-        suits = GenerationSettings.from_dict(own, where=f"{where}, {_OWN}")
+        suits = read_settings(own, where=f"{where}, {_OWN}")
         eos: set[int] = set()
         for name, block in (
             (where, raw),
@@ -240,7 +241,7 @@ class ModelConfig:
             if quantization
             else None,
             generation=replace(
-                GenerationSettings.from_dict(generation, where="generation_config.json"),
+                read_settings(generation, where="generation_config.json"),
                 **{name: value for name, value in vars(suits).items() if value not in (None, ())},
             ),
             vision=None

@@ -17,6 +17,7 @@ POLICIES: dict[Policy, dict[str, Any]] = {
         "width_mass": 0.7,
         "prefix_commit": "shrink",
         "lookahead": 0.25,
+        "commit_pass": "joint",
     },
 }
 # Those of them that need free text: no policy sets them where text is pinned, as in `fill`.

@@ -129,12 +129,13 @@ class Rows:
         """Take one step of the given rows."""
         if not rows:
             return
-        built, self._built = self._built, None
+        built, self._built, reads = self._built, None, False
         if built is not None and built.fits([_canvas(row) for row in rows]):
             taken, opened = built.taken, built.opened
         else:
             built = None
             opened = [row.opened.pop() for row in rows]
+            reads = any(each.unread is not None for each in opened)
             taken, opened = take_step(
                 self.model, [_canvas(row) for row in rows], opened, self._mean_row
             )
@@ -149,6 +150,8 @@ class Rows:
             if not row.is_done:
                 yield row, each.event
         numbers: list[int] = np.array(read).tolist()  # the one host read of a step
+        if reads:
+            mx.clear_cache()  # of the contexts before the text that it has read
         for row, each in zip(rows, taken, strict=True):
             check, numbers = numbers[: len(each.check)], numbers[len(each.check) :]
             if row.canvas is not None and not row.goes_on(check):  # or it has left meanwhile

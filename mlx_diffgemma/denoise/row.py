@@ -39,6 +39,7 @@ class Row:
     canvas: Canvas | None = None
     is_done = False
     _rest: Canvas | None = None  # of a canvas whose part is committed
+    _committed: np.ndarray | None = None  # tokens, int32 [S], that the canvas's first step reads
     _store: Store | None = None
 
     def __init__(
@@ -197,7 +198,7 @@ class Row:
         """End the row where it is, and give its memory back."""
         self.is_done = True
         self.unread = self.canvas = self._rest = self.context = self.shared = None
-        self.opened, self._images = [], ()
+        self.opened, self._images, self._committed = [], (), None
 
     def begin_canvas(self) -> list[LoopEvent]:
         """Open the context and start the next canvas. Return the events of a canvas that is given
@@ -205,10 +206,11 @@ class Row:
         assert self.context is not None
         settings, context = self.settings, self.context
         self.context = None  # freed once the open one has its copy
+        unread = None if self._committed is None else mx.array(self._committed[None])
         self.opened = [
             OpenContext.beside(context)
             if self.is_shared
-            else self.model.open(context, settings.canvas_length)
+            else self.model.open(context, settings.canvas_length, unread=unread)
         ]
         self.is_shared = False
         self._attempt = self._steps_here = 0
@@ -344,17 +346,34 @@ class Row:
             CanvasCommitted(self._index, mx.array(tokens[None]), self._steps_here, self.number)
         ]
         self._index += 1
+        context, unread = self._close()
         is_full = self._places < settings.canvas_length and settings.prefix_commit == "off"
         if has_ended or self._left == 0 or is_full:
-            self.is_done, self.opened = True, []
+            self.is_done = True
             events.append(self._finished("stop" if has_ended else "length"))
         else:
-            self.context, self.unread = self.opened.pop().closed(), tokens
+            self.context, unread = context, np.concatenate([unread, tokens])
             self._text = np.concatenate([self._text, tokens])
+            # Longer ones are read in pieces.
+            if settings.commit_pass == "joint" and len(unread) <= settings.canvas_length:
+                self._committed = unread
+            else:
+                self.unread = unread
             if part:
                 assert canvas is not None
                 self._rest = self._behind(canvas, part)
         return events
+
+    def _close(self) -> tuple[Context, np.ndarray]:
+        """Close the open context. Return it, and the committed tokens, int32 [S], that it does not
+        hold, since no step came after them."""
+        opened, committed = self.opened.pop(), self._committed
+        context, self._committed = opened.closed(), None
+        if committed is None or opened.unread is not None:
+            return context, np.zeros(0, np.int32) if committed is None else committed
+        if self._store is not None:
+            self._store.keep(self._text, context, self.model.config.text)
+        return context, np.zeros(0, np.int32)
 
     def _behind(self, canvas: Canvas, part: int) -> Canvas:
         """Return what is left of a canvas, with its plan."""

@@ -113,14 +113,20 @@ class OpenContext:
     kept: tuple[int, ...]  # places of text in each layer
     text: Context  # without its layers: length, batch and padding
     is_shared: bool = False
+    room: int = 0  # places for the canvas
+    # int32 [1, S], text that the next pass reads before its canvas; the layers have no room yet.
+    unread: mx.array | None = None
 
     @classmethod
-    def of(cls, context: Context, room: int) -> OpenContext:
-        """Copy the context once. The original is not needed any more."""
+    def of(cls, context: Context, room: int, unread: mx.array | None = None) -> OpenContext:
+        """Copy the context once, now or as text behind it is read. The original is not needed any
+        more."""
         return cls(
-            tuple(layer.with_room(room) for layer in context.layers),
+            tuple(layer.with_room(room) if unread is None else layer for layer in context.layers),
             tuple(layer.keys.shape[2] for layer in context.layers),
             Context((), context.length, context.batch, context.padding, context.shared),
+            room=room,
+            unread=unread,
         )
 
     @classmethod
@@ -135,7 +141,7 @@ class OpenContext:
         )
 
     def closed(self) -> Context:
-        """Return the context that was opened, without the canvas."""
+        """Return the context that was opened, without the canvas and text that is not read."""
         layers = zip(self.layers, self.kept, strict=True)
         return Context(
             tuple(layer.first(kept) for layer, kept in layers),

@@ -4,7 +4,6 @@ and bidirectionally over the canvas."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,12 +13,11 @@ import numpy as np
 from ..config.generation import default_of
 from ..config.model import ModelConfig
 from ..errors import PromptError
-from .attention import Segment
 from .backend import begin, compiled
+from .columns import CanvasColumns, TextColumns
 from .context import Context, LayerContext, OpenContext
 from .images import Seen, piece_ends, seen_at
 from .layers import softcap
-from .masks import Mask, canvas_mask, causal_mask
 from .products import head, weighted_rows
 from .stack import Layer, Stack
 from .vision import Vision, VisionSource, VisionTower, by_soft_token
@@ -190,9 +188,19 @@ class DiffusionGemma(nn.Module):
         states, _ = self.canvas_states([canvas], opened, self_conditioning=self_conditioning)
         return _softcap(self.outputs(states), self.config.text.final_logit_softcapping)
 
-    def open(self, context: Context, canvas_length: int) -> OpenContext:
-        """Return the context with room for a canvas, for that canvas's steps."""
-        return OpenContext.of(context, canvas_length)
+    def open(
+        self, context: Context, canvas_length: int, *, unread: mx.array | None = None
+    ) -> OpenContext:
+        """Return the context with room for a canvas, for that canvas's steps.
+
+        Args:
+          context: the text before the canvas.
+          canvas_length: the most columns of a step.
+          unread: text behind the context, int32 [1, S], which the next pass over the canvas reads
+            before it: the same as `prefill` and then the pass, up to rounding, and the weights are
+            read once for both.
+        """
+        return OpenContext.of(context, canvas_length, unread)
 
     def canvas_states(
         self,
@@ -216,40 +224,45 @@ class DiffusionGemma(nn.Module):
           The last layer's output, [1, T, M], before the norm and the head, and the contexts to pass
           on.
         """
-        decoder, widths = self.model.decoder, [canvas.shape[1] for canvas in canvases]
-        texts, kept = [o.text for o in opened], [o.kept for o in opened]
-        shared = [o.is_shared for o in opened]
-        # Arrays without other references are written in place, so that this function must not keep
-        # any either.
-        layers = [list(reversed(context.layers)) for context in opened]
+        decoder, config = self.model.decoder, self.config.text
+        rows = [
+            CanvasColumns(config, canvas.shape[1], each)
+            for canvas, each in zip(canvases, opened, strict=True)
+        ]
+        unread = [each.unread for each in opened if each.unread is not None]
         opened.clear()
-        tokens = canvases[0] if len(canvases) == 1 else mx.concatenate(list(canvases), axis=1)
-        x = decoder.self_conditioning(self.embed(tokens), self_conditioning)
-        masks: dict[tuple[int, int], mx.array | None] = {}  # by row and places kept
-        written: list[list[LayerContext]] = [[] for _ in canvases]
-
-        def segment(row: int, depth: int) -> Segment:
-            places, width, text = kept[row][depth], widths[row], texts[row]
-            before = self._shared_layer(text, depth, places)
-            if (row, places) not in masks:
-                masks[row, places] = canvas_mask(
-                    places + width, first_key=text.length - places, padding=text.padding
-                )
-            past, mask = layers[row].pop(), masks[row, places]
-            place = _beside if shared[row] else partial(_behind, places, before)
-            return Segment(width, past, place, mask, text.position)
-
+        x = decoder.self_conditioning(self.embed(_beside_each_other(canvases)), self_conditioning)
+        texts, read = [row.text for row in rows if row.text is not None], 0
+        if unread:
+            before = self.embed(_beside_each_other(unread))
+            x, read = mx.concatenate([before, x], axis=1), before.shape[1]
         for depth, layer in enumerate(decoder.layers):
             begin(x)
-            x, keep = self.run_layer(
-                layer, x, [segment(row, depth) for row in range(len(texts))], layer.layer_scalar
+            scalar = layer.layer_scalar
+            if read and depth == len(decoder.layers) - 1:
+                # The last layer computes keys and values of the text alone, as in `encode`.
+                layer.self_attn(
+                    layer.input_layernorm(x[:, :read]), [text.segment(depth) for text in texts]
+                )
+                x, texts = x[:, read:], []
+            elif read:
+                scalar = self._scalars(depth, read, x.shape[1])
+            # No name for the segments: it would hold arrays while the next layer begins.
+            x, kept = self.run_layer(
+                layer,
+                x,
+                [*(text.segment(depth) for text in texts), *(row.segment(depth) for row in rows)],
+                scalar,
             )
-            for row, places in enumerate(keep):
-                written[row].append(places)
-        return x, [
-            OpenContext(tuple(w), k, text, is_shared)
-            for w, k, text, is_shared in zip(written, kept, texts, shared, strict=True)
-        ]
+            for row, written in zip(rows, kept[len(texts) :], strict=True):
+                row.take(written)
+        return x, [row.opened for row in rows]
+
+    def _scalars(self, depth: int, read: int, columns: int) -> mx.array:
+        """Return a layer's scalars where the first columns are text: [1, T, 1]."""
+        of_text = self.model.encoder.language_model.layers[depth].layer_scalar
+        own = self.model.decoder.layers[depth].layer_scalar
+        return mx.where(mx.arange(columns)[None, :, None] < read, of_text, own)
 
     def outputs(self, states: mx.array) -> mx.array:
         """Return the head's outputs before the softcap, [B, L, V] in the model's type, for
@@ -325,53 +338,23 @@ class DiffusionGemma(nn.Module):
           The last layer's output (or input) for each token, [1, T, M], one piece behind another,
           before the norm and the head; and the longer contexts.
         """
-        text = self.config.text
         pictures = images or [None] * len(pieces)
         x = self._embed_all(pieces, pictures)
         scalars = self.model.encoder.language_model.layers
-        masks: dict[tuple[int, bool], Mask] = {}  # a row's layers of a kind share one
-        layers: list[list[LayerContext]] = [[] for _ in pieces]
-
-        def segment(row: int, depth: int, *, is_sliding: bool) -> Segment:
-            context, count = contexts[row], pieces[row].shape[1]
-            past = context.layers[depth] if context.layers else None
-            kept = past.keys.shape[2] if past is not None else 0
-            before = self._shared_layer(context, depth, kept)
-            kept += before.keys.shape[2] if before is not None else 0
-            if (row, is_sliding) not in masks:
-                each = pictures[row] if text.are_images_bidirectional else None
-                masks[row, is_sliding] = causal_mask(
-                    context.length,
-                    count,
-                    first_key=context.length - kept,
-                    window=text.sliding_window if is_sliding else None,
-                    padding=context.padding,
-                    blocks=None if each is None else each.blocks,
-                )
-            place = partial(_joined, before)
-            return Segment(count, past, place, masks[row, is_sliding], context.position)
-
+        rows = [
+            TextColumns(self.config.text, piece.shape[1], context, picture)
+            for piece, context, picture in zip(pieces, contexts, pictures, strict=True)
+        ]
         for depth, layer in enumerate(self.model.decoder.layers):
-            is_sliding = text.layers[depth].is_sliding
-            rows = [segment(row, depth, is_sliding=is_sliding) for row in range(len(pieces))]
+            segments = [row.segment(depth) for row in rows]
             begin(x)
             if states or depth < len(scalars) - 1:
-                x, seen = self.run_layer(layer, x, rows, scalars[depth].layer_scalar)
+                x, seen = self.run_layer(layer, x, segments, scalars[depth].layer_scalar)
             else:
-                _, seen = layer.self_attn(layer.input_layernorm(x), rows)
-            for row, places in enumerate(seen):
-                keep = text.sliding_window - 1 if is_sliding else None
-                layers[row].append(places.last(keep))
-        return x, [
-            Context(tuple(read), old.length + piece.shape[1], old.batch, old.padding, old.shared)
-            for read, old, piece in zip(layers, contexts, pieces, strict=True)
-        ]
-
-    def _shared_layer(self, context: Context, depth: int, own: int) -> LayerContext | None:
-        """Return what a layer keeps of the shared text before so many places of its own."""
-        is_sliding = self.config.text.layers[depth].is_sliding
-        most = max(0, self.config.text.sliding_window - 1 - own) if is_sliding else None
-        return context.before(depth, most)
+                _, seen = layer.self_attn(layer.input_layernorm(x), segments)
+            for row, placed in zip(rows, seen, strict=True):
+                row.take(depth, placed)
+        return x, [row.longer for row in rows]
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the embeddings of tokens: int32 [B, S] -> [B, S, M] in the model's type."""
@@ -382,14 +365,13 @@ class DiffusionGemma(nn.Module):
         """Return the embeddings of pieces of text, one behind another, [1, T, M], with the features
         of images at their places."""
         if not any(images):
-            return self.embed(
-                pieces[0] if len(pieces) == 1 else mx.concatenate(list(pieces), axis=1)
-            )
-        embedded = [
-            self.embed(piece) if seen is None else seen.embedded(self.embed(piece))
-            for piece, seen in zip(pieces, images, strict=True)
-        ]
-        return embedded[0] if len(embedded) == 1 else mx.concatenate(embedded, axis=1)
+            return self.embed(_beside_each_other(pieces))
+        return _beside_each_other(
+            [
+                self.embed(piece) if seen is None else seen.embedded(self.embed(piece))
+                for piece, seen in zip(pieces, images, strict=True)
+            ]
+        )
 
     def _scale_embedding(self, x: mx.array) -> mx.array:
         # A Python float takes the array's type: 53.0 in bfloat16 where sqrt(2816) is 53.066, as in
@@ -418,33 +400,6 @@ def _as_it_is(layer: Layer, *arguments: Any) -> tuple[mx.array, list[LayerContex
     return layer(*arguments)
 
 
-def _joined(
-    before: LayerContext | None, past: LayerContext | None, keys: mx.array, values: mx.array
-) -> tuple[tuple[LayerContext], LayerContext]:
-    """Place committed tokens after the past: they attend to both, and all keys and values are
-    kept, but those of a shared text before."""
-    own = LayerContext(keys, values) if past is None else past.join(keys, values)
-    return (own if before is None else before.join(own.keys, own.values),), own
-
-
-def _behind(
-    kept: int,
-    before: LayerContext | None,
-    past: LayerContext | None,
-    keys: mx.array,
-    values: mx.array,
-) -> tuple[tuple[LayerContext, ...], LayerContext]:
-    """Place a canvas into the room after the text: it attends to both, and to a shared text
-    before."""
-    assert past is not None
-    written = past.written(kept, keys, values)
-    own = written.first(kept + keys.shape[2])
-    return (own,) if before is None else (before, own), written
-
-
-def _beside(
-    past: LayerContext | None, keys: mx.array, values: mx.array
-) -> tuple[tuple[LayerContext, LayerContext], LayerContext]:
-    """Place a canvas beside a text that other rows attend to as well."""
-    assert past is not None
-    return (past, LayerContext(keys, values)), past
+def _beside_each_other(arrays: Sequence[mx.array]) -> mx.array:
+    """Return the columns of arrays [B, T, ...], one behind another."""
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays), axis=1)

@@ -10,6 +10,7 @@ import pytest
 from mlx_diffgemma import GenerationSettings, bundled_model
 from mlx_diffgemma.config.entry import entries
 from mlx_diffgemma.config.generation import ResolvedSettings, default_of
+from mlx_diffgemma.config.generation_file import read_settings
 from mlx_diffgemma.config.model import ModelConfig
 from mlx_diffgemma.denoise.schedule import temperature
 from mlx_diffgemma.errors import ConfigError
@@ -118,7 +119,7 @@ def test_the_users_value_counts_before_the_checkpoints_and_that_before_the_defau
     ],
 )
 def test_a_checkpoint_says_what_suits_it_under_fast(name, users, own):
-    read = GenerationSettings.from_dict({name: own}, where="generation_config.json")
+    read = read_settings({name: own}, where="generation_config.json")
     assert getattr(read, name) == own
     its = checkpoint(**{name: own})
     assert getattr(GenerationSettings(policy="fast").resolve(its), name) == own
@@ -153,6 +154,7 @@ def test_the_defaults_are_the_references():
         prefix_steps=2,
         prefix_entropy=0.01,
         lookahead=1.0,
+        commit_pass="own",
         warm_start=0.0,
         self_conditioning="dense",
         sparse_tokens=64,
@@ -201,7 +203,7 @@ def test_values_that_contradict_each_other_or_the_checkpoint_are_refused(setting
 
 
 def read(**raw) -> GenerationSettings:
-    return GenerationSettings.from_dict(raw, where="generation_config.json")
+    return read_settings(raw, where="generation_config.json")
 
 
 @pytest.mark.parametrize("name", ["OtherSamplerConfig", "", None, 5, ["EntropyBoundSamplerConfig"]])
@@ -247,6 +249,7 @@ def test_a_policy_fills_in_what_the_user_leaves_open():
     assert (fast.acceptance, fast.temperature) == ("confidence", 0.0)
     assert (fast.stop_on, fast.canvas_width) == ("answer", "answer")
     assert (fast.prefix_commit, fast.width_mass, fast.lookahead) == ("shrink", 0.7, 0.25)
+    assert fast.commit_pass == "joint"
     mine = GenerationSettings(policy="fast", canvas_width="fixed", temperature=1.0).resolve(SILENT)
     assert (mine.canvas_width, mine.temperature, mine.stop_on) == ("fixed", 1.0, "answer")
 

@@ -12,7 +12,7 @@ import argparse
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -46,6 +46,7 @@ STYLES = (
     {"self_conditioning": "sparse", "sparse_tokens": 4, "sparse_entropy": 1.0},
     {"canvas_width": "answer", "stop_on": "answer"},
     {"stop_on": "answer", "entropy_bound": 3.0},
+    {"commit_pass": "joint"},
     {"acceptance": "confidence", "t_min": 0.2, "t_max": 1.2},
 )
 
@@ -181,7 +182,20 @@ def listening(traces: dict[int, Trace]) -> Iterator[type[Row]]:
         return out
 
     def steps_of(model, canvases: list[Canvas], opened, mean_row=None):
+        joint = {
+            canvas.row: each.unread.shape[1]
+            for canvas, each in zip(canvases, opened, strict=True)
+            if each.unread is not None
+        }
         taken, later = take_step(model, canvases, opened, mean_row)
+        read = sum(joint.values())  # columns before the canvases, but in the last layer
+        of_text = [logits[:read] for logits in routed[:-1]]
+        start = 0
+        for number, count in joint.items():
+            part = [logits[start : start + count] for logits in of_text]
+            traces[number].decisions.append(("read", part, None, None))
+            start += count
+        routed[:-1] = [logits[read:] for logits in routed[:-1]]
         parts = split([canvas.plan.width for canvas in canvases])
         for canvas, each, part in zip(canvases, taken, parts, strict=True):
             steps[id(each.event)] = (each.event, part, canvas.tokens)
@@ -297,8 +311,9 @@ class Tally:
     findings: list[str] = field(default_factory=list)
 
 
-def compare(seed: int, tally: Tally) -> None:
-    """Draw a mixture and compare its rows."""
+def compare(seed: int, tally: Tally, *, is_exact: bool = False) -> None:
+    """Draw a mixture and compare its rows with each alone; where rounding plays no part, alone also
+    with a pass of its own for what is committed."""
     rng = np.random.default_rng([18, seed])
     number = (*SEEDS, -1)[seed % (len(SEEDS) + 1)]
     model = model_of(number, mx.float32)
@@ -313,6 +328,8 @@ def compare(seed: int, tally: Tally) -> None:
         together = run(model, context, rows, shares=True)
         for row, each in rows.items():
             mixed = together[row]
+            if is_exact:
+                each = replace(each, settings=replace(each.settings, commit_pass="own"))
             alone = run(model, context, {row: each}, shares=False)[row]
             tally.rows += 1
             tally.canvases += len(mixed.ids)
@@ -377,7 +394,7 @@ def main() -> None:
     tally, apart = Tally(), []
     with doubles() if options.doubles else nullcontext():
         for seed in range(options.seed, options.seed + options.cases):
-            compare(seed, tally)
+            compare(seed, tally, is_exact=options.doubles)
             apart.append(logits_apart(seed))
             if (seed + 1) % 25 == 0:
                 print(summary(tally), flush=True)

@@ -60,6 +60,7 @@ class Known:
     row: int
     length: int
     arrays: tuple[mx.array, ...] = ()
+    unread: None = None
 
     def closed(self) -> Known:
         return self
@@ -96,6 +97,11 @@ class Oracle:
 
     def encode(self, pieces, contexts, images=None, *, states=True):
         assert not states  # nothing in the loop needs the last layer's output
+        known = self._read(pieces, contexts)
+        self.reads.append([each.row for each in known])
+        return None, known
+
+    def _read(self, pieces, contexts):
         known = []
         for piece, context in zip(pieces, contexts, strict=True):
             (ids,) = piece.tolist()
@@ -108,13 +114,12 @@ class Oracle:
             else:
                 asked.read.append(ids)
             known.append(Known(context.row, context.length + len(ids)))
-        self.reads.append([each.row for each in known])
-        return None, known
+        return known
 
-    def open(self, context, canvas_length):
+    def open(self, context, canvas_length, *, unread=None):
         assert canvas_length <= L
         self.rows[context.row].is_writing = True
-        return context
+        return context if unread is None else self._read([unread], [context])[0]
 
     def canvas_states(self, canvases, opened, *, self_conditioning=None):
         known, parts, start = list(opened), [], 0

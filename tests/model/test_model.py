@@ -490,6 +490,54 @@ def test_a_row_beside_others_equals_the_row_alone(get, backend):
             assert opened[i].text.length == context.length and opened[i].is_shared == (i > 3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("get", MODELS)
+def test_text_read_in_the_pass_of_its_canvas_equals_text_read_before(get, backend):
+    """Rows with and without such text beside each other, behind shared and own contexts."""
+    model = get()
+    window, cap = model.config.text.sliding_window, model.config.text.final_logit_softcapping
+    lengths, counts = [2, 2 * window + 5, window, window - 1, 9], [3, window + 2, 0, 1, 2]
+    L = max(2, model.config.canvas_length)
+    widths = [L, max(1, L // 3), L - 1, 1, L]
+    with backend():
+        contexts = [model.prefill(draw_tokens(model, n, seed=i)) for i, n in enumerate(lengths)]
+        contexts[4] = Context.behind(contexts[4])
+        texts = [draw_tokens(model, n, 40 + i) if n else None for i, n in enumerate(counts)]
+        canvases = [draw_tokens(model, width, 20 + i) for i, width in enumerate(widths)]
+        pairs = list(zip(contexts, texts, strict=True))
+        opened = [model.open(context, L, unread=text) for context, text in pairs]
+        longer = [c if text is None else model.prefill(text, c) for c, text in pairs]
+        soft = mx.random.normal(
+            (1, sum(widths), model.config.text.hidden_size), key=mx.random.key(3)
+        ).astype(model.dtype)
+        first, opened = model.canvas_states(canvases, opened, self_conditioning=soft)
+        second, opened = model.canvas_states(canvases, opened)
+        start = 0
+        for i, (context, canvas) in enumerate(zip(longer, canvases, strict=True)):
+            own = slice(start, start + widths[i])
+            start = own.stop
+            expected = [
+                model.denoise(canvas, context, self_conditioning=soft[:, own]),
+                model.denoise(canvas, context),
+            ]
+            together = [softcap(model.outputs(states[:, own]), cap) for states in (first, second)]
+            assert_close([np.array(x) for x in together], [np.array(x) for x in expected])
+            closed = opened[i].closed()
+            assert (opened[i].unread, closed.length) == (None, context.length)
+            assert_close(
+                [np.array(x, np.float32) for x in closed.arrays],
+                [np.array(x, np.float32) for x in context.arrays],
+            )
+
+
+def test_text_that_no_pass_has_read_is_not_in_the_closed_context():
+    model = drawn(1)
+    context = model.prefill(draw_tokens(model, 9, 1))
+    opened = model.open(context, 4, unread=draw_tokens(model, 3, 2))
+    assert opened.closed().length == 9
+    assert all(a is b for a, b in zip(opened.closed().arrays, context.arrays, strict=True))
+
+
 def test_a_context_that_rows_share_is_neither_copied_nor_written():
     model = drawn(1)
     context = model.prefill(long_prompt(model))

@@ -72,8 +72,9 @@ class Dice:
     def encode(self, pieces, contexts, images=None, *, states=True):
         return None, [self.prefill(*both) for both in zip(pieces, contexts, strict=True)]
 
-    def open(self, context, canvas_length):
-        return OpenContext.of(context, canvas_length)
+    def open(self, context, canvas_length, *, unread=None):
+        read = context if unread is None else self.prefill(unread, context)
+        return OpenContext.of(read, canvas_length)
 
     def canvas_states(self, canvases, opened, *, self_conditioning=None):
         later = list(opened)

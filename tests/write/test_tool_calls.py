@@ -53,6 +53,7 @@ class Known:
     length: int
     commits: int = -1  # before the prompt
     arrays: tuple[mx.array, ...] = ()
+    unread: None = None
 
     def closed(self) -> Known:
         return self
@@ -84,8 +85,8 @@ class Script:
     def check_vision(self):
         raise PromptError("a script reads no images")
 
-    def open(self, context, canvas_length):
-        return context
+    def open(self, context, canvas_length, *, unread=None):
+        return context if unread is None else self.encode([unread], [context])[1][0]
 
     def canvas_states(self, canvases, opened, *, self_conditioning=None):
         known = list(opened)
