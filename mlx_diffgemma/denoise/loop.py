@@ -27,6 +27,8 @@ from .row import Row
 from .step import take_step
 from .store import Store
 
+_COPIED_BYTES = 64 << 20  # from this many on, they are given back
+
 
 class Rows:
     """Rows that are computed together. Each writes what it would write alone."""
@@ -56,6 +58,7 @@ class Rows:
         self.rows: list[Row] = []
         self._mean_row: mx.array | None = None  # [M], for sparse self-conditioning
         self._built: _Built | None = None
+        self._copied = 0  # bytes of contexts that steps have copied, which MLX's cache may hold
 
     def add(self, row: Row) -> None:
         """Let a row join. Nothing of the others is copied or computed again."""
@@ -129,13 +132,13 @@ class Rows:
         """Take one step of the given rows."""
         if not rows:
             return
-        built, self._built, reads = self._built, None, False
+        built, self._built, copied = self._built, None, 0
         if built is not None and built.fits([_canvas(row) for row in rows]):
             taken, opened = built.taken, built.opened
         else:
             built = None
             opened = [row.opened.pop() for row in rows]
-            reads = any(each.unread is not None for each in opened)
+            copied = sum(each.nbytes for each in opened if each.unread is not None)
             taken, opened = take_step(
                 self.model, [_canvas(row) for row in rows], opened, self._mean_row
             )
@@ -150,8 +153,10 @@ class Rows:
             if not row.is_done:
                 yield row, each.event
         numbers: list[int] = np.array(read).tolist()  # the one host read of a step
-        if reads:
-            mx.clear_cache()  # of the contexts before the text that it has read
+        self._copied += copied
+        if self._copied > _COPIED_BYTES:
+            self._copied = 0
+            mx.clear_cache()
         for row, each in zip(rows, taken, strict=True):
             check, numbers = numbers[: len(each.check)], numbers[len(each.check) :]
             if row.canvas is not None and not row.goes_on(check):  # or it has left meanwhile

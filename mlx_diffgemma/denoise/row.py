@@ -221,7 +221,7 @@ class Row:
             given = Pinned(np.array(first)).canvas(0, settings.canvas_length, vocab_size)
             self._rest = None
         if given is not None and not given.has_free:
-            return self._commit(given.tokens)
+            return self._commit(np.array(given.tokens)[0])
         if self._rest is not None:
             self.canvas = replace(self._rest, constraints=self._constraints(None))
             self._rest = None
@@ -312,22 +312,22 @@ class Row:
                 f"step {last.step + 1} of canvas {last.canvas_index + 1} gave numbers that are not "
                 "finite; the weights are damaged, or the model's type is too narrow for them"
             )
-        return self._commit(last.draft[:, : self._part] if self._part else last.draft)
+        draft = np.array(last.draft)[0]
+        return self._commit(draft[: self._part] if self._part else draft)
 
-    def _commit(self, draft: mx.array) -> list[LoopEvent]:
-        """Commit a canvas or its settled part, [1, W]: cut it at `max_new_tokens`, pad it after end
+    def _commit(self, draft: np.ndarray) -> list[LoopEvent]:
+        """Commit a canvas or its settled part, [W]: cut it at `max_new_tokens`, pad it after end
         tokens, count its tokens."""
         settings, canvas = self.settings, self.canvas
         part, self._part = self._part, 0
         self.canvas = None  # the belief holds arrays of the logits' size
-        host = np.array(draft)[0]
-        is_empty = bool(np.isin(host[0], settings.eos_token_ids))
+        is_empty = draft[0] in settings.eos_token_ids
         if is_empty and canvas and self._index == 0 and self._attempt < settings.empty_rerolls:
             self._attempt += 1
             self._start(canvas.pinned)
             return []
-        tokens = host[: self._left]
-        is_end = np.isin(tokens, settings.eos_token_ids)
+        tokens = draft[: self._left]
+        is_end = (tokens[:, None] == settings.eos_token_ids).any(axis=1)
         keep: np.ndarray = np.cumsum(is_end) - is_end == 0
         tokens = np.where(keep, tokens, settings.pad_token_id).astype(np.int32)
         self._left -= len(tokens)

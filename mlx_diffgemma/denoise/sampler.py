@@ -217,10 +217,15 @@ def hold(
     held = mx.where(probability >= confidence, proposal, held)
     is_open = (held < 0) & matters
     is_stuck = ~((held >= 0) & (before < 0) & matters).any(axis=-1, keepdims=True)
-    least = mx.maximum(is_stuck, mx.ceil(share * is_open.sum(axis=-1, keepdims=True)))
-    order = mx.argsort(mx.where(is_open, -probability, 1.0), axis=-1)
-    rank = mx.argsort(order, axis=-1)  # the inverse permutation
-    held = mx.where(is_open & (rank < least), proposal, held)
+    ranked = mx.where(is_open, -probability, 1.0)
+    if share:
+        least = mx.maximum(is_stuck, mx.ceil(share * is_open.sum(axis=-1, keepdims=True)))
+        rank = mx.argsort(mx.argsort(ranked, axis=-1), axis=-1)  # the inverse permutation
+        is_likeliest = rank < least
+    else:  # one, if any
+        best = mx.argmin(ranked, axis=-1, keepdims=True)
+        is_likeliest = is_stuck & (mx.arange(ranked.shape[-1]) == best)
+    held = mx.where(is_open & is_likeliest, proposal, held)
     accepted = held >= 0
     return Held(mx.where(accepted, held, noise), accepted, held)
 

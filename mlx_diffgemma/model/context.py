@@ -140,6 +140,11 @@ class OpenContext:
             is_shared=True,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its own arrays, room included."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
     def closed(self) -> Context:
         """Return the context that was opened, without the canvas and text that is not read."""
         layers = zip(self.layers, self.kept, strict=True)
