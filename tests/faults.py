@@ -25,7 +25,7 @@ STANDING, WARM = "tests/denoise/test_standing.py", "tests/denoise/test_warm.py"
 SCHEDULE, STOPPING = "tests/denoise/test_schedule.py", "tests/denoise/test_stopping.py"
 ROWS, LOOKS = "tests/denoise/test_rows.py", "tests/parity/test_images.py"
 PREFIX = "tests/denoise/test_prefix.py"
-COMMIT_PASS = "tests/denoise/test_commit_pass.py"
+COMMIT_PASS, AHEAD = "tests/denoise/test_commit_pass.py", "tests/denoise/test_ahead.py"
 STORE, STORE_FILES = "tests/denoise/test_store.py", "tests/denoise/test_store_files.py"
 ENGINE, RUN = "tests/engine/test_engine.py", "tests/engine/test_run.py"
 LIFT, DECODE = "tests/constraint/test_tokens.py", "tests/constraint/test_decode.py"
@@ -130,6 +130,48 @@ FAULTS = (
         "            self._stands.committed(tokens)\n",
         "            pass\n",
         (WARM,),
+    ),
+    Fault(
+        "read ahead: unlikely tokens are kept",
+        "denoise/ahead.py",
+        "fits = read.ratios >= self._least",
+        "fits = read.ratios >= 0",
+        (AHEAD,),
+    ),
+    Fault(
+        "read ahead: the context holds a token too many",
+        "denoise/row.py",
+        "columns.until(count + len(draft) - left), None",
+        "columns.until(count + len(draft) - left + 1), None",
+        (AHEAD,),
+    ),
+    Fault(
+        "read ahead: sliding layers are cut before the tokens that are not kept",
+        "model/columns.py",
+        "self._layers.append(placed if self._keeps_all else self._kept(depth, placed))",
+        "self._layers.append(self._kept(depth, placed))",
+        (AHEAD,),
+    ),
+    Fault(
+        "read ahead: text that moves is not followed",
+        "denoise/ahead.py",
+        "return int(likely[np.abs(likely - len(written)).argmin()])",
+        "return min(len(written), len(text))",
+        (AHEAD,),
+    ),
+    Fault(
+        "read ahead: what is read for nothing is no work",
+        "denoise/row.py",
+        "self._positions += len(ahead) - kept.number",
+        "self._positions += 0",
+        (AHEAD,),
+    ),
+    Fault(
+        "read ahead: text that does not fit is tried for ever",
+        "denoise/ahead.py",
+        "if self._misses >= _MISSES:",
+        "if False:",
+        (AHEAD,),
     ),
     Fault(
         "warm start: another try at a message begins from its answer",
@@ -339,8 +381,8 @@ FAULTS = (
     Fault(
         "commit: other tokens than the draft",
         "denoise/row.py",
-        "if self._part else last.draft)",
-        "if self._part else mx.zeros_like(last.draft))",
+        "if self._part else draft)",
+        "if self._part else np.zeros_like(draft))",
         (LOOP,),
     ),
     Fault(
@@ -741,8 +783,8 @@ FAULTS = (
     Fault(
         "rows: the first one's context for all texts",
         "model/diffusion_gemma.py",
-        "TextColumns(self.config.text, piece.shape[1], context, picture)",
-        "TextColumns(self.config.text, piece.shape[1], contexts[0], picture)",
+        "TextColumns(self.config.text, piece.shape[1], context, picture,",
+        "TextColumns(self.config.text, piece.shape[1], contexts[0], picture,",
         (MODEL,),
     ),
     Fault(
@@ -964,8 +1006,8 @@ FAULTS = (
     ),
     Fault(
         "prefix: no canvas behind the positions",
-        "denoise/row.py",
-        "widest = min(widest, self._places)",
+        "denoise/plans.py",
+        "widest = min(widest, places)",
         "pass",
         (PREFIX,),
     ),

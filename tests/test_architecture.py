@@ -35,8 +35,8 @@ WINGS = {
     "experts self_conditioning vision stack images columns diffusion_gemma fused",
     "checkpoint": "choice files headers cache names layouts tied memory blas factors peft adapters "
     "weights load variants info",
-    "denoise": "schedule sampler classes constrained pinned noise stopping standing canvas prefix "
-    "warm images store_format store_files store checked row conditioning step loop",
+    "denoise": "schedule sampler classes constrained pinned noise stopping ahead standing canvas "
+    "prefix plans warm images store_format store_files store checked row conditioning step loop",
     "write": "job verbose constrained regions lengths writer generate fill edit questions decide "
     "said chat_file chat_images chat",
     "engine": "run engine",

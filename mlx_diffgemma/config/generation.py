@@ -320,6 +320,16 @@ class _Settings(Generic[Open]):
             commands=("edit", "chat", "serve"),
         )
     )
+    warm_read: float | Open = _setting(
+        Entry(
+            help="Where a whole text stands already: commit its tokens as the model reads them, "
+            "while each has this probability over that of the likeliest; 0 reads none.",
+            default=0.0,
+            at_least=0,
+            at_most=1,
+            commands=("chat", "serve"),
+        )
+    )
     max_thinking_tokens: int | Open = _setting(
         Entry(
             help="Tokens of thoughts after which the next canvas begins with the thought's end.",

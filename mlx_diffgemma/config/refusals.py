@@ -78,5 +78,7 @@ def refuse_contradictions(
             "canvas_width 'answer' drops what stop_on 'canvas' waits for; "
             "stop_on must be 'answer' too"
         )
+    if values["warm_read"] and not values["warm_start"]:
+        raise ConfigError("warm_read has no effect without warm_start")
     if bad := [t for t in extra if not isinstance(t, int) or not 0 <= t < vocab_size]:
         raise ConfigError(f"extra end tokens {bad} are outside the vocabulary of {vocab_size}")

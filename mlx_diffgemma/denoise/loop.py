@@ -18,6 +18,7 @@ from ..events import LoopEvent
 from ..model import DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
 from ..model.images import Seen
+from .ahead import predictions
 from .canvas import Canvas, Plan, Taken
 from .checked import checked_tokens
 from .images import Features
@@ -99,10 +100,13 @@ class Rows:
         waiting = [row for row in self.rows if row.unread is not None]
         if not waiting:
             return
+        if len(waiting[0].ahead):
+            yield from self._read_ahead(waiting[0])
+            return
         reading: list[Row] = []
         left = waiting[0].settings.prefill_step_size
         for row in waiting:
-            if not reading or len(row.piece) <= left:
+            if not len(row.ahead) and (not reading or len(row.piece) <= left):
                 reading.append(row)
                 left -= len(row.piece)
         images: list[Seen | None] = []
@@ -127,6 +131,17 @@ class Rows:
                 yield from _events(row, partial(row.has_read, context))
         self.rows = [row for row in self.rows if row not in reading] + reading
         yield from failed
+
+    def _read_ahead(self, row: Row) -> Iterator[tuple[Row, LoopEvent | RowFailed]]:
+        """Read the rest of a row's text with standing tokens behind it, and commit those of them
+        that the model would write."""
+        piece, ahead = row.piece, row.ahead
+        tokens = mx.array(np.concatenate([piece, ahead])[None])
+        states, (columns,) = self.model.read_ahead([tokens], [row.take_context()])
+        outputs = self.model.outputs(states[:, len(piece) - 1 :])
+        read = predictions(outputs, ahead, self.model.config.text.final_logit_softcapping)
+        yield from _events(row, partial(row.has_read_ahead, columns, read))
+        self.rows = [each for each in self.rows if each is not row] + [row]
 
     def _step(self, rows: list[Row]) -> Iterator[tuple[Row, LoopEvent | RowFailed]]:
         """Take one step of the given rows."""

@@ -18,18 +18,22 @@ from ..errors import NumbersError
 from ..events import CanvasCommitted, Finished, LoopEvent, PrefillDone, StepDone
 from ..language.images import ImagePatches
 from ..model import Context, DiffusionGemma, OpenContext
+from ..model.columns import TextColumns
 from ..model.images import Seen
+from .ahead import Read
 from .canvas import Canvas, Plan, Readout, Taken
 from .checked import check_room, check_rules, checked_noise
 from .constrained import CanvasConstraint, Span, TokenConstraint
 from .images import Features, Placed, as_text, outside, place_images, seen_between
 from .noise import Noise, SeededNoise
 from .pinned import FREE, Pinned, PinnedCanvas
+from .plans import Plans
 from .prefix import least_part, rest_of
 from .standing import Stands
-from .stopping import width_ahead, width_for
 from .store import Store, snapshots
 from .warm import going_on
+
+_NONE = np.zeros(0, np.int32)
 
 
 class Row:
@@ -104,7 +108,7 @@ class Row:
         self._part = 0  # settled columns of the canvas that are to be committed before the rest
         self._is_prompt, self._only_reads = count > 0, only_reads
         self._images: tuple[Placed, ...] = ()
-        self._text = np.zeros(0, np.int32) if tokens is None else tokens  # behind `context`
+        self._text = _NONE if tokens is None else tokens  # behind `context`
         if images:
             model.check_vision()
             self._images = place_images(self._text, images, model.config)
@@ -112,6 +116,7 @@ class Row:
         self._cached = 0
         self.stop, self.begin, self._readout = stop, begin, readout
         self._stands, self._start_tokens = stands, start
+        self._plans = Plans(settings, stands, readout, pinned)
         self._progress, self._started = progress, time.perf_counter()
         self._left = min(settings.max_new_tokens, room * settings.canvas_length)
         if constraint is not None:
@@ -150,9 +155,22 @@ class Row:
             self.unread = tokens[self._cached :]
 
     @property
+    def ahead(self) -> np.ndarray:
+        """Standing tokens to read behind the piece to read next, int32 [n]: none unless that is the
+        rest of the text, since what is read behind them may not be kept."""
+        read = self._stands.read if self._stands is not None else None
+        if read is None or self.unread is None or self._images or self._constraint is not None:
+            return _NONE
+        if len(self.unread) > self.settings.prefill_step_size:
+            return _NONE
+        return read.ahead(min(self._left, self._places))
+
+    @property
     def piece(self) -> np.ndarray:
         """The tokens to read next; all of an image's are in one piece."""
         assert self.unread is not None
+        if len(self.ahead):
+            return self.unread
         read = len(self._text) - len(self.unread)
         after = next((place for place in self._snapshots if place > read), len(self._text))
         stop = min(read + self.settings.prefill_step_size, after)
@@ -185,9 +203,37 @@ class Row:
         read = len(self._text) - len(rest)
         if self._store is not None and (not len(rest) or read in self._snapshots):
             self._store.keep(self._text[:read], context, self.model.config.text)
+        return self._told(len(rest))
+
+    def has_read_ahead(self, columns: TextColumns, read: Read) -> list[LoopEvent]:
+        """Take what the model predicts behind the rest of the text and the tokens ahead of it, and
+        commit those that are kept."""
+        assert self.unread is not None and self._stands is not None and self._stands.read
+        ahead, count = self.ahead, len(self.unread)
+        kept = self._stands.read.keep(read)
+        draft, left = ahead[: kept.number], 0  # committed tokens that are not read yet
+        if kept.instead is not None:
+            draft, left = np.append(draft, np.int32(kept.instead)), 1
+        elif kept.goes_on:  # the next pass predicts what comes behind the last one again
+            left = 1
+        self.context, self.unread = columns.until(count + len(draft) - left), None
+        if self._store is not None:
+            self._store.keep(self._text, columns.until(count), self.model.config.text)
+        self._positions += len(ahead) - kept.number  # computed as those of a canvas are
+        events = self._told(0)
+        if len(draft):
+            tokens = self._write(draft, events, is_read=True)
+            self._rest = None  # its columns are behind
+            if not self.is_done:
+                self._text = np.concatenate([self._text, tokens])
+                self.unread = tokens[len(tokens) - left :] if left else None
+        return events
+
+    def _told(self, left: int) -> list[LoopEvent]:
+        """Tell how much of the prompt is left to read, in tokens; return the event of its end."""
         if self._is_prompt and self._progress is not None:
-            self._progress(self.prompt_tokens - len(rest), self.prompt_tokens)
-        if self.unread is not None or not self._is_prompt:
+            self._progress(self.prompt_tokens - left, self.prompt_tokens)
+        if left or not self._is_prompt:
             return []
         self._is_prompt, self.is_done = False, self._only_reads
         self._images = ()  # their pixels are not needed any more
@@ -291,7 +337,7 @@ class Row:
         assert self.canvas is not None
         if check[0] or not self.canvas.has_steps_left:
             return False
-        self.canvas = replace(self.canvas, plan=self._next_plan(check))
+        self.canvas = replace(self.canvas, plan=self._plans.next(self.canvas.plan, check))
         if (
             self.settings.prefix_commit != "off"
             and self.canvas.pinned is None  # a rest has other columns
@@ -326,6 +372,27 @@ class Row:
             self._attempt += 1
             self._start(canvas.pinned)
             return []
+        events: list[LoopEvent] = []
+        tokens = self._write(draft, events, is_read=False)
+        context, unread = self._close()
+        if not self.is_done:
+            self.context, unread = context, np.concatenate([unread, tokens])
+            self._text = np.concatenate([self._text, tokens])
+            # Longer ones are read in pieces, and some with standing text behind them.
+            is_short = len(unread) <= settings.canvas_length
+            if settings.commit_pass == "joint" and is_short and not settings.warm_read:
+                self._committed = unread
+            else:
+                self.unread = unread
+            if part:
+                assert canvas is not None
+                self._rest = self._behind(canvas, part)
+        return events
+
+    def _write(self, draft: np.ndarray, events: list[LoopEvent], *, is_read: bool) -> np.ndarray:
+        """Commit tokens, [W]: cut them at `max_new_tokens`, pad them after an end token, count them
+        and see whether the row is done. Return them; add events."""
+        settings = self.settings
         tokens = draft[: self._left]
         is_end = (tokens[:, None] == settings.eos_token_ids).any(axis=1)
         keep: np.ndarray = np.cumsum(is_end) - is_end == 0
@@ -337,32 +404,21 @@ class Row:
         if self._constraint is not None:
             self._state = self._constraint.after(tokens, self._state)
         if self._stands is not None:
+            if self._stands.read is not None:
+                self._stands.read.committed(tokens, is_read=is_read)
             self._stands.committed(tokens)
-        self._steps += self._steps_here
+        steps = 0 if is_read else self._steps_here
+        self._steps += steps
         has_ended = bool(is_end.any())
         if self.stop is not None:
             has_ended |= self.stop(tokens)
-        events: list[LoopEvent] = [
-            CanvasCommitted(self._index, mx.array(tokens[None]), self._steps_here, self.number)
-        ]
+        events.append(CanvasCommitted(self._index, mx.array(tokens[None]), steps, self.number))
         self._index += 1
-        context, unread = self._close()
         is_full = self._places < settings.canvas_length and settings.prefix_commit == "off"
         if has_ended or self._left == 0 or is_full:
             self.is_done = True
             events.append(self._finished("stop" if has_ended else "length"))
-        else:
-            self.context, unread = context, np.concatenate([unread, tokens])
-            self._text = np.concatenate([self._text, tokens])
-            # Longer ones are read in pieces.
-            if settings.commit_pass == "joint" and len(unread) <= settings.canvas_length:
-                self._committed = unread
-            else:
-                self.unread = unread
-            if part:
-                assert canvas is not None
-                self._rest = self._behind(canvas, part)
-        return events
+        return tokens
 
     def _close(self) -> tuple[Context, np.ndarray]:
         """Close the open context. Return it, and the committed tokens, int32 [S], that it does not
@@ -370,17 +426,14 @@ class Row:
         opened, committed = self.opened.pop(), self._committed
         context, self._committed = opened.closed(), None
         if committed is None or opened.unread is not None:
-            return context, np.zeros(0, np.int32) if committed is None else committed
+            return context, _NONE if committed is None else committed
         if self._store is not None:
             self._store.keep(self._text, context, self.model.config.text)
-        return context, np.zeros(0, np.int32)
+        return context, _NONE
 
     def _behind(self, canvas: Canvas, part: int) -> Canvas:
         """Return what is left of a canvas, with its plan."""
-        before = canvas.plan
-        widest = min(self._first_plan().widest, before.widest - part)
-        width = widest if before.width == before.widest else min(widest, before.width - part)
-        plan = Plan(width, min(width, before.dense), widest)
+        plan = self._plans.behind(canvas.plan, part, self._first_plan().widest)
         return rest_of(canvas, part, self._index, plan, self.noise)
 
     def _finished(self, reason: Literal["stop", "length"]) -> Finished:
@@ -389,35 +442,5 @@ class Row:
         )
 
     def _first_plan(self) -> Plan:
-        widest = width = self.settings.canvas_length
-        if self.settings.canvas_width == "answer":  # columns past the budget are never written
-            widest = width_for(min(self._left, widest), widest)
-            if self._stands is not None and not self._attempt:
-                width = width_for(self._stands.columns(widest), self.settings.canvas_length)
-        if self.settings.prefix_commit != "off":  # canvases end at any position
-            widest = min(widest, self._places)
-        width = min(width, widest, self._ahead_of(0))
-        return Plan(width, width, widest)
-
-    def _ahead_of(self, accepted: int) -> int:
-        """Return the columns to compute where so many on the left are accepted."""
-        settings = self.settings
-        is_whole = self._stands is not None or self._readout is not None or self.pinned is not None
-        if settings.canvas_width == "fixed" or is_whole:
-            return settings.canvas_length
-        return width_ahead(accepted, settings.lookahead, settings.canvas_length)
-
-    def _next_plan(self, check: list[int]) -> Plan:
-        assert self.canvas is not None
-        settings, width, numbers = self.settings, self.canvas.plan.widest, iter(check[1:])
-        if settings.canvas_width == "answer":
-            width = min(width, width_for(next(numbers), settings.canvas_length))
-            if settings.lookahead < 1:
-                front = max(next(numbers), check[-1] if settings.prefix_commit != "off" else 0)
-                # What is known of more columns is not thrown away.
-                width = min(width, max(self.canvas.plan.width, self._ahead_of(front)))
-        dense = width
-        if settings.self_conditioning == "sparse":
-            quarter = -(-width // 4)
-            dense = min(width, -(-next(numbers) // quarter) * quarter)
-        return Plan(width, dense, self.canvas.plan.widest)
+        stands = None if self._attempt else self._stands
+        return self._plans.first(self._left, self._places, stands)

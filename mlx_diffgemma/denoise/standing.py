@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
+from .ahead import ReadAhead
+
 NONE = -1  # instead of a token that is kept
 _SHIFT = 2.0  # the cost of skipping tokens or columns, in tokens that are not kept
 _SKIPPED = 0.01  # the cost of each token that is skipped
@@ -36,6 +38,10 @@ class Standing:
 class Stands(Protocol):
     """What stands where a row writes."""
 
+    @property
+    def read(self) -> ReadAhead | None:
+        """What of it is read before a canvas is denoised; None for nothing."""
+
     def columns(self, width: int) -> int:
         """Return how many columns of the next canvas are likely to be needed."""
 
@@ -53,14 +59,18 @@ class Stands(Protocol):
 class StandingAnswer:
     """A whole answer that stands; each canvas is one part of it."""
 
-    def __init__(self, tokens: np.ndarray, ends: tuple[int, int]) -> None:
+    def __init__(
+        self, tokens: np.ndarray, ends: tuple[int, int], *, read: ReadAhead | None = None
+    ) -> None:
         """Prepare for a row.
 
         Args:
           tokens: int32 [n].
           ends: the token behind them, and the one that fills a canvas after it.
+          read: of the tokens and the first end, if they are read too.
         """
         self._tokens, self._ends, self._at = tokens, ends, 0
+        self.read = read
 
     def columns(self, width: int) -> int:
         return min(width, max(0, len(self._tokens) - self._at) + 1)
@@ -73,6 +83,9 @@ class StandingAnswer:
         pass
 
     def committed(self, tokens: np.ndarray) -> None:
+        if self.read is not None:
+            self._at = min(self.read.at, len(self._tokens))
+            return
         part, begins = self._near(len(tokens))
         are_equal = (tokens[:, None] == part[None]).astype(float)
         reached = self._at + lay(are_equal, _EQUAL, begins=begins).reached - begins

@@ -18,7 +18,13 @@ class TextColumns:
     """Text that a pass reads for a row."""
 
     def __init__(
-        self, config: TextConfig, count: int, context: Context, picture: Seen | None = None
+        self,
+        config: TextConfig,
+        count: int,
+        context: Context,
+        picture: Seen | None = None,
+        *,
+        keeps_all: bool = False,
     ) -> None:
         """Prepare for a pass.
 
@@ -27,8 +33,10 @@ class TextColumns:
           count: tokens.
           context: the text before; empty if there is none.
           picture: the images in the piece.
+          keeps_all: whether `until` is asked for afterwards.
         """
         self._config, self._count, self._context = config, count, context
+        self._keeps_all = keeps_all
         self._blocks = None
         if picture is not None and config.are_images_bidirectional:
             self._blocks = picture.blocks
@@ -58,7 +66,7 @@ class TextColumns:
 
     def take(self, depth: int, placed: LayerContext) -> None:
         """Keep what a layer has placed: in sliding ones the last places alone."""
-        self._layers.append(self._kept(depth, placed))
+        self._layers.append(placed if self._keeps_all else self._kept(depth, placed))
 
     def last_kept(self, depth: int) -> LayerContext:
         """Return what `take` would keep of the layer that was computed last, once."""
@@ -73,12 +81,22 @@ class TextColumns:
     @property
     def longer(self) -> Context:
         """The context with the text in it, after the pass."""
+        assert not self._keeps_all
         return self.behind(tuple(self._layers))
 
-    def behind(self, layers: tuple[LayerContext, ...]) -> Context:
-        """Return the context behind the text, with the given layers."""
+    def until(self, count: int) -> Context:
+        """Return the context with so many tokens of the text, after a pass that keeps all."""
+        assert self._keeps_all
+        left = self._count - count
+        layers = [layer.first(layer.keys.shape[2] - left) for layer in self._layers]
+        return self.behind(tuple(self._kept(i, layer) for i, layer in enumerate(layers)), left)
+
+    def behind(self, layers: tuple[LayerContext, ...], left: int = 0) -> Context:
+        """Return the context behind the text, but for so many tokens at its end, with the given
+        layers."""
         old = self._context
-        return Context(layers, old.length + self._count, old.batch, old.padding, old.shared)
+        length = old.length + self._count - left
+        return Context(layers, length, old.batch, old.padding, old.shared)
 
     def _place(
         self,

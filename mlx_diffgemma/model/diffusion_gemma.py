@@ -338,11 +338,34 @@ class DiffusionGemma(nn.Module):
           The last layer's output (or input) for each token, [1, T, M], one piece behind another,
           before the norm and the head; and the longer contexts.
         """
+        x, rows = self._read(pieces, contexts, images, states=states)
+        return x, [row.longer for row in rows]
+
+    def read_ahead(
+        self, pieces: Sequence[mx.array], contexts: Sequence[Context]
+    ) -> tuple[mx.array, list[TextColumns]]:
+        """Read as `encode` does, text that may not be kept to its end.
+
+        Returns:
+          The last layer's output, as there, and each row's columns, whose `until` is the context up
+          to any of them.
+        """
+        return self._read(pieces, contexts, keeps_all=True)
+
+    def _read(
+        self,
+        pieces: Sequence[mx.array],
+        contexts: Sequence[Context],
+        images: Sequence[Seen | None] | None = None,
+        *,
+        states: bool = True,
+        keeps_all: bool = False,
+    ) -> tuple[mx.array, list[TextColumns]]:
         pictures = images or [None] * len(pieces)
         x = self._embed_all(pieces, pictures)
         scalars = self.model.encoder.language_model.layers
         rows = [
-            TextColumns(self.config.text, piece.shape[1], context, picture)
+            TextColumns(self.config.text, piece.shape[1], context, picture, keeps_all=keeps_all)
             for piece, context, picture in zip(pieces, contexts, pictures, strict=True)
         ]
         for depth, layer in enumerate(self.model.decoder.layers):
@@ -354,7 +377,7 @@ class DiffusionGemma(nn.Module):
                 _, seen = layer.self_attn(layer.input_layernorm(x), segments)
             for row, placed in zip(rows, seen, strict=True):
                 row.take(depth, placed)
-        return x, [row.longer for row in rows]
+        return x, rows
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the embeddings of tokens: int32 [B, S] -> [B, S, M] in the model's type."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config.generation import GenerationSettings
 from ..constraint.constraint import Constraint
+from ..denoise.ahead import ReadAhead
 from ..denoise.checked import checked_tokens
 from ..denoise.noise import Noise
 from ..denoise.row import Row
@@ -79,7 +80,12 @@ class Request:
         stands = None
         if self.standing and resolved.warm_start:
             old = np.array(encode_text(tokenizer, self.standing), np.int32)
-            stands = StandingAnswer(old, turn_ends(tokenizer, resolved))
+            ends = turn_ends(tokenizer, resolved)
+            read = None
+            if resolved.warm_read:
+                whole = np.append(old, np.int32(ends[0]))
+                read = ReadAhead(whole, resolved.warm_read, resolved.acceptance_confidence)
+            stands = StandingAnswer(old, ends, read=read)
         strings = stop_strings(self.stop)
         bound = None
         if self.constraint is not None:

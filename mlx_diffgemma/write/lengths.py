@@ -86,6 +86,7 @@ class StandingSlots:
 
     find: Callable[[], Sequence[Standing]]
     found: np.ndarray | None = None  # int32 [W], the tokens kept, NONE elsewhere
+    read: None = None  # a region has text behind it too
 
     def columns(self, width: int) -> int:
         return width  # the budget says how many

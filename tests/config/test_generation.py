@@ -156,6 +156,7 @@ def test_the_defaults_are_the_references():
         lookahead=1.0,
         commit_pass="own",
         warm_start=0.0,
+        warm_read=0.0,
         self_conditioning="dense",
         sparse_tokens=64,
         sparse_entropy=2.0,
@@ -288,6 +289,7 @@ def test_a_policy_commits_no_parts_where_text_is_pinned():
         ({"width_mass": 0.5}, "width_mass has no effect with canvas_width 'fixed'"),
         ({"width_mass": 1.5, "policy": "fast"}, "width_mass must be"),
         ({"lookahead": 0.5}, "lookahead has no effect with canvas_width 'fixed'"),
+        ({"warm_read": 0.5}, "warm_read has no effect without warm_start"),
         ({"lookahead": 0.0, "policy": "fast"}, "lookahead must be"),
         ({"prefix_commit": "on"}, "prefix_commit must be 'off' or 'shrink', got 'on'"),
         (

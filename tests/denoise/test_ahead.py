@@ -1,0 +1,253 @@
+"""Standing text that is read: kept while the model would write it, against the model's own text
+written token by token."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_diffgemma import GenerationSettings, Store
+from mlx_diffgemma.denoise import loop
+from mlx_diffgemma.denoise.ahead import Kept, Read, ReadAhead, place_behind
+from mlx_diffgemma.denoise.loop import Rows
+from mlx_diffgemma.denoise.row import Row
+from mlx_diffgemma.denoise.standing import StandingAnswer
+from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone
+from mlx_diffgemma.model import Context, DiffusionGemma
+from mlx_diffgemma.model.layers import softcap
+from tests.checkpoints import load_drawn
+from tests.denoise.mixtures import doubles
+
+PROMPT = np.array([5, 9, 12, 7, 3], np.int32)
+END, PAD, COUNT = 1, 0, 40
+SURE = 1e-9  # of a drawn model, whose predictions are nearly even
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionGemma:
+    return load_drawn(1, canvas_length=8, sliding_window=8)  # its text goes round in no circle
+
+
+def predicted(model, tokens) -> np.ndarray:
+    """What the model predicts behind each token of a text, [S, V], without a context."""
+    states, _ = model.encode([mx.array(np.array(tokens)[None])], [Context((), 0, 1)])
+    cap = model.config.text.final_logit_softcapping
+    return np.array(mx.softmax(softcap(model.outputs(states), cap), axis=-1))[0]
+
+
+@pytest.fixture(scope="module")
+def own(model) -> list[int]:
+    """The text that the model writes token by token, each the likeliest, but for end tokens."""
+    tokens = PROMPT.tolist()
+    for _ in range(COUNT):
+        likely = predicted(model, tokens)[-1]
+        likely[list(model.config.eos_token_ids)] = 0
+        tokens.append(int(likely.argmax()))
+    return tokens[len(PROMPT) :]
+
+
+def row_of(model, standing, *, tokens=PROMPT, number=0, least=0.999, **values) -> Row:
+    chosen = {"seed": 3, "warm_start": 0.1, "warm_read": least, "max_new_tokens": COUNT}
+    settings = GenerationSettings(**(chosen | values))
+    resolved = settings.resolve(model.config)
+    text = np.array(standing, np.int32)
+    read = ReadAhead(np.append(text, np.int32(END)), least, resolved.acceptance_confidence)
+    stands = StandingAnswer(text, (END, PAD), read=read)
+    return Row(model, resolved, tokens, number=number, stands=stands)
+
+
+def sure_row(model, standing, **values) -> Row:
+    """A row that takes the likeliest token wherever one that stands is not."""
+    return row_of(model, standing, acceptance="confidence", acceptance_confidence=SURE, **values)
+
+
+def run(model, *rows, store=None) -> list:
+    together = Rows(model, store)
+    for row in rows:
+        together.add(row)
+    return list(together.run())
+
+
+def ids(events, row=0) -> list[int]:
+    found: list[int] = []
+    for event in events:
+        if isinstance(event, CanvasCommitted) and event.row == row:
+            found += event.tokens[0].tolist()
+    return found
+
+
+def steps(events) -> int:
+    return sum(isinstance(event, StepDone) for event in events)
+
+
+def test_a_text_that_the_model_would_write_is_read_and_nothing_is_denoised(model, own):
+    events = run(model, row_of(model, own))
+    assert ids(events) == own and steps(events) == 0
+    (end,) = [event for event in events if isinstance(event, Finished)]
+    assert (end.steps, end.new_tokens, end.reason) == (0, COUNT, "length")
+
+
+@pytest.mark.parametrize("places", [[0], [5], [17, 30], [6, 7], [COUNT - 1]], ids=str)
+def test_changed_tokens_are_replaced_by_the_likeliest(model, own, places):
+    """The contexts behind what is kept must be right for that, in sliding layers too."""
+    changed = list(own)
+    for place in places:
+        changed[place] = 20 + (own[place] == 20)
+    events = run(model, sure_row(model, changed))
+    assert ids(events) == own and steps(events) == 0
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda own: own[:9] + own[11:],
+        lambda own: own[2:],
+        lambda own: [*own[:9], 21, 22, *own[9:]],
+        lambda own: [21] * 5,
+    ],
+    ids=["left out", "left out at once", "put in", "nothing alike"],
+)
+def test_text_that_moves_is_followed(model, own, edit):
+    row = sure_row(model, edit(own), max_denoising_steps=1)
+    events = run(model, row)
+    first = next((i for i, event in enumerate(events) if isinstance(event, StepDone)), len(events))
+    read = ids(events[:first])
+    assert read == own[: len(read)]
+    assert len(read) == (4 if edit(own) == [21] * 5 else COUNT), "a token for each pass in vain"
+
+
+def test_where_the_model_is_not_sure_a_canvas_is_denoised(model, own):
+    changed = [*own[:11], 20, *own[12:]]
+    events = run(model, row_of(model, changed, max_denoising_steps=2))
+    before = [event for event in events[:4] if isinstance(event, CanvasCommitted)]
+    assert ids(before) == own[:11] and steps(events) > 0
+    (end,) = [event for event in events if isinstance(event, Finished)]
+    assert end.steps == steps(events)
+
+
+def test_the_context_behind_what_is_kept_is_that_of_these_tokens(model, own, monkeypatch):
+    seen = []
+    open_context = DiffusionGemma.open
+    monkeypatch.setattr(
+        DiffusionGemma,
+        "open",
+        lambda self, context, *rest, **more: (
+            seen.append(context) or open_context(self, context, *rest, **more)
+        ),
+    )
+    run(model, row_of(model, [*own[:11], 20, *own[12:]], max_denoising_steps=1))
+    text = np.concatenate([PROMPT, np.array(own[:11], np.int32)])
+    right = model.prefill(mx.array(text[None]))
+    assert seen[0].length == len(text)
+    for a, b in zip(seen[0].arrays, right.arrays, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4)
+
+
+def test_tokens_read_for_nothing_count_as_work(model, own):
+    changed = [*own[:11], 20, *own[12:]]
+    events = run(model, sure_row(model, changed))
+    (end,) = [event for event in events if isinstance(event, Finished)]
+    assert end.positions == 16 - 11  # a pass reads 16 ahead and kept 11
+
+
+def test_a_pass_reads_twice_as_far_behind_one_that_kept_all(model, own, monkeypatch):
+    counts = []
+    real = loop.predictions
+
+    def predictions(outputs, ahead, cap):
+        counts.append(len(ahead))
+        return real(outputs, ahead, cap)
+
+    monkeypatch.setattr(loop, "predictions", predictions)
+    run(model, sure_row(model, own))
+    assert counts[:2] == [16, COUNT - 17]  # 32, but for the end of the budget
+
+
+def test_the_end_of_the_text_ends_the_answer(model):
+    """Where the model finds it likely: here any token is."""
+    events = run(model, row_of(model, [30, 31, 32], least=1e-9))
+    assert ids(events) == [30, 31, 32, END]
+    assert events[-1].reason == "stop"
+
+
+def test_a_store_keeps_the_prompt(model, own):
+    store = Store(1 << 20)
+    run(model, row_of(model, own), store=store)
+    found = store.find(np.append(PROMPT, np.int32(own[0])), model.config.text)
+    right = model.prefill(mx.array(PROMPT[None]))
+    assert found.length == len(PROMPT)
+    for a, b in zip(found.arrays, right.arrays, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4)
+
+
+def test_rows_that_read_ahead_beside_others_write_what_each_writes_alone(own):
+    with doubles():
+        model = load_drawn(1, canvas_length=8, sliding_window=8)
+        model.set_dtype(mx.float32)
+        changed = [*own[:11], 20, *own[12:]]
+        plain = GenerationSettings(seed=5, max_new_tokens=24).resolve(model.config)
+
+        def rows():
+            cold = Row(model, plain, PROMPT[:3], number=1)
+            first = row_of(model, changed, max_denoising_steps=2)
+            return [first, cold, sure_row(model, own, number=2)]
+
+        together = run(model, *rows())
+        for row in rows():
+            assert ids(together, row.number) == ids(run(model, row), row.number)
+
+
+def test_a_long_prompt_is_read_in_pieces_first(model, own):
+    long = np.concatenate([np.arange(2, 40, dtype=np.int32), PROMPT])
+    told = []
+    row = row_of(model, own, tokens=long, prefill_step_size=16, max_denoising_steps=1)
+    row._progress = lambda read, count: told.append((read, count))
+    events = run(model, row)
+    assert told == [(16, 43), (32, 43), (43, 43)]
+    assert sum(isinstance(event, PrefillDone) for event in events) == 1
+
+
+def test_passes_that_keep_little_end_in_a_canvas_until_one_fits_again():
+    read = ReadAhead(np.arange(100, dtype=np.int32), 0.5, 0.9)
+
+    def seen(kept: int, confidence: float) -> Kept:
+        ahead = read.ahead(100)
+        ratios = np.where(np.arange(len(ahead)) < kept, 1.0, 0.1).astype(np.float32)
+        n = len(ahead) + 1
+        return read.keep(Read(ratios, np.full(n, 7, np.int32), np.full(n, confidence, np.float32)))
+
+    for kept in (0, 3, 1):
+        assert seen(kept, 0.95) == (kept, 7, False)
+        assert len(read.ahead(100)) == 16
+    assert seen(2, 0.95) == (2, 7, False)
+    assert len(read.ahead(100)) == 0  # the fourth
+    read.committed(np.arange(20, dtype=np.int32), is_read=False)
+    assert read.at == 20 and len(read.ahead(100)) == 16
+    assert seen(2, 0.5) == (2, None, False)  # nothing to go on with
+    assert len(read.ahead(100)) == 0
+    read.committed(np.arange(20, 30, dtype=np.int32), is_read=False)
+    assert seen(16, 0.5) == (16, None, True)
+    assert len(read.ahead(100)) == 32
+
+
+def slow_place(written, text) -> set[int]:
+    """The places with the smallest edit distance, by the textbook's table."""
+    table = [list(range(len(text) + 1))]
+    for i, token in enumerate(written):
+        row = [i + 1]
+        for j, other in enumerate(text):
+            row.append(min(table[i][j] + (token != other), table[i][j + 1] + 1, row[j] + 1))
+        table.append(row)
+    return {j for j, cost in enumerate(table[-1]) if cost == min(table[-1])}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_place_behind_has_the_smallest_edit_distance(seed):
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, 4, rng.integers(0, 30)).astype(np.int32)
+    written = rng.integers(0, 4, rng.integers(0, 20)).astype(np.int32)
+    likely = slow_place(written.tolist(), text.tolist())
+    found = place_behind(written, text)
+    assert found in likely
+    assert abs(found - len(written)) == min(abs(j - len(written)) for j in likely)
