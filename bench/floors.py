@@ -27,12 +27,14 @@ from typing import Any
 from common import RESULTS, finish, record
 from table import read
 
+from mlx_diffgemma.config.policies import POLICIES
 from mlx_diffgemma.doctor.floors import (
     CHIPS,
     LAUNCHES_PER_LAYER,
     M1_ULTRA,
     M3_MAX,
     Chip,
+    Kind,
     Model,
 )
 from mlx_diffgemma.doctor.published import published_model
@@ -216,12 +218,20 @@ def print_transfer(
         rows = round(model.canvas * share)
         count = steps[0] * row["steps"] / reference["steps"]
         commits = row["canvases"] / reference["canvases"]
+        part = round(model.canvas / commits)
+        is_joint = (
+            POLICIES[answer["settings"][name].get("policy", "reference")].get("commit_pass")
+            == "joint"
+        )
         gains = {}
         for chip in CHIPS:
             for kind in ("floor", "MLX"):
                 before = model.canvas_ms(steps[0], model.canvas, context, chip, kind)
                 after = count * model.step_ms(rows, context, chip, kind)
-                after += commits * model.commit_ms(model.canvas, context, chip, kind)
+                if is_joint:
+                    after += commits * joined_ms(model, rows, part, context, chip, kind)
+                else:
+                    after += commits * model.commit_ms(part, context, chip, kind)
                 gains.setdefault(chip.name, {})[kind] = round(before / after, 2)
         work = row["positions"] / reference["positions"]
         speed = ", ".join(
@@ -231,7 +241,8 @@ def print_transfer(
         )
         print(
             f"[prediction] {name}: {work:.2f} of reference's rows x steps as {count:.1f} steps of "
-            f"{rows} rows and {commits:.2f} commits; faster, floor / MLX: {speed}"
+            f"{rows} rows and {commits:.2f} commits of {part} rows"
+            f"{' in passes of steps' * is_joint}; faster, floor / MLX: {speed}"
         )
         transfer[name] = {
             "positions_of_reference": round(work, 4),
@@ -241,6 +252,16 @@ def print_transfer(
             "faster": gains,
         }
     return transfer
+
+
+def joined_ms(model: Model, rows: int, part: int, context: int, chip: Chip, kind: Kind) -> float:
+    """What a step takes longer if its pass also reads committed text."""
+    both, alone = (model.step(count, context, chip, kind) for count in (rows + part, rows))
+    return sum(
+        more.ms(chip, kind) - less.ms(chip, kind)
+        for more, less in zip(both, alone, strict=True)
+        if more.in_commit
+    )
 
 
 def print_published(model: Model) -> list[dict[str, Any]]:

@@ -48,11 +48,12 @@ class StepDone:
 @dataclass(frozen=True, slots=True, eq=False)
 class CanvasCommitted:
     """A canvas is final. After the first end token `tokens` holds padding. Under `prefix_commit` it
-    may be the left part of a canvas, whose rest goes on as the next one."""
+    may be the left part of a canvas, whose rest goes on as the next one; under `warm_read` standing
+    text that was read, without a step."""
 
     canvas_index: int
-    # [1, L] int32; narrower where `max_new_tokens` cuts the canvas, or where a narrow canvas lost
-    # its end token in its last step.
+    # [1, L] int32; narrower where `max_new_tokens` cuts the canvas, where a narrow canvas lost its
+    # end token in its last step, and for parts and text that was read.
     tokens: mx.array
     steps: int  # denoise steps run on this canvas
     row: int = 0
@@ -65,8 +66,11 @@ class Finished:
     reason: Literal["stop", "length"]  # an end token, or the limit was reached
     new_tokens: int  # the end token counts, padding does not
     steps: int  # denoise steps over all canvases
-    canvases: int  # committed; under `prefix_commit` each part counts
-    positions: int  # canvas columns computed, summed over steps: the work done
+    # Committed; under `prefix_commit` each part counts, under `warm_read` each pass that kept some.
+    canvases: int
+    # Canvas columns computed, summed over steps: the work done. Standing tokens that were read and
+    # not kept count too.
+    positions: int
     row: int = 0
     constraint: Literal["kept"] | None = None  # the answer fits, and was checked; None without one
     stop_string: str | None = None  # that ended the answer

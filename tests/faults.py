@@ -82,11 +82,11 @@ class Fault:
 FAULTS = (
     Fault(
         "warm start: the first step sees the text",
-        "denoise/row.py",
-        "canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))",
-        "canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))\n"
-        "            text = self._stands.texts(begin, length)[0].tokens[None, :length]\n"
-        "            canvas = replace(going_on(canvas, text), standing=canvas.standing)",
+        "denoise/warm.py",
+        "return replace(canvas, standing=partial(stands.texts, begin, length))",
+        "canvas = replace(canvas, standing=partial(stands.texts, begin, length))\n"
+        "    text = stands.texts(begin, length)[0].tokens[None, :length]\n"
+        "    return replace(going_on(canvas, text), standing=canvas.standing)",
         (WARM,),
     ),
     Fault(
@@ -127,22 +127,22 @@ FAULTS = (
     Fault(
         "warm start: the second canvas gets the beginning of the text again",
         "denoise/row.py",
-        "            self._stands.committed(tokens)\n",
+        "            self._stands.committed(tokens, is_read=is_read)\n",
         "            pass\n",
         (WARM,),
     ),
     Fault(
         "read ahead: unlikely tokens are kept",
         "denoise/ahead.py",
-        "fits = read.ratios >= self._least",
-        "fits = read.ratios >= 0",
+        "fits = seen.ratios >= self._least",
+        "fits = seen.ratios >= 0",
         (AHEAD,),
     ),
     Fault(
         "read ahead: the context holds a token too many",
         "denoise/row.py",
-        "columns.until(count + len(draft) - left), None",
-        "columns.until(count + len(draft) - left + 1), None",
+        "columns.until(count + len(draft) - unread), None",
+        "columns.until(count + len(draft) - unread + 1), None",
         (AHEAD,),
     ),
     Fault(
@@ -155,21 +155,35 @@ FAULTS = (
     Fault(
         "read ahead: text that moves is not followed",
         "denoise/ahead.py",
-        "return int(likely[np.abs(likely - len(written)).argmin()])",
-        "return min(len(written), len(text))",
+        "return int(likely[np.abs(likely - len(written)).argmin()]), int(costs.min())",
+        "return min(len(written), len(text)), 0",
+        (AHEAD,),
+    ),
+    Fault(
+        "read ahead: the setting is not passed on",
+        "write/generate.py",
+        "if resolved.warm_read:",
+        "if False:",
+        (AHEAD,),
+    ),
+    Fault(
+        "read ahead: what is left of a canvas is thrown away",
+        "denoise/row.py",
+        " or self._rest is not None",
+        "",
         (AHEAD,),
     ),
     Fault(
         "read ahead: what is read for nothing is no work",
         "denoise/row.py",
-        "self._positions += len(ahead) - kept.number",
+        "self._positions += len(ahead) - verdict.kept",
         "self._positions += 0",
         (AHEAD,),
     ),
     Fault(
         "read ahead: text that does not fit is tried for ever",
         "denoise/ahead.py",
-        "if self._misses >= _MISSES:",
+        "if self._misses >= _MOST_MISSES:",
         "if False:",
         (AHEAD,),
     ),
@@ -367,8 +381,8 @@ FAULTS = (
     Fault(
         "commit: the first token alone",
         "denoise/row.py",
-        "self.context, unread = context, np.concatenate([unread, tokens])",
-        "self.context, unread = context, tokens[:1]",
+        "self.context, self.unread = context, np.concatenate([unread, tokens])",
+        "self.context, self.unread = context, tokens[:1]",
         (LOOP,),
     ),
     Fault(
@@ -811,7 +825,7 @@ FAULTS = (
     Fault(
         "joint commit: the store keeps the text before",
         "denoise/row.py",
-        "self._store.keep(self._text, context, self.model.config.text)\n        return context",
+        "self._keep(context)\n        return context",
         "pass\n        return context",
         (COMMIT_PASS,),
     ),

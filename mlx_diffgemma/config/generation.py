@@ -273,7 +273,7 @@ class _Settings(Generic[Open]):
             help="What reads committed text: 'own', a forward pass of its own, or 'joint', that of "
             "the next canvas's first step, the same up to rounding.",
             default="own",
-            commands=_ALL,
+            commands=_GENERATE,
         )
     )
     self_conditioning: SelfConditioning | Open = _setting(

@@ -18,7 +18,7 @@ from ..events import LoopEvent
 from ..model import DiffusionGemma, OpenContext
 from ..model.backend import is_cpu
 from ..model.images import Seen
-from .ahead import predictions
+from .ahead import predict
 from .canvas import Canvas, Plan, Taken
 from .checked import checked_tokens
 from .images import Features
@@ -139,8 +139,11 @@ class Rows:
         tokens = mx.array(np.concatenate([piece, ahead])[None])
         states, (columns,) = self.model.read_ahead([tokens], [row.take_context()])
         outputs = self.model.outputs(states[:, len(piece) - 1 :])
-        read = predictions(outputs, ahead, self.model.config.text.final_logit_softcapping)
-        yield from _events(row, partial(row.has_read_ahead, columns, read))
+        seen = predict(outputs, ahead, self.model.config.text.final_logit_softcapping)
+        yield from _events(row, partial(row.has_read_ahead, columns, seen))
+        if row.context is not None:
+            mx.eval(row.context.arrays)
+        mx.clear_cache()
         self.rows = [each for each in self.rows if each is not row] + [row]
 
     def _step(self, rows: list[Row]) -> Iterator[tuple[Row, LoopEvent | RowFailed]]:

@@ -88,6 +88,11 @@ class PinnedCanvas:
         return mx.array(self.host_tokens == FREE)
 
     @property
+    def given(self) -> np.ndarray:
+        """The pinned tokens alone, int32 [n]."""
+        return self.host_tokens[self.host_tokens != FREE]
+
+    @property
     def has_free(self) -> bool:
         """Whether any position is free."""
         return bool((self.host_tokens == FREE).any())

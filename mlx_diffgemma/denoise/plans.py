@@ -24,6 +24,9 @@ class Plans:
         read out or is pinned."""
         self._settings = settings
         self._is_whole = any(given is not None for given in (stands, readout, pinned))
+        # Whether canvases begin and end at any position, not at multiples of their length.
+        is_read = stands is not None and stands.reading is not None
+        self.ends_anywhere = settings.prefix_commit != "off" or is_read
 
     def first(self, left: int, places: int, stands: Stands | None) -> Plan:
         """Return the plan of a canvas's first step.
@@ -39,7 +42,7 @@ class Plans:
             widest = width_for(min(left, widest), widest)
             if stands is not None:
                 width = width_for(stands.columns(widest), settings.canvas_length)
-        if settings.prefix_commit != "off":  # canvases end at any position
+        if self.ends_anywhere:
             widest = min(widest, places)
         width = min(width, widest, self._ahead_of(0))
         return Plan(width, width, widest)

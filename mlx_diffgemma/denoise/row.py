@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import mlx.core as mx
@@ -20,20 +19,20 @@ from ..language.images import ImagePatches
 from ..model import Context, DiffusionGemma, OpenContext
 from ..model.columns import TextColumns
 from ..model.images import Seen
-from .ahead import Read
+from .ahead import Predictions
 from .canvas import Canvas, Plan, Readout, Taken
 from .checked import check_room, check_rules, checked_noise
 from .constrained import CanvasConstraint, Span, TokenConstraint
 from .images import Features, Placed, as_text, outside, place_images, seen_between
 from .noise import Noise, SeededNoise
-from .pinned import FREE, Pinned, PinnedCanvas
+from .pinned import Pinned, PinnedCanvas
 from .plans import Plans
 from .prefix import least_part, rest_of
 from .standing import Stands
 from .store import Store, snapshots
-from .warm import going_on
+from .warm import going_on, standing_in
 
-_NONE = np.zeros(0, np.int32)
+_NO_TOKENS = np.zeros(0, np.int32)
 
 
 class Row:
@@ -108,7 +107,7 @@ class Row:
         self._part = 0  # settled columns of the canvas that are to be committed before the rest
         self._is_prompt, self._only_reads = count > 0, only_reads
         self._images: tuple[Placed, ...] = ()
-        self._text = _NONE if tokens is None else tokens  # behind `context`
+        self._text = _NO_TOKENS if tokens is None else tokens  # behind `context`
         if images:
             model.check_vision()
             self._images = place_images(self._text, images, model.config)
@@ -158,22 +157,29 @@ class Row:
     def ahead(self) -> np.ndarray:
         """Standing tokens to read behind the piece to read next, int32 [n]: none unless that is the
         rest of the text, since what is read behind them may not be kept."""
-        read = self._stands.read if self._stands is not None else None
-        if read is None or self.unread is None or self._images or self._constraint is not None:
-            return _NONE
-        if len(self.unread) > self.settings.prefill_step_size:
-            return _NONE
-        return read.ahead(min(self._left, self._places))
+        reading = self._stands.reading if self._stands is not None else None
+        if reading is None or self.unread is None or len(self.unread) > self._piece_tokens:
+            return _NO_TOKENS
+        is_bound = self._constraint is not None or self._rest is not None
+        if is_bound or self._images or (self.begin is not None and self.begin()):
+            return _NO_TOKENS
+        return reading.ahead(min(self._left, self._places, self.settings.canvas_length))
+
+    @property
+    def _piece_tokens(self) -> int:
+        """The most tokens of the next piece, but for images: those up to the next place at which
+        the context is kept."""
+        assert self.unread is not None
+        read = len(self._text) - len(self.unread)
+        after = next((place for place in self._snapshots if place > read), len(self._text))
+        return min(self.settings.prefill_step_size, after - read)
 
     @property
     def piece(self) -> np.ndarray:
         """The tokens to read next; all of an image's are in one piece."""
         assert self.unread is not None
-        if len(self.ahead):
-            return self.unread
         read = len(self._text) - len(self.unread)
-        after = next((place for place in self._snapshots if place > read), len(self._text))
-        stop = min(read + self.settings.prefill_step_size, after)
+        stop = read + self._piece_tokens
         return self.unread[: outside(stop, self._images, after=read) - read]
 
     def look(self, features: Features) -> Seen | None:
@@ -201,33 +207,41 @@ class Row:
         rest = self.unread[len(self.piece) :]
         self.context, self.unread = context, rest if len(rest) else None
         read = len(self._text) - len(rest)
-        if self._store is not None and (not len(rest) or read in self._snapshots):
-            self._store.keep(self._text[:read], context, self.model.config.text)
+        if not len(rest) or read in self._snapshots:
+            self._keep(context)
         return self._told(len(rest))
 
-    def has_read_ahead(self, columns: TextColumns, read: Read) -> list[LoopEvent]:
+    def has_read_ahead(self, columns: TextColumns, seen: Predictions) -> list[LoopEvent]:
         """Take what the model predicts behind the rest of the text and the tokens ahead of it, and
         commit those that are kept."""
-        assert self.unread is not None and self._stands is not None and self._stands.read
-        ahead, count = self.ahead, len(self.unread)
-        kept = self._stands.read.keep(read)
-        draft, left = ahead[: kept.number], 0  # committed tokens that are not read yet
-        if kept.instead is not None:
-            draft, left = np.append(draft, np.int32(kept.instead)), 1
-        elif kept.goes_on:  # the next pass predicts what comes behind the last one again
-            left = 1
-        self.context, self.unread = columns.until(count + len(draft) - left), None
-        if self._store is not None:
-            self._store.keep(self._text, columns.until(count), self.model.config.text)
-        self._positions += len(ahead) - kept.number  # computed as those of a canvas are
+        assert self.unread is not None and self._stands is not None and self._stands.reading
+        ahead, count, reading = self.ahead, len(self.unread), self._stands.reading
+        verdict = reading.judge(seen)
+        draft, unread = verdict.written(ahead)
+        may_be_empty = self._index > 0 or not self.settings.empty_rerolls
+        if not may_be_empty and len(draft) and draft[0] in self.settings.eos_token_ids:
+            reading.pause()
+            draft, unread = _NO_TOKENS, 0
+        self._positions += len(ahead) - verdict.kept  # computed as those of a canvas are
+        self.context, self.unread = columns.until(count + len(draft) - unread), None
+        if self._is_prompt:
+            self._keep(columns.until(count))
         events = self._told(0)
         if len(draft):
             tokens = self._write(draft, events, is_read=True)
-            self._rest = None  # its columns are behind
-            if not self.is_done:
-                self._text = np.concatenate([self._text, tokens])
-                self.unread = tokens[len(tokens) - left :] if left else None
+            self._text = np.concatenate([self._text, tokens])
+            if self.is_done:
+                self.context = None
+            elif unread:
+                self.unread = tokens[-1:]
+            else:
+                self._keep(self.context)
         return events
+
+    def _keep(self, context: Context) -> None:
+        """Keep a context in the store, that of the first tokens of the text."""
+        if self._store is not None:
+            self._store.keep(self._text[: context.length], context, self.model.config.text)
 
     def _told(self, left: int) -> list[LoopEvent]:
         """Tell how much of the prompt is left to read, in tokens; return the event of its end."""
@@ -301,12 +315,8 @@ class Row:
 
     def _warm(self, canvas: Canvas) -> Canvas:
         """Return a canvas with what stands in its place."""
-        given, length = canvas.pinned, self.settings.canvas_length
         if self._stands is not None:
-            begin = 0
-            if self.pinned is None and given is not None:
-                begin = int((given.host_tokens != FREE).sum())
-            canvas = replace(canvas, standing=partial(self._stands.texts, begin, length))
+            canvas = standing_in(canvas, self._stands, is_pinned=self.pinned is not None)
         if self._start_tokens is not None and self._index == 0:
             canvas = going_on(canvas, self._start_tokens[None])
         return canvas
@@ -315,9 +325,7 @@ class Row:
         """Return what the next canvas must fit, behind the tokens that it begins with."""
         if self._constraint is None:
             return () if given is None else given.spans
-        first = np.zeros(0, np.int32)
-        if given is not None:
-            first = given.host_tokens[0][given.host_tokens[0] != FREE]
+        first = _NO_TOKENS if given is None else given.given
         state = self._constraint.after(first, self._state)
         pad = self.settings.pad_token_id
         return [CanvasConstraint(self._constraint, state, self._left, len(first), pad)]
@@ -376,17 +384,14 @@ class Row:
         tokens = self._write(draft, events, is_read=False)
         context, unread = self._close()
         if not self.is_done:
-            self.context, unread = context, np.concatenate([unread, tokens])
+            self.context, self.unread = context, np.concatenate([unread, tokens])
             self._text = np.concatenate([self._text, tokens])
-            # Longer ones are read in pieces, and some with standing text behind them.
-            is_short = len(unread) <= settings.canvas_length
-            if settings.commit_pass == "joint" and is_short and not settings.warm_read:
-                self._committed = unread
-            else:
-                self.unread = unread
             if part:
                 assert canvas is not None
-                self._rest = self._behind(canvas, part)
+                plan = self._plans.behind(canvas.plan, part, self._first_plan().widest)
+                self._rest = rest_of(canvas, part, self._index, plan, self.noise)
+            if self._is_read_jointly():
+                self._committed, self.unread = self.unread, None
         return events
 
     def _write(self, draft: np.ndarray, events: list[LoopEvent], *, is_read: bool) -> np.ndarray:
@@ -404,9 +409,7 @@ class Row:
         if self._constraint is not None:
             self._state = self._constraint.after(tokens, self._state)
         if self._stands is not None:
-            if self._stands.read is not None:
-                self._stands.read.committed(tokens, is_read=is_read)
-            self._stands.committed(tokens)
+            self._stands.committed(tokens, is_read=is_read)
         steps = 0 if is_read else self._steps_here
         self._steps += steps
         has_ended = bool(is_end.any())
@@ -414,11 +417,20 @@ class Row:
             has_ended |= self.stop(tokens)
         events.append(CanvasCommitted(self._index, mx.array(tokens[None]), steps, self.number))
         self._index += 1
-        is_full = self._places < settings.canvas_length and settings.prefix_commit == "off"
-        if has_ended or self._left == 0 or is_full:
-            self.is_done = True
-            events.append(self._finished("stop" if has_ended else "length"))
+        is_full = self._places < settings.canvas_length and not self._plans.ends_anywhere
+        self.is_done = has_ended or self._left == 0 or is_full
+        if self.is_done:
+            reason: Literal["stop", "length"] = "stop" if has_ended else "length"
+            counts = self._new_tokens, self._steps, self._index, self._positions
+            events.append(Finished(reason, *counts, self.number))
         return tokens
+
+    def _is_read_jointly(self) -> bool:
+        """Whether the next step reads what is committed: not text that is too long for a canvas's
+        pass, or that is read with standing text behind it."""
+        assert self.unread is not None
+        is_short = len(self.unread) <= self.settings.canvas_length
+        return self.settings.commit_pass == "joint" and is_short and not len(self.ahead)
 
     def _close(self) -> tuple[Context, np.ndarray]:
         """Close the open context. Return it, and the committed tokens, int32 [S], that it does not
@@ -426,20 +438,9 @@ class Row:
         opened, committed = self.opened.pop(), self._committed
         context, self._committed = opened.closed(), None
         if committed is None or opened.unread is not None:
-            return context, _NONE if committed is None else committed
-        if self._store is not None:
-            self._store.keep(self._text, context, self.model.config.text)
-        return context, _NONE
-
-    def _behind(self, canvas: Canvas, part: int) -> Canvas:
-        """Return what is left of a canvas, with its plan."""
-        plan = self._plans.behind(canvas.plan, part, self._first_plan().widest)
-        return rest_of(canvas, part, self._index, plan, self.noise)
-
-    def _finished(self, reason: Literal["stop", "length"]) -> Finished:
-        return Finished(
-            reason, self._new_tokens, self._steps, self._index, self._positions, self.number
-        )
+            return context, _NO_TOKENS if committed is None else committed
+        self._keep(context)
+        return context, _NO_TOKENS
 
     def _first_plan(self) -> Plan:
         stands = None if self._attempt else self._stands

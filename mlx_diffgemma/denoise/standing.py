@@ -39,8 +39,8 @@ class Stands(Protocol):
     """What stands where a row writes."""
 
     @property
-    def read(self) -> ReadAhead | None:
-        """What of it is read before a canvas is denoised; None for nothing."""
+    def reading(self) -> ReadAhead | None:
+        """How it is read before a canvas is denoised; None if it is not."""
 
     def columns(self, width: int) -> int:
         """Return how many columns of the next canvas are likely to be needed."""
@@ -52,25 +52,25 @@ class Stands(Protocol):
     def kept(self, kept: Kept) -> None:
         """Take note of what a step has kept of them."""
 
-    def committed(self, tokens: np.ndarray) -> None:
-        """Take note of what has been written, int32 [n]."""
+    def committed(self, tokens: np.ndarray, *, is_read: bool = False) -> None:
+        """Take note of what has been written, int32 [n], read or denoised."""
 
 
 class StandingAnswer:
     """A whole answer that stands; each canvas is one part of it."""
 
     def __init__(
-        self, tokens: np.ndarray, ends: tuple[int, int], *, read: ReadAhead | None = None
+        self, tokens: np.ndarray, ends: tuple[int, int], *, reading: ReadAhead | None = None
     ) -> None:
         """Prepare for a row.
 
         Args:
           tokens: int32 [n].
           ends: the token behind them, and the one that fills a canvas after it.
-          read: of the tokens and the first end, if they are read too.
+          reading: of the tokens and the first end, if they are read too.
         """
         self._tokens, self._ends, self._at = tokens, ends, 0
-        self.read = read
+        self.reading = reading
 
     def columns(self, width: int) -> int:
         return min(width, max(0, len(self._tokens) - self._at) + 1)
@@ -82,9 +82,10 @@ class StandingAnswer:
     def kept(self, kept: Kept) -> None:
         pass
 
-    def committed(self, tokens: np.ndarray) -> None:
-        if self.read is not None:
-            self._at = min(self.read.at, len(self._tokens))
+    def committed(self, tokens: np.ndarray, *, is_read: bool = False) -> None:
+        if self.reading is not None:
+            self.reading.committed(tokens, is_read=is_read)
+            self._at = min(self.reading.at, len(self._tokens))
             return
         part, begins = self._near(len(tokens))
         are_equal = (tokens[:, None] == part[None]).astype(float)

@@ -4,6 +4,7 @@ its input and its last draft, and never frozen; the schedule goes on where as mu
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,15 @@ import numpy as np
 from .canvas import Canvas
 from .pinned import FREE
 from .sampler import Statistics
-from .standing import NONE, Kept, keep
+from .standing import NONE, Kept, Stands, keep
+
+
+def standing_in(canvas: Canvas, stands: Stands, *, is_pinned: bool) -> Canvas:
+    """Return a canvas, before its first step, with what stands in its place: behind the tokens that
+    it begins with, or between those that are pinned."""
+    begin = 0 if canvas.pinned is None or is_pinned else len(canvas.pinned.given)
+    length = canvas.settings.canvas_length
+    return replace(canvas, standing=partial(stands.texts, begin, length))
 
 
 def kept_by(canvas: Canvas, seen: Statistics) -> Kept | None:

@@ -25,6 +25,7 @@ class TextColumns:
         picture: Seen | None = None,
         *,
         keeps_all: bool = False,
+        is_followed: bool = False,
     ) -> None:
         """Prepare for a pass.
 
@@ -34,9 +35,10 @@ class TextColumns:
           context: the text before; empty if there is none.
           picture: the images in the piece.
           keeps_all: whether `until` is asked for afterwards.
+          is_followed: whether a canvas stands behind it, which asks for `last_kept`.
         """
         self._config, self._count, self._context = config, count, context
-        self._keeps_all = keeps_all
+        self._keeps_all, self._is_followed = keeps_all, is_followed
         self._blocks = None
         if picture is not None and config.are_images_bidirectional:
             self._blocks = picture.blocks
@@ -61,7 +63,7 @@ class TextColumns:
                 padding=context.padding,
                 blocks=self._blocks,
             )
-        place = partial(self._place, before)
+        place = partial(self._placed_before if self._is_followed else _joined, before)
         return Segment(self._count, past, place, self._masks[is_sliding], context.position)
 
     def take(self, depth: int, placed: LayerContext) -> None:
@@ -98,24 +100,23 @@ class TextColumns:
         length = old.length + self._count - left
         return Context(layers, length, old.batch, old.padding, old.shared)
 
-    def _place(
+    def _placed_before(
         self,
         before: LayerContext | None,
         past: LayerContext | None,
         keys: mx.array,
         values: mx.array,
     ) -> tuple[tuple[LayerContext], LayerContext]:
-        """Place tokens after the past: they attend to both, and all keys and values are kept, but
-        those of a shared text before."""
-        own = LayerContext(keys, values) if past is None else past.join(keys, values)
-        self._placed = own
-        return (own if before is None else before.join(own.keys, own.values),), own
+        """Place tokens as `_joined` does, and remember them for the canvas."""
+        seen, self._placed = _joined(before, past, keys, values)
+        return seen, self._placed
 
 
 class CanvasColumns:
     """A row's canvas in a pass, behind text that the pass reads before it, if there is some.
 
-    It keeps no array that a layer has used: those without other references are written in place.
+    It keeps no array of the open context that a layer has used: those without other references are
+    written in place.
     """
 
     def __init__(self, config: TextConfig, width: int, opened: OpenContext) -> None:
@@ -127,7 +128,8 @@ class CanvasColumns:
             self._before, self._kept = opened.text, list(opened.kept)
             self._layers = list(reversed(opened.layers))
         else:
-            self.text = TextColumns(config, opened.unread.shape[1], opened.closed())
+            count = opened.unread.shape[1]
+            self.text = TextColumns(config, count, opened.closed(), is_followed=True)
             self._before, self._kept, self._layers = self.text.behind(()), [], []
         self._written: list[LayerContext] = []
         self._masks: dict[int, mx.array | None] = {}  # by places kept
@@ -177,6 +179,15 @@ def _shared_layer(
     is_sliding = config.layers[depth].is_sliding
     most = max(0, config.sliding_window - 1 - own) if is_sliding else None
     return context.before(depth, most)
+
+
+def _joined(
+    before: LayerContext | None, past: LayerContext | None, keys: mx.array, values: mx.array
+) -> tuple[tuple[LayerContext], LayerContext]:
+    """Place tokens after the past: they attend to both, and all keys and values are kept, but those
+    of a shared text before."""
+    own = LayerContext(keys, values) if past is None else past.join(keys, values)
+    return (own if before is None else before.join(own.keys, own.values),), own
 
 
 def _behind(

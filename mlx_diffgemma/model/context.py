@@ -142,7 +142,7 @@ class OpenContext:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its own arrays, room included."""
+        """The bytes of its own arrays."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     def closed(self) -> Context:

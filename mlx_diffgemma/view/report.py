@@ -92,7 +92,7 @@ class Stopwatch:
             steps=steps,
             steps_per_canvas=steps / canvases,
             tokens_per_forward=event.tokens_per_forward,
-            ms_per_step=1e3 * seconds / steps,
+            ms_per_step=1e3 * seconds / steps if steps else 0.0,
             peak_bytes=mx.get_peak_memory(),
             reason=event.reason,
         )

@@ -81,11 +81,10 @@ class Request:
         if self.standing and resolved.warm_start:
             old = np.array(encode_text(tokenizer, self.standing), np.int32)
             ends = turn_ends(tokenizer, resolved)
-            read = None
+            reading = None
             if resolved.warm_read:
-                whole = np.append(old, np.int32(ends[0]))
-                read = ReadAhead(whole, resolved.warm_read, resolved.acceptance_confidence)
-            stands = StandingAnswer(old, ends, read=read)
+                reading = ReadAhead(np.append(old, np.int32(ends[0])), resolved.warm_read)
+            stands = StandingAnswer(old, ends, reading=reading)
         strings = stop_strings(self.stop)
         bound = None
         if self.constraint is not None:

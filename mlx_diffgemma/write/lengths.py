@@ -86,7 +86,7 @@ class StandingSlots:
 
     find: Callable[[], Sequence[Standing]]
     found: np.ndarray | None = None  # int32 [W], the tokens kept, NONE elsewhere
-    read: None = None  # a region has text behind it too
+    reading: None = None  # a region has text behind it too
 
     def columns(self, width: int) -> int:
         return width  # the budget says how many
@@ -97,5 +97,5 @@ class StandingSlots:
     def kept(self, kept: Kept) -> None:
         self.found = kept.tokens[0]
 
-    def committed(self, tokens: np.ndarray) -> None:
+    def committed(self, tokens: np.ndarray, *, is_read: bool = False) -> None:
         pass  # a row of a writer has one canvas

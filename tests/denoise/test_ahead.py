@@ -7,13 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffgemma import GenerationSettings, Store
+from mlx_diffgemma import Chat, GenerationSettings, Store, bundled_model, generate, load
 from mlx_diffgemma.denoise import loop
-from mlx_diffgemma.denoise.ahead import Kept, Read, ReadAhead, place_behind
+from mlx_diffgemma.denoise.ahead import CONFIDENCE, Predictions, ReadAhead, Verdict, place_behind
 from mlx_diffgemma.denoise.loop import Rows
 from mlx_diffgemma.denoise.row import Row
 from mlx_diffgemma.denoise.standing import StandingAnswer
-from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone
+from mlx_diffgemma.events import CanvasCommitted, Finished, PrefillDone, StepDone, Text
 from mlx_diffgemma.model import Context, DiffusionGemma
 from mlx_diffgemma.model.layers import softcap
 from tests.checkpoints import load_drawn
@@ -47,19 +47,29 @@ def own(model) -> list[int]:
     return tokens[len(PROMPT) :]
 
 
-def row_of(model, standing, *, tokens=PROMPT, number=0, least=0.999, **values) -> Row:
+def row_of(
+    model,
+    standing,
+    *,
+    tokens=PROMPT,
+    number=0,
+    least=0.999,
+    confidence=CONFIDENCE,
+    begin=None,
+    **values,
+) -> Row:
     chosen = {"seed": 3, "warm_start": 0.1, "warm_read": least, "max_new_tokens": COUNT}
     settings = GenerationSettings(**(chosen | values))
-    resolved = settings.resolve(model.config)
     text = np.array(standing, np.int32)
-    read = ReadAhead(np.append(text, np.int32(END)), least, resolved.acceptance_confidence)
-    stands = StandingAnswer(text, (END, PAD), read=read)
-    return Row(model, resolved, tokens, number=number, stands=stands)
+    reading = ReadAhead(np.append(text, np.int32(END)), least, confidence)
+    stands = StandingAnswer(text, (END, PAD), reading=reading)
+    resolved = settings.resolve(model.config)
+    return Row(model, resolved, tokens, number=number, stands=stands, begin=begin)
 
 
 def sure_row(model, standing, **values) -> Row:
     """A row that takes the likeliest token wherever one that stands is not."""
-    return row_of(model, standing, acceptance="confidence", acceptance_confidence=SURE, **values)
+    return row_of(model, standing, confidence=SURE, **values)
 
 
 def run(model, *rows, store=None) -> list:
@@ -153,15 +163,19 @@ def test_tokens_read_for_nothing_count_as_work(model, own):
 
 def test_a_pass_reads_twice_as_far_behind_one_that_kept_all(model, own, monkeypatch):
     counts = []
-    real = loop.predictions
+    real = loop.predict
 
-    def predictions(outputs, ahead, cap):
+    def predict(outputs, ahead, cap):
         counts.append(len(ahead))
         return real(outputs, ahead, cap)
 
-    monkeypatch.setattr(loop, "predictions", predictions)
+    monkeypatch.setattr(loop, "predict", predict)
     run(model, sure_row(model, own))
-    assert counts[:2] == [16, COUNT - 17]  # 32, but for the end of the budget
+    assert counts == [8] * 5, "never more than a canvas"
+    counts.clear()
+    wide = load_drawn(1, canvas_length=64, sliding_window=8)
+    assert ids(run(wide, sure_row(wide, own))) == own
+    assert counts == [16, COUNT - 16]  # 32, but for the end of the budget
 
 
 def test_the_end_of_the_text_ends_the_answer(model):
@@ -211,11 +225,12 @@ def test_a_long_prompt_is_read_in_pieces_first(model, own):
 def test_passes_that_keep_little_end_in_a_canvas_until_one_fits_again():
     read = ReadAhead(np.arange(100, dtype=np.int32), 0.5, 0.9)
 
-    def seen(kept: int, confidence: float) -> Kept:
+    def seen(kept: int, confidence: float) -> Verdict:
         ahead = read.ahead(100)
         ratios = np.where(np.arange(len(ahead)) < kept, 1.0, 0.1).astype(np.float32)
         n = len(ahead) + 1
-        return read.keep(Read(ratios, np.full(n, 7, np.int32), np.full(n, confidence, np.float32)))
+        sure = np.full(n, confidence, np.float32)
+        return read.judge(Predictions(ratios, np.full(n, 7, np.int32), sure))
 
     for kept in (0, 3, 1):
         assert seen(kept, 0.95) == (kept, 7, False)
@@ -229,17 +244,95 @@ def test_passes_that_keep_little_end_in_a_canvas_until_one_fits_again():
     read.committed(np.arange(20, 30, dtype=np.int32), is_read=False)
     assert seen(16, 0.5) == (16, None, True)
     assert len(read.ahead(100)) == 32
+    read.pause()
+    assert len(read.ahead(100)) == 0
+
+
+def test_text_that_nothing_fits_does_not_move_the_place():
+    """Such as a thought before the answer."""
+    read = ReadAhead(np.arange(100, dtype=np.int32), 0.5)
+    read.committed(np.arange(500, 700, dtype=np.int32), is_read=False)
+    assert read.at == 0
+    read.committed(np.arange(5, dtype=np.int32), is_read=False)
+    assert read.at == 5
+
+
+def test_what_is_left_of_a_canvas_goes_on_before_anything_is_read(model, own):
+    """Behind a part that was committed: its rest keeps its drafts."""
+    row = row_of(model, own)
+    assert len(row.ahead) == 8
+    row._rest = object()
+    assert len(row.ahead) == 0
+
+
+def test_nothing_is_read_before_a_canvas_that_has_tokens_to_begin_with(model, own):
+    events = run(model, row_of(model, own, begin=lambda: [33], max_denoising_steps=1))
+    assert steps(events) > 0
+    assert [e.tokens[0, 0].item() for e in events if isinstance(e, CanvasCommitted)] == [33] * 5
+
+
+def test_an_empty_answer_is_drawn_again_and_not_read(model):
+    drawn = []
+    for rerolls in (0, 1):
+        row = row_of(model, [], least=1e-9, empty_rerolls=rerolls, max_denoising_steps=1)
+        drawn.append(steps(run(model, row)))
+    assert drawn[0] == 0 and drawn[1] > 0
+
+
+def test_text_that_was_read_does_not_bring_the_end_of_the_positions_nearer(own):
+    """A canvas ends where they end, as behind a part."""
+    model = load_drawn(1, canvas_length=8, sliding_window=8, max_position_embeddings=32)
+    events = run(model, row_of(model, own[:3], max_denoising_steps=1))
+    assert len(ids(events)) in range(24, 28)  # three canvases, of 27 positions behind the prompt
+    assert events[-1].reason == "length" or END in ids(events)
+
+
+def test_snapshots_inside_the_prompt_are_kept(model, own):
+    store = Store(1 << 20)
+    text = np.array([5, 9, END, 7, 3, 8], np.int32)
+    run(model, row_of(model, own, tokens=text), store=store)
+    found = store.find(np.array([5, 9, END, 50, 51], np.int32), model.config.text)
+    assert found is not None and found.length == 3
+
+
+@pytest.mark.parametrize("least", [1e-9, 0.0], ids=["read", "not read"])
+def test_generate_passes_the_setting_on(least):
+    """The bundled model finds any token likely enough, if hardly any likelihood is asked for."""
+    model, tokenizer = load(bundled_model())
+    settings = GenerationSettings(seed=1, warm_start=0.1, warm_read=least)
+    text = generate(model, tokenizer, "Sort: 3 1 2", standing="zebra", settings=settings)
+    assert (text == "zebra") == bool(least)
+
+
+def test_a_chats_changed_message_passes_the_setting_on():
+    model, tokenizer = load(bundled_model())
+    chat = Chat(
+        model, tokenizer, settings=GenerationSettings(seed=1, warm_start=0.1, warm_read=1e-9)
+    )
+    first = "".join(e.piece for e in chat.send("Sort: 3 1 2") if isinstance(e, Text))
+    again = "".join(e.piece for e in chat.edit(1, "Sort: 9 8") if isinstance(e, Text))
+    assert first == again != ""
+
+
+def slow_edits(written, text) -> int:
+    return min(slow_table(written, text)[-1])
 
 
 def slow_place(written, text) -> set[int]:
-    """The places with the smallest edit distance, by the textbook's table."""
+    """The places with the smallest edit distance."""
+    last = slow_table(written, text)[-1]
+    return {j for j, cost in enumerate(last) if cost == min(last)}
+
+
+def slow_table(written, text) -> list[list[int]]:
+    """Edit distances by the textbook."""
     table = [list(range(len(text) + 1))]
     for i, token in enumerate(written):
         row = [i + 1]
         for j, other in enumerate(text):
             row.append(min(table[i][j] + (token != other), table[i][j + 1] + 1, row[j] + 1))
         table.append(row)
-    return {j for j, cost in enumerate(table[-1]) if cost == min(table[-1])}
+    return table
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -248,6 +341,7 @@ def test_the_place_behind_has_the_smallest_edit_distance(seed):
     text = rng.integers(0, 4, rng.integers(0, 30)).astype(np.int32)
     written = rng.integers(0, 4, rng.integers(0, 20)).astype(np.int32)
     likely = slow_place(written.tolist(), text.tolist())
-    found = place_behind(written, text)
+    found, edits = place_behind(written, text)
     assert found in likely
+    assert edits == slow_edits(written.tolist(), text.tolist())
     assert abs(found - len(written)) == min(abs(j - len(written)) for j in likely)

@@ -113,7 +113,8 @@ def test_a_row_that_leaves_before_its_joint_pass_leaves_nothing(model):
     while not any(isinstance(event, CanvasCommitted) for _, event in rows.advance()):
         pass
     rows.remove(row)
-    assert list(rows.advance()) == [] and row.opened == [] and row.context is None
+    assert list(rows.advance()) == [] and row.opened == []
+    assert row.context is None and row._committed is None
 
 
 def test_parts_of_a_canvas_are_read_with_the_steps_of_the_rest(model, passes):
@@ -145,3 +146,8 @@ def test_memory_of_contexts_before_is_given_back(model, passes, monkeypatch):
     context = model.prefill(mx.array(PROMPT[None])).nbytes
     monkeypatch.setattr(loop, "_COPIED_BYTES", 2 * context)
     assert kinds()[:5] == ["read", "cleared", "joint", "joint", "cleared"]
+
+
+def test_rows_that_read_nothing_ahead_are_read_jointly_whatever_is_set(model, passes):
+    written(model, commit_pass="joint", warm_start=0.1, warm_read=0.5)
+    assert [kind for kind, _ in passes].count("joint") == 3
