@@ -33,8 +33,8 @@ test: lint types
 # Measures speed against mlx-vlm and transformers, about two hours on two cores.
 bench: $(VENV)/.bench
 	$(WITH_OPENBLAS) $(BIN)/python bench/answer.py --save
-	$(WITH_OPENBLAS) $(BIN)/python bench/answer.py --model recipes/steps/bench-model --limit 16 --save
-	for name in counts sparse step growth twin floors infill cache decide structured rows serve; do \
+	$(WITH_OPENBLAS) $(BIN)/python bench/answer.py --model recipes/steps/bench-model --limit 100 --save
+	for name in counts sparse step prefill growth twin floors infill cache decide structured rows serve; do \
 		LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/$$name.py --save; \
 	done
 	LD_PRELOAD=$(OPENBLAS) $(BIN)/python bench/growth.py --peak --save

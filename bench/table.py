@@ -17,7 +17,7 @@ from typing import Any
 
 from common import RESULTS
 
-BENCHES = ("step", "answer", "twin", "growth", "growth_peak", "counts", "cache")
+BENCHES = ("step", "prefill", "answer", "twin", "growth", "growth_peak", "counts", "cache")
 BEGIN, END = "<!-- bench table -->", "<!-- /bench table -->"
 NOT_APPLE = "No figure here was measured on Apple hardware."
 MISSING = "-"

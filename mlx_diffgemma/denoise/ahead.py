@@ -11,8 +11,8 @@ import numpy as np
 
 from .sampler import statistics
 
-CONFIDENCE = 0.9  # the probability from which another token is taken instead of one that stands
-_FIRST_PASS, _LONGEST_PASS = 16, 256  # tokens; twice as many behind a pass that kept all
+CONFIDENCE = 0.8  # the probability from which another token is taken instead of one that stands
+_FIRST_PASS, _LONGEST_PASS = 4, 256  # tokens; twice as many behind a pass that kept all
 _MISS_BELOW = 4  # a pass that keeps fewer is a miss
 _MOST_MISSES = 4  # in a row, until a canvas is denoised instead
 _SURE_OF = 8  # tokens in a row from which on it is known where the text goes on

@@ -158,7 +158,7 @@ def test_tokens_read_for_nothing_count_as_work(model, own):
     changed = [*own[:11], 20, *own[12:]]
     events = run(model, sure_row(model, changed))
     (end,) = [event for event in events if isinstance(event, Finished)]
-    assert end.positions == 16 - 11  # a pass reads 16 ahead and kept 11
+    assert end.positions == 8 - 7  # behind a pass of 4, one reads 8 ahead and keeps 7
 
 
 def test_a_pass_reads_twice_as_far_behind_one_that_kept_all(model, own, monkeypatch):
@@ -171,11 +171,11 @@ def test_a_pass_reads_twice_as_far_behind_one_that_kept_all(model, own, monkeypa
 
     monkeypatch.setattr(loop, "predict", predict)
     run(model, sure_row(model, own))
-    assert counts == [8] * 5, "never more than a canvas"
+    assert counts == [4, *[8] * 4, 4], "never more than a canvas"
     counts.clear()
     wide = load_drawn(1, canvas_length=64, sliding_window=8)
     assert ids(run(wide, sure_row(wide, own))) == own
-    assert counts == [16, COUNT - 16]  # 32, but for the end of the budget
+    assert counts == [4, 8, 16, 12]  # 32, but for the end of the budget
 
 
 def test_the_end_of_the_text_ends_the_answer(model):
@@ -234,16 +234,16 @@ def test_passes_that_keep_little_end_in_a_canvas_until_one_fits_again():
 
     for kept in (0, 3, 1):
         assert seen(kept, 0.95) == (kept, 7, False)
-        assert len(read.ahead(100)) == 16
+        assert len(read.ahead(100)) == 4
     assert seen(2, 0.95) == (2, 7, False)
     assert len(read.ahead(100)) == 0  # the fourth
     read.committed(np.arange(20, dtype=np.int32), is_read=False)
-    assert read.at == 20 and len(read.ahead(100)) == 16
+    assert read.at == 20 and len(read.ahead(100)) == 4
     assert seen(2, 0.5) == (2, None, False)  # nothing to go on with
     assert len(read.ahead(100)) == 0
     read.committed(np.arange(20, 30, dtype=np.int32), is_read=False)
-    assert seen(16, 0.5) == (16, None, True)
-    assert len(read.ahead(100)) == 32
+    assert seen(4, 0.5) == (4, None, True)
+    assert len(read.ahead(100)) == 8
     read.pause()
     assert len(read.ahead(100)) == 0
 
@@ -260,7 +260,7 @@ def test_text_that_nothing_fits_does_not_move_the_place():
 def test_what_is_left_of_a_canvas_goes_on_before_anything_is_read(model, own):
     """Behind a part that was committed: its rest keeps its drafts."""
     row = row_of(model, own)
-    assert len(row.ahead) == 8
+    assert len(row.ahead) == 4
     row._rest = object()
     assert len(row.ahead) == 0
 
