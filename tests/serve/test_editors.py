@@ -423,6 +423,20 @@ def test_an_edit_may_begin_from_the_text_that_stands(editor, path):
         assert not keep.called  # nothing stands where a chat is answered
 
 
+def test_what_stands_may_be_read_where_an_update_is_applied(editor):
+    """The bundled model finds any token likely enough, if hardly any likelihood is asked for."""
+    settings = GenerationSettings(warm_start=0.1, warm_read=1e-9)
+    told = (
+        "<|original_code|>\n14 15\n<|/original_code|>\n\n<|update_snippet|>\na\n<|/update_snippet|>"
+    )
+    with patch.object(editor.state, "settings", settings):
+        answer = rewrite(editor, "/v1/apply/completions", told, max_tokens=40)
+        edited = rewrite(editor, "/v1/edit/completions", FILE, max_tokens=20)
+    choice = answer.json["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("14 15", "stop")
+    assert edited.status == 200  # its text is pinned, and nothing is read
+
+
 TOOL = {"type": "function", "function": {"name": "f"}}
 UPDATE = (
     "<|original_code|>\na = 1\n<|/original_code|>\n\n<|update_snippet|>\na\n<|/update_snippet|>"
