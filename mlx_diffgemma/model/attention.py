@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config.model import LayerConfig, TextConfig
-from .backend import is_cpu
+from .backend import is_cpu, is_training
 from .context import LayerContext
 from .elementary import exp_below_zero
 from .layers import RMSNorm, unit_rms
@@ -22,6 +22,8 @@ from .rope import rotate
 Place = Callable[
     [LayerContext | None, mx.array, mx.array], tuple[tuple[LayerContext, ...], LayerContext]
 ]
+
+_SCORES = 1 << 22  # of them at a time, 16 MiB in float32, and at least those of a head
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +114,10 @@ def attend(queries: mx.array, seen: Sequence[LayerContext], mask: Mask) -> mx.ar
         )
     B, N, L, H = queries.shape
     K = seen[0].keys.shape[1]
+    keys = sum(part.keys.shape[2] for part in seen)
+    most = _SCORES // (B * L * keys)
+    if most < N and N > 1 and is_cpu() and not is_training():
+        return _by_heads(queries, seen, mask, max(1, most))
     grouped = queries.reshape(B, K, N // K * L, H)  # queries that share their keys
     parts = [grouped @ part.keys.swapaxes(2, 3) for part in seen]
     scores = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
@@ -133,3 +139,21 @@ def attend(queries: mx.array, seen: Sequence[LayerContext], mask: Mask) -> mx.ar
         out, start = mixed if i == 0 else out + mixed, start + part.keys.shape[2]
     out = out.reshape(B, N, L, H)
     return out if total is None else out / total
+
+
+def _by_heads(queries: mx.array, seen: Sequence[LayerContext], mask: Mask, most: int) -> mx.array:
+    """Return what `attend` does, for at most so many heads at a time, which share their keys: for
+    the memory of their scores, of which several copies are held."""
+    heads, kv_heads = queries.shape[1], seen[0].keys.shape[1]
+    group = heads // kv_heads
+    size = next(n for n in range(min(most, group), 0, -1) if group % n == 0)
+    outputs = []
+    for start in range(0, heads, size):
+        own = start // group
+        parts = [
+            LayerContext(part.keys[:, own : own + 1], part.values[:, own : own + 1])
+            for part in seen
+        ]
+        outputs.append(attend(queries[:, start : start + size], parts, mask))
+        mx.eval(outputs[-1])  # or memory is given out for all of them before the first is done
+    return mx.concatenate(outputs, axis=1)

@@ -23,7 +23,14 @@ from mlx_diffgemma import (
 from mlx_diffgemma.config.model import ModelConfig, RopeConfig
 from mlx_diffgemma.denoise.sampler import shortlist, statistics
 from mlx_diffgemma.events import CanvasCommitted, Finished
-from mlx_diffgemma.model import Context, DiffusionGemma, OpenContext, experts, products
+from mlx_diffgemma.model import (
+    Context,
+    DiffusionGemma,
+    OpenContext,
+    attention,
+    experts,
+    products,
+)
 from mlx_diffgemma.model.attention import attend
 from mlx_diffgemma.model.backend import as_on_gpu
 from mlx_diffgemma.model.context import LayerContext
@@ -735,7 +742,7 @@ def test_elementary_functions_are_right_to_the_last_bits():
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "keys", "window"])
-def test_attention_on_the_cpu_is_the_kernel_of_gpus(mask):
+def test_attention_on_the_cpu_is_the_kernel_of_gpus(mask, monkeypatch):
     draw = np.random.default_rng(3).normal
     B, N, K, L, S, H = 2, 4, 2, 5, 11, 16
     queries, keys, values = (
@@ -753,6 +760,9 @@ def test_attention_on_the_cpu_is_the_kernel_of_gpus(mask):
     with as_on_gpu():
         there = attend(queries, [seen], allowed)
     np.testing.assert_allclose(np.array(here), np.array(there), atol=1e-5)
+    for most in (1, 2 * B * L * S):  # heads one by one, and both of a group at once
+        monkeypatch.setattr(attention, "_SCORES", most)
+        np.testing.assert_allclose(np.array(attend(queries, [seen], allowed)), here, atol=1e-6)
     if mask == "none":  # keys in two parts, one of which other rows use too
         parts = [
             LayerContext(keys[:, :, places], values[:, :, places])
