@@ -15,6 +15,7 @@ CONFIDENCE = 0.8  # the probability from which another token is taken instead of
 _FIRST_PASS, _LONGEST_PASS = 4, 256  # tokens; twice as many behind a pass that kept all
 _MISS_BELOW = 4  # a pass that keeps fewer is a miss
 _MOST_MISSES = 4  # in a row, until a canvas is denoised instead
+_READS_FROM = 0.5  # of a pass's tokens: likely ones that show that the model can read
 _SURE_OF = 8  # tokens in a row from which on it is known where the text goes on
 _UNLIKE = 0.75  # edits per written token from which on these are not of the text
 _SKIPPED = 64  # tokens of it that may be left out at once
@@ -75,6 +76,7 @@ class ReadAhead:
         self._from, self._written = 0, np.zeros(0, np.int32)  # a place in it, and what came since
         self.at = 0  # the place where it goes on
         self._pass, self._misses = _FIRST_PASS, 0
+        self._reads = False  # whether the model has found enough of the text likely
 
     def ahead(self, most: int) -> np.ndarray:
         """Return the tokens that a pass should read behind what is written, int32 [up to `most`];
@@ -87,11 +89,13 @@ class ReadAhead:
         """Return what becomes of the tokens that were read ahead."""
         fits = seen.ratios >= self._least
         if fits.all():
-            self._pass, self._misses = min(2 * self._pass, _LONGEST_PASS), 0
+            self._pass, self._misses, self._reads = min(2 * self._pass, _LONGEST_PASS), 0, True
             n = len(fits)
             return Verdict(n, None, self.at + n < len(self._tokens))
         count, self._pass = int(fits.argmin()), _FIRST_PASS
-        is_sure = bool(seen.confidence[count] >= self._confidence)
+        # A model that was not trained to read may be sure of anything, but finds little likely.
+        self._reads |= count >= _MISS_BELOW or fits.mean() >= _READS_FROM
+        is_sure = self._reads and bool(seen.confidence[count] >= self._confidence)
         # A pass that kept few and gives no token to go on with is the last one before a canvas.
         missed = self._misses + 1 if is_sure else _MOST_MISSES
         self._misses = 0 if count >= _MISS_BELOW else missed

@@ -69,7 +69,9 @@ def row_of(
 
 def sure_row(model, standing, **values) -> Row:
     """A row that takes the likeliest token wherever one that stands is not."""
-    return row_of(model, standing, confidence=SURE, **values)
+    row = row_of(model, standing, confidence=SURE, **values)
+    row._stands.reading._reads = True  # else it must have kept some first
+    return row
 
 
 def run(model, *rows, store=None) -> list:
@@ -232,12 +234,14 @@ def test_passes_that_keep_little_end_in_a_canvas_until_one_fits_again():
         sure = np.full(n, confidence, np.float32)
         return read.judge(Predictions(ratios, np.full(n, 7, np.int32), sure))
 
+    assert seen(4, 0.95) == (4, None, True)
+    read.committed(np.arange(4, dtype=np.int32), is_read=True)
     for kept in (0, 3, 1):
         assert seen(kept, 0.95) == (kept, 7, False)
         assert len(read.ahead(100)) == 4
     assert seen(2, 0.95) == (2, 7, False)
     assert len(read.ahead(100)) == 0  # the fourth
-    read.committed(np.arange(20, dtype=np.int32), is_read=False)
+    read.committed(np.arange(4, 20, dtype=np.int32), is_read=False)
     assert read.at == 20 and len(read.ahead(100)) == 4
     assert seen(2, 0.5) == (2, None, False)  # nothing to go on with
     assert len(read.ahead(100)) == 0
@@ -246,6 +250,29 @@ def test_passes_that_keep_little_end_in_a_canvas_until_one_fits_again():
     assert len(read.ahead(100)) == 8
     read.pause()
     assert len(read.ahead(100)) == 0
+
+
+@pytest.mark.parametrize(
+    ("fits", "instead"),
+    [([0, 0, 1, 0], None), ([0, 1, 1, 0], 7), ([1, 1, 0, 0], 7), ([1, 0, 0, 0], None)],
+    ids=str,
+)
+def test_a_model_that_finds_little_likely_puts_nothing_in(fits, instead):
+    """One that was not trained to read is sure of spaces, say."""
+    read = ReadAhead(np.arange(100, dtype=np.int32), 0.5)
+    n = len(fits) + 1
+    ratios, sure = np.array(fits, np.float32), np.ones(n, np.float32)
+    verdict = read.judge(Predictions(ratios, np.full(n, 7, np.int32), sure))
+    assert (verdict.kept, verdict.instead) == (fits.index(0), instead)
+
+
+@pytest.mark.parametrize("prompt", ["Count from 12 to 17.", "Count from 13 to 18."])
+def test_the_bundled_model_which_cannot_read_stays_right(prompt):
+    model, tokenizer = load(bundled_model())
+    settings = GenerationSettings(seed=1, warm_start=0.1, warm_read=0.5)
+    text = generate(model, tokenizer, prompt, standing="12 13 14 15 16", settings=settings)
+    first, last = map(int, prompt.removeprefix("Count from ").rstrip(".").split(" to "))
+    assert text == " ".join(map(str, range(first, last + 1)))
 
 
 def test_text_that_nothing_fits_does_not_move_the_place():
