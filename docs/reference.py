@@ -107,6 +107,13 @@ def settings_page() -> str:
     )
 
 
+def elsewhere(flags: dict[tuple[str, str], str], name: str, entry: Any) -> str:
+    """Return a setting's option of other commands than the table's, with their names; "" without
+    one."""
+    commands = [c for c in (entry.commands if entry else ()) if (c, name) in flags]
+    return f"{flags[commands[0], name]} of {', '.join(entry.commands)}" if commands else ""
+
+
 def settings_table(cls: Any) -> str:
     """Return a table of a dataclass of settings, one row for each field."""
     commands = {GenerationSettings: "generate", ImageSettings: "generate", Limits: "serve"}
@@ -120,7 +127,7 @@ def settings_table(cls: Any) -> str:
         entry = field.metadata.get("entry")
         row = [
             f"`{field.name}`",
-            flags.get((of, field.name), ""),
+            flags.get((of, field.name)) or elsewhere(flags, field.name, entry),
             value_of(cls, field, entry),
             default_of(field, entry),
             help_of(field, entry),

@@ -188,7 +188,7 @@ def serve(
         app,
         state,
         listening,
-        lambda: _load(model, adapters, names, served, store),
+        lambda: _load(model, adapters, names, served, store, settings),
         on_ready=on_ready,
         end_now=lambda: os._exit(130),
     )
@@ -219,11 +219,12 @@ def _load(
     names: list[str],
     options: ServedOptions,
     store: Any,
+    settings: GenerationSettings,
 ) -> dict[str, Any]:
     """Load all models, each with its engine.
 
     Raises:
-      DiffGemmaError: if one cannot be loaded.
+      DiffGemmaError: if one cannot be loaded, or the settings do not suit it.
     """
     from ..checkpoint.memory import WARN_ABOVE, array_bytes, recommended_bytes
     from ..checkpoint.variants import load_variants
@@ -235,6 +236,7 @@ def _load(
     base, variants, tokenizer = load_variants(
         model.source, folders | dict(adapters), revision=model.revision, vision=model.vision
     )
+    settings.resolve(base.config)
     models = [variants.pop("", base), *variants.values()]
     stores = [store or chat_store(), *(chat_store() for _ in adapters)]
     kept = sum(each.max_bytes for each in stores)

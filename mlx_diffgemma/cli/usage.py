@@ -49,6 +49,7 @@ _MUST_BE = {
 _HARD_HYPHEN = "\u2011"  # at which no line ends
 # The beginnings of errors that the entries and contradictions of settings make.
 _OF_A_SETTING = re.compile(r"(\w+) (?:must be|has no effect|\S+ (?:is|times|drops))\b")
+_WITH = re.compile(r"(has no effect with(?:out)?) (\w+)")
 _UsageError: Any = typer.BadParameter.__base__
 
 
@@ -95,8 +96,8 @@ def in_lines(line: str) -> str:
 
 
 def as_given(message: str, given: Mapping[str, str]) -> str:
-    """Return an error's message, in which the setting that it begins with has the name that was
-    given.
+    """Return an error's message, in which the setting that it begins with, and one that this goes
+    with, have the names that were given.
 
     Args:
       message: such as "max_new_tokens must be ...".
@@ -105,7 +106,8 @@ def as_given(message: str, given: Mapping[str, str]) -> str:
     found = _OF_A_SETTING.match(message)
     if found is None or found[1] not in given:
         return message
-    return given[found[1]] + message[found.end(1) :]
+    rest = _WITH.sub(lambda m: f"{m[1]} {given.get(m[2], m[2])}", message[found.end(1) :], 1)
+    return given[found[1]] + rest
 
 
 def _explain(error: Any, context: Any) -> None:

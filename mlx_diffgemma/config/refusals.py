@@ -79,6 +79,6 @@ def refuse_contradictions(
             "stop_on must be 'answer' too"
         )
     if values["warm_read"] and not values["warm_start"]:
-        raise ConfigError("warm_read has no effect without warm_start")
+        raise ConfigError("warm_read has no effect without warm_start; it must be 0 then")
     if bad := [t for t in extra if not isinstance(t, int) or not 0 <= t < vocab_size]:
         raise ConfigError(f"extra end tokens {bad} are outside the vocabulary of {vocab_size}")

@@ -257,11 +257,14 @@ def stream_generate(
         used.
     """
     limited = _limited(settings, max_tokens)
+    if standing is not None and not isinstance(standing, str):
+        raise PromptError(f"a standing text is a string, got {type(standing).__name__}")
     if (standing is None) != (not settings.warm_start):
+        which = "no standing text" if standing is None else "a standing text"
         raise ConfigError(
             "a standing text and the setting warm_start go together, such as "
             "generate(..., standing=..., settings=GenerationSettings(warm_start=0.1)); "
-            f"got {standing!r} with warm_start {settings.warm_start}"
+            f"got {which} with warm_start {settings.warm_start or 0}"
         )
     request = Request(prompt, limited, prompt_options, stop, constraint, standing)
     job = request.job(model, tokenizer, noise=noise, progress=prompt_progress_callback)

@@ -143,7 +143,7 @@ def test_a_policy_and_its_settings_are_flags():
     said = "--entropy-bound has no effect with acceptance 'confidence', which policy 'fast' sets"
     assert result.exit_code == 2 and said in result.stderr
     result = invoke(generate, *TABLE, "--acceptance", "confidence", "--entropy-bound", "1")
-    said = "--entropy-bound has no effect with acceptance 'confidence', only with 'entropy'"
+    said = "--entropy-bound has no effect with --acceptance 'confidence', only with 'entropy'"
     assert result.exit_code == 2 and said in result.stderr
     result = invoke(generate, *TABLE, "--policy", "fastest")
     assert result.exit_code == 2 and "policy" in result.stderr
