@@ -197,9 +197,10 @@ def test_ctrl_c_while_the_model_loads_ends_it():
 @pytest.mark.parametrize(
     ("options", "said"),
     first(
-        1,
+        2,
         [
             (("--model", "/nonexistent"), "/nonexistent"),
+            (("--warm-read", "0.5"), "--warm-read has no effect without"),
             (("--host", "0.0.0.0"), "--api-key"),
             (("--host", "no.such.host.invalid", "--insecure"), "cannot listen"),
             (("--adapter", "x"), "NAME=FOLDER"),
