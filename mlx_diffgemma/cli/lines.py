@@ -86,11 +86,26 @@ class EditedLines:
     def read(self, prompt: str) -> str | None:
         while True:
             try:
-                return str(self._session.prompt(prompt))
+                line = str(self._session.prompt(prompt))
             except KeyboardInterrupt:  # drops what was typed
                 print("(Ctrl-D or /quit leaves)", file=sys.stderr)
+                continue
             except EOFError:
                 return None
+            if not self._was_stopped():
+                return line
+            print("(stopped before it was sent; it is in the history)", file=sys.stderr)
+
+    def _was_stopped(self) -> bool:
+        """Return whether Ctrl-C was typed just behind Enter, before it could be a signal; what else
+        was typed stays for the next line."""
+        from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
+        from prompt_toolkit.keys import Keys
+
+        typed = get_typeahead(self._session.input)
+        was_stopped = bool(typed) and typed[0].key == Keys.ControlC
+        store_typeahead(self._session.input, typed[was_stopped:])
+        return was_stopped
 
     def change(self, prompt: str, text: str) -> str | None:
         try:

@@ -403,6 +403,8 @@ def test_a_person_at_a_terminal(tmp_path):
     assert "did you mean /undo?" in typist.prompted("/undo?")
     typist.type("half a line", CTRL_C)
     assert "leaves" in typist.prompted("leaves)")
+    typist.type("Sort: 3 1 2", ENTER, CTRL_C)  # at once, while the line is still edited
+    assert "step" not in typist.prompted("stopped before it was sent")
     for leave in (CTRL_C, "\x15" + CTRL_D):  # on an empty line
         typist.type("/edit 1", ENTER)
         assert "Ctrl-C leaves it as it" in typist.wait_for("1> Count from 12 to 15.")
